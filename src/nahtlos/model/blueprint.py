@@ -1,0 +1,208 @@
+"""Policy, blueprint and the planner's report.
+
+Policy is what people want; a Blueprint is a complete, immutable decision with a parent; the target is the
+one current blueprint. Executing a blueprint leaves no meaningful choice: which host runs which server,
+which release each host has, which moves may run now.
+"""
+
+from enum import StrEnum
+
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import (
+    BlueprintId,
+    CampaignId,
+    HostId,
+    OperationId,
+    ReleaseId,
+    ServerId,
+    VolumeId,
+)
+from nahtlos.model.nouns import Assignment, HostSpec, NetworkSpec, ServerSpec, Size, Value, VolumeSpec
+
+
+class HostIntent(StrEnum):
+    """What an operator wants of a host."""
+
+    ACTIVE = "active"
+    CORDONED = "cordoned"
+    """Takes no further servers; keeps those it has."""
+    DRAINED = "drained"
+    """Takes none and gives away those it has."""
+
+
+class CampaignState(StrEnum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    """Nothing further is started; what has begun is ended in order; hosts return to service."""
+    DONE = "done"
+
+
+class Campaign(Value, frozen=True, kw_only=True):
+    """Bring `hosts` to release `to_release`, servers running throughout."""
+
+    id: CampaignId
+    to_release: ReleaseId
+    hosts: tuple[HostId, ...]
+    state: CampaignState
+    from_releases: tuple[ReleaseId, ...] = ()
+    created_at: float = 0.0
+    ended_at: float | None = None
+
+
+class Policy(Value, frozen=True, kw_only=True):
+    """Intent, whole: what operators and customers want at one moment."""
+
+    hosts: dict[HostId, HostSpec]
+    intents: dict[HostId, HostIntent]
+    servers: dict[ServerId, ServerSpec]
+    """Servers that shall exist."""
+    removed_servers: frozenset[ServerId] = frozenset()
+    volumes: dict[VolumeId, VolumeSpec] = {}
+    networks: tuple[NetworkSpec, ...] = ()
+    release: ReleaseId | None = None
+    """The hypervisor release of hosts no campaign has reached."""
+    campaign: Campaign | None = None
+    """The one campaign that is not over (or whose cancellation is not complete)."""
+    requested_moves: dict[ServerId, HostId | None] = {}
+    """Moves an operator asked for, by server; None: the planner chooses the destination."""
+    promised: Size = Size()
+    """What customers were promised in total: it must stay placeable on hosts in service."""
+    parallel_moves: int = 1
+
+
+class HostPhase(StrEnum):
+    """Where a host stands. In a campaign: serving -> emptying -> switching -> serving."""
+
+    SERVING = "serving"
+    CORDONED = "cordoned"
+    EMPTYING = "emptying"
+    DRAINED = "drained"
+    SWITCHING = "switching"
+    """Empty; its release is switched and verified by booting a probe under it."""
+
+
+class HostPlan(Value, frozen=True, kw_only=True):
+    phase: HostPhase
+    release: ReleaseId | None
+
+
+class PlannedMove(Value, frozen=True, kw_only=True):
+    """One move, decided: the executor starts it and leaves the rest to the two agents.
+    `epoch` is the server's epoch after it."""
+
+    id: OperationId
+    server: ServerId
+    source: HostId
+    destination: HostId
+    epoch: int
+    reason: str
+
+
+class PlannedVerify(Value, frozen=True, kw_only=True):
+    id: OperationId
+    host: HostId
+    release: ReleaseId
+
+
+class Blueprint(Value, frozen=True, kw_only=True):
+    id: BlueprintId
+    """`bp-<number>`, numbers rising by one along the chain."""
+    parent: BlueprintId | None
+    hosts: dict[HostId, HostPlan]
+    servers: dict[ServerId, Assignment]
+    """Owner of each server once no move of it runs. A server that is moving is still its source's here."""
+    moves: tuple[PlannedMove, ...] = ()
+    """Moves that run, or shall start now."""
+    verifies: tuple[PlannedVerify, ...] = ()
+    attempts: dict[ServerId, int] = {}
+    """Failed moves of a server in a row; a success clears it."""
+    ended_moves: int = 0
+    """Moves that ended well since the campaign began."""
+    counter: int = 0
+    """Numbers operations, so that their ids are never reused."""
+    reason: str = ""
+    """What changed against the parent, in words."""
+
+
+class WaitKind(StrEnum):
+    CAPACITY = "capacity"
+    MOVE = "move"
+    HOST = "host"
+    OPERATOR = "operator"
+    BLOCKED = "blocked"
+    """Will not come right by waiting; a remedy is given."""
+
+
+class Waiting(Value, frozen=True, kw_only=True):
+    """A step not taken, and why. `subject` is a server's or a host's id."""
+
+    subject: str
+    kind: WaitKind
+    reason: str
+    remedy: str = ""
+
+
+class CapacityReport(Value, frozen=True, kw_only=True):
+    promised: Size
+    in_service: Size
+    """Total of hosts that could take servers now."""
+    share: float
+    """Share of what was promised that could be placed now, 0.0 to 1.0, by the scarcer of vCPU and memory."""
+
+
+class PlanReport(Value, frozen=True, kw_only=True):
+    changes: tuple[str, ...]
+    waiting: tuple[Waiting, ...]
+    capacity: CapacityReport
+    converged: bool
+    """Nothing to do and nothing waits."""
+
+
+class ForecastMove(Value, frozen=True, kw_only=True):
+    server: ServerId
+    source: HostId
+    destination: HostId
+    seconds: float
+    gap_ms: float
+    gap_ms_max: float
+
+
+class ForecastHost(Value, frozen=True, kw_only=True):
+    host: HostId
+    from_release: ReleaseId | None
+    to_release: ReleaseId
+    moves: tuple[ForecastMove, ...]
+    seconds: float
+
+
+class Forecast(Value, frozen=True, kw_only=True):
+    """A dry run: what a campaign would do, in order, with predictions and blockers."""
+
+    to_release: ReleaseId
+    hosts: tuple[ForecastHost, ...]
+    total_moves: int
+    moves_per_server: float
+    seconds: float
+    gap_ms_p50: float
+    capacity_floor: float
+    blockers: tuple[Waiting, ...]
+    basis: str
+    """Where the predictions come from: measured moves of this cloud, or the table in the documentation."""
+
+
+class OperationRecord(Value, frozen=True, kw_only=True):
+    """What the runtime remembers of an operation that ended."""
+
+    id: OperationId
+    kind: str
+    subject: str
+    state: str
+    source: HostId | None = None
+    destination: HostId | None = None
+    reason: str = ""
+    error: ErrorRecord | None = None
+    times: dict[str, float] = {}
+    campaign: CampaignId | None = None
+    release_before: ReleaseId | None = None
+    release_after: ReleaseId | None = None

@@ -1,0 +1,109 @@
+"""What was observed. Always partial and always a little old: each host's part says when it was taken."""
+
+from enum import StrEnum
+
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.nouns import HostRole, Size, Value
+
+
+class RunState(StrEnum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    """The guest does not run; the VMM does."""
+    INCOMING = "incoming"
+    """A VMM that waits for or receives a server; owns nothing yet."""
+    STARTING = "starting"
+    CRASHED = "crashed"
+    """This host owns the server and no VMM runs it."""
+
+
+class ServerStatus(Value, frozen=True, kw_only=True):
+    id: ServerId
+    epoch: int
+    state: RunState
+    release: ReleaseId | None
+    """Of the VMM that runs it now, not of the host."""
+    size: Size
+    since: float = 0.0
+    """Wall clock, seconds, of the last change of state."""
+
+
+class OperationState(StrEnum):
+    RUNNING = "running"
+    DONE = "done"
+    UNDONE = "undone"
+    """Failed before its point of no return, everything as before. May be tried again as a new operation."""
+    STUCK = "stuck"
+    """Neither forward nor back without a person; the reason is in `error`."""
+
+
+class OperationKind(StrEnum):
+    MOVE = "move"
+    VERIFY = "verify"
+    """Boot a probe under the host's configured release before it is given servers."""
+
+
+class OperationStatus(Value, frozen=True, kw_only=True):
+    id: OperationId
+    kind: OperationKind
+    state: OperationState
+    step: str
+    server: ServerId | None = None
+    epoch: int = 0
+    """Of the server, after the operation."""
+    waits_for: str = ""
+    """What it waits for right now, in words; empty if it does not wait."""
+    error: ErrorRecord | None = None
+    progress: float = 0.0
+    """0.0 to 1.0"""
+    times: dict[str, float] = {}
+    """Wall clock, seconds, at which each step began."""
+
+
+class VolumeStatus(Value, frozen=True, kw_only=True):
+    id: VolumeId
+    epoch: int
+    served: bool
+    size_mib: int
+
+
+class Accelerator(Value, frozen=True, kw_only=True):
+    """What a probe that booted a guest found out. `reason` says it to a person."""
+
+    name: str
+    reason: str
+    release: ReleaseId | None = None
+
+
+class HostInventory(Value, frozen=True, kw_only=True):
+    host: HostId
+    role: HostRole
+    boot_id: str
+    agent_version: str
+    taken_at: float
+    """Wall clock of the host, seconds."""
+    generation: int
+    """The configuration this host has converged to (0: none yet)."""
+    target_generation: int
+    """The newest configuration it has accepted; differs from `generation` while it converges."""
+    capacity: Size
+    releases: tuple[ReleaseId, ...] = ()
+    """Hypervisor releases present here whose files were checked against their manifest."""
+    verified_release: ReleaseId | None = None
+    """The release under which a probe last booted here."""
+    accelerator: Accelerator | None = None
+    servers: tuple[ServerStatus, ...] = ()
+    volumes: tuple[VolumeStatus, ...] = ()
+    operations: tuple[OperationStatus, ...] = ()
+    """Running ones, and ended ones until the runtime has acknowledged them."""
+    drift: tuple[str, ...] = ()
+    """What was found different from the configuration and put right, or left alone, in words."""
+    problems: tuple[ErrorRecord, ...] = ()
+    """What keeps this host from converging."""
+
+
+class Inventory(Value, frozen=True, kw_only=True):
+    hosts: dict[HostId, HostInventory]
+    connected: frozenset[HostId]
+    """Hosts whose agent is connected now; for the others the inventory is the last one seen."""

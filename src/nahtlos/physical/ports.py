@@ -1,0 +1,303 @@
+"""The lowest line: what an agent asks of its host. Real drivers and the simulated world serve the same
+protocols, and one contract suite (tests/contract) runs against both.
+
+A VMM is named by (server, epoch): the source of a move runs epoch n, the destination n + 1, so both can
+exist on one host. Taps are named by their port. File descriptors never pass through these protocols:
+they live in the supervisor's store under a name (as in systemd's FDSTORE), where they outlive the agent.
+
+Every call has a deadline of its own inside; it raises Unavailable when that passes, Refused when asked
+for something impossible.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from nahtlos.model.config import (
+    HostConfig,
+    NetworkConfig,
+    PortConfig,
+    ServerConfig,
+)
+from nahtlos.model.ids import PortId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.inventory import Accelerator, RunState, VolumeStatus
+from nahtlos.model.nouns import Size, VolumeSpec
+
+
+class VmmId(msgspec.Struct, frozen=True, order=True):
+    server: ServerId
+    epoch: int
+
+    @property
+    def unit(self) -> str:
+        return f"vmm.{self.server}.{self.epoch}"
+
+
+# --- supervisor --------------------------------------------------------------------------------------
+
+
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
+    """A daemon that outlives the agent."""
+
+    name: str
+    argv: tuple[str, ...]
+    """`{fd:NAME}` in an argument becomes the number at which the stored fd NAME is inherited."""
+    environment: dict[str, str] = {}
+    fds: tuple[str, ...] = ()
+    """Names of stored fds to inherit."""
+    log: Path
+    restart: bool = False
+    """Start it again when it ends other than by `stop`."""
+
+
+class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    pid: int | None
+    """None once it has ended; an ended unit stays listed until `forget`."""
+    exit_code: int | None = None
+    restarts: int = 0
+
+
+class Supervisor(Protocol):
+    """Owns daemons, listening sockets and tap descriptors of one host."""
+
+    async def start(self, unit: Unit) -> UnitStatus:
+        """Starting a unit that runs already changes nothing."""
+        ...
+
+    async def stop(self, name: str, *, grace: float = 5.0) -> None:
+        """SIGTERM, after `grace` seconds SIGKILL (at once if 0); returns when it has ended. Forgets it."""
+        ...
+
+    async def units(self) -> dict[str, UnitStatus]: ...
+
+    async def listen_tcp(self, name: str, address: str, port: int) -> int:
+        """Hold a listening socket under `name`; returns its port (0 asks for any). Repeatable."""
+        ...
+
+    async def listen_unix(self, name: str, path: Path, *, mode: int) -> None: ...
+
+    async def store_fd(self, name: str, fd: int) -> None:
+        """Keep a duplicate of `fd` under `name`, replacing what was there."""
+        ...
+
+    async def fetch_fd(self, name: str) -> int | None:
+        """A duplicate that the caller must close; None if there is none."""
+        ...
+
+    async def drop_fd(self, name: str) -> None: ...
+
+    async def stored(self) -> frozenset[str]: ...
+
+
+# --- hypervisor --------------------------------------------------------------------------------------
+
+
+class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
+    id: VmmId
+    state: RunState
+    """RUNNING, PAUSED, INCOMING (still receiving or waiting to), STARTING; CRASHED if the process ended."""
+    release: ReleaseId | None
+    size: Size
+    migrated: bool = False
+    """This VMM has received a server completely (destination) and may be resumed."""
+    sent: bool = False
+    """This VMM has sent its server completely (source); resuming it would run a second copy."""
+
+
+class MigrationPhase(StrEnum):
+    NONE = "none"
+    ACTIVE = "active"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class MigrationProgress(msgspec.Struct, frozen=True, kw_only=True):
+    phase: MigrationPhase
+    remaining: int = 0
+    """Bytes; late in a pass this figure is stale (see `passes`)."""
+    total: int = 0
+    transferred: int = 0
+    passes: int = 0
+    """Number of dirty-bitmap syncs so far."""
+    error: str = ""
+
+
+class Hypervisor(Protocol):
+    async def releases(self) -> tuple[ReleaseId, ...]:
+        """Releases whose files are present and match their manifest."""
+        ...
+
+    async def observe(self) -> tuple[VmmStatus, ...]:
+        """Every VMM of this host, also those an earlier agent started."""
+        ...
+
+    async def verify(self, release: ReleaseId) -> Accelerator:
+        """Boot a probe guest under `release` and choose an accelerator by it; check that
+        switchover-ack holds an idle guest. Refused with the reason if the release cannot serve."""
+        ...
+
+    async def start(self, server: ServerConfig, release: ReleaseId) -> None:
+        """Boot. Taps must exist (`Network.port_create`). Repeatable."""
+        ...
+
+    async def kill(self, vmm: VmmId) -> None:
+        """End the process at once and remove what belongs to it (RAM file, sockets). Repeatable."""
+        ...
+
+    async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]: ...
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> None: ...
+
+    # moves: destination
+
+    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
+        """Start a VMM that waits (`-incoming defer -S`), capabilities cleared and set. Repeatable."""
+        ...
+
+    async def incoming_listen(self, vmm: VmmId, address: str) -> str:
+        """Start listening for the stream (TLS, both sides proven); returns the URI for the source."""
+        ...
+
+    async def incoming_wait(self, vmm: VmmId, *, timeout: float) -> None:
+        """Returns when everything has arrived. Refused if the stream failed; Unavailable on timeout."""
+        ...
+
+    async def resume(self, vmm: VmmId) -> None:
+        """Let the guest run (again). Who calls this has made sure that no other copy can."""
+        ...
+
+    # moves: source
+
+    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+        """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
+        destination's certificate must prove. Refused if it failed at once."""
+        ...
+
+    async def migrate_progress(self, vmm: VmmId) -> MigrationProgress: ...
+
+    async def pause(self, vmm: VmmId) -> None:
+        """Stop the guest's CPUs; the migration then completes."""
+        ...
+
+    async def migrate_cancel(self, vmm: VmmId) -> None:
+        """Returns when the source is free for another migration. Repeatable; fine if none runs."""
+        ...
+
+
+# --- network -----------------------------------------------------------------------------------------
+
+
+class NetworkCapabilities(msgspec.Struct, frozen=True, kw_only=True):
+    lossless_move: bool
+    ct_transfer: bool
+    strict_stateful: bool
+    shaper: bool
+    details: dict[str, str] = {}
+    """What is used and what is missing on this kernel, in words, for `doctor`."""
+
+
+class MoveRole(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class NetworkObservation(msgspec.Struct, frozen=True, kw_only=True):
+    networks: tuple[str, ...]
+    local_ports: tuple[PortId, ...]
+    """Ports with a tap here."""
+    reflecting: tuple[PortId, ...]
+    counters: dict[str, dict[str, int]] = {}
+    """Per port: rx_packets, tx_packets, tx_dropped (as the tap counts them)."""
+
+
+class NetworkDesired(msgspec.Struct, frozen=True, kw_only=True):
+    """What `reconcile` makes true. `pinned` ports take part in a move: their entries are left alone."""
+
+    config: HostConfig
+    pinned: frozenset[PortId] = frozenset()
+
+
+class Network(Protocol):
+    """Frames for a port go where its one FDB entry says. Learning is off everywhere."""
+
+    async def capabilities(self) -> NetworkCapabilities: ...
+
+    async def host_init(self) -> None:
+        """Once per agent start: sysctls, tables. Repeatable."""
+        ...
+
+    async def reconcile(self, desired: NetworkDesired) -> tuple[str, ...]:
+        """Make networks, FDB, neighbours, DHCP, uplinks and reflection as desired; what is right is not
+        touched. Returns what was found different and put right. Does not create or delete taps."""
+        ...
+
+    async def observe(self) -> NetworkObservation: ...
+
+    async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
+        """A tap for `port`, its fd in the supervisor's store as `tap.<port>`. `deliver` says whether
+        frames for it go to it from now on (False for the destination of a move: its FDB entry and
+        flooding come with the switch). Repeatable."""
+        ...
+
+    async def port_delete(self, port: PortId) -> None: ...
+
+    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+        """`vtep` is the other host's tunnel address. Source: gate on, the unused tunnel entry set.
+        Destination: the same, towards the source, for an abort. Repeatable."""
+        ...
+
+    async def move_sacrifice(self, port: PortId) -> bool:
+        """Destination, once its VMM waits: let it swallow one frame nobody misses. False if it did not
+        within its deadline."""
+        ...
+
+    async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        """Flip the one FDB entry: at the destination to its tap, at the source to the tunnel."""
+        ...
+
+    async def move_drain(self, port: PortId, *, timeout: float) -> bool:
+        """Source, after the switch: wait until the running guest has taken every frame from its tap."""
+        ...
+
+    async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
+        """Abort after the switch. Source: FDB back to the tap. Destination: frames parked in its tap
+        go back through the tunnel; returns their number. Call at the source first."""
+        ...
+
+    async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
+        stays while the configuration says `reflect`."""
+        ...
+
+
+# --- storage -----------------------------------------------------------------------------------------
+
+
+class Storage(Protocol):
+    """Volumes of this host, served over NBD."""
+
+    async def reconcile(
+        self, volumes: tuple[VolumeSpec, ...], removed: tuple[VolumeId, ...]
+    ) -> tuple[str, ...]:
+        """Create what is missing from its image, serve everything, delete what is removed. Returns what
+        was put right."""
+        ...
+
+    async def observe(self) -> tuple[VolumeStatus, ...]: ...
+
+
+class Drivers(msgspec.Struct, frozen=True, kw_only=True):
+    """The physical layer of one host, as its agent holds it."""
+
+    supervisor: Supervisor
+    hypervisor: Hypervisor
+    network: Network
+    storage: Storage
+
+
+class Crash(BaseException):
+    """Raised by a simulated world to end an agent as kill -9 would: nothing may catch it."""

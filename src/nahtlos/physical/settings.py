@@ -1,0 +1,39 @@
+"""What an agent is started with: a JSON file of this shape, readable by root only."""
+
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.ids import HostId
+from nahtlos.model.nouns import HostRole, Size
+
+
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
+    host: HostId
+    role: HostRole
+    address: str
+    """Underlay address: tunnels, volumes, moves, other agents."""
+    peer_port: int
+    orchestrator_address: str
+    orchestrator_port: int
+    state_dir: Path
+    """Ledger, volumes, console logs. Survives a restart of the host."""
+    run_dir: Path
+    """Sockets. Short, as socket paths are limited to 107 bytes."""
+    ram_dir: Path
+    """On a tmpfs: RAM files of servers."""
+    releases_dir: Path
+    images_dir: Path
+    """`<image>.raw`"""
+    cache_dir: Path
+    """Remembered results of accelerator probes."""
+    pki_dir: Path
+    """`ca.pem`, `cert.pem`, `key.pem`; also as QEMU wants them: `ca-cert.pem`, `server-cert.pem`, …"""
+    supervisor_socket: Path
+    underlay_interface: str = "eth0"
+    capacity: Size
+    nbd_port: int = 10809
+
+
+def load_settings(path: Path) -> AgentSettings:
+    return msgspec.json.decode(path.read_bytes(), type=AgentSettings)

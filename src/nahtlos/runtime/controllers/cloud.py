@@ -1,0 +1,172 @@
+"""What the runtime offers to operators: one method for each thing an operator can ask.
+
+The operator API and the command line are thin over this. Every method either answers at once from the
+store, or writes intent and returns; nothing here waits for hosts. Errors are those of `model.errors`.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from nahtlos.model.blueprint import (
+    Campaign,
+    CapacityReport,
+    Forecast,
+    HostIntent,
+    HostPhase,
+    OperationRecord,
+    Waiting,
+)
+from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
+from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
+from nahtlos.model.nouns import HostRole, Release, Size, Value
+
+
+class HostView(Value, frozen=True, kw_only=True):
+    id: HostId
+    role: HostRole
+    address: str
+    intent: HostIntent
+    phase: HostPhase
+    connected: bool
+    release: ReleaseId | None
+    """Decided for it."""
+    verified_release: ReleaseId | None
+    """A probe last booted under this one."""
+    accelerator: Accelerator | None
+    capacity: Size
+    used: Size
+    servers: tuple[ServerId, ...]
+    generation: int
+    target_generation: int
+    seen_at: float | None
+    inventory: HostInventory | None = None
+    """Only in the view of a single host."""
+
+
+class ServerView(Value, frozen=True, kw_only=True):
+    id: ServerId
+    host: HostId | None
+    epoch: int
+    state: RunState | None
+    """As observed; None if it has not been seen yet."""
+    release: ReleaseId | None
+    """Of the VMM that runs it."""
+    size: Size
+    ip: str
+    mac: str
+    volume_host: HostId
+    moving_to: HostId | None
+    waits_for: str
+    """Why it is not where it should be; empty if it is."""
+    created_at: float
+
+
+class CampaignView(Value, frozen=True, kw_only=True):
+    campaign: Campaign
+    hosts_total: int
+    hosts_upgraded: int
+    moves_done: int
+    moves_failed: int
+    moves_total_forecast: int
+    running: tuple[OperationStatus, ...]
+    waiting: tuple[Waiting, ...]
+    capacity: CapacityReport
+    capacity_floor: float
+    """Least share of what was promised that could have been placed, since the campaign began."""
+    operations: tuple[OperationRecord, ...]
+    """All that ended in it, oldest first."""
+
+
+class CloudEvent(Value, frozen=True, kw_only=True):
+    number: int
+    """Rising; ask for the events after one."""
+    at: float
+    kind: str
+    subject: str
+    text: str
+    data: dict[str, str | int | float] = {}
+
+
+class Status(Value, frozen=True, kw_only=True):
+    version: str
+    orchestrator_epoch: int
+    leader: bool
+    blueprint: str
+    converged: bool
+    waiting: tuple[Waiting, ...]
+    capacity: CapacityReport
+    time: float
+
+
+class ServerRequest(Value, frozen=True, kw_only=True):
+    name: str
+    vcpus: int = 1
+    memory_mib: int = 256
+    image: ImageId | None = None
+    """None: the only one there is."""
+    volume_mib: int = 160
+    host: HostId | None = None
+    """Asks for a host; refused with by how much it lacks and where it would fit."""
+
+
+class JoinRequest(Value, frozen=True, kw_only=True):
+    token: str
+    host: HostId
+    role: HostRole
+    address: str
+    peer_port: int
+    csr_pem: str
+
+
+class JoinAnswer(Value, frozen=True, kw_only=True):
+    certificate_pem: str
+    ca_pem: str
+
+
+class Cloud(Protocol):
+    async def status(self) -> Status: ...
+
+    async def hosts(self) -> tuple[HostView, ...]: ...
+    async def host(self, host: HostId) -> HostView: ...
+    async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView: ...
+    async def create_join_token(self, host: HostId, role: HostRole, ttl_seconds: int) -> str:
+        """A token that lets one host of this name join once."""
+        ...
+
+    async def join(self, request: JoinRequest) -> JoinAnswer: ...
+
+    async def releases(self) -> tuple[Release, ...]: ...
+    async def release(self, release: ReleaseId) -> Release: ...
+    async def register_release(self, release: ReleaseId) -> Release:
+        """Take up a built bundle from the releases folder; Refused if its files differ from its manifest."""
+        ...
+
+    async def images(self) -> tuple[ImageId, ...]: ...
+
+    async def servers(self) -> tuple[ServerView, ...]: ...
+    async def server(self, server: ServerId) -> ServerView: ...
+    async def create_server(self, request: ServerRequest) -> ServerView: ...
+    async def move_server(self, server: ServerId, to: HostId | None) -> ServerView: ...
+    async def delete_server(self, server: ServerId) -> ServerView: ...
+    async def console_read(self, server: ServerId, offset: int) -> tuple[bytes, int]: ...
+    async def console_write(self, server: ServerId, data: bytes) -> None: ...
+
+    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast: ...
+    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView: ...
+    async def campaigns(self) -> tuple[Campaign, ...]: ...
+    async def campaign(self, campaign: CampaignId | None) -> CampaignView:
+        """None: the newest."""
+        ...
+
+    async def pause_upgrade(self) -> CampaignView: ...
+    async def resume_upgrade(self) -> CampaignView: ...
+    async def cancel_upgrade(self) -> CampaignView: ...
+
+    async def set_promised(self, promised: Size) -> None:
+        """What customers were promised in total; Refused if the hosts could not hold it."""
+        ...
+
+    async def events(self, after: int, limit: int) -> tuple[CloudEvent, ...]: ...
+    def follow(self, after: int) -> AsyncIterator[CloudEvent]:
+        """Events after `after`, then every new one as it happens."""
+        ...

@@ -1,0 +1,261 @@
+"""The one contract between runtime and host, and between host and host.
+
+Every message is a tagged struct; unknown fields are ignored, unknown messages are refused (`Failure` with
+kind `refused`), so two neighbouring releases can talk. A message is carried in an `Envelope`.
+
+    agent -> orchestrator   Hello, Report, Event           answers to commands
+    orchestrator -> agent   Configure, BeginMove, BeginVerify, Acknowledge, CancelOperation, ConsoleRead,
+                            ConsoleWrite, Ping
+    agent -> agent          PeerHello, MovePrepare, MoveArriving, MoveCommit, MoveAbandon, MoveOutcome
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId
+from nahtlos.model.inventory import HostInventory
+from nahtlos.model.nouns import HostRole
+
+PROTOCOL_MIN = 1
+PROTOCOL_MAX = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that is sent."""
+
+
+# --- session -----------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message of an agent. The host it claims must be the one its certificate names."""
+
+    host: HostId
+    role: HostRole
+    protocol_min: int
+    protocol_max: int
+    agent_version: str
+    capabilities: tuple[str, ...]
+    """e.g. `move`, `verify`, `console`, `network:native:lossless`"""
+    boot_id: str
+    orchestrator_epoch: int
+    """The highest orchestrator epoch this agent has obeyed."""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Answer to Hello and PeerHello: the version both will speak."""
+
+    protocol: int
+    orchestrator_epoch: int = 0
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """The command was accepted (and, where it is not an operation, carried out)."""
+
+
+class Failure(Message, frozen=True, kw_only=True):
+    error: ErrorRecord
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    pass
+
+
+# --- agent to orchestrator ---------------------------------------------------------------------------
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """The host's inventory: after every change and at least every few seconds."""
+
+    inventory: HostInventory
+
+
+class Event(Message, frozen=True, kw_only=True):
+    """Something worth a line in the log and on the operator's screen, as it happens."""
+
+    host: HostId
+    at: float
+    kind: str
+    """e.g. `move.step`, `server.crashed`, `drift`, `agent.restarted`"""
+    subject: str
+    text: str
+    data: dict[str, str | int | float] = {}
+
+
+# --- orchestrator to agent ---------------------------------------------------------------------------
+
+
+class Configure(Message, frozen=True, kw_only=True):
+    config: HostConfig
+
+
+class MoveOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """All that both agents need to carry a move to its end without the orchestrator."""
+
+    id: OperationId
+    server: ServerConfig
+    """As the source owns it; `server.epoch` is the source's epoch, the destination's is one more."""
+    ports: tuple[PortConfig, ...]
+    """The server's ports as they are at the source."""
+    source: HostId
+    destination: HostId
+    source_address: str
+    destination_address: str
+    destination_peer_port: int
+    precopy_deadline: float = 120.0
+    """Seconds until a pre-copy that does not converge is given up (undone)."""
+    bandwidth: int = 4 << 30
+    """Bytes per second the move may use."""
+
+    @property
+    def epoch(self) -> int:
+        return self.server.epoch + 1
+
+
+class BeginMove(Message, frozen=True, kw_only=True):
+    """Sent to the destination first, then to the source. Repeating it changes nothing."""
+
+    order: MoveOrder
+
+
+class BeginVerify(Message, frozen=True, kw_only=True):
+    """Boot a probe under `release` (which must be the configured one) and report the outcome."""
+
+    id: OperationId
+    release: ReleaseId
+
+
+class CancelOperation(Message, frozen=True, kw_only=True):
+    """Undo the operation if its point of no return has not been reached; otherwise `Conflict`."""
+
+    id: OperationId
+
+
+class Acknowledge(Message, frozen=True, kw_only=True):
+    """The runtime has recorded these ended operations; the agent may forget them."""
+
+    ids: tuple[OperationId, ...]
+
+
+class ConsoleRead(Message, frozen=True, kw_only=True):
+    server: ServerId
+    offset: int
+    limit: int = 65536
+
+
+class ConsoleData(Message, frozen=True, kw_only=True):
+    data: bytes
+    next_offset: int
+
+
+class ConsoleWrite(Message, frozen=True, kw_only=True):
+    server: ServerId
+    data: bytes
+
+
+# --- agent to agent: one move ------------------------------------------------------------------------
+
+
+class PeerHello(Message, frozen=True, kw_only=True):
+    host: HostId
+    protocol_min: int
+    protocol_max: int
+
+
+class MovePrepare(Message, frozen=True, kw_only=True):
+    """Source to destination: get ready to receive. Refused unless the destination holds the same order."""
+
+    id: OperationId
+    server: ServerId
+    epoch: int
+
+
+class MoveReady(Message, frozen=True, kw_only=True):
+    """The destination's VMM waits at `uri`; its taps exist and have swallowed their sacrificial frames."""
+
+    uri: str
+
+
+class MoveSwitch(Message, frozen=True, kw_only=True):
+    """Source to destination, before the source flips its own path: deliver to your taps from now on."""
+
+    id: OperationId
+
+
+class MoveCommit(Message, frozen=True, kw_only=True):
+    """Source to destination: I have stopped for good and will not resume unless you abandon.
+    Answered when the destination owns the server durably and runs it."""
+
+    id: OperationId
+
+
+class MoveAbandon(Message, frozen=True, kw_only=True):
+    """Source to destination: give it up if you can. The answer is final either way."""
+
+    id: OperationId
+
+
+class Decision(StrEnum):
+    UNDECIDED = "undecided"
+    COMMITTED = "committed"
+    """The destination owns the server, durably."""
+    ABANDONED = "abandoned"
+    """The destination will never own it by this operation, durably."""
+
+
+class MoveOutcome(Message, frozen=True, kw_only=True):
+    """Answer to MoveCommit and MoveAbandon, and to the question below."""
+
+    id: OperationId
+    decision: Decision
+    running_since: float | None = None
+    error: ErrorRecord | None = None
+
+
+class MoveQuery(Message, frozen=True, kw_only=True):
+    id: OperationId
+
+
+class MoveReturnFrames(Message, frozen=True, kw_only=True):
+    """Source to destination after an abandoned move: pass the frames you parked back to me, then forget
+    the ports."""
+
+    id: OperationId
+
+
+class MoveFinished(Message, frozen=True, kw_only=True):
+    """Source to destination: my copy is gone; your journal of this move may end."""
+
+    id: OperationId
+
+
+ToAgent = (
+    Configure | BeginMove | BeginVerify | CancelOperation | Acknowledge | ConsoleRead | ConsoleWrite | Ping
+)
+ToOrchestrator = Hello | Report | Event | Ping
+ToPeer = (
+    PeerHello
+    | MovePrepare
+    | MoveSwitch
+    | MoveCommit
+    | MoveAbandon
+    | MoveQuery
+    | MoveReturnFrames
+    | MoveFinished
+    | Ping
+)
+Answer = Welcome | Done | Failure | ConsoleData | MoveReady | MoveOutcome
+AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """`id` numbers the sender's messages from 1; an answer carries the id it answers in `reply_to`.
+    `epoch` is the orchestrator's (0 in what agents send): an agent refuses one lower than it has seen."""
+
+    id: int
+    reply_to: int | None
+    epoch: int
+    body: msgspec.Raw
