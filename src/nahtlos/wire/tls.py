@@ -1,0 +1,109 @@
+"""Who is who on the network: TLS contexts of a party and the name a certificate proves.
+
+Both sides of every connection prove themselves by a certificate of the cloud's own CA; no other CA is
+trusted. A party's name is in its certificate as the URI `nahtlos:<party>` with `<party>` one of
+`host/<id>`, `orchestrator`, `operator/<name>`. Never issues certificates (`runtime.identity` does).
+
+A party keeps its certificate in a pki folder: `ca.pem`, `cert.pem`, `key.pem`.
+"""
+
+import re
+import ssl
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import cast
+
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import HostId
+
+CA_FILE = "ca.pem"
+CERTIFICATE_FILE = "cert.pem"
+KEY_FILE = "key.pem"
+
+URI_SCHEME = "nahtlos:"
+ORCHESTRATOR = "orchestrator"
+
+_PARTY = re.compile(r"^(orchestrator|(host|operator)/[a-z]([a-z0-9-]{0,30}[a-z0-9])?)$")
+
+
+def host_party(host: HostId) -> str:
+    return f"host/{host}"
+
+
+def operator_party(name: str) -> str:
+    return f"operator/{name}"
+
+
+def party_uri(party: str) -> str:
+    """The URI that proves `party`. Refused if it names no party there can be."""
+    if not _PARTY.match(party):
+        raise Refused(f"'{party}' names no party", field="party")
+    return URI_SCHEME + party
+
+
+def host_of(party: str) -> HostId | None:
+    """The host behind a party's name; None if it is no host's."""
+    kind, _, name = party.partition("/")
+    return HostId(name) if kind == "host" and name else None
+
+
+def operator_of(party: str) -> str | None:
+    kind, _, name = party.partition("/")
+    return name if kind == "operator" and name else None
+
+
+def party_of(certificate: Mapping[str, object] | None) -> str | None:
+    """The party named by a verified peer certificate, as `SSLObject.getpeercert()` gives it.
+    None if there is none, or if it names none or several: such a peer is nobody."""
+    if not certificate:
+        return None
+    names = cast("Iterable[tuple[str, str]]", certificate.get("subjectAltName", ()))
+    parties = [
+        value.removeprefix(URI_SCHEME)
+        for kind, value in names
+        if kind == "URI" and value.startswith(URI_SCHEME)
+    ]
+    if len(parties) != 1 or not _PARTY.match(parties[0]):
+        return None
+    return parties[0]
+
+
+def server_context(pki_dir: Path, *, clients: ssl.VerifyMode = ssl.CERT_REQUIRED) -> ssl.SSLContext:
+    """For listening. `clients` may be CERT_OPTIONAL where another credential can stand in."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = clients
+    return _with_identity(context, pki_dir)
+
+
+def client_context(pki_dir: Path) -> ssl.SSLContext:
+    """For dialling with this party's certificate. The name is checked by the caller, from the URI."""
+    return _with_identity(_anonymous_client(), pki_dir)
+
+
+def client_context_without_certificate(ca_file: Path) -> ssl.SSLContext:
+    """For dialling with another credential than a certificate; the listener must still prove itself."""
+    context = _anonymous_client()
+    context.load_verify_locations(cafile=str(ca_file))
+    return context
+
+
+def _anonymous_client() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+def _with_identity(context: ssl.SSLContext, pki_dir: Path) -> ssl.SSLContext:
+    missing = [n for n in (CA_FILE, CERTIFICATE_FILE, KEY_FILE) if not (pki_dir / n).is_file()]
+    if missing:
+        raise Refused(
+            f"{pki_dir} lacks {', '.join(missing)}",
+            field="pki_dir",
+            remedy="let this party join (again), or issue its certificate",
+        )
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(cafile=str(pki_dir / CA_FILE))
+    context.load_cert_chain(str(pki_dir / CERTIFICATE_FILE), str(pki_dir / KEY_FILE))
+    return context
