@@ -1,0 +1,151 @@
+"""Operations from their decision to their end, what refused to begin, and what moves were measured.
+
+A row appears in the transaction that makes the blueprint naming the operation the target, and ends in the
+one that makes a blueprint without it the target. Agents forget an operation only after that.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from nahtlos.model.blueprint import OperationRecord
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import CampaignId, HostId, OperationId
+from nahtlos.runtime.store import schema
+from nahtlos.runtime.store.documents import text_of, value_of
+
+
+class MoveSample(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a move of this cloud took, and for how long its guest did not run (None: not measured)."""
+
+    operation: OperationId
+    server: str
+    memory_mib: int
+    seconds: float
+    gap_ms: float | None = None
+    at: float = 0.0
+
+
+async def begin(tx: AsyncConnection, record: OperationRecord, now: float) -> None:
+    statement = upsert(schema.operations).values(
+        id=record.id,
+        kind=record.kind,
+        subject=record.subject,
+        state=record.state,
+        campaign=record.campaign,
+        document=text_of(record),
+        begun_at=now,
+    )
+    await tx.execute(statement.on_conflict_do_nothing(index_elements=["id"]))
+
+
+async def end(tx: AsyncConnection, record: OperationRecord, now: float) -> None:
+    """Record the outcome, also of an operation no row says anything about. Ending twice changes nothing."""
+    await begin(tx, record, now)
+    table = schema.operations
+    await tx.execute(
+        update(table)
+        .where(table.c.id == record.id, table.c.ended_at.is_(None))
+        .values(state=record.state, document=text_of(record), ended_at=now)
+    )
+    await tx.execute(delete(schema.refusals).where(schema.refusals.c.operation == record.id))
+
+
+async def add_times(tx: AsyncConnection, operation: OperationId, times: Mapping[str, float]) -> None:
+    """Times another agent knew of an operation that is recorded; what is there already stays."""
+    known = (await get(tx, (operation,))).get(operation)
+    if known is None or known.times.keys() >= times.keys():
+        return
+    merged = msgspec.structs.replace(known, times={**times, **known.times})
+    await tx.execute(
+        update(schema.operations).where(schema.operations.c.id == operation).values(document=text_of(merged))
+    )
+
+
+async def get(tx: AsyncConnection, ids: Iterable[OperationId]) -> dict[OperationId, OperationRecord]:
+    return _records(await _select(tx, schema.operations.c.id.in_(tuple(ids))))
+
+
+async def ended(tx: AsyncConnection, ids: Iterable[OperationId]) -> frozenset[OperationId]:
+    """Which of these are recorded as ended."""
+    table = schema.operations
+    rows = await tx.execute(
+        select(table.c.id).where(table.c.id.in_(tuple(ids)), table.c.ended_at.is_not(None))
+    )
+    return frozenset(OperationId(row.id) for row in rows)
+
+
+async def of_campaign(tx: AsyncConnection, campaign: CampaignId) -> tuple[OperationRecord, ...]:
+    """Those that ended in it, oldest first."""
+    table = schema.operations
+    where = (table.c.campaign == campaign) & table.c.ended_at.is_not(None)
+    return tuple(_records(await _select(tx, where)).values())
+
+
+async def newest(tx: AsyncConnection, limit: int) -> tuple[OperationRecord, ...]:
+    table = schema.operations
+    query = select(table).where(table.c.ended_at.is_not(None)).order_by(table.c.ended_at.desc()).limit(limit)
+    return tuple(_records((await tx.execute(query)).all()).values())
+
+
+async def _select(tx: AsyncConnection, where: Any) -> Any:
+    table = schema.operations
+    return (await tx.execute(select(table).where(where).order_by(table.c.ended_at, table.c.id))).all()
+
+
+def _records(rows: Any) -> dict[OperationId, OperationRecord]:
+    return {OperationId(row.id): value_of(row.document, OperationRecord) for row in rows}
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+async def refuse(tx: AsyncConnection, operation: OperationId, host: HostId, error: ErrorRecord) -> None:
+    """An agent would not begin it. The planner sees this as an operation undone on that host."""
+    statement = upsert(schema.refusals).values(operation=operation, host=host, document=text_of(error))
+    await tx.execute(statement.on_conflict_do_nothing(index_elements=["operation"]))
+
+
+async def refusals(tx: AsyncConnection) -> dict[OperationId, tuple[HostId, ErrorRecord]]:
+    rows = await tx.execute(select(schema.refusals))
+    return {
+        OperationId(row.operation): (HostId(row.host), value_of(row.document, ErrorRecord)) for row in rows
+    }
+
+
+# --- samples -----------------------------------------------------------------------------------------
+
+SAMPLES = 200
+
+
+async def add_sample(tx: AsyncConnection, sample: MoveSample) -> None:
+    statement = upsert(schema.move_samples).values(
+        operation=sample.operation,
+        server=sample.server,
+        memory_mib=sample.memory_mib,
+        seconds=sample.seconds,
+        gap_ms=sample.gap_ms,
+        at=sample.at,
+    )
+    await tx.execute(statement.on_conflict_do_nothing(index_elements=["operation"]))
+
+
+async def samples(tx: AsyncConnection) -> tuple[MoveSample, ...]:
+    """The newest, oldest of them first."""
+    table = schema.move_samples
+    rows = (await tx.execute(select(table).order_by(table.c.at.desc()).limit(SAMPLES))).all()
+    return tuple(
+        MoveSample(
+            operation=OperationId(row.operation),
+            server=row.server,
+            memory_mib=row.memory_mib,
+            seconds=row.seconds,
+            gap_ms=row.gap_ms,
+            at=row.at,
+        )
+        for row in reversed(rows)
+    )

@@ -1,0 +1,106 @@
+"""The database of the runtime: opening, migrating, transactions, and the fence of the leader.
+
+Owns the one connection and the order of transactions. Never knows what is in the rows: that is in the
+modules beside this one, whose functions take a transaction (`AsyncConnection`) and so can be combined
+into one. Between entering and leaving a transaction nothing but the database may be awaited.
+
+    async with store.reading() as tx: ...         a consistent look
+    async with store.writing() as tx: ...         intent, observations
+    async with store.deciding(epoch) as tx: ...   what a leader decided; Stale once its lease is gone
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from nahtlos.runtime.store import leases
+from nahtlos.runtime.store.migrate import upgrade_to_head
+
+BUSY_TIMEOUT_MS = 10_000
+TRANSACTION_TIMEOUT = 30.0
+
+Clock = Callable[[], float]
+OnIo = Callable[[], AbstractContextManager[None]]
+
+
+class Store:
+    """One open database. Use `Store.open`."""
+
+    def __init__(self, engine: AsyncEngine, *, clock: Clock, on_io: OnIo | None) -> None:
+        self.clock = clock
+        self._engine = engine
+        self._on_io: OnIo = on_io or nullcontext
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, path: Path | None, *, clock: Clock = time.time, on_io: OnIo | None = None) -> "Store":
+        """The database at `path` (None: in memory), brought to this release's schema. `clock` serves as
+        the database's clock (seconds); `on_io` is entered around every use of the database's thread, so
+        that a simulation can hold its time meanwhile."""
+        store = cls(_embedded_engine(path, clock), clock=clock, on_io=on_io)
+        async with store._run() as connection:
+            await connection.run_sync(upgrade_to_head)
+        return store
+
+    @asynccontextmanager
+    async def _run(self) -> AsyncGenerator[AsyncConnection]:
+        """The only way to the database: one transaction at a time, in the order they were asked for."""
+        async with self._turn:
+            with self._on_io():
+                async with asyncio.timeout(TRANSACTION_TIMEOUT), self._engine.begin() as connection:
+                    yield connection
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator[AsyncConnection]:
+        async with self._run() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncGenerator[AsyncConnection]:
+        async with self._run() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def deciding(self, epoch: int) -> AsyncGenerator[AsyncConnection]:
+        """A transaction of the leader of `epoch`. Raises Stale if another leads or the lease has passed."""
+        async with self._run() as connection:
+            await leases.check(connection, epoch)
+            yield connection
+
+    async def close(self) -> None:
+        async with self._turn:
+            with self._on_io():
+                await self._engine.dispose()
+
+
+def _embedded_engine(path: Path | None, clock: Clock) -> AsyncEngine:
+    """SQLite behind one connection: transactions are ordered by this process, not by locks."""
+    url = URL.create("sqlite+aiosqlite", database=str(path) if path else ":memory:")
+    engine = create_async_engine(url, poolclass=StaticPool)
+
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # transactions are begun by `on_begin`, not by the driver
+        connection.create_function(leases.CLOCK_FUNCTION, 0, clock)
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            f"busy_timeout={BUSY_TIMEOUT_MS}",
+            "foreign_keys=ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def on_begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(engine.sync_engine, "connect", on_connect)
+    event.listen(engine.sync_engine, "begin", on_begin)
+    return engine
