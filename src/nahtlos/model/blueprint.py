@@ -64,8 +64,13 @@ class Policy(Value, frozen=True, kw_only=True):
     """The hypervisor release of hosts no campaign has reached."""
     campaign: Campaign | None = None
     """The one campaign that is not over (or whose cancellation is not complete)."""
+    placements: dict[ServerId, HostId] = {}
+    """Hosts that were asked for when a server was created; only looked at until it is placed."""
     requested_moves: dict[ServerId, HostId | None] = {}
-    """Moves an operator asked for, by server; None: the planner chooses the destination."""
+    """Moves an operator asked for, by server; None: the planner chooses the destination. To be taken out
+    once `Blueprint.served_requests` names them; until then they are not carried out a second time."""
+    machine_types: dict[ReleaseId, tuple[str, ...]] = {}
+    """What each release can run, where known: a server is not sent to a release without its machine type."""
     promised: Size = Size()
     """What customers were promised in total: it must stay placeable on hosts in service."""
     parallel_moves: int = 1
@@ -85,6 +90,19 @@ class HostPhase(StrEnum):
 class HostPlan(Value, frozen=True, kw_only=True):
     phase: HostPhase
     release: ReleaseId | None
+    previous: ReleaseId | None = None
+    """While a campaign switches it: the release it is put back to if the switch is given up."""
+
+
+class Failure(Value, frozen=True, kw_only=True):
+    """The last failed attempt of something that may be tried again."""
+
+    operation: OperationId
+    attempts: int
+    """Failed ones in a row; 0 once an operator's pause or drain has excused them."""
+    error: ErrorRecord | None = None
+    host: HostId
+    """The destination of a move; the host of a verify."""
 
 
 class PlannedMove(Value, frozen=True, kw_only=True):
@@ -97,6 +115,9 @@ class PlannedMove(Value, frozen=True, kw_only=True):
     destination: HostId
     epoch: int
     reason: str
+    patience_seconds: float = 0.0
+    """Not to be started earlier than this long after the blueprint that first holds it: doubles with every
+    failed attempt."""
 
 
 class PlannedVerify(Value, frozen=True, kw_only=True):
@@ -116,7 +137,15 @@ class Blueprint(Value, frozen=True, kw_only=True):
     """Moves that run, or shall start now."""
     verifies: tuple[PlannedVerify, ...] = ()
     attempts: dict[ServerId, int] = {}
-    """Failed moves of a server in a row; a success clears it."""
+    """Failed moves of a server in a row; a success clears it, and so does the end of the wish to move it."""
+    failed_moves: dict[ServerId, Failure] = {}
+    failed_verifies: dict[HostId, Failure] = {}
+    served_requests: dict[ServerId, HostId | None] = {}
+    """Those of `Policy.requested_moves` that have been fulfilled."""
+    campaign: CampaignId | None = None
+    """The campaign `ended_moves` counts for."""
+    upgrading: HostId | None = None
+    """The one host that the campaign empties, or switches, or puts back."""
     ended_moves: int = 0
     """Moves that ended well since the campaign began."""
     counter: int = 0
