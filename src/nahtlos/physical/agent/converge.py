@@ -1,0 +1,184 @@
+"""Bringing a host to its numbered configuration: what to do is decided by a pure function, then done.
+
+A server is started, started again after its VMM ended, or removed here; never moved, and never touched
+while an operation of it runs. What the configuration does not mention is reported and left alone.
+"""
+
+from collections.abc import Awaitable, Iterable, Mapping
+from enum import StrEnum
+
+from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
+from nahtlos.model.errors import Error, ErrorRecord, Refused
+from nahtlos.model.ids import PortId, ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import Value
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Hold, Ownership
+from nahtlos.physical.ports import NetworkDesired, VmmId, VmmStatus
+
+
+class Act(StrEnum):
+    START = "start"
+    """New here."""
+    RESTART = "restart"
+    """Owned here, and its VMM is gone."""
+    REMOVE = "remove"
+    END_STRAY = "end-stray"
+    """A VMM of an epoch this host does not own and no operation needs."""
+
+
+class ServerStep(Value, frozen=True, kw_only=True):
+    act: Act
+    server: ServerConfig
+    epoch: int
+
+
+def server_steps(
+    config: HostConfig,
+    owned: Mapping[ServerId, Ownership],
+    vmms: Iterable[VmmStatus],
+    busy: frozenset[ServerId],
+) -> tuple[ServerStep, ...]:
+    """What must be done for the servers of this host, in order. `busy`: servers with a running operation."""
+    present = {v.id: v for v in vmms}
+    steps: list[ServerStep] = []
+    for server in config.servers:
+        held = owned.get(server.spec.id)
+        if held is None and server.spec.id not in busy and server.spec.id not in config.removed_servers:
+            steps.append(ServerStep(act=Act.START, server=server, epoch=server.epoch))
+    for server_id, held in owned.items():
+        if server_id in busy:
+            continue
+        vmm = present.get(VmmId(server_id, held.epoch))
+        if server_id in config.removed_servers:
+            steps.append(ServerStep(act=Act.REMOVE, server=held.server, epoch=held.epoch))
+        elif held.hold is Hold.OWNED and (vmm is None or vmm.state is RunState.CRASHED):
+            steps.append(ServerStep(act=Act.RESTART, server=held.server, epoch=held.epoch))
+    steps.extend(_strays(owned, present, busy))
+    return tuple(steps)
+
+
+def _strays(
+    owned: Mapping[ServerId, Ownership], present: Mapping[VmmId, VmmStatus], busy: frozenset[ServerId]
+) -> Iterable[ServerStep]:
+    for vmm in present:
+        held = owned.get(vmm.server)
+        if held is None or vmm.server in busy:
+            continue
+        if held.hold is Hold.YIELDED or vmm.epoch != held.epoch:
+            yield ServerStep(act=Act.END_STRAY, server=held.server, epoch=vmm.epoch)
+
+
+def pinned_ports(
+    config: HostConfig, owned: Mapping[ServerId, Ownership], busy: frozenset[ServerId]
+) -> frozenset[PortId]:
+    """Ports whose place this host knows better than its configuration: their server takes part in an
+    operation, or was handed over and the configuration does not say so yet."""
+    ports = (p for network in config.networks for p in network.ports)
+    return frozenset(p.id for p in ports if p.server in busy or _misplaced(p, config, owned))
+
+
+def _misplaced(port: PortConfig, config: HostConfig, owned: Mapping[ServerId, Ownership]) -> bool:
+    held = owned.get(port.server)
+    if held is None:
+        return False
+    return (held.hold is Hold.OWNED) != (port.host == config.host)
+
+
+class Converger:
+    """Makes one attempt each time it is asked; what failed is data for the report."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.generation = 0
+        self.problems: tuple[ErrorRecord, ...] = ()
+        self.drift: tuple[str, ...] = ()
+
+    async def attempt(self) -> None:
+        config = self._context.ledger.config()
+        if config is None:
+            return
+        problems: list[ErrorRecord] = []
+        drift = [
+            *await self._collect(problems, self._volumes(config)),
+            *await self._collect(problems, self._network(config)),
+        ]
+        await self._servers(config, problems)
+        if drift and self.generation == config.generation:
+            for text in drift:
+                self._context.say("drift", self._context.settings.host, text)
+            self.drift = (*self.drift, *drift)[-50:]
+        self.problems = tuple(problems)
+        if not problems:
+            self.generation = config.generation
+
+    def busy(self) -> frozenset[ServerId]:
+        return frozenset(j.server for j in self._context.ledger.operations() if j.running and j.server)
+
+    async def _collect(self, problems: list[ErrorRecord], act: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
+        try:
+            return await act
+        except Error as error:
+            problems.append(ErrorRecord.of(error))
+            return ()
+
+    async def _volumes(self, config: HostConfig) -> tuple[str, ...]:
+        return await self._context.drivers.storage.reconcile(config.volumes, config.removed_volumes)
+
+    async def _network(self, config: HostConfig) -> tuple[str, ...]:
+        async with self._context.paths:
+            pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
+            return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
+
+    async def _servers(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
+        vmms = await self._context.drivers.hypervisor.observe()
+        for step in server_steps(config, self._context.ledger.ownership(), vmms, self.busy()):
+            try:
+                await self._take_step(config, step)
+            except Error as error:
+                problems.append(ErrorRecord.of(error))
+                self._context.say("server.problem", step.server.spec.id, f"{step.act}: {error}")
+
+    async def _take_step(self, config: HostConfig, step: ServerStep) -> None:
+        server = step.server.spec.id
+        if server in self.busy():
+            return  # an operation began since this was decided
+        match step.act:
+            case Act.START | Act.RESTART:
+                await self._start(config, step)
+            case Act.REMOVE:
+                await self._end(VmmId(server, step.epoch))
+                for port in step.server.spec.ports:
+                    await self._context.drivers.network.port_delete(port.id)
+                self._context.ledger.disown(server)
+                self._context.say("server.removed", server, "removed")
+            case Act.END_STRAY:
+                await self._end(VmmId(server, step.epoch))
+        self._context.changed()
+
+    async def _start(self, config: HostConfig, step: ServerStep) -> None:
+        if config.release is None:
+            raise Refused(f"{config.host} has no hypervisor release", field="release")
+        server = step.server
+        if step.act is Act.START:
+            self._context.ledger.own(server)
+        else:
+            self._context.say("server.restart", server.spec.id, "its VMM was gone; started again")
+            await self._end(VmmId(server.spec.id, step.epoch))
+        for port in _ports_here(config, server):
+            await self._context.drivers.network.port_create(
+                port, self._context.network_of(port), deliver=True
+            )
+        await self._context.drivers.hypervisor.start(server, config.release)
+        self._context.say("server.started", server.spec.id, f"started by release {config.release}")
+
+    async def _end(self, vmm: VmmId) -> None:
+        await self._context.drivers.hypervisor.kill(vmm)
+
+
+def _ports_here(config: HostConfig, server: ServerConfig) -> tuple[PortConfig, ...]:
+    wanted = {p.id for p in server.spec.ports}
+    ports = tuple(p for network in config.networks for p in network.ports if p.id in wanted)
+    if len(ports) != len(wanted):
+        raise Refused(f"{server.spec.id} has a port in no configured network", field="ports")
+    return ports

@@ -1,0 +1,316 @@
+"""The destination's half of a move: it alone decides who owns the server.
+
+    begin -> incoming -> (switched) -> committed -> done
+        \\________\\___________\\
+                abandoned: durable, final; a source that stopped may then resume
+
+Driven by the source's messages. Each is answered the same when it is repeated. A destination that hears
+nothing from its source for SILENCE_SECONDS gives up what it has not committed.
+"""
+
+import asyncio
+
+import msgspec
+
+from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, Unavailable
+from nahtlos.model.ids import ReleaseId
+from nahtlos.model.inventory import OperationState, RunState
+from nahtlos.model.nouns import HostRole
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Hold, Journal
+from nahtlos.physical.ports import MoveRole, VmmId, VmmStatus
+from nahtlos.wire.messages import (
+    Decision,
+    Done,
+    Message,
+    MoveAbandon,
+    MoveCommit,
+    MoveFinished,
+    MoveOutcome,
+    MovePrepare,
+    MoveQuery,
+    MoveReady,
+    MoveReturnFrames,
+    MoveSwitch,
+)
+
+SILENCE_SECONDS = 30.0
+INCOMING_SECONDS = 25.0
+FINISH_GRACE_SECONDS = 10.0
+LOST_SECONDS = 1.0
+"""After the source's connection broke: time for it to come back before a server that has arrived
+completely is taken without its word."""
+
+
+class DestinationMove:
+    """One move to this host."""
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        self._context = context
+        self._order = journal.move()
+        self._vmm = VmmId(self._order.server.spec.id, self._order.epoch)
+        self._lock = asyncio.Lock()
+        """One message at a time prepares or commits; abandoning never waits for it."""
+        self._heard = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._lost = False
+        self._ready: MoveReady | None = None
+        self._marks: dict[str, float] = {}
+
+    @property
+    def journal(self) -> Journal:
+        journal = self._context.ledger.operation(self._order.id)
+        assert journal is not None, f"the ledger lost operation {self._order.id}"
+        return msgspec.structs.replace(journal, times={**journal.times, **self._marks})
+
+    async def run(self, *, recovering: bool) -> Journal:
+        """Until the operation has ended here."""
+        if recovering:
+            await self._recover()
+        while not self._ended.is_set():
+            await self._listen_for_source()
+        return self.journal
+
+    def source_lost(self) -> None:
+        """The connection the source spoke through broke. It may come back."""
+        self._lost = True
+        self._heard.set()
+
+    async def _listen_for_source(self) -> None:
+        self._heard.clear()
+        try:
+            async with asyncio.timeout(self._patience()):
+                await self._heard.wait()
+        except TimeoutError:
+            try:
+                await self._after_silence()
+            except Error as error:
+                self._context.say("move.waits", self._vmm.server, str(error), id=self._order.id)
+
+    def _patience(self) -> float:
+        """Seconds of silence after which this host acts alone."""
+        if self.journal.decision is Decision.COMMITTED:
+            return FINISH_GRACE_SECONDS
+        return LOST_SECONDS if self._lost else SILENCE_SECONDS
+
+    async def _after_silence(self) -> None:
+        if self._lock.locked():
+            return
+        if self.journal.decision is Decision.COMMITTED:
+            self._finish()
+        elif await self._arrived():
+            await self._take()
+        elif self._lost:
+            self._lost = False  # nothing to be gained by haste: full patience from here
+        else:
+            self._abandon(Unavailable(f"{self._order.source} was silent for {SILENCE_SECONDS:g} s"))
+            await self._clear_away()
+
+    async def _arrived(self) -> bool:
+        """Everything was received. A source sends its last byte only after it was stopped for good, so
+        this host may take the server without being told."""
+        vmm = await self._observed()
+        return (
+            self.journal.decision is Decision.UNDECIDED
+            and vmm is not None
+            and vmm.migrated
+            and vmm.state is RunState.PAUSED
+        )
+
+    async def _observed(self) -> VmmStatus | None:
+        vmms = await self._context.drivers.hypervisor.observe()
+        return next((v for v in vmms if v.id == self._vmm), None)
+
+    async def _take(self) -> None:
+        self._context.ledger.take(self._order.id, self._context.now())
+        await self._make_run()
+
+    # --- messages ---
+
+    async def answer(self, body: Message) -> Message:
+        self._lost = False
+        self._heard.set()
+        match body:
+            case MovePrepare():
+                async with self._lock:
+                    return await self._prepare(body)
+            case MoveSwitch():
+                return await self._switch()
+            case MoveCommit():
+                async with self._lock:
+                    return await self._commit()
+            case MoveAbandon():
+                self._abandon(Unavailable(f"given up by {self._order.source}"))
+                return self._outcome()
+            case MoveReturnFrames():
+                await self._clear_away()
+                return Done()
+            case MoveFinished():
+                self._finish()
+                return Done()
+            case MoveQuery():
+                return self._outcome()
+            case _:
+                raise Refused(f"{type(body).__name__} is not for the destination of a move", field="message")
+
+    def _check_undecided(self) -> None:
+        if self.journal.decision is not Decision.UNDECIDED:
+            raise Conflict(f"operation {self._order.id} is {self.journal.decision}", field="operation")
+
+    async def _prepare(self, body: MovePrepare) -> MoveReady:
+        self._check_undecided()
+        if body.epoch != self._order.server.epoch or body.server != self._vmm.server:
+            raise Stale(f"the order is for {self._vmm.server} at epoch {self._order.server.epoch}")
+        if self._ready:
+            return self._ready
+        drivers, order = self._context.drivers, self._order
+        release = self._release()
+        await self._context.pass_paths()
+        for port in order.ports:
+            network = self._context.network_of(port)
+            await drivers.network.port_create(port, network, deliver=False)
+            await drivers.network.move_prepare(port, network, MoveRole.DESTINATION, order.source_address)
+        await drivers.hypervisor.incoming_start(order.server, order.epoch, release)
+        uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
+        for port in order.ports:
+            if not await drivers.network.move_sacrifice(port.id):
+                raise Unavailable(f"the waiting VMM did not take the sacrificial frame at {port.id}")
+        self._check_undecided()
+        self._step("incoming")
+        self._ready = MoveReady(uri=uri)
+        return self._ready
+
+    def _release(self) -> ReleaseId:
+        config = self._context.ledger.config()
+        if config is None or config.release is None or self._context.settings.role is not HostRole.COMPUTE:
+            raise Refused(
+                f"{self._context.settings.host} runs no servers",
+                field="destination",
+                remedy="choose a compute host that has a release",
+            )
+        return config.release
+
+    async def _switch(self) -> Message:
+        self._check_undecided()
+        if self._ready is None:
+            raise Conflict("nothing was prepared since this agent started", field="operation")
+        for port in self._order.ports:
+            await self._context.drivers.network.move_switch(
+                port, self._context.network_of(port), MoveRole.DESTINATION
+            )
+        self._marks["switch"] = self._context.now()
+        return Done()
+
+    async def _commit(self) -> MoveOutcome:
+        if self.journal.decision is Decision.UNDECIDED:
+            try:
+                await self._context.drivers.hypervisor.incoming_wait(self._vmm, timeout=INCOMING_SECONDS)
+                await self._take()
+                return self._outcome()
+            except Conflict:
+                return self._outcome()  # abandoned while we waited
+            except Error as error:
+                self._abandon(error)
+                return self._outcome()
+        if self.journal.decision is Decision.COMMITTED:
+            await self._make_run()
+        return self._outcome()
+
+    def _outcome(self) -> MoveOutcome:
+        journal = self.journal
+        return MoveOutcome(
+            id=journal.id,
+            decision=journal.decision,
+            running_since=journal.times.get("running"),
+            error=journal.error,
+        )
+
+    # --- acts ---
+
+    async def _make_run(self) -> None:
+        """Committed: the guest runs here, whatever it takes. A VMM that died is left to convergence,
+        which starts the server again."""
+        try:
+            await self._context.drivers.hypervisor.resume(self._vmm)
+        except Error as error:
+            self._context.say("move.resume", self._vmm.server, f"not resumed yet: {error}")
+        else:
+            self._marks.setdefault("running", self._context.now())
+        for port in self._order.ports:
+            await self._context.drivers.network.move_settle(
+                port, self._context.network_of(port), MoveRole.DESTINATION
+            )
+        self._context.changed()
+
+    def _abandon(self, error: Error) -> None:
+        before = self.journal.decision
+        journal = self._context.ledger.abandon(self._order.id, ErrorRecord.of(error))
+        if before is Decision.UNDECIDED and journal.decision is Decision.ABANDONED:
+            self._context.say("move.abandoned", self._vmm.server, str(error), id=self._order.id)
+            self._context.changed()
+
+    async def _clear_away(self) -> None:
+        """After abandoning: frames parked here go back, the waiting VMM goes. Only then is it ended."""
+        journal = self.journal
+        if journal.decision is not Decision.ABANDONED or not journal.running:
+            return
+        drivers = self._context.drivers
+        await drivers.hypervisor.kill(self._vmm)  # ends what still prepares or waits under the lock
+        async with self._lock:
+            if not self.journal.running:
+                return
+            await drivers.hypervisor.kill(self._vmm)
+            for port in self._order.ports:
+                await drivers.network.move_revert(port, self._context.network_of(port), MoveRole.DESTINATION)
+                if self._still_elsewhere():
+                    await drivers.network.port_delete(port.id)
+            self._end(OperationState.UNDONE)
+
+    def _still_elsewhere(self) -> bool:
+        held = self._context.ledger.owner(self._vmm.server)
+        return held is None or held.hold is Hold.YIELDED
+
+    def _finish(self) -> None:
+        journal = self.journal
+        if journal.decision is Decision.COMMITTED and journal.running:
+            self._end(OperationState.DONE)
+
+    async def _recover(self) -> None:
+        """This agent was restarted. A guest that has arrived is taken, anything less is given up."""
+        if await self._arrived():
+            await self._take()
+            return
+        journal = self.journal
+        if journal.decision is Decision.UNDECIDED and journal.step != "begin":
+            self._abandon(Unavailable("the destination's agent was restarted during the move"))
+        vmm = await self._observed()
+        if journal.decision is Decision.COMMITTED and vmm is not None and vmm.state is not RunState.CRASHED:
+            await self._make_run()
+        elif self.journal.decision is Decision.ABANDONED:
+            await self._clear_away_when_told()
+
+    async def _clear_away_when_told(self) -> None:
+        """The source may still have to turn its path back before the parked frames can be returned."""
+        try:
+            async with asyncio.timeout(2.0):
+                await self._heard.wait()
+        except TimeoutError:
+            await self._clear_away()
+
+    # --- record ---
+
+    def _step(self, step: str) -> None:
+        journal = msgspec.structs.replace(
+            self.journal, step=step, times={**self.journal.times, step: self._context.now()}
+        )
+        self._context.ledger.note(journal, step)
+        self._context.changed()
+
+    def _end(self, state: OperationState) -> None:
+        journal = msgspec.structs.replace(
+            self.journal, state=state, step="done", times={**self.journal.times, "done": self._context.now()}
+        )
+        self._context.ledger.note(journal, "end")
+        self._ended.set()
+        self._heard.set()
+        self._context.changed()

@@ -1,0 +1,294 @@
+"""The agent's memory: what it has promised, in one SQLite file that survives kill -9 and power loss.
+
+Owns: the newest configuration, which servers this host owns and by which epoch, the journal of operations,
+the highest orchestrator epoch obeyed. Every public method that writes is one transaction, synced before it
+returns. Calls are synchronous on purpose: a decision and its record are one step that nothing can
+come between.
+
+    ownership of a server        (no row) --own/take--> OWNED(e) --yield--> YIELDED(e + 1) --take--> OWNED(…)
+    decision of a destination    UNDECIDED --take--> COMMITTED      UNDECIDED --abandon--> ABANDONED
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.config import HostConfig, ServerConfig
+from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale
+from nahtlos.model.ids import OperationId, ReleaseId, ServerId
+from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
+from nahtlos.model.nouns import Value
+from nahtlos.wire.messages import Decision, MoveOrder
+
+KEPT_OPERATIONS = 2000
+"""Acknowledged operations are kept that long, because a peer may still ask how they ended."""
+
+SCHEMA = """
+create table if not exists meta (key text primary key, value blob not null);
+create table if not exists config (id integer primary key check (id = 1), generation integer not null,
+                                   digest text not null, body blob not null);
+create table if not exists ownership (server text primary key, epoch integer not null,
+                                      state text not null, body blob not null);
+create table if not exists operations (number integer primary key autoincrement, id text not null unique,
+                                       acknowledged integer not null default 0, body blob not null);
+"""
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+    HOST = "host"
+
+
+class Hold(StrEnum):
+    OWNED = "owned"
+    YIELDED = "yielded"
+    """Another host owns it, by at least this epoch."""
+
+
+class Ownership(Value, frozen=True, kw_only=True):
+    epoch: int
+    hold: Hold
+    server: ServerConfig
+
+
+class Journal(Value, frozen=True, kw_only=True):
+    """One operation as this host knows it."""
+
+    id: OperationId
+    kind: OperationKind
+    role: Role
+    state: OperationState = OperationState.RUNNING
+    step: str = "begin"
+    order: MoveOrder | None = None
+    release: ReleaseId | None = None
+    decision: Decision = Decision.UNDECIDED
+    error: ErrorRecord | None = None
+    times: dict[str, float] = {}
+
+    @property
+    def server(self) -> ServerId | None:
+        return self.order.server.spec.id if self.order else None
+
+    @property
+    def running(self) -> bool:
+        return self.state is OperationState.RUNNING
+
+    def move(self) -> MoveOrder:
+        assert self.order is not None, f"operation {self.id} is no move"
+        return self.order
+
+
+class Ledger:
+    """`on_write` is called with a name before and after every transaction: where tests crash an agent."""
+
+    def __init__(self, path: Path | str, on_write: Callable[[str], None] | None = None) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("pragma journal_mode=wal")
+        self._db.execute("pragma synchronous=full")
+        self._db.executescript(SCHEMA)
+        self._on_write: Callable[[str], None] = on_write or _ignore
+        self._encode = msgspec.msgpack.encode
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _write(self, name: str) -> Generator[sqlite3.Connection]:
+        self._on_write(f"before {name}")
+        self._db.execute("begin immediate")
+        try:
+            yield self._db
+        except BaseException:
+            self._db.execute("rollback")
+            raise
+        self._db.execute("commit")
+        self._on_write(f"after {name}")
+
+    # --- orchestrator and configuration ---
+
+    def orchestrator_epoch(self) -> int:
+        return int(self._meta("orchestrator_epoch") or b"0")
+
+    def obey(self, epoch: int) -> None:
+        """Remember the newest orchestrator. Raises Stale for an older one."""
+        known = self.orchestrator_epoch()
+        if epoch < known:
+            raise Stale(
+                f"an orchestrator of epoch {known} commands this host; yours is {epoch}", field="epoch"
+            )
+        if epoch > known:
+            with self._write("epoch") as db:
+                self._set_meta(db, "orchestrator_epoch", str(epoch).encode())
+
+    def config(self) -> HostConfig | None:
+        row = self._db.execute("select body from config").fetchone()
+        return msgspec.msgpack.decode(row[0], type=HostConfig) if row else None
+
+    def accept(self, config: HostConfig) -> bool:
+        """Take up a configuration; False if it is the one held already. Raises Stale for an older
+        generation and Refused for the same generation with other content."""
+        body = self._encode(config)
+        digest = hashlib.sha256(body).hexdigest()
+        row = self._db.execute("select generation, digest from config").fetchone()
+        if row and config.generation < row[0]:
+            raise Stale(
+                f"generation {row[0]} is held already; {config.generation} is older", field="generation"
+            )
+        if row and config.generation == row[0]:
+            if digest != row[1]:
+                raise Refused(f"generation {row[0]} is held with other content", field="generation")
+            return False
+        with self._write("config") as db:
+            db.execute("replace into config values (1, ?, ?, ?)", (config.generation, digest, body))
+        return True
+
+    def verified(self) -> Accelerator | None:
+        raw = self._meta("verified")
+        return msgspec.msgpack.decode(raw, type=Accelerator) if raw else None
+
+    # --- ownership ---
+
+    def ownership(self) -> dict[ServerId, Ownership]:
+        rows = self._db.execute("select server, body from ownership order by server").fetchall()
+        return {ServerId(s): msgspec.msgpack.decode(b, type=Ownership) for s, b in rows}
+
+    def owner(self, server: ServerId) -> Ownership | None:
+        row = self._db.execute("select body from ownership where server = ?", (server,)).fetchone()
+        return msgspec.msgpack.decode(row[0], type=Ownership) if row else None
+
+    def own(self, server: ServerConfig) -> None:
+        """A server that was never anywhere else starts here. Stale if the ledger knows a newer epoch."""
+        known = self.owner(server.spec.id)
+        if known and (known.epoch > server.epoch or known.hold is Hold.YIELDED):
+            raise Stale(f"{server.spec.id} is past epoch {server.epoch}", field="epoch")
+        with self._write("own") as db:
+            self._put_ownership(db, Ownership(epoch=server.epoch, hold=Hold.OWNED, server=server))
+
+    def disown(self, server: ServerId) -> None:
+        """The server was deleted by its owner."""
+        with self._write("disown") as db:
+            db.execute("delete from ownership where server = ?", (server,))
+
+    # --- operations ---
+
+    def operation(self, operation: OperationId) -> Journal | None:
+        row = self._db.execute("select body from operations where id = ?", (operation,)).fetchone()
+        return msgspec.msgpack.decode(row[0], type=Journal) if row else None
+
+    def operations(self) -> tuple[Journal, ...]:
+        """Not acknowledged yet, oldest first."""
+        rows = self._db.execute("select body from operations where acknowledged = 0 order by number")
+        return tuple(msgspec.msgpack.decode(b, type=Journal) for (b,) in rows.fetchall())
+
+    def running(self, server: ServerId) -> Journal | None:
+        return next((j for j in self.operations() if j.running and j.server == server), None)
+
+    def begin(self, journal: Journal) -> Journal:
+        """Write an operation down before anything is done for it. The one held already if it is known.
+        Conflict if another operation of the same server runs."""
+        known = self.operation(journal.id)
+        if known:
+            return known
+        other = self.running(journal.server) if journal.server else None
+        if other:
+            raise Conflict(f"operation {other.id} of {journal.server} runs here", field="server")
+        with self._write("begin") as db:
+            db.execute("insert into operations (id, body) values (?, ?)", (journal.id, self._encode(journal)))
+            db.execute(
+                "delete from operations where acknowledged = 1 and number <= "
+                "(select max(number) from operations) - ?",
+                (KEPT_OPERATIONS,),
+            )
+        return journal
+
+    def note(self, journal: Journal, name: str = "step") -> Journal:
+        """Write down how far an operation has come."""
+        with self._write(name) as db:
+            self._put_operation(db, journal)
+        return journal
+
+    def take(self, operation: OperationId, at: float) -> Journal:
+        """Destination: own the server from now on. The point of no return of a move.
+        Conflict if the operation was abandoned; repeating it changes nothing."""
+        journal = self._known(operation)
+        if journal.decision is Decision.COMMITTED:
+            return journal
+        if journal.decision is Decision.ABANDONED:
+            raise Conflict(f"operation {operation} was abandoned", field="operation")
+        order = journal.move()
+        server = msgspec.structs.replace(order.server, epoch=order.epoch)
+        journal = _replace(
+            journal, decision=Decision.COMMITTED, step="committed", times={**journal.times, "committed": at}
+        )
+        with self._write("take") as db:
+            self._put_ownership(db, Ownership(epoch=order.epoch, hold=Hold.OWNED, server=server))
+            self._put_operation(db, journal)
+        return journal
+
+    def abandon(self, operation: OperationId, error: ErrorRecord) -> Journal:
+        """Destination: never own the server by this operation. Leaves a committed one as it is."""
+        journal = self._known(operation)
+        if journal.decision is not Decision.UNDECIDED:
+            return journal
+        return self.note(_replace(journal, decision=Decision.ABANDONED, error=error), "abandon")
+
+    def hand_over(self, journal: Journal) -> None:
+        """Source: the destination owns the server. `journal` is recorded with it."""
+        order = journal.move()
+        yielded = Ownership(epoch=order.epoch, hold=Hold.YIELDED, server=order.server)
+        with self._write("yield") as db:
+            known = self.owner(order.server.spec.id)
+            if known is None or known.epoch < order.epoch:
+                self._put_ownership(db, yielded)
+            self._put_operation(db, journal)
+
+    def verify_done(self, journal: Journal, accelerator: Accelerator) -> Journal:
+        with self._write("verified") as db:
+            self._set_meta(db, "verified", self._encode(accelerator))
+            self._put_operation(db, journal)
+        return journal
+
+    def acknowledge(self, ids: tuple[OperationId, ...]) -> None:
+        """The runtime has recorded these; only ended ones are put aside."""
+        ended = [(j.id,) for j in self.operations() if j.id in ids and not j.running]
+        if ended:
+            with self._write("acknowledge") as db:
+                db.executemany("update operations set acknowledged = 1 where id = ?", ended)
+
+    # --- rows ---
+
+    def _known(self, operation: OperationId) -> Journal:
+        journal = self.operation(operation)
+        if journal is None:
+            raise Refused(f"operation {operation} is not known here", field="operation")
+        return journal
+
+    def _put_operation(self, db: sqlite3.Connection, journal: Journal) -> None:
+        db.execute("update operations set body = ? where id = ?", (self._encode(journal), journal.id))
+
+    def _put_ownership(self, db: sqlite3.Connection, ownership: Ownership) -> None:
+        db.execute(
+            "replace into ownership values (?, ?, ?, ?)",
+            (ownership.server.spec.id, ownership.epoch, ownership.hold, self._encode(ownership)),
+        )
+
+    def _meta(self, key: str) -> bytes | None:
+        row = self._db.execute("select value from meta where key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def _set_meta(self, db: sqlite3.Connection, key: str, value: bytes) -> None:
+        db.execute("replace into meta values (?, ?)", (key, value))
+
+
+def _ignore(name: str) -> None:
+    """No test watches the writes."""
+
+
+def _replace(journal: Journal, **changes: object) -> Journal:
+    return msgspec.structs.replace(journal, **changes)

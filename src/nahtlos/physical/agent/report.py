@@ -1,0 +1,98 @@
+"""What a host says of itself: the inventory, put together from what its drivers and its ledger know."""
+
+from collections.abc import Iterable, Mapping
+
+from nahtlos import __version__
+from nahtlos.model.config import HostConfig
+from nahtlos.model.ids import ReleaseId, ServerId
+from nahtlos.model.inventory import (
+    HostInventory,
+    OperationStatus,
+    RunState,
+    ServerStatus,
+    VolumeStatus,
+)
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.converge import Converger
+from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
+from nahtlos.physical.ports import VmmStatus
+
+
+def servers_of(
+    owned: Mapping[ServerId, Ownership], vmms: Iterable[VmmStatus], now: float
+) -> tuple[ServerStatus, ...]:
+    """Every server owned here, running or not, and every VMM that waits for one."""
+    statuses = {(v.id.server, v.id.epoch): v for v in vmms}
+    found: list[ServerStatus] = []
+    for server, held in owned.items():
+        vmm = statuses.pop((server, held.epoch), None)
+        if held.hold is Hold.OWNED:
+            found.append(
+                ServerStatus(
+                    id=server,
+                    epoch=held.epoch,
+                    state=vmm.state if vmm else RunState.CRASHED,
+                    release=vmm.release if vmm else None,
+                    size=held.server.spec.size,
+                    since=now,
+                )
+            )
+    for (server, epoch), vmm in statuses.items():
+        held = owned.get(server)
+        if held is None or epoch > held.epoch:
+            found.append(
+                ServerStatus(
+                    id=server, epoch=epoch, state=RunState.INCOMING, release=vmm.release, size=vmm.size
+                )
+            )
+    return tuple(found)
+
+
+def operation_status(journal: Journal, waits_for: str, progress: float) -> OperationStatus:
+    return OperationStatus(
+        id=journal.id,
+        kind=journal.kind,
+        state=journal.state,
+        step=journal.step,
+        server=journal.server,
+        epoch=journal.order.epoch if journal.order else 0,
+        waits_for=waits_for,
+        error=journal.error,
+        progress=progress if journal.running else 1.0,
+        times=journal.times,
+    )
+
+
+async def inventory(
+    context: Context,
+    converger: Converger,
+    journals: Iterable[Journal],
+    boot_id: str,
+    releases: tuple[ReleaseId, ...],
+) -> HostInventory:
+    config: HostConfig | None = context.ledger.config()
+    vmms = await context.drivers.hypervisor.observe()
+    volumes: tuple[VolumeStatus, ...] = await context.drivers.storage.observe()
+    verified = context.ledger.verified()
+    settings = context.settings
+    return HostInventory(
+        host=settings.host,
+        role=settings.role,
+        boot_id=boot_id,
+        agent_version=__version__,
+        taken_at=context.now(),
+        generation=converger.generation,
+        target_generation=config.generation if config else 0,
+        capacity=settings.capacity,
+        releases=releases,
+        verified_release=verified.release if verified else None,
+        accelerator=verified,
+        servers=servers_of(context.ledger.ownership(), vmms, context.now()),
+        volumes=volumes,
+        operations=tuple(
+            operation_status(j, context.waits.get(j.id, ""), context.progress.get(j.id, 0.0))
+            for j in journals
+        ),
+        drift=converger.drift,
+        problems=converger.problems,
+    )

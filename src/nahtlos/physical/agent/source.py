@@ -1,0 +1,328 @@
+"""The source's half of a move.
+
+    begin -> prepare -> precopy -> switch -> stopped -> committed -> done
+      \\________________\\__________/ |          |
+               undo locally         undo locally|  only the destination knows: ask it
+                                                |    abandoned -> revert the path, resume
+                                                `    committed -> forward only
+
+The rule everything rests on: **once `pause` has been asked for, this host never resumes the server unless
+the destination has durably abandoned it.** So a guest seen RUNNING here proves that nothing was handed
+over, and no write is needed between the decision to switch and the stop. The switch precedes the stop:
+the path leads to the destination's tap while the running guest still drains its own ring, so no frame is
+lost (docs/decisions/0002).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
+from nahtlos.model.inventory import OperationState, RunState
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Hold, Journal
+from nahtlos.physical.agent.peers import Peer
+from nahtlos.physical.agent.precopy import Sync, Verdict, fraction, seen, verdict
+from nahtlos.physical.ports import MigrationPhase, MoveRole, VmmId, VmmStatus
+from nahtlos.wire.messages import (
+    Decision,
+    MoveAbandon,
+    MoveCommit,
+    MoveFinished,
+    MoveOutcome,
+    MovePrepare,
+    MoveQuery,
+    MoveReady,
+    MoveReturnFrames,
+    MoveSwitch,
+)
+
+POLL_SECONDS = 0.002
+DRAIN_SECONDS = 0.5
+KILL_AFTER_SECONDS = 0.2
+"""The old VMM is kept that long after the destination has answered: what it still sends is reflected."""
+ASK_AGAIN_SECONDS = 0.25
+TELL_SECONDS = 5.0
+
+
+class SourceMove:
+    """One move away from this host. `run` may be called again after a restart of the agent."""
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        self._context = context
+        self._journal = journal
+        self._order = journal.move()
+        self._vmm = VmmId(self._order.server.spec.id, self._order.server.epoch)
+        self._peer = Peer(context, self._order)
+        self._pause_asked = False
+        self._switched = False
+        self._cancelled = asyncio.Event()
+
+    @property
+    def journal(self) -> Journal:
+        return self._journal
+
+    def cancel(self) -> None:
+        """Raises Conflict once the path is being switched."""
+        if self._switched or self._pause_asked or self._journal.step not in ("begin", "prepare", "precopy"):
+            raise Conflict("the move is past the point where it can be undone", field="operation")
+        self._cancelled.set()
+
+    async def run(self, *, recovering: bool) -> Journal:
+        try:
+            await (self._recover() if recovering else self._carry_out())
+        finally:
+            await self._peer.close()
+            self._context.waits.pop(self._order.id, None)
+            self._context.progress.pop(self._order.id, None)
+        return self._journal
+
+    # --- forward ---
+
+    async def _carry_out(self) -> None:
+        try:
+            await self._prepare()
+            await self._precopy()
+            outcome = await self._hand_over()
+        except Error as error:
+            await self._fail(error)
+            return
+        await self._conclude(outcome)
+
+    async def _prepare(self) -> None:
+        context, order = self._context, self._order
+        self._check_owned()
+        self._record("prepare")
+        await context.pass_paths()
+        ready = await self._peer.ask(
+            MovePrepare(id=order.id, server=order.server.spec.id, epoch=order.server.epoch), MoveReady, 30.0
+        )
+        for port in order.ports:
+            await context.drivers.network.move_prepare(
+                port, context.network_of(port), MoveRole.SOURCE, order.destination_address
+            )
+        self._record("precopy", durable=True)
+        await context.drivers.hypervisor.migrate_start(
+            self._vmm, ready.uri, peer=order.destination, bandwidth=order.bandwidth
+        )
+
+    def _check_owned(self) -> None:
+        held = self._context.ledger.owner(self._order.server.spec.id)
+        if held is None or held.hold is not Hold.OWNED or held.epoch != self._order.server.epoch:
+            raise Refused(
+                f"{self._context.settings.host} does not own {self._vmm.server} by epoch {self._vmm.epoch}",
+                field="server",
+                remedy="plan again from the current inventory",
+            )
+
+    async def _precopy(self) -> None:
+        """Returns at a moment at which stopping is cheap; the guest runs on until it is stopped."""
+        loop = asyncio.get_running_loop()
+        started, sync = loop.time(), Sync()
+        told = started
+        while True:
+            if self._cancelled.is_set():
+                raise Refused("cancelled by an operator", field="operation")
+            if loop.time() - told > TELL_SECONDS:
+                await self._keep_destination()
+                told = loop.time()
+            progress = await self._context.drivers.hypervisor.migrate_progress(self._vmm)
+            if progress.phase is not MigrationPhase.ACTIVE and progress.phase is not MigrationPhase.NONE:
+                raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
+            sync = seen(sync, progress, loop.time())
+            self._context.progress[self._order.id] = fraction(progress)
+            match verdict(
+                sync, progress, now=loop.time(), started=started, deadline=self._order.precopy_deadline
+            ):
+                case Verdict.SWITCH:
+                    return
+                case Verdict.GIVE_UP:
+                    raise Unavailable(
+                        f"pre-copy did not converge within {self._order.precopy_deadline:g} s "
+                        f"({progress.remaining >> 20} MiB left after {progress.passes} passes)",
+                        remedy="give the move more bandwidth or wait until the server writes less",
+                    )
+                case Verdict.WAIT:
+                    await asyncio.sleep(POLL_SECONDS)
+
+    async def _keep_destination(self) -> None:
+        """It gives up a source that is silent for long."""
+        outcome = await self._peer.ask(MoveQuery(id=self._order.id), MoveOutcome, 10.0)
+        if outcome.decision is Decision.ABANDONED:
+            raise Unavailable(f"{self._order.destination} gave the move up")
+
+    async def _hand_over(self) -> MoveOutcome:
+        """The path, then the stop, then the ownership. What is done here is paid for in blackout."""
+        network, order = self._context.drivers.network, self._order
+        self._switched = True
+        self._mark("switch")
+        await self._peer.tell(MoveSwitch(id=order.id), 5.0)
+        for port in order.ports:
+            await network.move_switch(port, self._context.network_of(port), MoveRole.SOURCE)
+        for port in order.ports:
+            if not await network.move_drain(port.id, timeout=DRAIN_SECONDS):
+                raise Unavailable(f"the guest did not take the frames waiting at {port.id}")
+        self._pause_asked = True
+        await self._context.drivers.hypervisor.pause(self._vmm)
+        self._mark("stopped")
+        return await self._peer.ask(MoveCommit(id=order.id), MoveOutcome, 30.0)
+
+    # --- when something failed ---
+
+    async def _fail(self, error: Error) -> None:
+        self._context.say(
+            "move.failed", self._vmm.server, f"move to {self._order.destination}: {error}", id=self._order.id
+        )
+        if self._pause_asked:
+            await self._conclude(await self._resolve(error))
+        else:
+            await self._undo(error)
+
+    async def _recover(self) -> None:
+        """The agent was restarted in the middle. What the guest does says what may have happened."""
+        error = Unavailable("the source's agent was restarted during the move")
+        vmm = await self._observed()
+        if self._journal.step == "committed":
+            await self._finish_source()
+        elif vmm is not None and vmm.state is RunState.RUNNING and not vmm.sent:
+            self._switched = True
+            await self._undo(error)
+        else:
+            await self._conclude(await self._resolve(error))
+
+    async def _observed(self) -> VmmStatus | None:
+        vmms = await self._context.drivers.hypervisor.observe()
+        return next((v for v in vmms if v.id == self._vmm), None)
+
+    async def _undo(self, error: Error) -> None:
+        """Before the stop: the server never ceased to be here."""
+        await self._until_done("the hypervisor to stop sending", self._cancel_stream)
+        if self._switched:
+            await self._until_done("the path to lead back here", self._revert_path)
+        await self._abandon_if_reachable()
+        self._end(OperationState.UNDONE, error)
+
+    async def _cancel_stream(self) -> None:
+        vmm = await self._observed()
+        if vmm is not None and vmm.state is not RunState.CRASHED:
+            await self._context.drivers.hypervisor.migrate_cancel(self._vmm)
+
+    async def _abandon_if_reachable(self) -> None:
+        """Spares the destination its time-out; it cannot commit without our word in any case."""
+        try:
+            await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 3.0)
+            await self._peer.tell(MoveReturnFrames(id=self._order.id), 3.0)
+        except Error as error:
+            self._context.say("move.undo", self._vmm.server, f"{self._order.destination} not told: {error}")
+
+    async def _resolve(self, error: Error) -> MoveOutcome:
+        """The guest stands still here and may run there: ask until there is an answer, however long."""
+        while True:
+            self._context.waits[self._order.id] = (
+                f"{self._order.destination} to say whether it owns {self._vmm.server} ({error.message})"
+            )
+            self._context.changed()
+            try:
+                outcome = await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 5.0)
+            except Error as again:
+                self._context.say("move.waits", self._vmm.server, f"{self._order.destination}: {again}")
+            else:
+                if outcome.decision is not Decision.UNDECIDED:
+                    self._context.waits.pop(self._order.id, None)
+                    return msgspec.structs.replace(outcome, error=outcome.error or ErrorRecord.of(error))
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    async def _conclude(self, outcome: MoveOutcome) -> None:
+        if outcome.decision is Decision.COMMITTED:
+            await self._finish_source()
+        elif outcome.decision is Decision.ABANDONED:
+            await self._take_back(outcome.error)
+        else:
+            await self._conclude(await self._resolve(Unavailable("the destination was undecided")))
+
+    async def _take_back(self, error: ErrorRecord | None) -> None:
+        """The destination will never own it: the guest goes on here."""
+        await self._until_done("the path to lead back here", self._revert_path)
+        await self._until_done("the hypervisor to resume the server", self._resume_here)
+        try:
+            await self._peer.tell(MoveReturnFrames(id=self._order.id), 5.0)
+        except Error as late:
+            self._context.say("move.undo", self._vmm.server, f"parked frames not returned: {late}")
+        reason = error.raised() if error else Unavailable("the destination gave it up")
+        self._end(OperationState.UNDONE, reason)
+
+    async def _revert_path(self) -> None:
+        for port in self._order.ports:
+            await self._context.drivers.network.move_revert(
+                port, self._context.network_of(port), MoveRole.SOURCE
+            )
+
+    async def _resume_here(self) -> None:
+        """A VMM that died meanwhile is left to convergence, which starts the server again."""
+        vmm = await self._observed()
+        if vmm is None or vmm.state is RunState.CRASHED:
+            self._context.say("server.crashed", self._vmm.server, "its VMM ended during a move")
+            return
+        await self._context.drivers.hypervisor.migrate_cancel(self._vmm)
+        await self._context.drivers.hypervisor.resume(self._vmm)
+
+    # --- the end ---
+
+    async def _finish_source(self) -> None:
+        """Forward only: the server is the destination's."""
+        if self._journal.step != "committed":
+            self._mark("committed")
+            self._context.ledger.hand_over(self._journal)
+            self._context.changed()
+            await asyncio.sleep(KILL_AFTER_SECONDS)
+        await self._until_done("the old VMM to end", self._kill_old)
+        try:
+            await self._peer.tell(MoveFinished(id=self._order.id), 5.0)
+        except Error as error:
+            self._context.say("move.finish", self._vmm.server, f"{self._order.destination} not told: {error}")
+        self._end(OperationState.DONE, None)
+
+    async def _kill_old(self) -> None:
+        await self._context.drivers.hypervisor.kill(self._vmm)
+        for port in self._order.ports:
+            await self._context.drivers.network.move_settle(
+                port, self._context.network_of(port), MoveRole.SOURCE
+            )
+
+    async def _until_done(self, what: str, act: Callable[[], Awaitable[None]]) -> None:
+        """Repeat an act that must succeed before anything else may happen, and say what is waited for."""
+        while True:
+            try:
+                await act()
+            except Error as error:
+                self._context.waits[self._order.id] = f"{what} ({error.message})"
+                self._context.changed()
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            else:
+                self._context.waits.pop(self._order.id, None)
+                return
+
+    # --- record ---
+
+    def _mark(self, step: str) -> None:
+        """In memory only: written with the next record, so that nothing is written while packets wait."""
+        self._journal = msgspec.structs.replace(
+            self._journal, step=step, times={**self._journal.times, step: self._context.now()}
+        )
+
+    def _record(self, step: str, *, durable: bool = False) -> None:
+        self._mark(step)
+        if durable:
+            self._journal = self._context.ledger.note(self._journal, step)
+        self._context.say("move.step", self._vmm.server, step, id=self._order.id)
+        self._context.changed()
+
+    def _end(self, state: OperationState, error: Error | None) -> None:
+        self._mark("done")
+        self._journal = msgspec.structs.replace(
+            self._journal, state=state, error=ErrorRecord.of(error) if error else None
+        )
+        self._context.ledger.note(self._journal, "end")
+        self._context.say("move.step", self._vmm.server, state, id=self._order.id)
+        self._context.changed()
