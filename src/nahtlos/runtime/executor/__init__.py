@@ -1,0 +1,1 @@
+"""From a blueprint to what each agent is told: decided by pure functions, sent by thin ones."""

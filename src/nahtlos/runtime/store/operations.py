@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import CampaignId, HostId, OperationId
+from nahtlos.model.ids import CampaignId, HostId, OperationId, ReleaseId
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
 
@@ -27,6 +27,8 @@ class MoveSample(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: int
     seconds: float
     gap_ms: float | None = None
+    from_release: ReleaseId | None = None
+    to_release: ReleaseId | None = None
     at: float = 0.0
 
 
@@ -129,6 +131,8 @@ async def add_sample(tx: AsyncConnection, sample: MoveSample) -> None:
         memory_mib=sample.memory_mib,
         seconds=sample.seconds,
         gap_ms=sample.gap_ms,
+        from_release=sample.from_release,
+        to_release=sample.to_release,
         at=sample.at,
     )
     await tx.execute(statement.on_conflict_do_nothing(index_elements=["operation"]))
@@ -145,6 +149,8 @@ async def samples(tx: AsyncConnection) -> tuple[MoveSample, ...]:
             memory_mib=row.memory_mib,
             seconds=row.seconds,
             gap_ms=row.gap_ms,
+            from_release=row.from_release,
+            to_release=row.to_release,
             at=row.at,
         )
         for row in reversed(rows)

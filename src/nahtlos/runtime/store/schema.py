@@ -207,5 +207,7 @@ move_samples = Table(
     Column("memory_mib", Integer, nullable=False),
     Column("seconds", Float, nullable=False),
     Column("gap_ms", Float, nullable=True),
+    Column("from_release", String, nullable=True),
+    Column("to_release", String, nullable=True),
     Column("at", Float, nullable=False),
 )

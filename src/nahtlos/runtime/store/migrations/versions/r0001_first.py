@@ -89,6 +89,8 @@ def upgrade() -> None:
         sa.Column("memory_mib", sa.Integer(), nullable=False),
         sa.Column("seconds", sa.Float(), nullable=False),
         sa.Column("gap_ms", sa.Float(), nullable=True),
+        sa.Column("from_release", sa.String(), nullable=True),
+        sa.Column("to_release", sa.String(), nullable=True),
         sa.Column("at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("operation", name=op.f("pk_move_samples")),
     )

@@ -1,0 +1,155 @@
+"""The whole configuration of one host, from a blueprint. Pure.
+
+A server that moves is still its source's here, and its ports are at the source, until the blueprint says
+that the move is over: meanwhile the two agents' ledgers know better and protect it. After a move the former
+host passes frames on (`reflect`) until every host has converged to the ports' new place.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from nahtlos.model.config import (
+    HostConfig,
+    NetworkConfig,
+    PortConfig,
+    ServerConfig,
+    Uplink,
+    VolumeAttachment,
+)
+from nahtlos.model.ids import HostId, PortId, ServerId
+from nahtlos.model.nouns import HostRole, NetworkSpec
+from nahtlos.runtime.executor.world import World
+
+NBD_PORT = 10809
+
+
+def next_config(world: World, host: HostId) -> HostConfig:
+    """What `host` shall be told: the last configuration itself if nothing changed, else one generation
+    more."""
+    last = world.configs.get(host)
+    wanted = _content(world, host, last)
+    if last is None:
+        return msgspec.structs.replace(wanted, generation=1)
+    same = msgspec.structs.replace(wanted, generation=last.generation)
+    return last if same == last else msgspec.structs.replace(wanted, generation=last.generation + 1)
+
+
+def server_config(world: World, server: ServerId, epoch: int) -> ServerConfig | None:
+    """`server` as its owner by `epoch` must run it; None if its volume is nowhere."""
+    spec = world.policy.servers[server]
+    volume = world.policy.volumes.get(spec.volume)
+    at = world.policy.hosts.get(volume.host) if volume else None
+    if volume is None or at is None:
+        return None
+    attachment = VolumeAttachment(
+        volume=volume.id, address=at.address, port=NBD_PORT, export=f"{volume.id}.e{volume.epoch}"
+    )
+    return ServerConfig(spec=spec, epoch=epoch, volume=attachment)
+
+
+def port_configs(world: World, server: ServerId, host: HostId) -> tuple[PortConfig, ...]:
+    """The ports of `server`, placed at `host`."""
+    spec = world.policy.servers[server]
+    vtep = world.policy.hosts[host].address
+    return tuple(
+        PortConfig(id=port.id, server=server, mac=port.mac, ip=port.ip, host=host, vtep=vtep)
+        for port in spec.ports
+    )
+
+
+def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
+    policy = world.policy
+    compute = policy.hosts[host].role is HostRole.COMPUTE
+    plan = world.blueprint.hosts.get(host)
+    return HostConfig(
+        host=host,
+        generation=0,
+        release=plan.release if plan and compute else None,
+        networks=tuple(_network(world, spec) for spec in sorted(policy.networks, key=lambda n: n.id)),
+        uplinks=_uplinks(world, host),
+        servers=_servers(world, host),
+        removed_servers=tuple(sorted(policy.removed_servers)) if compute else (),
+        volumes=tuple(v for _, v in sorted(policy.volumes.items()) if v.host == host),
+        removed_volumes=tuple(sorted(v.id for v in world.removed_volumes if v.host == host)),
+        reflect=_reflect(world, host, last),
+        hosts=tuple(spec for _, spec in sorted(policy.hosts.items())),
+    )
+
+
+def _network(world: World, spec: NetworkSpec) -> NetworkConfig:
+    hosts = world.policy.hosts
+    gateway = hosts.get(spec.gateway_host)
+    return NetworkConfig(
+        spec=spec,
+        ports=_ports(world, spec),
+        gateway_vtep=gateway.address if gateway else "",
+        vteps=tuple(hosts[h].address for h in sorted(hosts)),
+    )
+
+
+def _ports(world: World, network: NetworkSpec) -> tuple[PortConfig, ...]:
+    found: list[PortConfig] = []
+    for server, spec in sorted(world.policy.servers.items()):
+        host = world.place_of(server)
+        if host is not None:
+            here = {p.id for p in spec.ports if p.network == network.id}
+            found += [p for p in port_configs(world, server, host) if p.id in here]
+    return tuple(found)
+
+
+def _uplinks(world: World, host: HostId) -> tuple[Uplink, ...]:
+    return tuple(
+        Uplink(network=spec.id, interface=world.uplinks[spec.id])
+        for spec in sorted(world.policy.networks, key=lambda n: n.id)
+        if spec.gateway_host == host and spec.id in world.uplinks
+    )
+
+
+def _servers(world: World, host: HostId) -> tuple[ServerConfig, ...]:
+    found: list[ServerConfig] = []
+    for server, assignment in sorted(world.blueprint.servers.items()):
+        if world.place_of(server) == host:
+            config = server_config(world, server, assignment.epoch)
+            if config is not None:
+                found.append(config)
+    return tuple(found)
+
+
+# --- passing on --------------------------------------------------------------------------------------
+
+
+def _reflect(world: World, host: HostId, last: HostConfig | None) -> tuple[PortId, ...]:
+    """Ports that were at `host`, are elsewhere, and that some host may still look for here."""
+    if last is None:
+        return ()
+    places = world.port_places()
+    were_here = {port for port, place in _placed(last).items() if place == host} | set(last.reflect)
+    return tuple(
+        sorted(
+            port
+            for port in were_here
+            if places.get(port, host) != host and not _all_know(world, port, places[port], except_for=host)
+        )
+    )
+
+
+def _all_know(world: World, port: PortId, place: HostId, *, except_for: HostId) -> bool:
+    """Whether every other host has converged to a configuration that has `port` at `place`. Hosts out of
+    reach count, too: what they send still goes to the old place."""
+    return all(
+        _knows(world, host, port, place)
+        for host in world.policy.hosts
+        if host != except_for and host in world.configs
+    )
+
+
+def _knows(world: World, host: HostId, port: PortId, place: HostId) -> bool:
+    told = world.configs[host]
+    inventory = world.inventory.hosts.get(host)
+    converged = inventory.generation if inventory else 0
+    return _placed(told).get(port) == place and converged >= told.generation
+
+
+def _placed(config: HostConfig) -> Mapping[PortId, HostId]:
+    return {port.id: port.host for network in config.networks for port in network.ports}

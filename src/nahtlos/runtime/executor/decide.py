@@ -1,0 +1,106 @@
+"""What each connected agent is to be told now. Pure: the world in, orders out.
+
+Nothing here remembers what was said before; saying it again is harmless, and who sends (`act`) leaves out
+what an agent has accepted on this connection. A move is begun at its destination first, and at its source
+once the destination says that it knows it.
+"""
+
+from collections.abc import Iterable
+
+from nahtlos.model.blueprint import PlannedMove
+from nahtlos.model.config import HostConfig
+from nahtlos.model.ids import HostId, OperationId
+from nahtlos.model.inventory import OperationState
+from nahtlos.model.nouns import Value
+from nahtlos.runtime.executor.configs import next_config, port_configs, server_config
+from nahtlos.runtime.executor.world import World
+from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder
+
+OVER = (OperationState.DONE, OperationState.UNDONE)
+
+
+class HostOrders(Value, frozen=True, kw_only=True):
+    """In this order: the configuration, what to begin, what may be forgotten."""
+
+    config: HostConfig
+    begin: tuple[BeginMove | BeginVerify, ...] = ()
+    acknowledge: tuple[OperationId, ...] = ()
+
+
+class Orders(Value, frozen=True, kw_only=True):
+    hosts: dict[HostId, HostOrders]
+    """For every host, connected or not: a configuration is numbered and stored before anyone is told."""
+    new_configs: tuple[HostConfig, ...]
+    """Those that differ from what is stored."""
+
+
+def decide(world: World) -> Orders:
+    configs = {host: next_config(world, host) for host in sorted(world.policy.hosts)}
+    orders = {
+        host: HostOrders(
+            config=config, begin=_begins(world, host), acknowledge=_acknowledgements(world, host)
+        )
+        for host, config in configs.items()
+    }
+    changed = tuple(config for host, config in configs.items() if config is not world.configs.get(host))
+    return Orders(hosts=orders, new_configs=changed)
+
+
+def _begins(world: World, host: HostId) -> tuple[BeginMove | BeginVerify, ...]:
+    moves = (order for move in world.blueprint.moves if (order := _begin_move(world, move, host)))
+    return (*moves, *_begin_verifies(world, host))
+
+
+def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | None:
+    if host not in (move.source, move.destination) or move.id in world.refused:
+        return None
+    if world.status(host, move.id) is not None:
+        return None
+    if host == move.source and not _waits_at_destination(world, move):
+        return None
+    order = move_order(world, move)
+    return None if order is None else BeginMove(order=order)
+
+
+def _waits_at_destination(world: World, move: PlannedMove) -> bool:
+    status = world.status(move.destination, move.id)
+    return status is not None and status.state is OperationState.RUNNING
+
+
+def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
+    """None if the server or one of the hosts is gone: such a move is never begun."""
+    hosts = world.policy.hosts
+    source, destination = hosts.get(move.source), hosts.get(move.destination)
+    if move.server not in world.policy.servers or source is None or destination is None:
+        return None
+    server = server_config(world, move.server, move.epoch - 1)
+    if server is None:
+        return None
+    return MoveOrder(
+        id=move.id,
+        server=server,
+        ports=port_configs(world, move.server, move.source),
+        source=move.source,
+        destination=move.destination,
+        source_address=source.address,
+        destination_address=destination.address,
+        destination_peer_port=destination.peer_port,
+    )
+
+
+def _begin_verifies(world: World, host: HostId) -> Iterable[BeginVerify]:
+    for verify in world.blueprint.verifies:
+        unknown = world.status(host, verify.id) is None and verify.id not in world.refused
+        if verify.host == host and unknown:
+            yield BeginVerify(id=verify.id, release=verify.release)
+
+
+def _acknowledgements(world: World, host: HostId) -> tuple[OperationId, ...]:
+    """Ended operations that no blueprint waits for and whose end is recorded."""
+    inventory = world.inventory.hosts.get(host)
+    current = {o.id for o in (*world.blueprint.moves, *world.blueprint.verifies)}
+    return tuple(
+        o.id
+        for o in (inventory.operations if inventory else ())
+        if o.state in OVER and o.id not in current and o.id in world.ended
+    )
