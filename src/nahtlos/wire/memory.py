@@ -215,7 +215,7 @@ class MemoryListener:
         self.party = party
         self._place = place
         self._on_channel = on
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], MemoryChannel] = {}
 
     @property
     def port(self) -> int:
@@ -224,17 +224,15 @@ class MemoryListener:
     def accept(self, channel: MemoryChannel) -> None:
         # Held here and cancelled by `close`: a listener's life is no lexical scope a TaskGroup could have.
         task = asyncio.get_running_loop().create_task(self._serve(channel))
-        self._serving.add(task)
+        self._serving[task] = channel
         task.add_done_callback(self._ended)
 
     async def _serve(self, channel: MemoryChannel) -> None:
-        try:
-            await self._on_channel(channel)
-        finally:
-            await channel.close()
+        await self._on_channel(channel)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._serving.discard(task)
+        # Here rather than in `_serve`: a task cancelled before its first step runs no `finally`.
+        self._serving.pop(task).hang_up()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._network.failed(self.party, error)
 

@@ -78,6 +78,8 @@ class Session:
             raise Unavailable(f"connection to {self.peer} broke") from error
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # looked at, even when sending broke first
         if isinstance(answer, Failure):
             raise answer.error.raised()
         return answer
@@ -93,7 +95,8 @@ class Session:
         await self.channel.send(frame)
 
     async def run(self) -> None:
-        """Read until the channel breaks. Messages are handled side by side, answers matched as they come."""
+        """Read until the channel breaks. Messages are handled side by side, answers matched as they come.
+        A frame that is no envelope at all ends the channel: nothing after it could be trusted."""
         try:
             async with asyncio.TaskGroup() as handling:
                 try:
@@ -101,6 +104,8 @@ class Session:
                         self._accept(await self.channel.receive(), handling)
                 except ChannelClosed:
                     self._close()
+                except msgspec.DecodeError:
+                    await self.close()
         finally:
             self._close()
 

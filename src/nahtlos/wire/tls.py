@@ -80,9 +80,17 @@ def client_context(pki_dir: Path) -> ssl.SSLContext:
     return _with_identity(_anonymous_client(), pki_dir)
 
 
-def client_context_without_certificate(ca_file: Path) -> ssl.SSLContext:
-    """For dialling with another credential than a certificate; the listener must still prove itself."""
+def orchestrator_client_context(ca_file: Path, pki_dir: Path | None = None) -> ssl.SSLContext:
+    """For HTTP clients of the orchestrator, which show a certificate (`pki_dir`) or another credential.
+
+    A credential must not go to anybody else of this cloud, so the name is checked within the handshake:
+    use `ORCHESTRATOR` as the server's name, whatever the address."""
     context = _anonymous_client()
+    context.check_hostname = True
+    if pki_dir is not None:
+        return _with_identity(context, pki_dir)
+    if not ca_file.is_file():
+        raise Refused(f"there is no {ca_file}", field="ca_file", remedy="copy the cloud's ca.pem there")
     context.load_verify_locations(cafile=str(ca_file))
     return context
 

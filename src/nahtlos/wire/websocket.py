@@ -78,11 +78,8 @@ class WebSocketChannel:
 class WebSocketListener:
     def __init__(self, server: Server) -> None:
         self._server = server
-
-    @property
-    def port(self) -> int:
-        """The port it listens at; of use when any was asked for."""
-        return int(next(iter(self._server.sockets)).getsockname()[1])
+        self.port = int(next(iter(server.sockets)).getsockname()[1])
+        """Of use when any was asked for."""
 
     async def close(self) -> None:
         """Stop listening and close every channel that was accepted here."""

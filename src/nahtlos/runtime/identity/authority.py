@@ -92,6 +92,8 @@ class CertificateAuthority:
         """A certificate for `host` over the key in the request. The request's own names are ignored.
         Refused for what is no request, is not signed by its own key, or has an unfit key."""
         checked_name(host, "host")
+        if host == ORCHESTRATOR:
+            raise Refused(f"no host may be called {ORCHESTRATOR}", field="host", remedy="choose another name")
         try:
             ip = ipaddress.ip_address(address)
         except ValueError as error:

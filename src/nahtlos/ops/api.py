@@ -1,0 +1,403 @@
+"""The operator API: HTTP and JSON over `runtime.controllers.cloud.Cloud`.
+
+Owns paths, status codes, who may call, and the shape of errors: `{"error": ErrorRecord}`. Decides nothing
+about the cloud; the structs of `model` and `cloud` are the API's data, encoded and decoded by msgspec.
+Never logs a body, a header or a query.
+
+    422 Refused   404 NotFound   409 Conflict, Stale   503 Unavailable   401 no operator   413 body too long
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from nahtlos import __version__
+from nahtlos.model.blueprint import HostIntent
+from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
+from nahtlos.model.ids import CampaignId, HostId, ReleaseId, ServerId
+from nahtlos.model.nouns import HostRole, Size
+from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
+from nahtlos.runtime.identity import Presented
+
+Authenticate = Callable[[Presented], Awaitable[str | None]]
+"""The name of the operator who is proven by what was presented; None if it proves nobody."""
+
+MAX_BODY = 64 << 10
+"""Bytes of a request's body."""
+MAX_EVENTS = 1000
+STREAM_KEEPALIVE = 10.0
+"""Seconds of silence after which an event stream says that it is still there."""
+NEWEST = "newest"
+"""Stands for a campaign's id."""
+
+STATUS: tuple[tuple[type[Error], int], ...] = (
+    (NotFound, 404),
+    (Conflict, 409),
+    (Refused, 422),
+    (Stale, 409),
+    (Unavailable, 503),
+    (Error, 500),
+)
+
+_log = logging.getLogger("nahtlos.ops.api")
+_T = TypeVar("_T")
+
+
+class IntentChange(msgspec.Struct, frozen=True, kw_only=True):
+    intent: HostIntent
+
+
+class JoinTokenRequest(msgspec.Struct, frozen=True, kw_only=True):
+    host: HostId
+    role: HostRole = HostRole.COMPUTE
+    ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=7 * 86400)] = 3600
+
+
+class JoinToken(msgspec.Struct, frozen=True, kw_only=True):
+    token: str
+
+
+class ReleaseRegistration(msgspec.Struct, frozen=True, kw_only=True):
+    release: ReleaseId
+
+
+class MoveRequest(msgspec.Struct, frozen=True, kw_only=True):
+    to: HostId | None = None
+
+
+class ConsolePart(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes are base64 in JSON."""
+
+    data: bytes
+    next_offset: int
+
+
+class ConsoleInput(msgspec.Struct, frozen=True, kw_only=True):
+    data: bytes
+
+
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    to: ReleaseId
+    hosts: tuple[HostId, ...] | None = None
+    """None: all hosts with the compute role."""
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    error: ErrorRecord
+
+
+def create_app(cloud: Cloud, authenticate: Authenticate) -> FastAPI:
+    """The API over `cloud`. Serve it with `ops.serve`, which finds out what a caller can prove."""
+    app = FastAPI(title="nahtlos operator API", version=__version__, docs_url=None, redoc_url=None)
+    _answer_errors(app)
+
+    async def operator(request: Request) -> str:
+        name = await authenticate(_presented(request))
+        if name is None:
+            raise HTTPException(401)
+        request.state.operator = name
+        return name
+
+    open_routes = APIRouter(prefix="/v1")
+    routes = APIRouter(prefix="/v1", dependencies=[Depends(operator), Depends(_logged)])
+    _join(open_routes, cloud)
+    for add in (_status, _hosts, _releases, _servers, _upgrades, _events):
+        add(routes, cloud)
+    app.include_router(open_routes)
+    app.include_router(routes)
+    return app
+
+
+# --- routes ------------------------------------------------------------------------------------------
+
+
+def _join(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.post("/join", dependencies=[Depends(_logged)])
+    async def join(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        """Needs no operator: the one-time token in the body is the credential."""
+        return _json(await cloud.join(await _body(request, JoinRequest)))
+
+
+def _status(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.get("/status")
+    async def status() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.status())
+
+    @routes.get("/images")
+    async def images() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.images())
+
+    @routes.put("/promised")
+    async def set_promised(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        await cloud.set_promised(await _body(request, Size))
+        return Response(status_code=204)
+
+
+def _hosts(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.get("/hosts")
+    async def hosts() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.hosts())
+
+    @routes.get("/hosts/{host}")
+    async def host(host: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.host(HostId(host)))
+
+    @routes.put("/hosts/{host}/intent")
+    async def set_intent(host: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        change = await _body(request, IntentChange)
+        return _json(await cloud.set_host_intent(HostId(host), change.intent))
+
+    @routes.post("/join-tokens")
+    async def join_token(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, JoinTokenRequest)
+        token = await cloud.create_join_token(asked.host, asked.role, asked.ttl_seconds)
+        return _json(JoinToken(token=token), status=201)
+
+
+def _releases(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.get("/releases")
+    async def releases() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.releases())
+
+    @routes.get("/releases/{release}")
+    async def release(release: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.release(ReleaseId(release)))
+
+    @routes.post("/releases")
+    async def register(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, ReleaseRegistration)
+        return _json(await cloud.register_release(asked.release), status=201)
+
+
+def _servers(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.get("/servers")
+    async def servers() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.servers())
+
+    @routes.post("/servers")
+    async def create(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.create_server(await _body(request, ServerRequest)), status=201)
+
+    @routes.get("/servers/{server}")
+    async def server(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.server(ServerId(server)))
+
+    @routes.delete("/servers/{server}")
+    async def delete(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.delete_server(ServerId(server)), status=202)
+
+    @routes.post("/servers/{server}/move")
+    async def move(server: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, MoveRequest)
+        return _json(await cloud.move_server(ServerId(server), asked.to), status=202)
+
+    @routes.get("/servers/{server}/console")
+    async def console_read(  # pyright: ignore[reportUnusedFunction]
+        server: str, offset: Annotated[int, Query(ge=0)] = 0
+    ) -> Response:
+        data, following = await cloud.console_read(ServerId(server), offset)
+        return _json(ConsolePart(data=data, next_offset=following))
+
+    @routes.post("/servers/{server}/console")
+    async def console_write(  # pyright: ignore[reportUnusedFunction]
+        server: str, request: Request
+    ) -> Response:
+        await cloud.console_write(ServerId(server), (await _body(request, ConsoleInput)).data)
+        return Response(status_code=204)
+
+
+def _upgrades(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.post("/upgrades/plan")
+    async def plan(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, UpgradeRequest)
+        return _json(await cloud.plan_upgrade(asked.to, asked.hosts))
+
+    @routes.post("/upgrades")
+    async def start(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, UpgradeRequest)
+        return _json(await cloud.start_upgrade(asked.to, asked.hosts), status=201)
+
+    @routes.post("/upgrades/pause")
+    async def pause() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.pause_upgrade())
+
+    @routes.post("/upgrades/resume")
+    async def resume() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.resume_upgrade())
+
+    @routes.post("/upgrades/cancel")
+    async def cancel() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.cancel_upgrade())
+
+    @routes.get("/campaigns")
+    async def campaigns() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.campaigns())
+
+    @routes.get("/campaigns/{campaign}")
+    async def campaign(campaign: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.campaign(None if campaign == NEWEST else CampaignId(campaign)))
+
+
+def _events(routes: APIRouter, cloud: Cloud) -> None:
+    @routes.get("/events")
+    async def page(  # pyright: ignore[reportUnusedFunction]
+        after: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100,
+    ) -> Response:
+        return _json(await cloud.events(after, limit))
+
+    @routes.get("/events/stream")
+    async def stream(  # pyright: ignore[reportUnusedFunction]
+        request: Request, after: Annotated[int, Query(ge=0)] = 0
+    ) -> Response:
+        """Server-sent events; a client that reconnects goes on after its `Last-Event-ID`."""
+        last = request.headers.get("last-event-id", "")
+        start = int(last) if last.isdecimal() else after
+        return StreamingResponse(
+            event_stream(cloud.follow(start)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store"},
+        )
+
+
+# --- events ------------------------------------------------------------------------------------------
+
+
+async def event_stream(events: AsyncIterator[CloudEvent]) -> AsyncIterator[bytes]:
+    """`events` as server-sent events, with a comment whenever nothing happens for a while."""
+    yield b": nahtlos\n\n"
+    following = asyncio.ensure_future(_next(events))
+    try:
+        while True:
+            done, _ = await asyncio.wait((following,), timeout=STREAM_KEEPALIVE)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            event = following.result()
+            if event is None:
+                return
+            yield b"id: %d\ndata: %s\n\n" % (event.number, msgspec.json.encode(event))
+            following = asyncio.ensure_future(_next(events))
+    finally:
+        following.cancel()
+        await asyncio.wait((following,))
+        if not following.cancelled():
+            following.exception()
+
+
+async def _next(events: AsyncIterator[CloudEvent]) -> CloudEvent | None:
+    return await anext(events, None)
+
+
+# --- callers -----------------------------------------------------------------------------------------
+
+
+def _presented(request: Request) -> Presented:
+    """What the listener found out about the connection, and the token in the request, if any."""
+    proven: Presented = getattr(request.state, "presented", Presented())
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return msgspec.structs.replace(proven, bearer=token.strip())
+    return proven
+
+
+async def _logged(request: Request) -> AsyncIterator[None]:
+    """One line for everything that changes something: who, what, whether it was accepted."""
+    try:
+        yield
+    except Exception as error:
+        if request.method != "GET":
+            _log.info("%s %s %s: %s", *_who_what(request), type(error).__name__)
+        raise
+    if request.method != "GET":
+        _log.info("%s %s %s: ok", *_who_what(request))
+
+
+def _who_what(request: Request) -> tuple[str, str, str]:
+    return getattr(request.state, "operator", "nobody"), request.method, request.url.path
+
+
+# --- bodies and errors -------------------------------------------------------------------------------
+
+
+async def _body(request: Request, kind: type[_T]) -> _T:
+    received = bytearray()
+    async for part in request.stream():
+        received += part
+        if len(received) > MAX_BODY:
+            raise HTTPException(413)
+    try:
+        return msgspec.json.decode(bytes(received), type=kind)
+    except msgspec.DecodeError as error:
+        raise Refused(
+            str(error), field=_field_of(error), remedy="see the operator API's reference"
+        ) from error
+
+
+_PATH = re.compile(r"`\$\.?([^`]*)`$")
+_MISSING = re.compile(r"required field `([^`]+)`")
+
+
+def _field_of(error: msgspec.DecodeError) -> str:
+    """The field a decoder's message is about, `body` if it is about the whole."""
+    message = str(error)
+    path = match.group(1) if (match := _PATH.search(message)) else ""
+    missing = match.group(1) if (match := _MISSING.search(message)) else ""
+    return ".".join(part for part in (path, missing) if part) or "body"
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
+
+
+def _error(record: ErrorRecord, status: int, headers: dict[str, str] | None = None) -> Response:
+    body = msgspec.json.encode(ErrorBody(error=record))
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    async def known(_request: Request, error: Exception) -> Response:
+        status = next(code for kind, code in STATUS if isinstance(error, kind))
+        return _error(ErrorRecord.of(error), status, {"Retry-After": "1"} if status == 503 else None)
+
+    async def invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part not in ("query", "path"))
+        return _error(ErrorRecord(kind=Refused.kind, message=str(first["msg"]), field=field), 422)
+
+    async def http(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else None
+        return _error(_http_record(error), error.status_code, headers)
+
+    async def bug(_request: Request, _error_: Exception) -> Response:
+        # What happened is in the log; its text might hold what a caller must not see.
+        return _error(ErrorRecord(kind="bug", message="internal error; the log says more"), 500)
+
+    app.add_exception_handler(Error, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, bug)
+
+
+def _http_record(error: HTTPException) -> ErrorRecord:
+    if error.status_code == 401:
+        return ErrorRecord(
+            kind=Refused.kind,
+            message="no operator's credential",
+            field="authorization",
+            remedy="use the unix socket as root, an operator's token or an operator's certificate",
+        )
+    if error.status_code == 413:
+        return ErrorRecord(kind=Refused.kind, message=f"body of more than {MAX_BODY} bytes", field="body")
+    kind = NotFound.kind if error.status_code == 404 else Refused.kind
+    return ErrorRecord(kind=kind, message=f"no such path or method ({error.detail})", field="path")

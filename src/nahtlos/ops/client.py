@@ -1,0 +1,286 @@
+"""The operator API as a typed client: the same methods as `runtime.controllers.cloud.Cloud`.
+
+Whoever can use a Cloud can use one that is elsewhere. Errors are those of `model.errors`, as the cloud
+raised them; Unavailable if it could not be reached. Never retries: after Unavailable a change may have been
+made all the same, and only the caller knows whether to repeat it.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from nahtlos.model.blueprint import Campaign, Forecast, HostIntent
+from nahtlos.model.errors import Error, Refused, Unavailable
+from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
+from nahtlos.model.nouns import HostRole, Release, Size
+from nahtlos.ops.api import (
+    NEWEST,
+    STREAM_KEEPALIVE,
+    ConsoleInput,
+    ConsolePart,
+    ErrorBody,
+    IntentChange,
+    JoinToken,
+    JoinTokenRequest,
+    MoveRequest,
+    ReleaseRegistration,
+    UpgradeRequest,
+)
+from nahtlos.runtime.controllers.cloud import (
+    CampaignView,
+    CloudEvent,
+    HostView,
+    JoinAnswer,
+    JoinRequest,
+    ServerRequest,
+    ServerView,
+    Status,
+)
+from nahtlos.wire.tls import ORCHESTRATOR, orchestrator_client_context
+
+TIMEOUT = 30.0
+CONNECT_TIMEOUT = 5.0
+
+_T = TypeVar("_T")
+
+
+class OperatorClient:
+    """Use as an async context manager, or call `close`."""
+
+    def __init__(self, http: httpx.AsyncClient, where: str) -> None:
+        self._http = http
+        self.where = where
+
+    @classmethod
+    def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
+        """Over the orchestrator's unix socket, as root on its machine."""
+        transport = httpx.AsyncHTTPTransport(uds=str(path))
+        return cls(_http(f"http://{ORCHESTRATOR}", transport, {}, timeout), str(path))
+
+    @classmethod
+    def tls(
+        cls,
+        url: str,
+        *,
+        ca_file: Path,
+        token_file: Path | None = None,
+        pki_dir: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> "OperatorClient":
+        """Over TLS at `url` (https://address:port) with an operator's token or certificate. With neither,
+        only `join` is open. Credentials come from files, so that they stay off command lines."""
+        if not url.startswith("https://"):
+            raise Refused(f"'{url}' does not begin with https://", field="url")
+        headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file else {}
+        context = orchestrator_client_context(ca_file, pki_dir)
+        return cls(_http(url, _Named(context), headers, timeout), url)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- the cloud, hosts, releases
+
+    async def status(self) -> Status:
+        return await self._get("status", Status)
+
+    async def hosts(self) -> tuple[HostView, ...]:
+        return await self._get("hosts", tuple[HostView, ...])
+
+    async def host(self, host: HostId) -> HostView:
+        return await self._get(f"hosts/{_part(host)}", HostView)
+
+    async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView:
+        return await self._ask("PUT", f"hosts/{_part(host)}/intent", IntentChange(intent=intent), HostView)
+
+    async def create_join_token(self, host: HostId, role: HostRole, ttl_seconds: int) -> str:
+        asked = JoinTokenRequest(host=host, role=role, ttl_seconds=ttl_seconds)
+        return (await self._ask("POST", "join-tokens", asked, JoinToken)).token
+
+    async def join(self, request: JoinRequest) -> JoinAnswer:
+        return await self._ask("POST", "join", request, JoinAnswer)
+
+    async def releases(self) -> tuple[Release, ...]:
+        return await self._get("releases", tuple[Release, ...])
+
+    async def release(self, release: ReleaseId) -> Release:
+        return await self._get(f"releases/{_part(release)}", Release)
+
+    async def register_release(self, release: ReleaseId) -> Release:
+        return await self._ask("POST", "releases", ReleaseRegistration(release=release), Release)
+
+    async def images(self) -> tuple[ImageId, ...]:
+        return await self._get("images", tuple[ImageId, ...])
+
+    async def set_promised(self, promised: Size) -> None:
+        await self._ask("PUT", "promised", promised, None)
+
+    # --- servers
+
+    async def servers(self) -> tuple[ServerView, ...]:
+        return await self._get("servers", tuple[ServerView, ...])
+
+    async def server(self, server: ServerId) -> ServerView:
+        return await self._get(f"servers/{_part(server)}", ServerView)
+
+    async def create_server(self, request: ServerRequest) -> ServerView:
+        return await self._ask("POST", "servers", request, ServerView)
+
+    async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
+        return await self._ask("POST", f"servers/{_part(server)}/move", MoveRequest(to=to), ServerView)
+
+    async def delete_server(self, server: ServerId) -> ServerView:
+        return await self._ask("DELETE", f"servers/{_part(server)}", None, ServerView)
+
+    async def console_read(self, server: ServerId, offset: int) -> tuple[bytes, int]:
+        part = await self._get(f"servers/{_part(server)}/console?offset={offset}", ConsolePart)
+        return part.data, part.next_offset
+
+    async def console_write(self, server: ServerId, data: bytes) -> None:
+        await self._ask("POST", f"servers/{_part(server)}/console", ConsoleInput(data=data), None)
+
+    # --- upgrades
+
+    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast:
+        return await self._ask("POST", "upgrades/plan", UpgradeRequest(to=to, hosts=hosts), Forecast)
+
+    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView:
+        return await self._ask("POST", "upgrades", UpgradeRequest(to=to, hosts=hosts), CampaignView)
+
+    async def campaigns(self) -> tuple[Campaign, ...]:
+        return await self._get("campaigns", tuple[Campaign, ...])
+
+    async def campaign(self, campaign: CampaignId | None) -> CampaignView:
+        return await self._get(f"campaigns/{_part(campaign or NEWEST)}", CampaignView)
+
+    async def pause_upgrade(self) -> CampaignView:
+        return await self._ask("POST", "upgrades/pause", None, CampaignView)
+
+    async def resume_upgrade(self) -> CampaignView:
+        return await self._ask("POST", "upgrades/resume", None, CampaignView)
+
+    async def cancel_upgrade(self) -> CampaignView:
+        return await self._ask("POST", "upgrades/cancel", None, CampaignView)
+
+    # --- events
+
+    async def events(self, after: int, limit: int) -> tuple[CloudEvent, ...]:
+        return await self._get(f"events?after={after}&limit={limit}", tuple[CloudEvent, ...])
+
+    async def follow(self, after: int) -> AsyncIterator[CloudEvent]:
+        """Events after `after`, then new ones. Ends with Unavailable when the stream breaks: ask again
+        with the number of the last event that came."""
+        silence = httpx.Timeout(CONNECT_TIMEOUT, read=3 * STREAM_KEEPALIVE)
+        try:
+            async with self._http.stream(
+                "GET", f"/v1/events/stream?after={after}", timeout=silence
+            ) as response:
+                if response.is_error:
+                    raise _error(response, await response.aread())
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        yield msgspec.json.decode(line.removeprefix("data: "), type=CloudEvent)
+        except (httpx.TransportError, ssl.SSLError) as error:
+            raise self._unreachable(error) from error
+        raise Unavailable(f"the event stream of {self.where} ended")
+
+    # --- requests
+
+    async def _get(self, path: str, kind: type[_T]) -> _T:
+        return await self._ask("GET", path, None, kind)
+
+    async def _ask(self, method: str, path: str, body: msgspec.Struct | None, kind: type[_T] | None) -> _T:
+        """The decoded answer; `kind` None if none is expected."""
+        content = None if body is None else msgspec.json.encode(body)
+        try:
+            response = await self._http.request(method, f"/v1/{path}", content=content)
+        except (httpx.TransportError, ssl.SSLError) as error:
+            raise self._unreachable(error) from error
+        if response.is_error:
+            raise _error(response, response.content)
+        if kind is None:
+            return None  # pyright: ignore[reportReturnType]
+        try:
+            return msgspec.json.decode(response.content, type=kind)
+        except msgspec.DecodeError as error:
+            raise Unavailable(f"{self.where} answered {path} with something else: {error}") from error
+
+    def _unreachable(self, error: Exception) -> Unavailable:
+        what = str(error) or type(error).__name__
+        return Unavailable(
+            f"no orchestrator answers at {self.where}: {what}", remedy="check that it runs and where"
+        )
+
+
+async def wait_until_ready(client: OperatorClient, *, timeout: float) -> Status:
+    """The status of an orchestrator that has just been started. Unavailable after `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            while True:
+                try:
+                    return await client.status()
+                except Unavailable:
+                    await asyncio.sleep(0.1)
+    except TimeoutError as error:
+        raise Unavailable(f"no orchestrator answers at {client.where} within {timeout:g} s") from error
+
+
+class _Named(httpx.AsyncHTTPTransport):
+    """TLS to whoever proves to be the orchestrator, at whatever address it is."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(verify=context, retries=0)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        request.extensions = {**request.extensions, "sni_hostname": ORCHESTRATOR}
+        return await super().handle_async_request(request)
+
+
+def _http(
+    url: str, transport: httpx.AsyncBaseTransport, headers: dict[str, str], timeout: float
+) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=url,
+        transport=transport,
+        headers=headers,
+        timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT),
+        trust_env=False,
+    )
+
+
+def _token(file: Path) -> str:
+    try:
+        token = file.read_text().strip()
+    except OSError as error:
+        raise Refused(f"cannot read {file}: {error.strerror}", field="token_file") from error
+    if not token:
+        raise Refused(f"{file} is empty", field="token_file")
+    return token
+
+
+def _part(name: str) -> str:
+    """`name` as one segment of a path. An empty one, or one of dots, would mean another path."""
+    if name.strip(".") == "":
+        raise Refused(f"'{name}' is no valid name", field="name")
+    return quote(name, safe="")
+
+
+def _error(response: httpx.Response, content: bytes) -> Error:
+    try:
+        return msgspec.json.decode(content, type=ErrorBody).error.raised()
+    except msgspec.DecodeError:
+        return Unavailable(f"HTTP {response.status_code} from something that is not an orchestrator")
