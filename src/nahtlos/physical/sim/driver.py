@@ -1,0 +1,43 @@
+"""What all simulated drivers share: every verb takes its time, may fail before or after its effect, and
+does nothing for an agent that is dead."""
+
+import asyncio
+
+from nahtlos.model.errors import Unavailable
+from nahtlos.physical.sim.faults import Call, Life, Moment
+from nahtlos.physical.sim.world import SimHost, World
+
+
+class SimDriver:
+    name = ""
+
+    def __init__(self, world: World, host: SimHost, life: Life) -> None:
+        self.world = world
+        self.host = host
+        self.life = life
+
+    def verb(self, verb: str, subject: str = "") -> "_Verb":
+        """`async with`: the effect goes into the body."""
+        return _Verb(self, self.world.next_call(self.host.id, self.name, verb, subject))
+
+
+class _Verb:
+    def __init__(self, driver: SimDriver, call: Call) -> None:
+        self._driver = driver
+        self._call = call
+        self._half = driver.world.troubles.latency(call) / 2
+
+    async def __aenter__(self) -> None:
+        driver = self._driver
+        driver.life.check()
+        await asyncio.sleep(self._half)
+        driver.world.befall(self._call, Moment.BEFORE, driver.life)
+        if not driver.host.powered:
+            raise Unavailable(f"{driver.host.id} has no power")
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            driver = self._driver
+            driver.world.befall(self._call, Moment.AFTER, driver.life)
+            await asyncio.sleep(self._half)
+            driver.life.check()

@@ -1,0 +1,198 @@
+"""Servers as the simulated world knows them: the guest in a VMM, the VMM, the stream between two VMMs.
+
+Owns what a real QEMU would do when told, including what must never be asked of it. Never refuses a fatal
+request for safety's sake: it does it, and the world writes down what was broken.
+
+    VMM      STARTING -> RUNNING <-> PAUSED        INCOMING -(arrived)-> PAUSED        any -> CRASHED
+    stream   ACTIVE -(source paused, rest sent)-> COMPLETED | FAILED | CANCELLED
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.ids import HostId, ReleaseId
+from nahtlos.model.inventory import RunState
+from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId
+from nahtlos.physical.sim.paths import Tap
+
+SHORTEST_PASS = 0.001
+"""Seconds one pass over the dirty bitmap takes at least; a held source spins."""
+FINISH_SECONDS = 0.003
+"""From the last byte to the destination's `completed`."""
+NOTICE_SECONDS = 0.03
+"""Until a source notices that its destination is gone."""
+STALL_FOREVER = 0.0
+LINK_BYTES_PER_SECOND = 1 << 30
+TOUCHED = 0.25
+"""Share of its memory a guest has touched: the first pass sends that."""
+
+
+@dataclass
+class Guest:
+    """A server's memory. A move copies it; whatever runs the older copy afterwards is a second server."""
+
+    boot: int
+    writes: int = 0
+    """Writes to the volume that this memory knows of."""
+
+
+@dataclass(eq=False)
+class Vmm:
+    id: VmmId
+    host: HostId
+    server: ServerConfig
+    release: ReleaseId
+    state: RunState
+    pid: int
+    taps: list[Tap]
+    dirty_rate: int
+    """Bytes a second the guest dirties."""
+    guest: Guest | None = None
+    """None while a destination has not received it."""
+    uri: str | None = None
+    migrated: bool = False
+    sent: bool = False
+    has_run: bool = False
+    refused: str = ""
+    """Why nothing will ever arrive in it."""
+    stream: "Stream | None" = None
+    """The newest one it sends (source)."""
+    arrival: asyncio.Event = field(default_factory=asyncio.Event)
+    """Something was decided about what arrives: it came, or it never will."""
+    console: bytearray = field(default_factory=bytearray)
+
+    @property
+    def running(self) -> bool:
+        return self.state is RunState.RUNNING
+
+    @property
+    def receiving(self) -> bool:
+        return not self.has_run
+
+    @property
+    def ended(self) -> bool:
+        return self.state is RunState.CRASHED
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.server.spec.size.memory_mib << 20
+
+
+class Stream:
+    """Pre-copy from `source` to `destination`, in virtual time. With switchover-ack withheld it goes round
+    until the source is paused; then the rest is sent and it completes."""
+
+    def __init__(
+        self,
+        source: Vmm,
+        destination: Vmm,
+        rate: int,
+        now: Callable[[], float],
+        done: Callable[["Stream"], None],
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self.phase = MigrationPhase.ACTIVE
+        self.error = ""
+        self.rate = float(max(1, min(rate, LINK_BYTES_PER_SECOND)))
+        self.stalled = False
+        self.broken = False
+        self._now = now
+        self._done = done
+        self._at = now()
+        self._remaining = source.memory_bytes * TOUCHED
+        self._transferred = 0.0
+        self._passes = 1
+        self._pass_seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def progress(self) -> MigrationProgress:
+        self.advance()
+        return MigrationProgress(
+            phase=self.phase,
+            remaining=int(self._remaining),
+            total=self.source.memory_bytes,
+            transferred=int(self._transferred),
+            passes=self._passes,
+            error=self.error,
+        )
+
+    def advance(self) -> None:
+        """Let the stream flow up to now."""
+        now = self._now()
+        seconds, self._at = now - self._at, now
+        if self.stalled or self.broken or self.phase is not MigrationPhase.ACTIVE:
+            return
+        while seconds > 0:
+            takes = max(self._remaining / self.rate, SHORTEST_PASS - self._pass_seconds, 1e-9)
+            step = min(seconds, takes)
+            sent = min(self._remaining, step * self.rate)
+            self._transferred += sent
+            self._remaining -= sent
+            self._pass_seconds += step
+            seconds -= step
+            if step >= takes:
+                self._next_pass()
+
+    def _next_pass(self) -> None:
+        if not self.source.running:
+            self._pass_seconds = SHORTEST_PASS
+            return
+        dirtied = min(self._pass_seconds * self.source.dirty_rate, self.source.memory_bytes * TOUCHED)
+        self._remaining += dirtied
+        self._passes += 1
+        self._pass_seconds = 0.0
+
+    def source_paused(self) -> None:
+        """The CPUs stand still: once the rest is sent, it is complete."""
+        self._stop_timer()
+        self.advance()
+        if self.phase is not MigrationPhase.ACTIVE or self.broken or self.stalled or self.source.running:
+            return
+        seconds = self._remaining / self.rate + FINISH_SECONDS
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._complete)
+
+    def source_runs(self) -> None:
+        self._stop_timer()
+        self.advance()
+
+    def stall(self, *, on: bool) -> None:
+        self.advance()
+        self.stalled = on
+        self.source_paused()
+
+    def destination_gone(self) -> None:
+        if self.phase is MigrationPhase.ACTIVE:
+            self.advance()
+            self.broken = True
+            self._stop_timer()
+            self._timer = asyncio.get_running_loop().call_later(
+                NOTICE_SECONDS, self.fail, "the destination closed the connection"
+            )
+
+    def fail(self, why: str) -> None:
+        self._end(MigrationPhase.FAILED, why)
+
+    def cancel(self) -> None:
+        self._end(MigrationPhase.CANCELLED, "")
+
+    def _end(self, phase: MigrationPhase, why: str) -> None:
+        if self.phase is MigrationPhase.ACTIVE:
+            self.advance()
+            self._stop_timer()
+            self.phase, self.error = phase, why
+            self._done(self)
+
+    def _complete(self) -> None:
+        if self.phase is MigrationPhase.ACTIVE and not self.source.running and not self.broken:
+            self._transferred += self._remaining
+            self._remaining = 0.0
+            self.phase = MigrationPhase.COMPLETED
+            self._done(self)
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,141 @@
+"""`physical.ports.Hypervisor` over the simulated world. Owns nothing: `sim.guests` is what a VMM does."""
+
+import asyncio
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.errors import NotFound, Refused, Unavailable
+from nahtlos.model.ids import ReleaseId
+from nahtlos.model.inventory import Accelerator, RunState
+from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId, VmmStatus
+from nahtlos.physical.sim.driver import SimDriver
+from nahtlos.physical.sim.guests import Vmm
+
+
+class SimHypervisor(SimDriver):
+    name = "hypervisor"
+
+    async def releases(self) -> tuple[ReleaseId, ...]:
+        async with self.verb("releases"):
+            return tuple(self.host.releases)
+
+    async def observe(self) -> tuple[VmmStatus, ...]:
+        async with self.verb("observe"):
+            return tuple(_status(v) for v in self.host.vmms.values())
+
+    async def verify(self, release: ReleaseId) -> Accelerator:
+        async with self.verb("verify", release):
+            self._check_release(release)
+            if reason := self.host.broken_releases.get(release):
+                raise Refused(f"a probe under {release} did not boot: {reason}", field="release")
+            return Accelerator(name="sim", reason="the only one here", release=release)
+
+    async def start(self, server: ServerConfig, release: ReleaseId) -> None:
+        vmm_id = VmmId(server.spec.id, server.epoch)
+        async with self.verb("start", vmm_id.unit):
+            self._check_release(release)
+            held = self.host.vmms.get(vmm_id)
+            if held is None or held.ended:
+                self.world.start_vmm(self.host, server, server.epoch, release, boot=True)
+
+    async def kill(self, vmm: VmmId) -> None:
+        async with self.verb("kill", vmm.unit):
+            held = self.host.vmms.get(vmm)
+            if held:
+                self.world.remove_vmm(held)
+
+    async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
+        async with self.verb("console", vmm.unit):
+            text = bytes(self._held(vmm).console)
+            data = text[offset : offset + limit]
+            return data, min(offset, len(text)) + len(data)
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> None:
+        async with self.verb("console_write", vmm.unit):
+            self._living(vmm).console.extend(data)
+
+    # --- destination ---
+
+    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
+        vmm_id = VmmId(server.spec.id, epoch)
+        async with self.verb("incoming_start", vmm_id.unit):
+            self._check_release(release)
+            held = self.host.vmms.get(vmm_id)
+            if held is None or held.ended:
+                self.world.start_vmm(self.host, server, epoch, release, boot=False)
+
+    async def incoming_listen(self, vmm: VmmId, address: str) -> str:
+        async with self.verb("incoming_listen", vmm.unit):
+            held = self._living(vmm)
+            if held.state is not RunState.INCOMING or held.refused:
+                raise Refused(f"{vmm.unit} does not wait for a server", field="vmm")
+            return self.world.listen(held, address)
+
+    async def incoming_wait(self, vmm: VmmId, *, timeout: float) -> None:
+        async with self.verb("incoming_wait", vmm.unit):
+            held = self._held(vmm)
+            try:
+                async with asyncio.timeout(timeout):
+                    await held.arrival.wait()
+            except TimeoutError as error:
+                raise Unavailable(f"{vmm.unit} has not arrived within {timeout:g} s") from error
+            if not held.migrated or held.ended:
+                raise Refused(f"{vmm.unit} will not arrive: {held.refused or 'its VMM ended'}", field="vmm")
+
+    async def resume(self, vmm: VmmId) -> None:
+        async with self.verb("resume", vmm.unit):
+            held = self._living(vmm)
+            if held.state is RunState.INCOMING:
+                raise Refused(f"{vmm.unit} has not received its server", field="vmm")
+            self.world.resume(held)
+
+    # --- source ---
+
+    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+        async with self.verb("migrate_start", vmm.unit):
+            self.world.begin_stream(self._living(vmm), uri, peer, bandwidth)
+
+    async def migrate_progress(self, vmm: VmmId) -> MigrationProgress:
+        async with self.verb("migrate_progress", vmm.unit):
+            stream = self._living(vmm).stream
+            return stream.progress() if stream else MigrationProgress(phase=MigrationPhase.NONE)
+
+    async def pause(self, vmm: VmmId) -> None:
+        async with self.verb("pause", vmm.unit):
+            self.world.pause(self._living(vmm))
+
+    async def migrate_cancel(self, vmm: VmmId) -> None:
+        async with self.verb("migrate_cancel", vmm.unit):
+            stream = self._living(vmm).stream
+            if stream:
+                stream.cancel()
+
+    # --- here ---
+
+    def _check_release(self, release: ReleaseId) -> None:
+        if release not in self.host.releases:
+            raise Refused(
+                f"{release} is not present on {self.host.id}", field="release", remedy="build it first"
+            )
+
+    def _held(self, vmm: VmmId) -> Vmm:
+        held = self.host.vmms.get(vmm)
+        if held is None:
+            raise NotFound(f"{self.host.id} has no {vmm.unit}", field="vmm")
+        return held
+
+    def _living(self, vmm: VmmId) -> Vmm:
+        held = self._held(vmm)
+        if held.ended:
+            raise Unavailable(f"the process of {vmm.unit} has ended")
+        return held
+
+
+def _status(vmm: Vmm) -> VmmStatus:
+    return VmmStatus(
+        id=vmm.id,
+        state=vmm.state,
+        release=vmm.release,
+        size=vmm.server.spec.size,
+        migrated=vmm.migrated and not vmm.has_run,
+        sent=vmm.sent,
+    )

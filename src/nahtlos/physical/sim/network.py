@@ -1,0 +1,149 @@
+"""`physical.ports.Network` over the simulated world: the gate protocol on `sim.paths`.
+
+Owns nothing. Decides, as the native driver does, which entries a configuration means; leaves pinned ports
+alone.
+"""
+
+import asyncio
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
+from nahtlos.model.errors import NotFound
+from nahtlos.model.ids import PortId
+from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
+from nahtlos.physical.sim.driver import SimDriver
+from nahtlos.physical.sim.paths import TO_TUNNEL, Frame, Tap
+
+POLL_SECONDS = 0.0005
+EMPTY_POLLS = 3
+SACRIFICE_SECONDS = 0.3
+
+
+class SimNetwork(SimDriver):
+    name = "network"
+
+    async def capabilities(self) -> NetworkCapabilities:
+        async with self.verb("capabilities"):
+            return NetworkCapabilities(
+                lossless_move=True,
+                ct_transfer=False,
+                strict_stateful=False,
+                shaper=False,
+                details={"driver": "simulated"},
+            )
+
+    async def host_init(self) -> None:
+        async with self.verb("host_init"):
+            pass
+
+    async def reconcile(self, desired: NetworkDesired) -> tuple[str, ...]:
+        async with self.verb("reconcile", f"generation {desired.config.generation}"):
+            found: list[str] = []
+            for network in desired.config.networks:
+                for port in network.ports:
+                    if port.id not in desired.pinned:
+                        found += self._put_right(desired.config, port)
+            return tuple(found)
+
+    def _put_right(self, config: HostConfig, port: PortConfig) -> list[str]:
+        paths, board = self.world.paths, self.host.board
+        found: list[str] = []
+        here = port.host == self.host.id
+        if not here and board.tunnels.get(port.mac) != port.vtep:
+            found.append(f"tunnel of {port.id}")
+            paths.tunnel(self.host.id, port.mac, port.vtep)
+        entry = (port.id if port.id in board.taps else None) if here else TO_TUNNEL
+        if board.entries.get(port.mac) != entry:
+            found.append(f"entry of {port.id}")
+            paths.lead(self.host.id, port.mac, entry)
+        reflect = port.id in config.reflect
+        if (port.mac in board.gates) != reflect:
+            found.append(f"gate of {port.id}")
+            paths.gate(self.host.id, port.mac, on=reflect)
+        return found
+
+    async def observe(self) -> NetworkObservation:
+        async with self.verb("observe"):
+            board = self.host.board
+            return NetworkObservation(
+                networks=(),
+                local_ports=tuple(sorted(board.taps)),
+                reflecting=tuple(sorted(t.port for t in board.taps.values() if t.mac in board.gates)),
+                counters={
+                    t.port: {
+                        "rx_packets": 0,
+                        "tx_packets": t.received - t.dropped - len(t.ring),
+                        "tx_dropped": t.dropped,
+                    }
+                    for t in board.taps.values()
+                },
+            )
+
+    async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
+        async with self.verb("port_create", port.id):
+            known = port.id in self.host.board.taps
+            self.world.add_tap(self.host, port)
+            if deliver:
+                self.world.paths.lead(self.host.id, port.mac, port.id)
+            elif not known and self.host.board.entries.get(port.mac) == port.id:
+                self.world.paths.lead(self.host.id, port.mac, TO_TUNNEL)
+
+    async def port_delete(self, port: PortId) -> None:
+        async with self.verb("port_delete", port):
+            self.world.remove_tap(self.host, port)
+
+    # --- moves ---
+
+    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+        async with self.verb("move_prepare", f"{port.id} {role}"):
+            paths, host = self.world.paths, self.host.id
+            paths.tunnel(host, port.mac, vtep)
+            paths.gate(host, port.mac, on=True)
+
+    async def move_sacrifice(self, port: PortId) -> bool:
+        async with self.verb("move_sacrifice", port):
+            tap = self._tap(port)
+            tap.put(Frame(None, 0, self.world.now()))
+            return await self._emptied(tap, SACRIFICE_SECONDS, polls=1)
+
+    async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        async with self.verb("move_switch", f"{port.id} {role}"):
+            to = self._tap(port.id).port if role is MoveRole.DESTINATION else TO_TUNNEL
+            self.world.paths.lead(self.host.id, port.mac, to)
+
+    async def move_drain(self, port: PortId, *, timeout: float) -> bool:
+        async with self.verb("move_drain", port):
+            return await self._emptied(self._tap(port), timeout, polls=EMPTY_POLLS)
+
+    async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
+        async with self.verb("move_revert", f"{port.id} {role}"):
+            paths, host, tap = self.world.paths, self.host.id, self.host.board.taps.get(port.id)
+            if role is MoveRole.SOURCE:
+                paths.lead(host, port.mac, self._tap(port.id).port)
+                return 0
+            if tap is None:
+                return 0
+            returned = paths.reinject(tap)
+            paths.lead(host, port.mac, TO_TUNNEL)
+            return returned + paths.reinject(tap)
+
+    async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        async with self.verb("move_settle", f"{port.id} {role}"):
+            if role is MoveRole.SOURCE:
+                self.world.remove_tap(self.host, port.id)
+
+    async def _emptied(self, tap: Tap, timeout: float, *, polls: int) -> bool:
+        """True once the ring was seen empty `polls` times in a row."""
+        empty, end = 0, self.world.now() + timeout
+        while empty < polls:
+            await asyncio.sleep(POLL_SECONDS)
+            self.world.paths.touch(tap.mac, probe=False)
+            empty = 0 if tap.ring else empty + 1
+            if self.world.now() >= end:
+                return False
+        return True
+
+    def _tap(self, port: PortId) -> Tap:
+        tap = self.host.board.taps.get(port)
+        if tap is None:
+            raise NotFound(f"{self.host.id} has no tap for {port}", field="port")
+        return tap

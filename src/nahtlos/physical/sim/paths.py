@@ -1,0 +1,359 @@
+"""The data path of the simulated data centre: taps, forwarding entries, gates, and the packets that show
+whether they are right.
+
+Owns the fate of every frame: delivered, waiting in a ring, or lost and why. Never decides where a path
+should lead; the network driver does, on behalf of an agent.
+
+Frames are counted lazily: a steady flow from outside (one frame every `INTERVAL`) is accounted for when
+something on its path changes, as if each frame had been sent in its time. In addition every change is
+preceded by one frame from every host that knows the port, sent in the last instant of the old state: a
+state in which a frame would be lost is found in every run, not only in unlucky ones.
+
+    frame -> FDB of the sender's host -> tunnel -> [gate] -> FDB there -> tap -> ring -> guest
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nahtlos.model.ids import HostId, PortId
+
+INTERVAL = 0.01
+"""Seconds between two frames of the flow from outside."""
+RING = 10_000
+"""Frames a tap's ring holds (txqueuelen)."""
+MAX_HOPS = 8
+
+
+class Attached(Protocol):
+    """What a tap sees of the VMM that holds it."""
+
+    @property
+    def running(self) -> bool: ...
+
+    @property
+    def receiving(self) -> bool:
+        """It has not run its guest yet; a frame it takes is spoiled."""
+        ...
+
+
+@dataclass(eq=False)
+class Flow:
+    """Numbered frames from one place to one port."""
+
+    mac: str
+    origin: HostId
+    steady: bool
+    """Sent all the time, not only around changes."""
+    next_at: float
+    sent: int = 0
+    delivered: int = 0
+    reordered: int = 0
+    lost: dict[str, int] = field(default_factory=dict[str, int])
+    """By reason."""
+    lost_first: tuple[float, str] | None = None
+    last_seq: int = 0
+    last_at: float = 0.0
+    longest_gap: float = 0.0
+
+    def arrived(self, seq: int, at: float, count: int = 1) -> None:
+        self.delivered += count
+        if seq < self.last_seq:
+            self.reordered += 1
+        self.last_seq = max(self.last_seq, seq + count - 1)
+        if self.delivered > count:
+            self.longest_gap = max(self.longest_gap, at - self.last_at)
+        self.last_at = max(self.last_at, at)
+
+    def lose(self, why: str, at: float, count: int = 1) -> None:
+        self.lost[why] = self.lost.get(why, 0) + count
+        if self.lost_first is None:
+            self.lost_first = (at, why)
+
+
+@dataclass(frozen=True)
+class Frame:
+    flow: Flow | None
+    """None: the dummy nobody misses."""
+    seq: int
+    at: float
+    """When it came to the tap."""
+
+    def lose(self, why: str, at: float) -> None:
+        if self.flow:
+            self.flow.lose(why, at)
+
+
+@dataclass(eq=False)
+class Tap:
+    port: PortId
+    mac: str
+    host: HostId
+    delay: float
+    """Seconds a running guest takes to fetch a frame from the ring."""
+    ring: deque[Frame] = field(default_factory=deque[Frame])
+    vmm: Attached | None = None
+    swallowed: Frame | None = None
+    """A VMM that does not run takes one frame and keeps it."""
+    spoiled: bool = False
+    running_since: float = 0.0
+    dropped: int = 0
+    received: int = 0
+
+    def put(self, frame: Frame) -> None:
+        self.received += 1
+        if len(self.ring) >= RING:
+            self.dropped += 1
+            frame.lose("ring full", frame.at)
+            return
+        self.ring.append(frame)
+        self.absorb()
+
+    def absorb(self) -> None:
+        if self.vmm and not self.vmm.running and self.swallowed is None and self.ring:
+            self.swallowed = self.ring.popleft()
+            self.spoiled = self.vmm.receiving
+
+    def drain(self, now: float) -> None:
+        """Hand the guest what it has had time to fetch."""
+        if not (self.vmm and self.vmm.running):
+            return
+        while self.ring and max(self.ring[0].at, self.running_since) + self.delay <= now:
+            frame = self.ring.popleft()
+            if frame.flow:
+                frame.flow.arrived(frame.seq, max(frame.at, self.running_since) + self.delay)
+
+    def runs(self, now: float) -> None:
+        """The guest was let run: what its VMM holds reaches it, unless it was spoiled on arrival."""
+        self.running_since = now
+        if self.swallowed and self.swallowed.flow:
+            if self.spoiled:
+                self.swallowed.flow.lose("spoiled by a VMM that was receiving", now)
+            else:
+                self.swallowed.flow.arrived(self.swallowed.seq, now)
+        self.swallowed = None
+        self.spoiled = False
+
+    def detached(self, now: float) -> None:
+        """The VMM ended; the ring stays with the tap."""
+        if self.swallowed:
+            self.swallowed.lose("held by a VMM that ended", now)
+        self.vmm, self.swallowed, self.spoiled = None, None, False
+
+    def discard(self, why: str, now: float) -> None:
+        for frame in self.ring:
+            frame.lose(why, now)
+        self.ring.clear()
+
+
+TO_TUNNEL = "tunnel"
+
+
+@dataclass(eq=False)
+class Switchboard:
+    """One host's forwarding state. `entries[mac]` is a port's id, or TO_TUNNEL."""
+
+    host: HostId
+    address: str
+    up: bool = True
+    entries: dict[str, str] = field(default_factory=dict[str, str])
+    tunnels: dict[str, str] = field(default_factory=dict[str, str])
+    """Where the tunnel device sends frames for a MAC."""
+    gates: set[str] = field(default_factory=set[str])
+    """MACs whose frames may come in by the tunnel and leave by it again."""
+    taps: dict[PortId, Tap] = field(default_factory=dict[PortId, Tap])
+
+
+class Paths:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.boards: dict[HostId, Switchboard] = {}
+        self._by_address: dict[str, Switchboard] = {}
+        self.flows: dict[tuple[str, HostId], Flow] = {}
+        self._steady: dict[str, Flow] = {}
+
+    def add(self, board: Switchboard) -> None:
+        self.boards[board.host] = board
+        self._by_address[board.address] = board
+
+    def open_flow(self, mac: str, origin: HostId) -> None:
+        """The server answers: from now on frames for it are sent from `origin`, and all are counted."""
+        if mac not in self._steady:
+            flow = Flow(mac=mac, origin=origin, steady=True, next_at=self._now())
+            self._steady[mac] = flow
+            self.flows[mac, origin] = flow
+
+    def close_flow(self, mac: str) -> None:
+        """Nobody sends any more."""
+        self.touch(mac)
+        self._steady.pop(mac, None)
+
+    # --- change ---
+
+    def touch(self, mac: str, *, probe: bool = True) -> None:
+        """Account for everything sent so far. Call before any change on the path to `mac`."""
+        flow = self._steady.get(mac)
+        if flow is None:
+            return
+        now = self._now()
+        self._catch_up(flow, now)
+        if probe:
+            for board in self.boards.values():
+                if mac in board.entries:
+                    self._send(self._flow(mac, board.host), now)
+        for board in self.boards.values():
+            for tap in board.taps.values():
+                if tap.mac == mac:
+                    tap.drain(now)
+
+    def touch_all(self) -> None:
+        for mac in tuple(self._steady):
+            self.touch(mac)
+
+    def lead(self, host: HostId, mac: str, to: str | None) -> None:
+        """Set a host's one entry for `mac`; None removes it."""
+        entries = self.boards[host].entries
+        if entries.get(mac) != to:
+            self.touch(mac)
+            if to is None:
+                del entries[mac]
+            else:
+                entries[mac] = to
+
+    def tunnel(self, host: HostId, mac: str, address: str) -> None:
+        board = self.boards[host]
+        if board.tunnels.get(mac) != address:
+            self.touch(mac)
+            board.tunnels[mac] = address
+
+    def gate(self, host: HostId, mac: str, *, on: bool) -> None:
+        gates = self.boards[host].gates
+        if (mac in gates) != on:
+            self.touch(mac)
+            (gates.add if on else gates.discard)(mac)
+
+    def add_tap(self, tap: Tap) -> None:
+        self.touch(tap.mac)
+        self.boards[tap.host].taps[tap.port] = tap
+
+    def remove_tap(self, host: HostId, port: PortId) -> None:
+        tap = self.boards[host].taps.get(port)
+        if tap:
+            self.touch(tap.mac)
+            now = self._now()
+            tap.discard("in the ring of a tap that was deleted", now)
+            tap.detached(now)
+            del self.boards[host].taps[port]
+            if self.boards[host].entries.get(tap.mac) == port:
+                del self.boards[host].entries[tap.mac]
+
+    def reinject(self, tap: Tap) -> int:
+        """Send the frames parked in `tap` through the tunnel; returns their number."""
+        self.touch(tap.mac)
+        now = self._now()
+        frames = [*([tap.swallowed] if tap.swallowed and not tap.spoiled else []), *tap.ring]
+        tap.ring.clear()
+        board = self.boards[tap.host]
+        target = self._by_address.get(board.tunnels.get(tap.mac, ""))
+        for frame in frames:
+            if frame.flow:
+                self._place(frame.flow, frame.seq, now, self._route(target, tap.mac, tunnelled=True))
+        return len(frames)
+
+    def power(self, host: HostId, *, on: bool) -> None:
+        self.touch_all()
+        board = self.boards[host]
+        now = self._now()
+        if not on:
+            for tap in board.taps.values():
+                tap.discard("host lost power", now)
+                tap.detached(now)
+            board.taps.clear()
+            board.entries.clear()
+            board.tunnels.clear()
+            board.gates.clear()
+        board.up = on
+
+    # --- frames ---
+
+    def _flow(self, mac: str, origin: HostId) -> Flow:
+        flow = self.flows.get((mac, origin))
+        if flow is None:
+            flow = self.flows[mac, origin] = Flow(mac=mac, origin=origin, steady=False, next_at=0.0)
+        return flow
+
+    def _catch_up(self, flow: Flow, now: float) -> None:
+        """All frames of the steady flow that were due before `now`, under the state that held so far."""
+        count = int((now - flow.next_at) / INTERVAL) + 1 if now >= flow.next_at else 0
+        if count <= 0:
+            return
+        place = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+        if isinstance(place, Tap):
+            count = self._deliver_old(flow, place, count, now)
+        elif count > 1:
+            flow.lose(place, flow.next_at, count - 1)
+            self._skip(flow, count - 1)
+            count = 1
+        for _ in range(count):
+            at = flow.next_at
+            flow.next_at += INTERVAL
+            flow.sent += 1
+            self._place(flow, flow.sent, at, place)
+
+    def _deliver_old(self, flow: Flow, tap: Tap, count: int, now: float) -> int:
+        """Frames a running guest has long fetched, in one go; returns how many are left to look at."""
+        tap.drain(now)
+        fetched = int((now - tap.delay - flow.next_at) / INTERVAL)
+        if tap.ring or fetched <= 1 or not (tap.vmm and tap.vmm.running):
+            return count
+        tap.received += fetched
+        flow.arrived(flow.sent + 1, flow.next_at + tap.delay, 1)
+        if fetched > 1:
+            flow.arrived(flow.sent + 2, flow.next_at + INTERVAL + tap.delay, fetched - 1)
+            flow.last_at = flow.next_at + (fetched - 1) * INTERVAL + tap.delay
+        self._skip(flow, fetched)
+        return count - fetched
+
+    def _skip(self, flow: Flow, count: int) -> None:
+        flow.sent += count
+        flow.next_at += count * INTERVAL
+
+    def _send(self, flow: Flow, now: float) -> None:
+        flow.sent += 1
+        place = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+        self._place(flow, flow.sent, now, place)
+
+    def _place(self, flow: Flow, seq: int, at: float, place: "Tap | str") -> None:
+        if isinstance(place, Tap):
+            place.put(Frame(flow, seq, at))
+        else:
+            flow.lose(place, at)
+
+    def _route(self, start: Switchboard | None, mac: str, *, tunnelled: bool) -> "Tap | str":
+        """The tap a frame comes to, or why it comes nowhere."""
+        board = start
+        for _ in range(MAX_HOPS):
+            if board is None:
+                return "tunnel to an address nobody has"
+            if not board.up:
+                return f"{board.host} has no power"
+            entry = board.entries.get(mac)
+            if entry is None:
+                return f"no entry at {board.host}"
+            if entry != TO_TUNNEL:
+                return board.taps.get(PortId(entry)) or f"no tap at {board.host}"
+            if tunnelled and mac not in board.gates:
+                return f"came to {board.host} by the tunnel and may not leave by it"
+            board = self._by_address.get(board.tunnels.get(mac, ""))
+            tunnelled = True
+        return "went round in a circle"
+
+
+def lost(flows: Iterable[Flow]) -> int:
+    return sum(sum(f.lost.values()) for f in flows)
+
+
+def waiting(boards: Mapping[HostId, Switchboard], mac: str) -> int:
+    """Frames for `mac` in rings."""
+    return sum(len(t.ring) for b in boards.values() for t in b.taps.values() if t.mac == mac)

@@ -1,0 +1,518 @@
+"""The simulated data centre: hosts, their VMMs, taps, volumes and daemons, and what must never happen there.
+
+Owns the state that outlives agents and the record of what was broken (`violations`) and of everything that
+happened (`trace`). Never decides anything a host's agent decides, and never prevents a mistake: a source
+resumed after it was sent runs as a second copy here, as it would in truth.
+
+Checked at every transition:
+    two-copies    two VMMs run the same server
+    stale-copy    a memory runs whose disk was written by a later one
+    rebooted      a server was booted again though nothing outside our hands had ended it
+    last-copy     an agent ended the only VMM that still held a server
+"""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.config import PortConfig, ServerConfig
+from nahtlos.model.errors import Refused, Unavailable
+from nahtlos.model.ids import HostId, PortId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import HostRole, Size, VolumeSpec
+from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
+from nahtlos.physical.sim.clock import virtual_loop
+from nahtlos.physical.sim.faults import Call, Calm, Life, Moment, Troubles, strike
+from nahtlos.physical.sim.guests import Guest, Stream, Vmm
+from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
+
+STORAGE_RESTART_SECONDS = 0.03
+BOOT_SECONDS = (1.5, 4.0)
+
+
+class Violation(msgspec.Struct, frozen=True, kw_only=True):
+    at: float
+    kind: str
+    subject: str
+    text: str
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the trace."""
+
+    at: float
+    host: str
+    what: str
+    """A verb with its driver (`hypervisor.pause`), or what happened by itself."""
+    subject: str
+    moment: str = ""
+    call: Call | None = None
+
+    def __str__(self) -> str:
+        return f"{self.at:12.6f}  {self.host:<10} {self.what:<28} {self.subject} {self.moment}"
+
+
+@dataclass(eq=False)
+class Volume:
+    spec: VolumeSpec
+    writes: int = 0
+    """Acknowledged ones."""
+
+
+@dataclass(eq=False)
+class ServerFacts:
+    """What the world has seen of one server."""
+
+    boots: int = 0
+    excuses: list[str] = field(default_factory=list[str])
+    """What outside our hands has ended it: a killed VMM, a host without power."""
+    gone: bool = False
+    """Ended from outside and not booted since."""
+    deleted: bool = False
+    up: bool = False
+    """Its guest has booted and answers."""
+    stopped_at: float | None = None
+    """Since when no copy runs."""
+    longest_blackout: float = 0.0
+
+
+@dataclass(eq=False)
+class SimHost:
+    id: HostId
+    role: HostRole
+    address: str
+    capacity: Size
+    board: Switchboard
+    releases: list[ReleaseId]
+    broken_releases: dict[ReleaseId, str] = field(default_factory=dict[ReleaseId, str])
+    """Present, but a probe under them does not boot; with the reason."""
+    vmms: dict[VmmId, Vmm] = field(default_factory=dict[VmmId, Vmm])
+    volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
+    storage_up: bool = True
+    storage_restarts: int = 0
+    fds: dict[str, int] = field(default_factory=dict[str, int])
+    """Stored descriptors: real ones, except taps, which are -1."""
+    listening: dict[str, int] = field(default_factory=dict[str, int])
+    """Stored listening sockets: the port of each."""
+    units: dict[str, tuple[Unit, UnitStatus]] = field(default_factory=dict[str, tuple[Unit, UnitStatus]])
+    boots: int = 1
+    powered: bool = True
+
+    @property
+    def boot_id(self) -> str:
+        return f"{self.id}-boot-{self.boots}"
+
+
+class World:
+    """`troubles` decides what goes wrong in driver calls; `state_dir` keeps what hosts have on disk."""
+
+    def __init__(self, *, seed: int = 0, troubles: Troubles | None = None, state_dir: Path) -> None:
+        self.random = random.Random(f"world {seed}")
+        self.troubles: Troubles = troubles or Calm(seed)
+        self.state_dir = state_dir
+        self.hosts: dict[HostId, SimHost] = {}
+        self.servers: dict[ServerId, ServerFacts] = {}
+        self.paths = Paths(self.now)
+        self.violations: list[Violation] = []
+        self.trace: list[Step] = []
+        self.dirty_rates: dict[ServerId, int] = {}
+        """Bytes a second; servers not named dirty 8 MiB/s."""
+        self.stalled_links: set[frozenset[HostId]] = set()
+        self.client: HostId | None = None
+        """The host through which packets from outside come in."""
+        self._calls = itertools.count(1)
+        self._occurrences: dict[tuple[HostId, str, str], int] = {}
+        self._pids = itertools.count(1000)
+        self._listeners = itertools.count(1)
+        self._incoming: dict[str, Vmm] = {}
+        self._streams: list[Stream] = []
+
+    # --- time and record ---
+
+    def now(self) -> float:
+        return virtual_loop().time()
+
+    def note(self, host: str, what: str, subject: str, moment: str = "", call: Call | None = None) -> None:
+        self.trace.append(
+            Step(at=self.now(), host=host, what=what, subject=subject, moment=moment, call=call)
+        )
+
+    def _violated(self, kind: str, subject: str, text: str) -> None:
+        self.violations.append(Violation(at=self.now(), kind=kind, subject=subject, text=text))
+        self.note("", f"VIOLATION {kind}", subject, text)
+
+    def facts(self, server: ServerId) -> ServerFacts:
+        return self.servers.setdefault(server, ServerFacts())
+
+    def new_pid(self) -> int:
+        return next(self._pids)
+
+    def new_port(self) -> int:
+        return 40_000 + next(self._listeners)
+
+    # --- calls of agents ---
+
+    def next_call(self, host: HostId, driver: str, verb: str, subject: str) -> Call:
+        key = (host, driver, verb)
+        self._occurrences[key] = self._occurrences.get(key, 0) + 1
+        return Call(
+            number=next(self._calls),
+            occurrence=self._occurrences[key],
+            host=host,
+            driver=driver,
+            verb=verb,
+            subject=subject,
+        )
+
+    def befall(self, call: Call, moment: Moment, life: Life) -> None:
+        life.check()
+        self.note(call.host, f"{call.driver}.{call.verb}", call.subject, moment, call)
+        strike(self.troubles.befall(call, moment), call, moment, life)
+
+    # --- hosts ---
+
+    def add_host(
+        self, host: HostId, address: str, *, role: HostRole, capacity: Size, releases: tuple[ReleaseId, ...]
+    ) -> SimHost:
+        board = Switchboard(host=host, address=address)
+        self.paths.add(board)
+        self.hosts[host] = SimHost(
+            id=host, role=role, address=address, capacity=capacity, board=board, releases=list(releases)
+        )
+        if role is HostRole.EDGE and self.client is None:
+            self.client = host
+        (self.state_dir / host).mkdir(parents=True, exist_ok=True)
+        return self.hosts[host]
+
+    def power_off(self, host: HostId) -> None:
+        """The host goes dark: VMMs, taps, tunnels and stored descriptors are gone, its disk is not."""
+        here = self.hosts[host]
+        self.note(host, "power off", host)
+        for vmm in tuple(here.vmms.values()):
+            self._end_vmm(vmm, f"{host} lost power")
+        here.vmms.clear()
+        self.paths.power(host, on=False)
+        here.fds.clear()
+        here.listening.clear()
+        here.units.clear()
+        here.powered = here.storage_up = False
+
+    def power_on(self, host: HostId) -> None:
+        here = self.hosts[host]
+        self.note(host, "power on", host)
+        here.boots += 1
+        here.powered = here.storage_up = True
+        self.paths.power(host, on=True)
+
+    def kill_storage(self, host: HostId) -> None:
+        """kill -9 of the storage daemon; its supervisor starts it again on the same socket."""
+        here = self.hosts[host]
+        if here.powered and here.storage_up:
+            self.note(host, "storage daemon killed", host)
+            here.storage_up = False
+            here.storage_restarts += 1
+            virtual_loop().call_later(STORAGE_RESTART_SECONDS, self._storage_back, here, here.boots)
+
+    def _storage_back(self, here: SimHost, boots: int) -> None:
+        if here.boots == boots and here.powered:
+            here.storage_up = True
+
+    def stall_link(self, one: HostId, other: HostId, *, on: bool) -> None:
+        """Streams between the two make no progress (but do not break)."""
+        link = frozenset((one, other))
+        (self.stalled_links.add if on else self.stalled_links.discard)(link)
+        self.note(one, "link stalled" if on else "link flows", other)
+        for stream in self._streams:
+            if frozenset((stream.source.host, stream.destination.host)) == link:
+                stream.stall(on=on)
+
+    def cut_streams(self, one: HostId, other: HostId) -> None:
+        """Connections of streams between the two are reset."""
+        for stream in tuple(self._streams):
+            if frozenset((stream.source.host, stream.destination.host)) == frozenset((one, other)):
+                self.note(one, "stream cut", stream.source.id.unit)
+                stream.fail("connection reset")
+
+    # --- volumes ---
+
+    def volume_of(self, server: ServerConfig) -> Volume:
+        """The volume as its client finds it. Unavailable if nobody serves it by that name."""
+        wanted = server.volume
+        host = next((h for h in self.hosts.values() if h.address == wanted.address), None)
+        volume = host.volumes.get(wanted.volume) if host else None
+        if host is None or volume is None or not host.storage_up:
+            raise Unavailable(f"nobody serves {wanted.export} at {wanted.address}", field="volume")
+        if wanted.export != f"{volume.spec.id}.e{volume.spec.epoch}":
+            raise Refused(f"{wanted.address} has no export {wanted.export}", field="volume")
+        return volume
+
+    def _disk(self, vmm: Vmm) -> Volume | None:
+        for host in self.hosts.values():
+            if vmm.server.volume.volume in host.volumes:
+                return host.volumes[vmm.server.volume.volume]
+        return None
+
+    # --- taps ---
+
+    def add_tap(self, host: SimHost, port: PortConfig) -> Tap:
+        tap = host.board.taps.get(port.id)
+        if tap is None:
+            delay = self.random.uniform(0.0001, 0.0006)
+            tap = Tap(port=port.id, mac=port.mac, host=host.id, delay=delay)
+            self.paths.add_tap(tap)
+        host.fds.setdefault(f"tap.{port.id}", -1)
+        return tap
+
+    def remove_tap(self, host: SimHost, port: PortId) -> None:
+        tap = host.board.taps.get(port)
+        self.paths.remove_tap(host.id, port)
+        host.fds.pop(f"tap.{port}", None)
+        if tap and tap.vmm is not None and tap.vmm.running:
+            self.note(host.id, "tap taken from a running VMM", port)
+
+    # --- VMMs ---
+
+    def start_vmm(
+        self, host: SimHost, server: ServerConfig, epoch: int, release: ReleaseId, *, boot: bool
+    ) -> Vmm:
+        """A new process: it boots the server, or waits for it to arrive."""
+        vmm_id = VmmId(server.spec.id, epoch)
+        taps: list[Tap] = []
+        for port in server.spec.ports:
+            tap = host.board.taps.get(port.id)
+            if tap is None:
+                raise Refused(f"{host.id} has no tap for {port.id}", field="port")
+            taps.append(tap)
+        self.volume_of(server)
+        vmm = Vmm(
+            id=vmm_id,
+            host=host.id,
+            server=server,
+            release=release,
+            state=RunState.INCOMING,
+            pid=self.new_pid(),
+            taps=taps,
+            dirty_rate=self.dirty_rates.get(server.spec.id, 8 << 20),
+        )
+        host.vmms[vmm_id] = vmm
+        for tap in taps:
+            self.paths.touch(tap.mac)
+            tap.vmm = vmm
+            tap.absorb()
+        if boot:
+            self._boot(vmm)
+        return vmm
+
+    def _boot(self, vmm: Vmm) -> None:
+        facts = self.facts(vmm.id.server)
+        facts.boots += 1
+        if facts.boots > 1 and not facts.gone:
+            self._violated("rebooted", vmm.id.server, f"booted again at {vmm.host} by epoch {vmm.id.epoch}")
+        facts.gone = False
+        disk = self._disk(vmm)
+        vmm.guest = Guest(boot=facts.boots, writes=disk.writes if disk else 0)
+        vmm.console += f"boot {facts.boots} at {vmm.host}\n".encode()
+        self._run(vmm)
+        if not facts.up:
+            delay = self.random.uniform(*BOOT_SECONDS)
+            virtual_loop().call_later(delay, self._answers, vmm.id.server)
+
+    def _answers(self, server: ServerId) -> None:
+        """The guest has booted: clients begin to talk to it."""
+        facts = self.facts(server)
+        running = self.running(server)
+        if facts.deleted or facts.up or not running:
+            return
+        facts.up = True
+        for tap in running[0].taps:
+            if self.client is not None:
+                self.paths.open_flow(tap.mac, self.client)
+
+    def running(self, server: ServerId) -> list[Vmm]:
+        return [v for v in self.vmms_of(server) if v.running]
+
+    def vmms_of(self, server: ServerId) -> list[Vmm]:
+        return [
+            v for h in self.hosts.values() for v in h.vmms.values() if v.id.server == server and not v.ended
+        ]
+
+    def resume(self, vmm: Vmm) -> None:
+        if vmm.running:
+            return
+        self._run(vmm)
+
+    def _run(self, vmm: Vmm) -> None:
+        for tap in vmm.taps:
+            self.paths.touch(tap.mac)
+        vmm.state = RunState.RUNNING
+        facts = self.facts(vmm.id.server)
+        others = [v for v in self.running(vmm.id.server) if v is not vmm]
+        if others:
+            self._violated(
+                "two-copies",
+                vmm.id.server,
+                f"runs as {vmm.id.unit} at {vmm.host} and as "
+                + ", ".join(f"{v.id.unit} at {v.host}" for v in others),
+            )
+        self._check_memory(vmm)
+        vmm.has_run = True
+        for tap in vmm.taps:
+            if tap.vmm is vmm:
+                tap.runs(self.now())
+        if facts.stopped_at is not None:
+            facts.longest_blackout = max(facts.longest_blackout, self.now() - facts.stopped_at)
+            facts.stopped_at = None
+        if vmm.stream:
+            vmm.stream.source_runs()
+        self.note(vmm.host, "runs", vmm.id.unit)
+
+    def _check_memory(self, vmm: Vmm) -> None:
+        disk = self._disk(vmm)
+        if vmm.guest is None:
+            self._violated("stale-copy", vmm.id.server, f"{vmm.id.unit} runs without ever having received it")
+        elif disk is not None:
+            if vmm.guest.writes != disk.writes:
+                self._violated(
+                    "stale-copy",
+                    vmm.id.server,
+                    f"{vmm.id.unit} at {vmm.host} knows {vmm.guest.writes} of {disk.writes} writes",
+                )
+            disk.writes += 1
+            vmm.guest.writes = disk.writes
+
+    def pause(self, vmm: Vmm) -> None:
+        if not vmm.running:
+            return
+        for tap in vmm.taps:
+            self.paths.touch(tap.mac)
+        vmm.state = RunState.PAUSED
+        self._halted(vmm)
+        for tap in vmm.taps:
+            if tap.vmm is vmm:
+                tap.absorb()
+        self.note(vmm.host, "stands still", vmm.id.unit)
+        if vmm.stream:
+            vmm.stream.source_paused()
+
+    def _halted(self, vmm: Vmm) -> None:
+        facts = self.facts(vmm.id.server)
+        if not self.running(vmm.id.server):
+            facts.stopped_at = self.now()
+
+    def kill_vmm(self, vmm: Vmm, why: str) -> None:
+        """Not by an agent: kill -9, out of memory, a bug in it. It stays in sight as CRASHED."""
+        self.note(vmm.host, "VMM killed", vmm.id.unit, why)
+        self._end_vmm(vmm, why)
+
+    def remove_vmm(self, vmm: Vmm) -> None:
+        """By its agent: gone, and forgotten."""
+        facts = self.facts(vmm.id.server)
+        if not vmm.ended:
+            others = [v for v in self.vmms_of(vmm.id.server) if v is not vmm and v.guest]
+            if vmm.guest and not others and not facts.deleted and not facts.gone:
+                self._violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
+            self._end_vmm(vmm, None)
+        self.hosts[vmm.host].vmms.pop(vmm.id, None)
+
+    def _end_vmm(self, vmm: Vmm, why: str | None) -> None:
+        if vmm.ended:
+            return
+        for tap in vmm.taps:
+            self.paths.touch(tap.mac)
+        was_running = vmm.running
+        if why and vmm.guest and not (vmm.sent and not was_running):
+            facts = self.facts(vmm.id.server)
+            facts.excuses.append(f"{vmm.id.unit}: {why}")
+            facts.gone = True
+        vmm.state = RunState.CRASHED
+        if was_running:
+            self._halted(vmm)
+        for tap in vmm.taps:
+            if tap.vmm is vmm:
+                tap.detached(self.now())
+        self._nothing_arrives(vmm, "the VMM ended")
+        for stream in tuple(self._streams):
+            if stream.source is vmm:
+                stream.fail("the source ended")
+            elif stream.destination is vmm:
+                stream.destination_gone()
+
+    # --- streams ---
+
+    def listen(self, vmm: Vmm, address: str) -> str:
+        if vmm.uri is None:
+            vmm.uri = f"sim:{address}:{next(self._listeners)}"
+            self._incoming[vmm.uri] = vmm
+        return vmm.uri
+
+    def begin_stream(self, source: Vmm, uri: str, peer: str, rate: int) -> None:
+        destination = self._incoming.get(uri)
+        if destination is None or destination.ended or destination.refused or destination.migrated:
+            raise Refused(f"nobody listens at {uri}", field="uri")
+        if destination.host != peer:
+            raise Refused(f"{uri} proved to be {destination.host}, not {peer}", field="peer")
+        if source.stream and source.stream.phase is MigrationPhase.ACTIVE:
+            raise Refused(f"{source.id.unit} is being sent already", field="vmm")
+        if not source.running:
+            raise Refused(f"{source.id.unit} does not run", field="vmm")
+        stream = Stream(source, destination, rate, self.now, self._stream_ended)
+        stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
+        source.stream = stream
+        source.sent = False
+        self._streams.append(stream)
+
+    def _stream_ended(self, stream: Stream) -> None:
+        source, destination = stream.source, stream.destination
+        self._streams.remove(stream)
+        self.note(source.host, f"stream {stream.phase}", source.id.unit, stream.error)
+        if stream.phase is MigrationPhase.COMPLETED:
+            assert source.guest is not None
+            source.sent = True
+            destination.guest = Guest(boot=source.guest.boot, writes=source.guest.writes)
+            destination.migrated = True
+            destination.state = RunState.PAUSED
+            destination.console += source.console
+            destination.arrival.set()
+        else:
+            self._nothing_arrives(destination, stream.error or str(stream.phase))
+
+    def _nothing_arrives(self, vmm: Vmm, why: str) -> None:
+        if not vmm.migrated and not vmm.guest:
+            vmm.refused = vmm.refused or why
+        vmm.arrival.set()
+
+    # --- what tests ask ---
+
+    def delete_expected(self, server: ServerId) -> None:
+        """Its owner asked for the end of it: from now on nobody misses it."""
+        facts = self.facts(server)
+        facts.deleted = True
+        for vmm in self.vmms_of(server):
+            for tap in vmm.taps:
+                self.paths.close_flow(tap.mac)
+
+    def settle(self) -> None:
+        """Account for all packets sent until now."""
+        self.paths.touch_all()
+
+    def flows_of(self, server: ServerId, macs: tuple[str, ...]) -> list[Flow]:
+        return [f for (mac, _), f in self.paths.flows.items() if mac in macs]
+
+    def packets_lost(self, macs: tuple[str, ...] | None = None) -> int:
+        return lost(f for (mac, _), f in self.paths.flows.items() if macs is None or mac in macs)
+
+    async def until(
+        self, condition: Callable[[], bool], *, timeout: float, what: str, every: float = 0.05
+    ) -> None:
+        """Raises TimeoutError naming `what`."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition():  # noqa: ASYNC110 - the condition is about the world, which has no events
+                    await asyncio.sleep(every)
+        except TimeoutError as error:
+            raise TimeoutError(f"{what} did not come about within {timeout:g} virtual seconds") from error
