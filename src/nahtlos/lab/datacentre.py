@@ -21,7 +21,7 @@ from nahtlos.lab.topology import Node, Topology, create
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, NetworkId
 from nahtlos.model.nouns import HostRole, NetworkSpec, Size
-from nahtlos.ops.client import Client
+from nahtlos.ops.client import OperatorClient
 from nahtlos.physical.ports import Unit
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.supervisor.client import SupervisorClient
@@ -65,9 +65,9 @@ class Datacentre:
         self._lock = LabLock(name)
 
     @property
-    def client(self) -> Client:
+    def client(self) -> OperatorClient:
         """The operator API over the root-only socket; close it after use."""
-        return Client.over_socket(self.paths.operator_socket)
+        return OperatorClient.unix(self.paths.operator_socket)
 
     async def open(self, say: Say = lambda _: None) -> None:
         """Everything up and every host connected. Conflict if a lab of this name is open already; what

@@ -1,0 +1,142 @@
+"""Standing outside the cloud: calls made from a lab's client namespace, by a process that is elsewhere.
+
+A thread enters the namespace, does one thing and ends; the process itself never changes namespace.
+"""
+
+import asyncio
+import ctypes
+import http.client
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from nahtlos.model.errors import Unavailable
+
+CLONE_NEWNET = 0x40000000
+HTTP_SECONDS = 5.0
+
+T = TypeVar("T")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def in_namespace(namespace: str, act: Callable[[], T]) -> T:
+    """What `act` returns when it runs in a network namespace (sockets keep the namespace they were made
+    in). Raises what `act` raises."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def enter_and_act() -> None:
+        try:
+            _enter(namespace)
+            results.append(act())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=enter_and_act, name=f"in {namespace}", daemon=True)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def _enter(namespace: str) -> None:
+    fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.setns(fd, CLONE_NEWNET):
+            code = ctypes.get_errno()
+            raise OSError(code, f"cannot enter {namespace}: {os.strerror(code)}")
+    finally:
+        os.close(fd)
+
+
+class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
+    mib: int
+    mb_per_s: float
+    verified_pages: int
+    passes: int
+    errors: int
+
+
+class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
+    acknowledged: int
+    errors: int
+    per_s: float
+
+
+class GuestStatus(msgspec.Struct, frozen=True, kw_only=True):
+    boot_id: str
+    uptime_ms: int
+    heartbeat: int
+    heartbeat_longest_gap_ms: float
+    memory: GuestMemory
+    disk: GuestDisk
+
+
+class GuestDiskVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    checked: int
+    wrong: int
+    acknowledged: int
+
+
+class Outside:
+    """A customer's machine in front of the cloud."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    async def get(self, ip: str, path: str, *, timeout: float = HTTP_SECONDS) -> bytes:
+        """Unavailable if the server does not answer 200 within `timeout` seconds."""
+        return await asyncio.to_thread(in_namespace, self._namespace, lambda: _get(ip, path, timeout))
+
+    async def status(self, ip: str) -> GuestStatus:
+        return msgspec.json.decode(await self.get(ip, "/status"), type=GuestStatus)
+
+    async def set_load(
+        self,
+        ip: str,
+        *,
+        memory_mib: int | None = None,
+        memory_mb_per_s: float | None = None,
+        disk_per_s: float | None = None,
+    ) -> GuestStatus:
+        named = {"memory_mib": memory_mib, "memory_mb_per_s": memory_mb_per_s, "disk_per_s": disk_per_s}
+        query = "&".join(f"{name}={value:g}" for name, value in named.items() if value is not None)
+        return msgspec.json.decode(await self.get(ip, f"/set?{query}"), type=GuestStatus)
+
+    async def verify_disk(self, ip: str) -> GuestDiskVerdict:
+        """The guest reads back every block it wrote."""
+        return msgspec.json.decode(await self.get(ip, "/disk/verify", timeout=60.0), type=GuestDiskVerdict)
+
+    async def until_up(self, ip: str, *, timeout: float) -> float:
+        """Seconds until the server answered HTTP."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while True:
+            try:
+                await self.get(ip, "/", timeout=1.0)
+            except Unavailable as error:
+                if loop.time() - began > timeout:
+                    raise Unavailable(f"{ip} did not come up within {timeout:g} s") from error
+                await asyncio.sleep(0.05)
+            else:
+                return loop.time() - began
+
+
+def _get(ip: str, path: str, timeout: float) -> bytes:
+    connection = http.client.HTTPConnection(ip, 80, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"{ip} does not answer: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise Unavailable(f"{ip} answered {response.status} to {path}")
+    return body
