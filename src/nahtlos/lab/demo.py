@@ -1,0 +1,326 @@
+"""The demo: a data centre of three hosts, six servers under traffic, and their hypervisor upgraded.
+
+    python -m nahtlos.lab.demo [--name demo] [--hosts 3] [--servers 6] [--out build/demo] [--keep]
+
+Exit code 0 if every promise was kept, 1 if one was broken, 2 or 3 if the demo could not be held.
+What it leaves in `--out`: report.json, report.html, evidence.json, probe/, logs/.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+
+from nahtlos import __version__
+from nahtlos.lab.datacentre import Datacentre, LabShape
+from nahtlos.lab.disk_check import check_volume
+from nahtlos.lab.outside import Outside
+from nahtlos.lab.paths import LAB_VARIABLE, BuildPaths
+from nahtlos.model.blueprint import CampaignState
+from nahtlos.model.errors import Error, Refused, Unavailable
+from nahtlos.model.ids import ReleaseId, ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import HostRole, Release, Size
+from nahtlos.ops.client import OperatorClient
+from nahtlos.ops.watch import watch
+from nahtlos.runtime.controllers.cloud import CampaignView, ServerRequest, ServerView
+from nahtlos.runtime.evidence.html import render_html
+from nahtlos.runtime.evidence.machine import observe_machine
+from nahtlos.runtime.evidence.records import SUMMARY_NAME, DiskCheck
+from nahtlos.runtime.evidence.report import Evidence, Report, collect, encode, save_evidence, write_whole
+from nahtlos.runtime.evidence.text import render_text
+from nahtlos.runtime.releases import list_releases
+
+SERVER_SIZE = Size(vcpus=1, memory_mib=256)
+MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 10.0, 20.0
+UP_SECONDS = 90.0
+CAMPAIGN_SECONDS = 240.0
+WARM_UP_SECONDS = 4.0
+AFTER_SECONDS = 2.0
+PROBE_END_SECONDS = 20.0
+
+
+class Demo:
+    """One run. Owns the order of events; everything is asked of the cloud as an operator would."""
+
+    def __init__(self, datacentre: Datacentre, out: Path, servers: int, console: Console) -> None:
+        self._datacentre = datacentre
+        self._out = out
+        self._count = servers
+        self._console = console
+        self._plan = out / "probe-plan.json"
+        self._probed: list[dict[str, str | float]] = []
+        self._created: tuple[str, ...] = ()
+
+    async def run(self) -> Report:
+        async with self._datacentre.client as client:
+            old, new = await self._releases(client)
+            self.say(f"{self._count} servers on {old.id}")
+            await self._create_servers(client)
+            with_probe = self._probing()
+            async with with_probe:
+                await self._load()
+                before = await client.servers()
+                await self._show_plan(client, new.id)
+                await client.start_upgrade(new.id, None)
+                await self._watch(client)
+                view = await self._finished(client)
+                await asyncio.sleep(AFTER_SECONDS)
+                after = await client.servers()
+                await self._quiet()
+            return await self._report(client, view, before, after)
+
+    def say(self, text: str) -> None:
+        self._console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {text}", highlight=False)
+
+    # --- before ---
+
+    async def _releases(self, client: OperatorClient) -> tuple[Release, Release]:
+        """The oldest and the newest hypervisor release that were built; both made known to the cloud."""
+        built = sorted(list_releases(self._datacentre.build.releases), key=_version)
+        if len(built) < 2:
+            raise Refused(
+                "an upgrade needs two releases", field="releases", remedy="build them: make releases"
+            )
+        old, new = built[0], built[-1]
+        for release in (old, new):
+            await client.register_release(release.id)
+        return old, new
+
+    async def _create_servers(self, client: OperatorClient) -> None:
+        names = [f"vm-{i + 1}" for i in range(self._count)]
+        for name in names:
+            server = await client.create_server(_request(name))
+            self._probed.append({"name": name, "ip": server.ip})
+        await asyncio.gather(
+            *(self._outside.until_up(str(p["ip"]), timeout=UP_SECONDS) for p in self._probed)
+        )
+        await self._until_running(client, len(names))
+
+    async def _until_running(self, client: OperatorClient, count: int) -> None:
+        async with asyncio.timeout(UP_SECONDS):
+            while sum(s.state is RunState.RUNNING for s in await client.servers()) < count:
+                await asyncio.sleep(0.1)
+
+    @property
+    def _outside(self) -> Outside:
+        assert self._datacentre.topology is not None
+        return Outside(self._datacentre.topology.node("client").namespace)
+
+    async def _load(self) -> None:
+        """What customers do: change memory and write to disk, all the time."""
+        for probed in self._probed:
+            await self._outside.set_load(
+                str(probed["ip"]),
+                memory_mib=MEMORY_MIB,
+                memory_mb_per_s=MEMORY_MB_PER_S,
+                disk_per_s=DISK_PER_S,
+            )
+        self.say("traffic runs; warming up")
+        await asyncio.sleep(WARM_UP_SECONDS)
+
+    async def _quiet(self) -> None:
+        """No further writes, so that what was acknowledged can be looked for."""
+        for probed in self._probed:
+            await self._outside.set_load(str(probed["ip"]), disk_per_s=0)
+        await asyncio.sleep(1.5)
+
+    # --- the campaign ---
+
+    async def _show_plan(self, client: OperatorClient, to: ReleaseId) -> None:
+        plan = await client.plan_upgrade(to, None)
+        for host in plan.hosts:
+            moves = ", ".join(f"{m.server}→{m.destination}" for m in host.moves) or "empty"
+            self.say(f"plan: {host.host}: {moves}")
+        self.say(
+            f"plan: {plan.total_moves} moves ({plan.moves_per_server:.2f} per server), about {plan.seconds:.0f} s, "
+            f"gap {plan.gap_ms_p50:.0f} ms (from {plan.basis})"
+        )
+        for blocker in plan.blockers:
+            raise Refused(f"{blocker.subject}: {blocker.reason}", field="upgrade", remedy=blocker.remedy)
+
+    async def _watch(self, client: OperatorClient) -> None:
+        async with asyncio.timeout(CAMPAIGN_SECONDS), asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._create_in_the_middle(client))
+            async with self._datacentre.client as other:
+                await watch(other, self._console, probe_summary=self._out / "probe" / SUMMARY_NAME)
+
+    async def _create_in_the_middle(self, client: OperatorClient) -> None:
+        """A customer comes along while hosts are being emptied."""
+        while (await client.campaign(None)).hosts_upgraded < 1:
+            await asyncio.sleep(0.1)
+        name = f"vm-{self._count + 1}"
+        self._created = (name,)
+        asked = time.time()
+        server = await client.create_server(_request(name))
+        self._probed.append({"name": name, "ip": server.ip, "start": asked})
+        self._write_plan()
+        await self._outside.until_up(server.ip, timeout=UP_SECONDS)
+        await self._outside.set_load(
+            server.ip, memory_mib=MEMORY_MIB, memory_mb_per_s=MEMORY_MB_PER_S, disk_per_s=DISK_PER_S
+        )
+
+    async def _finished(self, client: OperatorClient) -> CampaignView:
+        async with asyncio.timeout(CAMPAIGN_SECONDS):
+            while (view := await client.campaign(None)).campaign.state is CampaignState.RUNNING:
+                await asyncio.sleep(0.2)
+        return view
+
+    # --- probes ---
+
+    def _write_plan(self) -> None:
+        plan = {"servers": self._probed, "api_socket": str(self._datacentre.paths.operator_socket)}
+        write_whole(self._plan, json.dumps(plan).encode())
+
+    @asynccontextmanager
+    async def _probing(self) -> AsyncIterator[None]:
+        """The prober runs while the context is open and has written its last word when it is closed."""
+        assert self._datacentre.topology is not None
+        self._write_plan()
+        namespace = self._datacentre.topology.node("client").namespace
+        with (self._out / "probe.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *("nsenter", f"--net=/run/netns/{namespace}", sys.executable, "-m", "nahtlos.lab.probe"),
+                *("--plan", str(self._plan), "--out", str(self._out / "probe")),
+                env={**os.environ, LAB_VARIABLE: self._datacentre.paths.name},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                async with asyncio.timeout(PROBE_END_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+
+    # --- after ---
+
+    async def _report(
+        self,
+        client: OperatorClient,
+        view: CampaignView,
+        before: tuple[ServerView, ...],
+        after: tuple[ServerView, ...],
+    ) -> Report:
+        self.say("looking for every acknowledged block in the volumes")
+        hosts = tuple(h for h in await client.hosts() if h.role is HostRole.COMPUTE)
+        accelerator = next((h.accelerator for h in hosts if h.accelerator), None)
+        evidence = Evidence(
+            campaign=view,
+            servers_before=before,
+            servers_after=after,
+            hosts=hosts,
+            disks=await self._check_disks(after),
+            machine=observe_machine(
+                accelerator=accelerator.name if accelerator else "unknown",
+                reason=accelerator.reason if accelerator else "",
+                version=__version__,
+            ),
+            made_at=time.time(),
+            created=self._created,
+        )
+        save_evidence(self._out, evidence)
+        report = collect(self._out)
+        write_whole(self._out / "report.json", encode(report))
+        write_whole(self._out / "report.html", render_html(report).encode())
+        return report
+
+    async def _check_disks(self, servers: tuple[ServerView, ...]) -> tuple[DiskCheck, ...]:
+        """In the volumes' own files, against what the guests said was on the disk."""
+        checks: list[DiskCheck] = []
+        for server in servers:
+            status = await self._outside.status(server.ip)
+            folder = self._datacentre.paths.node(server.volume_host).state / "volumes"
+            volume = _volume_file(folder, server.id)
+            checks.append(await asyncio.to_thread(check_volume, volume, status.disk.acknowledged, server.id))
+        return tuple(checks)
+
+
+def _volume_file(folder: Path, server: ServerId) -> Path:
+    found = sorted(folder.glob(f"*{server}*.raw"))
+    if len(found) != 1:
+        raise Unavailable(f"{len(found)} volumes of {server} in {folder}")
+    return found[0]
+
+
+def _request(name: str) -> ServerRequest:
+    return ServerRequest(name=name, vcpus=SERVER_SIZE.vcpus, memory_mib=SERVER_SIZE.memory_mib)
+
+
+def _version(release: Release) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.version.split(".") if part.isdigit())
+
+
+def _keep_logs(datacentre: Datacentre, out: Path) -> None:
+    """What a person needs who wants to know why, after the lab is gone."""
+    for log in datacentre.paths.state.glob("*/**/*.log"):
+        target = out / "logs" / log.relative_to(datacentre.paths.state)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, target)
+
+
+async def hold(arguments: argparse.Namespace, console: Console) -> int:
+    out = Path(arguments.out)
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "probe").mkdir(parents=True)
+    datacentre = Datacentre(arguments.name, LabShape(hosts=arguments.hosts), BuildPaths.default())
+    demo = Demo(datacentre, out, arguments.servers, console)
+    began = time.monotonic()
+    await datacentre.open(demo.say)
+    try:
+        report = await demo.run()
+    finally:
+        _keep_logs(datacentre, out)
+        if not arguments.keep:
+            await datacentre.close()
+    console.print(render_text(report))
+    console.print(f"{out / 'report.html'}   {time.monotonic() - began:.0f} s")
+    return 0 if report.kept else 1
+
+
+async def until_told(arguments: argparse.Namespace, console: Console) -> int:
+    """`hold`, ended in order by SIGTERM or Ctrl-C."""
+    task = asyncio.ensure_future(hold(arguments, console))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        console.print("interrupted; the lab was taken down")
+        return 130
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="nahtlos-demo")
+    parser.add_argument("--name", default="demo")
+    parser.add_argument("--hosts", type=int, default=3)
+    parser.add_argument("--servers", type=int, default=6)
+    parser.add_argument("--out", default=str(BuildPaths.default().root / "demo"))
+    parser.add_argument("--keep", action="store_true", help="leave the lab open")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        sys.exit(asyncio.run(until_told(arguments, console)))
+    except Error as error:
+        Console(stderr=True).print(f"[bold red]{error.kind}[/bold red] {error}", highlight=False)
+        sys.exit(2 if isinstance(error, Refused) else 3)
+
+
+if __name__ == "__main__":
+    main()
