@@ -1,9 +1,62 @@
-"""Where new servers go."""
+"""Where new servers go, and servers that shall be no more.
 
-from nahtlos.model.blueprint import Blueprint, Policy
-from nahtlos.model.ids import HostId
+A new server is placed at once, or waits with a reason. It is never placed on a host that is emptied or
+switched, and where one of its name is still seen running it waits for that one's end.
+"""
+
+import msgspec
+
+from nahtlos.model.blueprint import Blueprint, Policy, WaitKind
+from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import ServerSpec, Size, Value
+from nahtlos.model.nouns import Assignment, ServerSpec, Size, Value
+from nahtlos.planner.capacity import count_rooms
+from nahtlos.planner.destinations import choose, heaviest_first, no_room, open_hosts, pack, why_closed
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.rooms import amount, at_least_zero
+
+
+def forget_removed_servers(draft: Draft) -> None:
+    for server in sorted(draft.servers.keys() - draft.policy.servers.keys()):
+        if move := draft.moving.get(server):
+            draft.wait(server, WaitKind.MOVE, f"{server} is removed once {move.id} has ended")
+            continue
+        del draft.servers[server]
+        draft.change(f"{server} is removed")
+
+
+def place_new_servers(draft: Draft) -> None:
+    hosts = open_hosts(draft)
+    for server in heaviest_first(draft, draft.policy.servers.keys() - draft.servers.keys()):
+        if old := draft.observed.copies.get(server):
+            draft.wait(
+                server,
+                WaitKind.HOST,
+                f"{server} cannot be placed while one of its name is still seen on {old[0][0]}",
+                f"if it does not go by itself, end it on {old[0][0]} or create the server by another name",
+            )
+        else:
+            _place(draft, server, hosts)
+
+
+def _place(draft: Draft, server: ServerId, hosts: list[HostId]) -> None:
+    asked = draft.policy.placements.get(server)
+    host = _spread(draft, server, hosts if asked is None else [asked] if asked in hosts else [])
+    if host is None:
+        refusal = _refusal(draft, server, asked, hosts)
+        kind = WaitKind.HOST if refusal.lacks == Size() else WaitKind.CAPACITY
+        draft.wait(server, kind, refusal.reason, refusal.remedy)
+        return
+    draft.servers[server] = Assignment(server=server, host=host, epoch=1)
+    draft.rooms.take(host, draft.size(server))
+    draft.change(f"{server} is placed on {host}")
+
+
+def _spread(draft: Draft, server: ServerId, hosts: list[HostId]) -> HostId | None:
+    """The roomiest host on the campaign's release, else the roomiest at all."""
+    campaign = draft.open_campaign
+    upgraded = [host for host in hosts if campaign and draft.hosts[host].release == campaign.to_release]
+    return choose(draft, server, upgraded, draft.rooms) or choose(draft, server, hosts, draft.rooms)
 
 
 class NoRoom(Value, frozen=True, kw_only=True):
@@ -12,13 +65,49 @@ class NoRoom(Value, frozen=True, kw_only=True):
     host: HostId | None
     reason: str
     lacks: Size
-    """By how much the host lacks (zero if room is not what it lacks)."""
+    """By how much the host (asked for, or with most room) lacks; zero if room is not what it lacks."""
     fits_on: tuple[HostId, ...]
     remedy: str
+
+
+def _refusal(draft: Draft, server: ServerId, asked: HostId | None, hosts: list[HostId]) -> NoRoom:
+    """Why `server` is not placed. Asked only once it is known that it is not."""
+    fits = tuple(host for host in hosts if choose(draft, server, [host], draft.rooms))
+    elsewhere = f"it would fit on {', '.join(fits)}" if fits else "free or add capacity"
+    closed = why_closed(draft, asked) if asked is not None else None
+    if closed is not None:
+        remedy = closed.remedy or elsewhere
+        reason = f"{server} cannot be placed on {asked}: {closed.reason}"
+        return NoRoom(host=asked, reason=reason, lacks=Size(), fits_on=fits, remedy=remedy)
+    candidates = [asked] if asked is not None else hosts
+    lacks = _lack(draft, server, candidates)
+    by = f"; {amount(lacks)} are missing" if lacks != Size() else ""
+    reason = no_room(draft, server, candidates) + by
+    return NoRoom(host=asked, reason=reason, lacks=lacks, fits_on=fits, remedy=elsewhere)
+
+
+def _lack(draft: Draft, server: ServerId, hosts: list[HostId]) -> Size:
+    able = [host for host in hosts if draft.can_run(server, draft.hosts[host].release)]
+    if not able:
+        return Size()
+    best = max(able, key=lambda host: (draft.rooms.free(host).memory_mib, host))
+    return at_least_zero(draft.size(server) - draft.rooms.free(best))
 
 
 def room_for(
     policy: Policy, inventory: Inventory, blueprint: Blueprint | None, spec: ServerSpec, host: HostId | None
 ) -> NoRoom | None:
-    """None if `spec` can be placed now on `host` (None: on any)."""
-    raise NotImplementedError
+    """None if `spec` can be placed now on `host` (None: on any), else why not. Servers that were asked for
+    but are not placed yet are counted as placed."""
+    servers = {**policy.servers, spec.id: spec}
+    draft = Draft(msgspec.structs.replace(policy, servers=servers), inventory, blueprint)
+    count_rooms(draft)
+    hosts = open_hosts(draft)
+    for server in heaviest_first(draft, policy.servers.keys() - draft.servers.keys() - {spec.id}):
+        place = policy.placements.get(server) or pack(draft, [server], hosts).places.get(server)
+        if place is not None:
+            draft.rooms.take(place, draft.size(server))
+    allowed = hosts if host is None else [host] if host in hosts else []
+    if choose(draft, spec.id, allowed, draft.rooms):
+        return None
+    return _refusal(draft, spec.id, host, hosts)

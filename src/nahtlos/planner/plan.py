@@ -1,9 +1,49 @@
-"""The planner's table of contents."""
+"""The planner's table of contents.
+
+    policy (what people want) + inventory (what was seen) + parent (what was decided) -> next blueprint
+
+Pure: no clock, no chance, no I/O; the same input gives the same blueprint. Planning a converged world
+again returns the parent itself. A step not taken is in the report, with a reason.
+"""
 
 from nahtlos.model.blueprint import Blueprint, PlanReport, Policy
 from nahtlos.model.inventory import Inventory
+from nahtlos.planner.capacity import capacity_report, count_rooms
+from nahtlos.planner.check import check
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.evacuate import evacuate_hosts
+from nahtlos.planner.hosts import settle_hosts, verify_switching_hosts
+from nahtlos.planner.moves import forget_old_failures
+from nahtlos.planner.outcome import absorb_outcomes
+from nahtlos.planner.place import forget_removed_servers, place_new_servers
+from nahtlos.planner.requested import serve_requests
+from nahtlos.planner.upgrade import advance_campaign
 
 
 def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tuple[Blueprint, PlanReport]:
-    """The next blueprint, or `parent` itself if nothing changes."""
-    raise NotImplementedError
+    """The next blueprint, or `parent` itself if nothing changes. No parent: the cloud's first blueprint."""
+    draft = Draft(policy, inventory, parent)
+    absorb_outcomes(draft)
+    forget_removed_servers(draft)
+    settle_hosts(draft)
+    count_rooms(draft)
+    advance_campaign(draft)
+    verify_switching_hosts(draft)
+    place_new_servers(draft)
+    serve_requests(draft)
+    evacuate_hosts(draft)
+    forget_old_failures(draft)
+    blueprint = draft.finish()
+    check(policy, inventory, parent, blueprint)
+    return blueprint, _report(draft, blueprint)
+
+
+def _report(draft: Draft, blueprint: Blueprint) -> PlanReport:
+    changed = blueprint is not draft.parent
+    idle = not blueprint.moves and not blueprint.verifies and not draft.waiting
+    return PlanReport(
+        changes=tuple(draft.changes) if changed else (),
+        waiting=tuple(dict.fromkeys(draft.waiting)),
+        capacity=capacity_report(draft),
+        converged=idle and not changed,
+    )

@@ -1,0 +1,165 @@
+"""Safety of a step from one blueprint to the next, checked apart from how it was decided.
+
+A violation is a bug of the planner, never of its input: `check` raises AssertionError with all of them.
+What the world does by itself (a host that shrank under its servers) is none; making it worse is.
+"""
+
+from collections.abc import Iterator
+
+from nahtlos.model.blueprint import Blueprint, HostIntent, HostPhase, PlannedMove, Policy
+from nahtlos.model.ids import BlueprintId, HostId, ServerId
+from nahtlos.model.inventory import Inventory, OperationState
+from nahtlos.model.nouns import HostRole, Size
+from nahtlos.planner.draft import Observed, number_of
+from nahtlos.planner.outcome import ended
+
+EMPTY = Blueprint(id=BlueprintId("bp-0"), parent=None, hosts={}, servers={})
+
+
+def check(policy: Policy, inventory: Inventory, parent: Blueprint | None, child: Blueprint) -> None:
+    if child is parent:
+        return
+    found = violations(policy, inventory, parent, child)
+    if found:
+        raise AssertionError("\n".join((f"{child.id} is unsafe:", *found)))
+
+
+def violations(
+    policy: Policy, inventory: Inventory, parent: Blueprint | None, child: Blueprint
+) -> tuple[str, ...]:
+    before = parent or EMPTY
+    observed = Observed(inventory)
+    return (
+        *_chain(parent, child),
+        *_owners(before, child),
+        *_handed_over(observed, before, child),
+        *_operations(observed, before, child),
+        *_moves(policy, before, child),
+        *_switching(before, child),
+        *_one_at_a_time(policy, child),
+        *_room(policy, inventory, before, child),
+    )
+
+
+def _chain(parent: Blueprint | None, child: Blueprint) -> Iterator[str]:
+    if child.parent != (parent.id if parent else None):
+        yield f"its parent is {child.parent}, not the blueprint it follows"
+    if number_of(child.id) != (number_of(parent.id) if parent else 0) + 1:
+        yield f"{child.id} does not follow {parent.id if parent else 'nothing'} by one"
+    if parent and child.counter < parent.counter:
+        yield "operation numbers go back"
+
+
+def _owners(before: Blueprint, child: Blueprint) -> Iterator[str]:
+    for server, assignment in child.servers.items():
+        if assignment.server != server:
+            yield f"{server} is assigned as {assignment.server}"
+        if assignment.host not in child.hosts:
+            yield f"{server} is owned by {assignment.host}, which is no host"
+        old = before.servers.get(server)
+        if old is not None and assignment.epoch < old.epoch:
+            yield f"{server} goes back from epoch {old.epoch} to {assignment.epoch}"
+
+
+def _handed_over(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """Ownership changes by a move that is seen to be done, and by nothing else."""
+    done = {
+        (move.server, move.source, move.destination, move.epoch)
+        for move in before.moves
+        if (status := ended(observed, move.id, (move.source, move.destination)))
+        and status.state is OperationState.DONE
+    }
+    for server, new in child.servers.items():
+        old = before.servers.get(server)
+        if old is not None and old != new and (server, old.host, new.host, new.epoch) not in done:
+            yield f"{server} changes owner from {old.host} to {new.host} without a move that is done"
+
+
+def _operations(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    old = {**{move.id: move for move in before.moves}, **{verify.id: verify for verify in before.verifies}}
+    new = {**{move.id: move for move in child.moves}, **{verify.id: verify for verify in child.verifies}}
+    if len(new) != len(child.moves) + len(child.verifies):
+        yield "two operations share an id"
+    for operation, was in old.items():
+        hosts = (was.source, was.destination) if isinstance(was, PlannedMove) else (was.host,)
+        if operation not in new and ended(observed, operation, hosts) is None:
+            yield f"{operation} is dropped although its end was not seen"
+        if operation in new and new[operation] != was:
+            yield f"{operation} is altered after it was decided"
+    for operation in new.keys() - old.keys():
+        if int(operation.rpartition("-")[2]) <= before.counter:
+            yield f"the id {operation} is used again"
+
+
+def _moves(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    if len({move.server for move in child.moves}) != len(child.moves):
+        yield "a server has two moves"
+    begun = {move.id for move in before.moves}
+    for move in child.moves:
+        owner = child.servers.get(move.server)
+        if owner is None or owner.host != move.source or move.epoch != owner.epoch + 1:
+            yield f"{move.id} does not start from the owner of {move.server}"
+        if move.source == move.destination:
+            yield f"{move.id} moves {move.server} to where it is"
+        if move.id not in begun:
+            yield from _new_move(policy, child, move)
+
+
+def _new_move(policy: Policy, child: Blueprint, move: PlannedMove) -> Iterator[str]:
+    destination, spec = child.hosts.get(move.destination), policy.hosts.get(move.destination)
+    if destination is None or destination.phase is not HostPhase.SERVING:
+        yield f"{move.id} goes to {move.destination}, which is not serving"
+    if spec is None or spec.role is not HostRole.COMPUTE:
+        yield f"{move.id} goes to {move.destination}, which is no compute host"
+    if move.server not in policy.servers:
+        yield f"{move.id} moves {move.server}, which is to be removed"
+
+
+def _switching(before: Blueprint, child: Blueprint) -> Iterator[str]:
+    switching = {host for host, plan in child.hosts.items() if plan.phase is HostPhase.SWITCHING}
+    for server, assignment in child.servers.items():
+        if assignment.host in switching:
+            yield f"{assignment.host} is switched while it owns {server}"
+    for move in child.moves:
+        for host in {move.source, move.destination} & switching:
+            yield f"{host} is switched while {move.id} runs"
+    for host, plan in child.hosts.items():
+        old = before.hosts.get(host)
+        if old is not None and old.release != plan.release and host not in switching:
+            yield f"{host} changes its release from {old.release} to {plan.release} while {plan.phase}"
+    for verify in child.verifies:
+        target = child.hosts.get(verify.host)
+        if verify.host not in switching or target is None or target.release != verify.release:
+            yield f"{verify.id} verifies {verify.release} on {verify.host}, which is not switched to it"
+
+
+def _one_at_a_time(policy: Policy, child: Blueprint) -> Iterator[str]:
+    for host, plan in child.hosts.items():
+        if host == child.upgrading:
+            continue
+        if plan.phase is HostPhase.SWITCHING and plan.previous is not None:
+            yield f"{host} is switched beside {child.upgrading}"
+        drained = host not in policy.hosts or policy.intents.get(host) is HostIntent.DRAINED
+        if plan.phase is HostPhase.EMPTYING and not drained:
+            yield f"{host} is emptied beside {child.upgrading}, and nobody drains it"
+
+
+def _room(policy: Policy, inventory: Inventory, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    sizes = {server: spec.size for server, spec in policy.servers.items()}
+    was, now = _load(sizes, before), _load(sizes, child)
+    for host, load in now.items():
+        seen = inventory.hosts.get(host)
+        old = was.get(host, Size())
+        has = seen.capacity if seen is not None else load
+        if load.memory_mib > max(has.memory_mib, old.memory_mib) or load.vcpus > max(has.vcpus, old.vcpus):
+            yield f"{host} would hold {load}, and has {has}"
+
+
+def _load(sizes: dict[ServerId, Size], blueprint: Blueprint) -> dict[HostId, Size]:
+    """What each host holds, both ends of moves counted."""
+    load: dict[HostId, Size] = {}
+    places = [(server, assignment.host) for server, assignment in blueprint.servers.items()]
+    places += [(move.server, move.destination) for move in blueprint.moves]
+    for server, host in places:
+        load[host] = load.get(host, Size()) + sizes.get(server, Size())
+    return load

@@ -1,0 +1,230 @@
+"""The next blueprint while it is being made.
+
+Owns the mutable working copy on which the steps of `plan` decide, and an index over the inventory that
+makes their questions cheap. It decides nothing itself, and nothing of it outlives one call of `plan`.
+"""
+
+from collections import defaultdict
+
+import msgspec
+
+from nahtlos.model.blueprint import (
+    Blueprint,
+    Campaign,
+    CampaignState,
+    Failure,
+    HostIntent,
+    HostPhase,
+    HostPlan,
+    PlannedMove,
+    PlannedVerify,
+    Policy,
+    Waiting,
+    WaitKind,
+)
+from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, ServerId
+from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
+from nahtlos.model.nouns import Assignment, HostRole, Size
+from nahtlos.planner.rooms import Rooms
+
+LONGEST_REASON = 8
+"""Changes named in a blueprint's reason; the rest is counted."""
+
+
+class Observed:
+    """An index over an inventory."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self.operations: dict[OperationId, list[tuple[HostId, OperationStatus]]] = defaultdict(list)
+        self.running_on: dict[HostId, list[OperationId]] = defaultdict(list)
+        self.busy: dict[ServerId, OperationId] = {}
+        """Servers with an operation that runs, on a host that can be asked about it."""
+        self.copies: dict[ServerId, list[tuple[HostId, ServerStatus]]] = defaultdict(list)
+        for host, seen in inventory.hosts.items():
+            self._index(host, seen)
+
+    def _index(self, host: HostId, seen: HostInventory) -> None:
+        for status in seen.servers:
+            self.copies[status.id].append((host, status))
+        for operation in seen.operations:
+            self.operations[operation.id].append((host, operation))
+            if operation.state is OperationState.RUNNING and host in self.inventory.connected:
+                self.running_on[host].append(operation.id)
+                if operation.server is not None:
+                    self.busy[operation.server] = operation.id
+
+    def host(self, host: HostId) -> HostInventory | None:
+        return self.inventory.hosts.get(host)
+
+    def connected(self, host: HostId) -> bool:
+        return host in self.inventory.connected and host in self.inventory.hosts
+
+    def server_on(self, server: ServerId, host: HostId) -> ServerStatus | None:
+        copies = self.copies.get(server, ())
+        return next((status for where, status in copies if where == host), None)
+
+
+class Draft:
+    """Everything `plan` knows and everything it has decided so far."""
+
+    def __init__(self, policy: Policy, inventory: Inventory, parent: Blueprint | None) -> None:
+        base = parent or Blueprint(id=BlueprintId("bp-0"), parent=None, hosts={}, servers={})
+        self.policy = policy
+        self.parent = parent
+        self.observed = Observed(inventory)
+        self.hosts: dict[HostId, HostPlan] = dict(base.hosts)
+        self.servers: dict[ServerId, Assignment] = dict(base.servers)
+        self.moves: dict[OperationId, PlannedMove] = {move.id: move for move in base.moves}
+        self.moving: dict[ServerId, PlannedMove] = {move.server: move for move in base.moves}
+        self.verifies: dict[OperationId, PlannedVerify] = {verify.id: verify for verify in base.verifies}
+        self.attempts = dict(base.attempts)
+        self.failed_moves: dict[ServerId, Failure] = dict(base.failed_moves)
+        self.failed_verifies: dict[HostId, Failure] = dict(base.failed_verifies)
+        self.served_requests = dict(base.served_requests)
+        self.campaign = base.campaign
+        self.upgrading = base.upgrading
+        self.ended_moves = base.ended_moves
+        self.counter = base.counter
+        self.stuck: set[OperationId] = set()
+        self.wanted: set[ServerId] = set()
+        """Servers somebody wants elsewhere."""
+        self.rooms = Rooms({})
+        self.changes: list[str] = []
+        self.waiting: list[Waiting] = []
+
+    # what is asked of it
+
+    @property
+    def running_campaign(self) -> Campaign | None:
+        """The campaign if it is to go on now."""
+        campaign = self.policy.campaign
+        return campaign if campaign and campaign.state is CampaignState.RUNNING else None
+
+    @property
+    def open_campaign(self) -> Campaign | None:
+        """The campaign if it is going on or may go on."""
+        campaign = self.policy.campaign
+        going_on = (CampaignState.RUNNING, CampaignState.PAUSED)
+        return campaign if campaign and campaign.state in going_on else None
+
+    def intent(self, host: HostId) -> HostIntent:
+        """A host that policy no longer names is to be given up: it is drained."""
+        if host not in self.policy.hosts:
+            return HostIntent.DRAINED
+        return self.policy.intents.get(host, HostIntent.ACTIVE)
+
+    def is_compute(self, host: HostId) -> bool:
+        spec = self.policy.hosts.get(host)
+        return spec is not None and spec.role is HostRole.COMPUTE
+
+    def size(self, server: ServerId) -> Size:
+        """As asked for; of a server that is being removed, as last seen."""
+        spec = self.policy.servers.get(server)
+        if spec is not None:
+            return spec.size
+        return max(
+            (status.size for _, status in self.observed.copies.get(server, ())),
+            key=lambda size: size.memory_mib,
+            default=Size(),
+        )
+
+    def by_host(self) -> dict[HostId, list[ServerId]]:
+        owned: dict[HostId, list[ServerId]] = defaultdict(list)
+        for server, assignment in self.servers.items():
+            owned[assignment.host].append(server)
+        return owned
+
+    def verify_of(self, host: HostId) -> PlannedVerify | None:
+        return next((verify for verify in self.verifies.values() if verify.host == host), None)
+
+    def can_run(self, server: ServerId, release: ReleaseId | None) -> bool:
+        """Whether `release` has the server's machine type, as far as that is known."""
+        spec = self.policy.servers.get(server)
+        known = self.policy.machine_types.get(release) if release is not None else None
+        return known is None or spec is None or spec.machine in known
+
+    # what is written to it
+
+    def change(self, text: str) -> None:
+        self.changes.append(text)
+
+    def wait(self, subject: str, kind: WaitKind, reason: str, remedy: str = "") -> None:
+        self.waiting.append(Waiting(subject=subject, kind=kind, reason=reason, remedy=remedy))
+
+    def next_operation(self, kind: str) -> OperationId:
+        self.counter += 1
+        return OperationId(f"{kind}-{self.counter}")
+
+    def add_move(self, move: PlannedMove) -> None:
+        self.moves[move.id] = move
+        self.moving[move.server] = move
+        self.rooms.take(move.destination, self.size(move.server))
+
+    def drop_move(self, move: PlannedMove) -> None:
+        del self.moves[move.id]
+        del self.moving[move.server]
+
+    def rest_phase(self, host: HostId) -> HostPhase:
+        """Where its operator wants a host that no campaign touches."""
+        match self.intent(host):
+            case HostIntent.ACTIVE:
+                return HostPhase.SERVING
+            case HostIntent.CORDONED:
+                return HostPhase.CORDONED
+            case HostIntent.DRAINED:
+                held = any(assignment.host == host for assignment in self.servers.values())
+                return HostPhase.EMPTYING if held else HostPhase.DRAINED
+
+    def set_phase(self, host: HostId, phase: HostPhase) -> None:
+        plan = self.hosts[host]
+        if plan.phase is not phase:
+            self.hosts[host] = msgspec.structs.replace(plan, phase=phase)
+
+    def return_to_service(self, host: HostId) -> None:
+        """After a verify that went well: what it was switched to is final."""
+        self.hosts[host] = HostPlan(phase=self.rest_phase(host), release=self.hosts[host].release)
+        if self.upgrading == host:
+            self.upgrading = None
+
+    def finish(self) -> Blueprint:
+        """The parent itself if nothing is different from it."""
+        candidate = Blueprint(
+            id=next_id(self.parent),
+            parent=self.parent.id if self.parent else None,
+            hosts=self.hosts,
+            servers=self.servers,
+            moves=tuple(self.moves.values()),
+            verifies=tuple(self.verifies.values()),
+            attempts=self.attempts,
+            failed_moves=self.failed_moves,
+            failed_verifies=self.failed_verifies,
+            served_requests=self.served_requests,
+            campaign=self.campaign,
+            upgrading=self.upgrading,
+            ended_moves=self.ended_moves,
+            counter=self.counter,
+            reason=_summary(self.changes),
+        )
+        if self.parent is not None and _same(candidate, self.parent):
+            return self.parent
+        return candidate
+
+
+def next_id(parent: Blueprint | None) -> BlueprintId:
+    return BlueprintId(f"bp-{number_of(parent.id) + 1 if parent else 1}")
+
+
+def number_of(blueprint: BlueprintId) -> int:
+    return int(blueprint.removeprefix("bp-"))
+
+
+def _same(candidate: Blueprint, parent: Blueprint) -> bool:
+    renamed = msgspec.structs.replace(candidate, id=parent.id, parent=parent.parent, reason=parent.reason)
+    return renamed == parent
+
+
+def _summary(changes: list[str]) -> str:
+    named = "; ".join(changes[:LONGEST_REASON])
+    more = len(changes) - LONGEST_REASON
+    return f"{named}; and {more} more" if more > 0 else named

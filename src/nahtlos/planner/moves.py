@@ -1,0 +1,88 @@
+"""Whether a server can be moved now, and the decision to do so. Where to is not decided here."""
+
+from nahtlos.model.blueprint import PlannedMove, Waiting, WaitKind
+from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.planner.draft import Draft
+
+MAX_ATTEMPTS = 5
+LONGEST_PATIENCE = 60.0
+REQUESTED = "requested"
+"""Reason of a move that an operator asked for."""
+CAMPAIGN = "campaign: "
+"""How the reason of a campaign's move begins."""
+
+
+def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
+    """Why `server`, which nothing moves, cannot leave its host now; None if it can."""
+    owner = draft.servers[server]
+    if not draft.observed.connected(owner.host):
+        return _wait(server, WaitKind.HOST, f"{server}: the agent of {owner.host} is not connected")
+    if draft.attempts.get(server, 0) >= MAX_ATTEMPTS:
+        return _given_up(draft, server)
+    if busy := draft.observed.busy.get(server):
+        return _wait(server, WaitKind.MOVE, f"{server}: {busy} is still being ended")
+    status = draft.observed.server_on(server, owner.host)
+    if status is None or status.epoch != owner.epoch:
+        return _wait(server, WaitKind.HOST, f"{server} has not been seen on {owner.host} yet")
+    if status.state is RunState.CRASHED:
+        return _wait(
+            server,
+            WaitKind.BLOCKED,
+            f"{server} has crashed on {owner.host}, so it cannot be moved",
+            f"find out why from its console, or delete {server}",
+        )
+    if status.state is not RunState.RUNNING:
+        return _wait(server, WaitKind.HOST, f"{server} is {status.state} on {owner.host}, not running yet")
+    return None
+
+
+def _given_up(draft: Draft, server: ServerId) -> Waiting:
+    failure = draft.failed_moves.get(server)
+    error = failure.error if failure else None
+    message = f", last: {error.message}" if error else ""
+    hint = f"{error.remedy}; then " if error and error.remedy else "correct the cause, then "
+    return _wait(
+        server,
+        WaitKind.OPERATOR,
+        f"{server} could not be moved in {MAX_ATTEMPTS} attempts{message}",
+        f"{hint}ask anew: pause and resume the campaign, activate and drain the host, or request the move",
+    )
+
+
+def _wait(server: ServerId, kind: WaitKind, reason: str, remedy: str = "") -> Waiting:
+    return Waiting(subject=server, kind=kind, reason=reason, remedy=remedy)
+
+
+def running(draft: Draft) -> int:
+    """Moves that use one of the slots. A stuck one does nothing, so it does not count."""
+    return len(draft.moves) - len(draft.stuck)
+
+
+def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: str) -> None:
+    """Move `server`, or say that it waits for its turn."""
+    if running(draft) >= draft.policy.parallel_moves:
+        draft.wait(
+            server, WaitKind.MOVE, f"{server} waits for its turn: {running(draft)} of as many moves run"
+        )
+        return
+    owner, failures = draft.servers[server], draft.attempts.get(server, 0)
+    move = PlannedMove(
+        id=draft.next_operation("move"),
+        server=server,
+        source=owner.host,
+        destination=destination,
+        epoch=owner.epoch + 1,
+        reason=reason,
+        patience_seconds=min(2.0 ** (failures - 1), LONGEST_PATIENCE) if failures else 0.0,
+    )
+    draft.add_move(move)
+    draft.change(f"{server} moves from {owner.host} to {destination}: {reason}")
+
+
+def forget_old_failures(draft: Draft) -> None:
+    """Failures count only as long as somebody wants the move: asking anew begins from zero."""
+    for server in (*draft.attempts, *draft.failed_moves):
+        if server not in draft.wanted and server not in draft.moving:
+            draft.attempts.pop(server, None)
+            draft.failed_moves.pop(server, None)

@@ -1,0 +1,73 @@
+"""Moves an operator asked for. A request is served once; that is remembered until policy drops it."""
+
+from nahtlos.model.blueprint import WaitKind
+from nahtlos.model.ids import HostId, ServerId
+from nahtlos.planner.destinations import choose, no_room, open_hosts, pack, why_closed
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.moves import REQUESTED, start_or_wait, why_not_ready
+from nahtlos.planner.rooms import amount
+
+
+def serve_requests(draft: Draft) -> None:
+    _note_served(draft)
+    for server, destination in sorted(draft.policy.requested_moves.items()):
+        if server in draft.servers and server not in draft.served_requests:
+            draft.wanted.add(server)
+            _serve(draft, server, destination)
+
+
+def _note_served(draft: Draft) -> None:
+    asked = draft.policy.requested_moves
+    for server, served in tuple(draft.served_requests.items()):
+        if server not in asked or asked[server] != served:
+            del draft.served_requests[server]
+    before = {move.id: move for move in draft.parent.moves} if draft.parent else {}
+    for server, destination in asked.items():
+        owner = draft.servers.get(server)
+        if owner is None or server in draft.moving or server in draft.served_requests:
+            continue
+        arrived = any(
+            move.server == server
+            and move.reason == REQUESTED
+            and move.destination == owner.host
+            and destination is None
+            for move in before.values()
+        )
+        if arrived or owner.host == destination:
+            draft.served_requests[server] = destination
+
+
+def _serve(draft: Draft, server: ServerId, destination: HostId | None) -> None:
+    if move := draft.moving.get(server):
+        if move.reason != REQUESTED:
+            draft.wait(server, WaitKind.MOVE, f"{server} is moving to {move.destination} first ({move.id})")
+    elif waiting := why_not_ready(draft, server):
+        draft.waiting.append(waiting)
+    elif place := _destination(draft, server, destination):
+        start_or_wait(draft, server, place, REQUESTED)
+
+
+def _destination(draft: Draft, server: ServerId, asked: HostId | None) -> HostId | None:
+    others = open_hosts(draft, without=draft.servers[server].host)
+    if asked is None:
+        place = pack(draft, [server], others).places.get(server)
+        if place is None:
+            draft.wait(server, WaitKind.CAPACITY, no_room(draft, server, others))
+        return place
+    if closed := why_closed(draft, asked):
+        draft.wait(server, closed.kind, f"{server} is to move to {asked}, but {closed.reason}", closed.remedy)
+        return None
+    if choose(draft, server, [asked], draft.rooms):
+        return asked
+    elsewhere = [host for host in others if choose(draft, server, [host], draft.rooms)]
+    remedy = f"it would fit on {', '.join(elsewhere)}" if elsewhere else "free or add capacity"
+    draft.wait(server, WaitKind.CAPACITY, _refusal(draft, server, asked), remedy)
+    return None
+
+
+def _refusal(draft: Draft, server: ServerId, host: HostId) -> str:
+    release = draft.hosts[host].release
+    if not draft.can_run(server, release):
+        return f"{release} on {host} lacks the machine type of {server}"
+    needs, free = amount(draft.size(server)), amount(draft.rooms.free(host))
+    return f"{host} has no room for {server} (needs {needs}, {free} free)"
