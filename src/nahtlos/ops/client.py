@@ -273,8 +273,9 @@ def _token(file: Path) -> str:
 
 
 def _part(name: str) -> str:
-    """`name` as one segment of a path. An empty one, or one of dots, would mean another path."""
-    if name.strip(".") == "":
+    """`name` as one segment of a path. An empty one, one of dots or one with a slash would mean another
+    path (servers decode %2F before they route)."""
+    if name.strip(".") == "" or "/" in name:
         raise Refused(f"'{name}' is no valid name", field="name")
     return quote(name, safe="")
 
