@@ -27,7 +27,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import HostRole, Size, VolumeSpec
 from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
-from nahtlos.physical.sim.faults import Call, Calm, Life, Moment, Troubles, strike
+from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
 from nahtlos.physical.sim.guests import Guest, Stream, Vmm
 from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
 
@@ -173,6 +173,25 @@ class World:
         life.check()
         self.note(call.host, f"{call.driver}.{call.verb}", call.subject, moment, call)
         strike(self.troubles.befall(call, moment), call, moment, life)
+
+    def crash_point(self, host: HostId, text: str, life: Life) -> None:
+        """The agent's ledger before or after a transaction (`before take`, `after take`)."""
+        moment, _, name = text.partition(" ")
+        key = (host, "ledger", name)
+        if moment == Moment.BEFORE:
+            self._occurrences[key] = self._occurrences.get(key, 0) + 1
+        call = Call(
+            number=next(self._calls),
+            occurrence=self._occurrences[key],
+            host=host,
+            driver="ledger",
+            verb=name,
+            subject="",
+        )
+        life.check()
+        self.note(host, f"ledger.{name}", "", moment, call)
+        if self.troubles.befall(call, Moment(moment)) is Act.CRASH:
+            strike(Act.CRASH, call, Moment(moment), life)
 
     # --- hosts ---
 
@@ -512,7 +531,7 @@ class World:
         """Raises TimeoutError naming `what`."""
         try:
             async with asyncio.timeout(timeout):
-                while not condition():  # noqa: ASYNC110 - the condition is about the world, which has no events
+                while not condition():
                     await asyncio.sleep(every)
         except TimeoutError as error:
             raise TimeoutError(f"{what} did not come about within {timeout:g} virtual seconds") from error
