@@ -156,6 +156,7 @@ class PrivateApt:
         self._suites = tuple(suites)
         self._on_progress = on_progress
         self._archives = folder / "cache/archives"
+        self._before = 0
         self._configuration = folder / "apt.conf"
 
     def prepare(self) -> None:
@@ -194,11 +195,14 @@ class PrivateApt:
         }
         return [f'{name} "{value}";' for name, value in values.items()]
 
-    def _apt(self, *words: str, timeout: float, progress: Progress | None = None) -> str:
+    def _apt(
+        self, *words: str, timeout: float, progress: Progress | None = None, cwd: Path | None = None
+    ) -> str:
         try:
             return run(
                 [*words],
                 timeout=timeout,
+                cwd=cwd,
                 environment={"APT_CONFIG": str(self._configuration), "DEBIAN_FRONTEND": "noninteractive"},
                 while_running=(lambda: self._report(progress)) if progress else None,
             )
@@ -230,6 +234,30 @@ class PrivateApt:
         if gone or not packages:
             raise Unavailable(f"apt did not bring {', '.join(gone) or 'anything'}", remedy="run it again")
         return packages
+
+    def dependency(self, name: str, prefix: str) -> str:
+        """The package starting with `prefix` that `name` depends on, as meta-packages do."""
+        answer = self._apt("apt-cache", "depends", name, timeout=_SOLVE_DEADLINE)
+        found = re.search(rf"^\s*Depends: ({re.escape(prefix)}\S+)", answer, re.MULTILINE)
+        if found is None:
+            raise Unavailable(f"{name} depends on no {prefix}…", remedy="run it again")
+        return found[1]
+
+    def download_alone(self, name: str) -> Package:
+        """`name` without what it depends on."""
+        shown = self._apt("apt-cache", "show", "--no-all-versions", name, timeout=_SOLVE_DEADLINE)
+        fields = dict(re.findall(r"^(Version|Architecture|Size): (\S+)$", shown, re.MULTILINE))
+        path = self._archives / archive_name(name, fields["Version"], fields["Architecture"])
+        if not path.is_file():
+            progress = Progress(step="download", text=name, total=int(fields["Size"]), unit="bytes")
+            self._before = self._size()
+            # It writes into the current folder, and not in one step: hence a folder of its own.
+            incoming = self._archives / "partial" / f"alone-{name}"
+            incoming.mkdir(parents=True, exist_ok=True)
+            self._apt("apt-get", "-q", "download", name, timeout=_DOWNLOAD_DEADLINE, progress=progress,
+                      cwd=incoming)  # fmt: skip
+            (incoming / path.name).rename(path)
+        return Package(name=name, version=fields["Version"], path=path)
 
     def _fetch(self, install: Sequence[str], total: int, text: str) -> None:
         self._before = self._size()

@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -90,7 +90,7 @@ def build_release(
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     """One build of a track at a time; the kernel drops the lock of a build that was killed."""
     deadline = time.monotonic() + _LOCK_DEADLINE
     with path.open("w") as file:

@@ -1,0 +1,87 @@
+/* What the parts of the guest's init share.
+ *
+ *   main.c      boot: mounts, modules, kernel arguments; the event loop
+ *   link.c      the interface and its address (DHCP)
+ *   datagram.c  UDP: echo (7), heartbeats (9)
+ *   stream.c    TCP: line echo (7000), HTTP (80)
+ *   memory.c    the memory checker, a thread of its own
+ *   disk.c      the disk checker, a thread of its own
+ *   console.c   the serial console
+ *
+ * The event loop runs on one thread and never blocks; the two checkers publish counters it only reads.
+ */
+#ifndef GUEST_H
+#define GUEST_H
+
+#include <netinet/in.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define BLOCK_BYTES 4096
+#define PAGE_BYTES 4096
+#define DATA_PARTITION "/dev/vda2"
+
+/* --- event loop (main.c) --- */
+
+struct watch {
+    void (*ready)(struct watch *watch, uint32_t events);
+    int fd;
+};
+
+void loop_add(struct watch *watch, uint32_t events);
+void loop_change(struct watch *watch, uint32_t events);
+void loop_remove(struct watch *watch);
+
+/* A timerfd that calls `ready` first after `first_ms`, then every `every_ms` (0: once). */
+int timer_open(void);
+void timer_set(int fd, uint64_t first_ms, uint64_t every_ms);
+uint64_t timer_read(int fd);
+
+uint64_t now_ns(void); /* monotonic: stands still while the guest is stopped */
+
+extern char boot_id[37];
+extern uint64_t boot_number; /* the first 8 bytes of boot_id as they lie in memory */
+
+bool write_file(const char *path, const char *text);
+long available_mib(void);
+
+/* --- parts --- */
+
+void link_start(void (*on_address)(struct in_addr address));
+const char *link_address(void); /* "" until there is one */
+
+void datagram_start(void);
+uint64_t heartbeat_count(void);
+double heartbeat_longest_gap_ms(void);
+
+void stream_start(void);
+size_t status_json(char *out, size_t size);
+
+void memory_start(unsigned mib, unsigned mb_per_s);
+/* NULL, or why not; nothing has changed then. */
+const char *memory_set(long mib, long mb_per_s); /* -1: leave as it is */
+struct memory_status {
+    unsigned mib, mb_per_s;
+    uint64_t verified_pages, passes, errors;
+};
+struct memory_status memory_status(void);
+
+void disk_start(void);
+const char *disk_set(long per_s);
+struct disk_status {
+    unsigned per_s;
+    uint64_t acknowledged, errors, capacity;
+    bool full;
+};
+struct disk_status disk_status(void);
+/* Reads everything back on the disk thread; `done` becomes readable then. One at a time: false if busy. */
+bool disk_verify_begin(void);
+int disk_verify_done_fd(void);
+void disk_verify_result(uint64_t *checked, uint64_t *wrong, uint64_t *acknowledged);
+
+void console_start(void);
+void console_print(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#endif
