@@ -80,6 +80,14 @@ def client_context(pki_dir: Path) -> ssl.SSLContext:
     return _with_identity(_anonymous_client(), pki_dir)
 
 
+def client_context_without_certificate(ca_file: Path) -> ssl.SSLContext:
+    """For dialling with another credential than a certificate. The name is checked by the caller, from
+    the URI, before anything is sent."""
+    context = _anonymous_client()
+    _trust(context, ca_file)
+    return context
+
+
 def orchestrator_client_context(ca_file: Path, pki_dir: Path | None = None) -> ssl.SSLContext:
     """For HTTP clients of the orchestrator, which show a certificate (`pki_dir`) or another credential.
 
@@ -89,10 +97,17 @@ def orchestrator_client_context(ca_file: Path, pki_dir: Path | None = None) -> s
     context.check_hostname = True
     if pki_dir is not None:
         return _with_identity(context, pki_dir)
-    if not ca_file.is_file():
-        raise Refused(f"there is no {ca_file}", field="ca_file", remedy="copy the cloud's ca.pem there")
-    context.load_verify_locations(cafile=str(ca_file))
+    _trust(context, ca_file)
     return context
+
+
+def _trust(context: ssl.SSLContext, ca_file: Path) -> None:
+    try:
+        context.load_verify_locations(cafile=str(ca_file))
+    except OSError as error:  # ssl.SSLError is one, for what is no certificate
+        raise Refused(
+            f"cannot read {ca_file}: {error}", field="ca_file", remedy="copy the cloud's ca.pem there"
+        ) from error
 
 
 def _anonymous_client() -> ssl.SSLContext:
