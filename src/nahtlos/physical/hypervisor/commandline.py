@@ -1,0 +1,221 @@
+"""What a VMM looks like: (server, where its things are) -> QEMU's command line. Pure.
+
+The guest's hardware must be the same on every host and under every release that can run its machine type:
+versioned machine, named CPU, fixed PCI addresses, no defaults. A change here that a running guest can see
+is a change of its hardware and needs a new machine type.
+
+    pcie.0   03.0 disk   04.0.. NICs   10.0-10.3 spare root ports   1f.* (the machine's own)
+"""
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.config import PortConfig, ServerConfig, VolumeAttachment
+from nahtlos.model.errors import Refused
+from nahtlos.model.nouns import PortSpec
+
+DISK_ADDRESS = 0x3
+FIRST_NIC_ADDRESS = 0x4
+NICS = 8
+ROOT_PORTS_ADDRESS = 0x10
+ROOT_PORTS = 4
+SERVERS = uuid.UUID("5b0c1a52-6f0e-4a53-9f7e-6e6168746c6f")
+"""Namespace of the UUIDs that guests read from their firmware."""
+
+RAM = "ram0"
+"""Part of the migration stream: the name of the memory's block."""
+TLS_SERVER = "tls-server"
+TLS_CLIENT = "tls-client"
+HOSTS_ONLY = "hosts-only"
+"""Ids of objects every VMM has for its moves and its volume."""
+QOS_NODE = "top"
+QOS_GROUP = "limits"
+TLS_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
+
+
+class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything on the file system that belongs to one VMM."""
+
+    qmp: Path
+    qmp_emergency: Path
+    console: Path
+    console_log: Path
+    log: Path
+    ram: Path
+    record: Path
+
+
+class VmmShape(msgspec.Struct, frozen=True, kw_only=True):
+    server: ServerConfig
+    paths: VmmPaths
+    pki_dir: Path
+    accelerator: str
+    incoming: bool
+
+
+def tap_fd(port: PortSpec | PortConfig) -> str:
+    """The name under which the supervisor holds the descriptor of a port's tap."""
+    return f"tap.{port.id}"
+
+
+def server_arguments(shape: VmmShape) -> tuple[str, ...]:
+    """To follow `Bundle.system()`; `{fd:tap.PORT}` stands for numbers only the supervisor knows."""
+    server = shape.server.spec
+    if len(server.ports) > NICS:
+        raise Refused(f"a server has at most {NICS} ports", field="ports")
+    return (
+        *("-name", f"guest={server.id},debug-threads=on"),
+        *("-uuid", str(uuid.uuid5(SERVERS, server.id))),
+        *_machine(
+            f"{server.machine},memory-backend={RAM}", shape.accelerator, server.cpu_model, server.size.vcpus
+        ),
+        *_memory(server.size.memory_mib, shape.paths.ram),
+        *_monitors(shape.paths),
+        *_console(shape.paths),
+        *_root_ports(),
+        *_credentials(shape.pki_dir),
+        *_disk(shape.server.volume),
+        *(part for i, port in enumerate(server.ports) for part in _nic(i, port)),
+        *(("-incoming", "defer", "-S") if shape.incoming else ()),
+    )
+
+
+def probe_arguments(kernel: Path, initrd: Path, console: Path, accelerator: str) -> tuple[str, ...]:
+    """A guest that says so when it has booted, and powers off."""
+    return (
+        *_machine("q35", accelerator, "qemu64", 1),
+        *("-m", "256M", "-no-reboot", "-serial", f"file:{console}"),
+        *("-kernel", str(kernel), "-initrd", str(initrd)),
+        *("-append", "console=ttyS0 quiet panic=-1 nahtlos.probe=1"),
+    )
+
+
+def idle_arguments(qmp: Path, accelerator: str, *, incoming: bool) -> tuple[str, ...]:
+    """A machine that has nothing to boot: its firmware runs and waits."""
+    return (
+        *_machine("q35", accelerator, "qemu64", 1),
+        *("-m", "64M", "-qmp", f"unix:{qmp},server=on,wait=off"),
+        *(("-incoming", "defer", "-S") if incoming else ()),
+    )
+
+
+def object_argument(kind: str, name: str, **properties: object) -> tuple[str, str]:
+    return "-object", _json({"qom-type": kind, "id": name, **properties})
+
+
+def tls_object(name: str, endpoint: str, pki_dir: Path) -> tuple[str, str]:
+    properties = {"endpoint": endpoint, "dir": str(pki_dir), "verify-peer": True}
+    return object_argument("tls-creds-x509", name, **properties)
+
+
+def hosts_only_object(name: str) -> tuple[str, str]:
+    """Lets in hosts alone: an operator's certificate is of the same CA."""
+    rules = [{"match": "CN=host/*", "policy": "allow", "format": "glob"}]
+    return object_argument("authz-list", name, policy="deny", rules=rules)
+
+
+def _machine(machine: str, accelerator: str, cpu: str, vcpus: int) -> tuple[str, ...]:
+    return (
+        *("-machine", machine),
+        *("-accel", accelerator),
+        *("-cpu", cpu),
+        *("-smp", str(vcpus)),
+        *("-nodefaults", "-no-user-config", "-display", "none"),
+    )
+
+
+def _memory(mib: int, path: Path) -> tuple[str, ...]:
+    """A shared file, so that a VMM of another release can take it over in place."""
+    backend = {"size": mib << 20, "mem-path": str(path), "share": True}
+    return (*object_argument("memory-backend-file", RAM, **backend), "-m", f"{mib}M")
+
+
+def _monitors(paths: VmmPaths) -> tuple[str, ...]:
+    return (
+        *("-qmp", f"unix:{paths.qmp},server=on,wait=off"),
+        *("-qmp", f"unix:{paths.qmp_emergency},server=on,wait=off"),
+    )
+
+
+def _console(paths: VmmPaths) -> tuple[str, ...]:
+    options = f"path={paths.console},server=on,wait=off,logfile={paths.console_log},logappend=on"
+    return ("-chardev", f"socket,id=console,{options}", "-serial", "chardev:console")
+
+
+def _root_ports() -> tuple[str, ...]:
+    """Places for devices that are plugged later; the number is part of the guest's hardware."""
+    devices = (
+        {
+            "driver": "pcie-root-port",
+            "id": f"slot{i}",
+            "bus": "pcie.0",
+            "chassis": i + 1,
+            "addr": f"{ROOT_PORTS_ADDRESS:#x}.{i:#x}",
+            "multifunction": i == 0,
+        }
+        for i in range(ROOT_PORTS)
+    )
+    return tuple(part for device in devices for part in ("-device", _json(device)))
+
+
+def _credentials(pki_dir: Path) -> tuple[str, ...]:
+    return (
+        *tls_object(TLS_SERVER, "server", pki_dir),
+        *tls_object(TLS_CLIENT, "client", pki_dir),
+        *hosts_only_object(HOSTS_ONLY),
+    )
+
+
+def _disk(volume: VolumeAttachment) -> tuple[str, ...]:
+    """The throttle filter is the root: the QoS knob and the pivot point of the volume."""
+    connection = {
+        "driver": "nbd",
+        "node-name": "volume",
+        "server": {"type": "inet", "host": volume.address, "port": str(volume.port)},
+        "export": volume.export,
+        "reconnect-delay": 30,
+        "tls-creds": TLS_CLIENT,
+        "discard": "unmap",
+    }
+    top = {
+        "driver": "throttle",
+        "node-name": QOS_NODE,
+        "throttle-group": QOS_GROUP,
+        "file": "volume",
+        "discard": "unmap",
+    }
+    device = {
+        "driver": "virtio-blk-pci",
+        "id": "disk",
+        "drive": QOS_NODE,
+        "bus": "pcie.0",
+        "addr": f"{DISK_ADDRESS:#x}",
+        "bootindex": 0,
+        "werror": "stop",
+        "rerror": "stop",
+    }
+    return (
+        *object_argument("throttle-group", QOS_GROUP),
+        *("-blockdev", _json(connection), "-blockdev", _json(top)),
+        *("-device", _json(device), "-boot", "strict=on"),
+    )
+
+
+def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
+    device = {
+        "driver": "virtio-net-pci",
+        "id": f"nic{index}",
+        "netdev": f"net{index}",
+        "mac": port.mac,
+        "bus": "pcie.0",
+        "addr": f"{FIRST_NIC_ADDRESS + index:#x}",
+        "romfile": "",
+    }
+    return ("-netdev", f"tap,id=net{index},fd={{fd:{tap_fd(port)}}}", "-device", _json(device))
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return msgspec.json.encode(value).decode()

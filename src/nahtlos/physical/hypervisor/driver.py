@@ -1,0 +1,314 @@
+"""`physical.ports.Hypervisor` on QEMU. Acts thinly: what a VMM looks like is decided in `commandline`, the
+commands of a move in `migration`; processes belong to the supervisor and outlive this object.
+
+A VMM as this driver sees it:
+
+    (none) --start--> RUNNING --migrate_start, pause--> PAUSED (sent) --kill--> (none)
+    (none) --incoming_start--> INCOMING --stream--> PAUSED (migrated) --resume--> RUNNING
+    any --process ended--> CRASHED --kill--> (none)
+
+Never decides who owns a server: whoever calls `resume` has made sure that no other copy runs.
+"""
+
+import asyncio
+import socket
+import time
+from contextlib import suppress
+
+import msgspec
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
+from nahtlos.model.ids import ReleaseId
+from nahtlos.model.inventory import Accelerator, RunState
+from nahtlos.model.nouns import Size
+from nahtlos.physical.hypervisor import migration
+from nahtlos.physical.hypervisor.accelerator import Prober
+from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
+from nahtlos.physical.hypervisor.commandline import (
+    HOSTS_ONLY,
+    TLS_CLIENT,
+    TLS_FILES,
+    TLS_SERVER,
+    VmmShape,
+    server_arguments,
+    tap_fd,
+)
+from nahtlos.physical.hypervisor.qmp import Denied, Gone
+from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
+from nahtlos.physical.ports import MigrationProgress, Supervisor, Unit, UnitStatus, VmmId, VmmStatus
+from nahtlos.physical.settings import AgentSettings
+
+MONITOR_WITHIN = 30.0
+OBSERVE_WITHIN = 4.0
+LISTEN_ATTEMPTS = 5
+CONSOLE_WITHIN = 3.0
+
+
+class QemuHypervisor:
+    def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
+        self._settings = settings
+        self._supervisor = supervisor
+        self._bundles = Bundles(settings.releases_dir)
+        self._prober = Prober(settings, supervisor)
+        self._vmms: dict[VmmId, Vmm] = {}
+
+    async def close(self) -> None:
+        """Let go of all monitors. VMMs run on."""
+        for vmm in self._vmms.values():
+            await vmm.disconnect()
+
+    # --- releases ----------------------------------------------------------------------------------
+
+    async def releases(self) -> tuple[ReleaseId, ...]:
+        return await self._bundles.available()
+
+    async def verify(self, release: ReleaseId) -> Accelerator:
+        ensure_folders(self._settings)
+        return await self._prober.verify(await self._bundles.checked(release))
+
+    # --- VMMs --------------------------------------------------------------------------------------
+
+    async def observe(self) -> tuple[VmmStatus, ...]:
+        units = await self._supervisor.units()
+        known = {vmm: units[name] for name in units if (vmm := vmm_of_unit(name))}
+        async with asyncio.TaskGroup() as group:
+            looks = [group.create_task(self._look(vmm, unit)) for vmm, unit in sorted(known.items())]
+        return tuple(look.result() for look in looks)
+
+    async def _look(self, identity: VmmId, unit: UnitStatus) -> VmmStatus:
+        vmm = self._vmm(identity)
+        record = vmm.record
+        size = record.server.spec.size if record else Size()
+        release = record.release if record else None
+        if unit.pid is None:
+            return VmmStatus(id=identity, state=RunState.CRASHED, release=release, size=size)
+        try:
+            async with asyncio.timeout(OBSERVE_WITHIN):
+                word = await vmm.state()
+        except (Error, TimeoutError):
+            # It lives but does not answer (yet): what it said last is the best there is.
+            return VmmStatus(id=identity, state=vmm.last_state, release=release, size=size)
+        if word == "running":
+            vmm.note_resumed()
+        record = vmm.record
+        waits = bool(record and record.incoming and not record.resumed)
+        return VmmStatus(
+            id=identity,
+            state=vmm.last_state,
+            release=release,
+            size=size,
+            migrated=waits and word not in ("inmigrate", "running"),
+            sent=word in ("postmigrate", "finish-migrate"),
+        )
+
+    async def start(self, server: ServerConfig, release: ReleaseId) -> None:
+        record = VmmRecord(server=server, epoch=server.epoch, release=release, incoming=False)
+        await self._launch(record)
+
+    async def kill(self, vmm: VmmId) -> None:
+        found = self._vmm(vmm)
+        await self._supervisor.stop(vmm.unit, grace=0)  # ends at once a start that waits under the lock
+        async with found.lock:
+            await self._supervisor.stop(vmm.unit, grace=0)
+            await found.disconnect()
+            found.remove_files()
+        self._vmms.pop(vmm, None)
+
+    async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
+        return tail_of(self._vmm(vmm).paths.console_log, offset, limit)
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> None:
+        path = self._vmm(vmm).paths.console
+        try:
+            async with asyncio.timeout(CONSOLE_WITHIN):
+                _, writer = await asyncio.open_unix_connection(str(path))
+                writer.write(data)
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"the console of {vmm.server} does not answer: {error}") from error
+
+    # --- moves: destination ------------------------------------------------------------------------
+
+    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
+        record = VmmRecord(server=server, epoch=epoch, release=release, incoming=True)
+        vmm = await self._launch(record)
+        if await vmm.state() == "inmigrate" and vmm.record is not None and not vmm.record.listening:
+            await migration.set_capabilities(vmm, migration.DESTINATION)
+            tls = {"tls-creds": TLS_SERVER, "tls-authz": HOSTS_ONLY}
+            await vmm.execute("migrate-set-parameters", tls)
+
+    async def incoming_listen(self, vmm: VmmId, address: str) -> str:
+        found = self._running(vmm)
+        record = found.record
+        if record is None or not record.incoming:
+            raise Refused(f"{vmm.unit} does not wait for a server", field="vmm")
+        for _ in range(LISTEN_ATTEMPTS):
+            uri = record.listening or f"tcp:{_bracketed(address)}:{_free_port(address)}"
+            found.write_record(msgspec.structs.replace(record, listening=uri))
+            try:
+                await found.execute("migrate-incoming", {"uri": uri})
+            except Denied as denied:
+                if "already" in denied.message and record.listening:
+                    return uri  # asked for by an earlier call
+                if "in use" not in denied.message:
+                    raise
+                record = msgspec.structs.replace(record, listening="")
+            else:
+                return uri
+        raise Unavailable(f"no free port on {address} for the stream")
+
+    async def incoming_wait(self, vmm: VmmId, *, timeout: float) -> None:
+        found = self._running(vmm)
+        until = time.monotonic() + timeout
+        try:
+            while not found.received:
+                answer = await found.execute("query-migrate")
+                if answer.get("status") == "completed" and await found.state() != "inmigrate":
+                    found.received = True
+                elif answer.get("status") == "failed":
+                    raise Refused(f"the stream failed: {answer.get('error-desc') or found.log_tail()}")
+                elif time.monotonic() > until:
+                    raise Unavailable(f"{vmm.server} has not arrived within {timeout:g} s")
+                elif not found.received:
+                    await found.event_within(min(0.25, max(0.0, until - time.monotonic())))
+        except Gone as gone:
+            raise Refused(f"the stream failed and its VMM ended: {found.log_tail()}") from gone
+
+    async def resume(self, vmm: VmmId) -> None:
+        found = self._running(vmm)
+        # `cont` while the stream arrives would let the guest start by itself later.
+        if not found.received and await found.state() == "inmigrate":
+            raise Refused(f"{vmm.unit} has not received its server yet", field="vmm")
+        await found.execute("cont")
+        found.last_state = RunState.RUNNING
+        found.note_resumed()
+
+    # --- moves: source -----------------------------------------------------------------------------
+
+    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+        found = self._running(vmm)
+        await migration.set_capabilities(found, migration.SOURCE)
+        await migration.set_source_parameters(
+            found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
+        )
+        await migration.begin(found, uri)
+
+    async def migrate_progress(self, vmm: VmmId) -> MigrationProgress:
+        return await migration.progress(self._running(vmm))
+
+    async def pause(self, vmm: VmmId) -> None:
+        found = self._running(vmm)
+        await found.execute("stop")
+        found.last_state = RunState.PAUSED
+
+    async def migrate_cancel(self, vmm: VmmId) -> None:
+        found = self._vmm(vmm)
+        if found.paths.record.exists():
+            await migration.cancel(found)
+
+    # --- one VMM -----------------------------------------------------------------------------------
+
+    def _vmm(self, vmm: VmmId) -> Vmm:
+        return cached(self._vmms, self._settings, vmm)
+
+    def _running(self, vmm: VmmId) -> Vmm:
+        found = self._vmm(vmm)
+        if found.record is None:
+            raise NotFound(f"no {vmm.unit} on this host", field="vmm")
+        return found
+
+    async def _launch(self, record: VmmRecord) -> Vmm:
+        """A process of this description, found or started, that answers on its monitor."""
+        vmm = self._vmm(VmmId(record.server.spec.id, record.epoch))
+        ensure_folders(self._settings)
+        async with vmm.lock:
+            status = (await self._supervisor.units()).get(vmm.id.unit)
+            if status is None or status.pid is None:
+                unit = await self._described(vmm, record)
+                await self._supervisor.stop(vmm.id.unit, grace=0)  # an ended one is still listed
+                await vmm.disconnect()
+                vmm.remove_files()
+                vmm.write_record(record)
+                await self._supervisor.start(unit)
+            await self._answering(vmm)
+        return vmm
+
+    async def _described(self, vmm: Vmm, record: VmmRecord) -> Unit:
+        """Everything that can be wrong is found here, before anything is changed."""
+        bundle = await self._bundles.checked(record.release)
+        self._check_machine(bundle, record.server)
+        self._check_credentials()
+        taps = tuple(tap_fd(port) for port in record.server.spec.ports)
+        missing = set(taps) - await self._supervisor.stored()
+        if missing:
+            raise Refused(
+                f"no {', '.join(sorted(missing))} in the supervisor's store",
+                field="ports",
+                remedy="create the port",
+            )
+        accelerator = await self._prober.choose(bundle)
+        shape = VmmShape(
+            server=record.server,
+            paths=vmm.paths,
+            pki_dir=self._settings.pki_dir,
+            accelerator=accelerator.name,
+            incoming=record.incoming,
+        )
+        return Unit(
+            name=vmm.id.unit,
+            argv=(*bundle.system(), *server_arguments(shape)),
+            environment=bundle.environment,
+            fds=taps,
+            log=vmm.paths.log,
+        )
+
+    def _check_machine(self, bundle: Bundle, server: ServerConfig) -> None:
+        if server.spec.machine not in bundle.manifest.release.machine_types:
+            raise Refused(
+                f"{bundle.release} has no machine type '{server.spec.machine}'",
+                field="machine",
+                remedy="choose a release that still has it",
+            )
+
+    def _check_credentials(self) -> None:
+        missing = [name for name in TLS_FILES if not (self._settings.pki_dir / name).is_file()]
+        if missing:
+            raise Refused(
+                f"{self._settings.pki_dir} lacks {', '.join(missing)}",
+                field="pki_dir",
+                remedy="let this host join the cloud first",
+            )
+
+    async def _answering(self, vmm: Vmm) -> None:
+        until = time.monotonic() + MONITOR_WITHIN
+        while True:
+            with suppress(Gone):
+                await vmm.connect()
+                return
+            status = (await self._supervisor.units()).get(vmm.id.unit)
+            if status is None or status.pid is None:
+                raise Refused(f"{vmm.id.unit} ended at once: {vmm.log_tail()}", field="server")
+            if time.monotonic() > until:
+                raise Unavailable(f"{vmm.id.unit} does not answer within {MONITOR_WITHIN:g} s")
+            await asyncio.sleep(0.01)
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _free_port(address: str) -> int:
+    """A port that was free a moment ago: not every version reports which one it took for port 0."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise Refused(
+                f"{address} is no address of this host: {error.strerror}", field="address"
+            ) from error
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,122 @@
+"""The order of QMP commands of a move. Knows one monitor at a time and nothing of hosts or owners.
+
+What keeps the source from switching over by itself is `switchover-ack` on the source alone: the
+destination never acknowledges, so the source goes on copying until it is stopped (QMP `stop`), when the
+acknowledgement is no longer asked for and the migration completes at once.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+from nahtlos.model.errors import Refused, Unavailable
+from nahtlos.physical.hypervisor.qmp import Answer, Arguments
+from nahtlos.physical.ports import MigrationPhase, MigrationProgress
+
+DESTINATION = frozenset({"events", "return-path"})
+SOURCE = DESTINATION | {"switchover-ack"}
+UNLIMITED = 4 << 30
+"""Bytes per second."""
+STARTED_WITHIN = 10.0
+CANCELLED_WITHIN = 10.0
+PLENTY = 1_000_000
+"""Bytes per second QEMU may believe it has at the switch; it does not decide when to switch."""
+
+
+class Monitor(Protocol):
+    async def execute(
+        self, command: str, arguments: Arguments | None = None, *, within: float = ...
+    ) -> Answer: ...
+
+
+_PHASES = {
+    "setup": MigrationPhase.ACTIVE,
+    "active": MigrationPhase.ACTIVE,
+    "device": MigrationPhase.ACTIVE,
+    "pre-switchover": MigrationPhase.ACTIVE,
+    "wait-unplug": MigrationPhase.ACTIVE,
+    # Not free for another one yet:
+    "cancelling": MigrationPhase.ACTIVE,
+    "failing": MigrationPhase.ACTIVE,
+    "completed": MigrationPhase.COMPLETED,
+    "failed": MigrationPhase.FAILED,
+    "cancelled": MigrationPhase.CANCELLED,
+}
+
+
+def progress_of(answer: Mapping[str, object]) -> MigrationProgress:
+    """`query-migrate` as seen from a source. A VMM that once received a server and never sent one also
+    answers `completed`, but without figures: for a source nothing has happened yet."""
+    status = str(answer.get("status", ""))
+    phase = _PHASES.get(status, MigrationPhase.NONE)
+    ram = cast("Mapping[str, int]", answer.get("ram", {}))
+    if phase is MigrationPhase.COMPLETED and not ram:
+        phase = MigrationPhase.NONE
+    return MigrationProgress(
+        phase=phase,
+        remaining=ram.get("remaining", 0),
+        total=ram.get("total", 0),
+        transferred=ram.get("transferred", 0),
+        passes=ram.get("dirty-sync-count", 0),
+        error=str(answer.get("error-desc", "")),
+    )
+
+
+async def progress(monitor: Monitor) -> MigrationProgress:
+    return progress_of(await monitor.execute("query-migrate"))
+
+
+async def set_capabilities(monitor: Monitor, wanted: frozenset[str]) -> None:
+    """Exactly these: capabilities stay on a process from one migration to the next."""
+    answer = await monitor.execute("query-migrate-capabilities")
+    known = [str(c["capability"]) for c in cast("list[dict[str, object]]", answer["value"])]
+    lacking = wanted.difference(known)
+    if lacking:
+        raise Refused(f"this QEMU has no {', '.join(sorted(lacking))}", field="release")
+    capabilities = [{"capability": name, "state": name in wanted} for name in known]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments) -> None:
+    await monitor.execute(
+        "migrate-set-parameters",
+        {
+            "max-bandwidth": bandwidth or UNLIMITED,
+            "downtime-limit": 1,
+            "avail-switchover-bandwidth": PLENTY,
+            **tls,
+        },
+    )
+
+
+async def begin(monitor: Monitor, uri: str) -> None:
+    """Start sending and see it flow: missing credentials, a refused connection or a wrong name show only
+    after `migrate` has returned."""
+    await monitor.execute("migrate", {"uri": uri})
+    until = time.monotonic() + STARTED_WITHIN
+    while True:
+        found = await progress(monitor)
+        if found.phase is MigrationPhase.ACTIVE and found.transferred > 0:
+            return
+        if found.phase in (MigrationPhase.FAILED, MigrationPhase.CANCELLED):
+            raise Refused(f"the stream failed at once: {found.error or found.phase}", field="uri")
+        if found.phase is MigrationPhase.COMPLETED:
+            return  # the guest was stopped already
+        if time.monotonic() > until:
+            await cancel(monitor)
+            raise Unavailable(f"nothing was sent to {uri} within {STARTED_WITHIN:g} s")
+        await asyncio.sleep(0.005)
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Until the source is free for another migration. If everything was sent before it could be
+    cancelled that is no error here: `VmmStatus.sent` says so, and the owner's record decides."""
+    if (await progress(monitor)).phase is not MigrationPhase.ACTIVE:
+        return
+    await monitor.execute("migrate_cancel")
+    until = time.monotonic() + CANCELLED_WITHIN
+    while (await progress(monitor)).phase is MigrationPhase.ACTIVE:
+        if time.monotonic() > until:
+            raise Unavailable(f"the migration is still not cancelled after {CANCELLED_WITHIN:g} s")
+        await asyncio.sleep(0.005)

@@ -1,0 +1,189 @@
+"""One VMM of this host: its record on disk, its files, its monitor connection, what it last said.
+
+The record is written before the process is started, so an agent that comes later finds every VMM by its
+unit and knows what it is. Never starts or ends the process.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.ids import ReleaseId, ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.physical.hypervisor.commandline import VmmPaths
+from nahtlos.physical.hypervisor.qmp import ANSWER_WITHIN, Answer, Arguments, Gone, Qmp
+from nahtlos.physical.ports import VmmId
+from nahtlos.physical.settings import AgentSettings
+
+UNIT_PREFIX = "vmm."
+
+
+class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
+    server: ServerConfig
+    epoch: int
+    release: ReleaseId
+    incoming: bool
+    listening: str = ""
+    """URI of the stream, noted before QEMU is told to listen."""
+    resumed: bool = False
+    """An arrived server has run here: if its guest does not run now, that is for another reason."""
+
+
+def vmm_of_unit(name: str) -> VmmId | None:
+    """`vmm.<server>.<epoch>` back to what it names; None for any other unit."""
+    server, _, epoch = name.removeprefix(UNIT_PREFIX).rpartition(".")
+    if not name.startswith(UNIT_PREFIX) or not server or not epoch.isdecimal():
+        return None
+    return VmmId(ServerId(server), int(epoch))
+
+
+def paths_of(settings: AgentSettings, vmm: VmmId) -> VmmPaths:
+    logs = settings.state_dir / "vmm"
+    return VmmPaths(
+        qmp=settings.run_dir / f"{vmm.unit}.qmp",
+        qmp_emergency=settings.run_dir / f"{vmm.unit}.emergency",
+        console=settings.run_dir / f"{vmm.unit}.console",
+        console_log=logs / f"{vmm.unit}.console",
+        log=logs / f"{vmm.unit}.log",
+        ram=settings.ram_dir / f"{vmm.server}.{vmm.epoch}.ram",
+        record=settings.run_dir / f"{vmm.unit}.json",
+    )
+
+
+_RUN_STATES = {
+    "running": RunState.RUNNING,
+    "inmigrate": RunState.INCOMING,
+}
+
+
+def run_state(status: str) -> RunState:
+    """QEMU's run state (`query-status`) in ours: every other one is a VMM whose guest does not run."""
+    return _RUN_STATES.get(status, RunState.PAUSED)
+
+
+class Vmm:
+    def __init__(self, identity: VmmId, paths: VmmPaths) -> None:
+        self.id = identity
+        self.paths = paths
+        self.lock = asyncio.Lock()
+        """Held by whoever starts or ends it."""
+        self.last_state = RunState.STARTING
+        self.received = False
+        """Its incoming stream is known to be complete."""
+        self._changed = asyncio.Event()
+        self._connecting = asyncio.Lock()
+        self._qmp: Qmp | None = None
+        self._record: VmmRecord | None = None
+
+    # --- record ------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> VmmRecord | None:
+        if self._record is None and self.paths.record.exists():
+            self._record = msgspec.json.decode(self.paths.record.read_bytes(), type=VmmRecord)
+        return self._record
+
+    def write_record(self, record: VmmRecord) -> None:
+        new = self.paths.record.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(record))
+        new.replace(self.paths.record)
+        self._record = record
+
+    def note_resumed(self) -> None:
+        record = self.record
+        if record is not None and record.incoming and not record.resumed:
+            self.write_record(msgspec.structs.replace(record, resumed=True))
+
+    def log_tail(self, limit: int = 600) -> str:
+        try:
+            return self.paths.log.read_text(errors="replace")[-limit:].strip()
+        except OSError:
+            return ""
+
+    def remove_files(self) -> None:
+        """Everything but the log, of which the last one per server is kept."""
+        paths = self.paths
+        for path in (paths.ram, paths.qmp, paths.qmp_emergency, paths.console, paths.console_log):
+            path.unlink(missing_ok=True)
+        if paths.log.exists():
+            paths.log.replace(paths.log.with_name(f"{UNIT_PREFIX}{self.id.server}.previous.log"))
+        paths.record.unlink(missing_ok=True)
+        self._record = None
+        self.received = False
+        self.last_state = RunState.STARTING
+
+    # --- monitor -----------------------------------------------------------------------------------
+
+    async def execute(
+        self, command: str, arguments: Arguments | None = None, *, within: float = ANSWER_WITHIN
+    ) -> Answer:
+        qmp = self._qmp
+        if qmp is None or not qmp.open or qmp.loop is not asyncio.get_running_loop():
+            qmp = await self.connect()
+        return await qmp.execute(command, arguments, within=within)
+
+    async def connect(self) -> Qmp:
+        """By the first monitor, or by the second if the first serves somebody who does not let go."""
+        async with self._connecting:
+            if self._qmp is not None and self._qmp.open:
+                return self._qmp
+            await self.disconnect()
+            try:
+                self._qmp = await Qmp.connect(self.paths.qmp, self._on_event)
+            except Gone:
+                if not self.paths.qmp_emergency.is_socket():
+                    raise
+                self._qmp = await Qmp.connect(self.paths.qmp_emergency, self._on_event)
+            return self._qmp
+
+    async def disconnect(self) -> None:
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            await qmp.close()
+
+    async def state(self) -> str:
+        """QEMU's own word for whether the guest runs."""
+        status = str((await self.execute("query-status"))["status"])
+        self.last_state = run_state(status)
+        return status
+
+    async def event_within(self, seconds: float) -> None:
+        """Returns at the next event, at the latest after `seconds`."""
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _on_event(self, name: str, data: Mapping[str, object]) -> None:
+        self._changed.set()
+        if name == "MIGRATION" and data.get("status") == "completed":
+            record = self.record
+            self.received = self.received or bool(record and record.incoming)
+
+
+def ensure_folders(settings: AgentSettings) -> None:
+    for folder in (settings.run_dir, settings.ram_dir, settings.state_dir / "vmm"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def cached(vmms: dict[VmmId, Vmm], settings: AgentSettings, vmm: VmmId) -> Vmm:
+    """The one object for `vmm`, made when first asked for."""
+    if vmm not in vmms:
+        vmms[vmm] = Vmm(vmm, paths_of(settings, vmm))
+    return vmms[vmm]
+
+
+def tail_of(path: Path, offset: int, limit: int) -> tuple[bytes, int]:
+    """At most `limit` bytes from `offset`, and the offset after them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(limit)
+    except FileNotFoundError:
+        return b"", offset
+    return data, offset + len(data)
