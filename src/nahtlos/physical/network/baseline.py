@@ -1,0 +1,60 @@
+"""What this driver last made true, so that drift can be told from a change of configuration.
+
+Owns one JSON file in the host's run directory (gone after a restart of the host, like the devices it is
+about). Losing it costs words in a report and nothing else.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+
+class Applied(msgspec.Struct):
+    items: set[str] = set()
+    """Items in words."""
+    touched: set[str] = set()
+    """MACs and devices whose entries were changed by a move or a port's creation since then."""
+    gates: set[tuple[int, str, str]] = set()
+    """VNI, MAC and port of gates that are on: restored if the filter is lost in the middle of a move."""
+    rules: str = ""
+    """Digest of the packet filter as composed."""
+    listed: str = ""
+    """Fingerprint of what the kernel listed after that."""
+
+
+class Baseline:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._applied: Applied | None = None
+        self._written = b""
+
+    @property
+    def applied(self) -> Applied:
+        if self._applied is None:
+            self._applied = self._read()
+        return self._applied
+
+    def _read(self) -> Applied:
+        try:
+            self._written = self._path.read_bytes()
+            return msgspec.json.decode(self._written, type=Applied)
+        except (OSError, msgspec.DecodeError):
+            return Applied()
+
+    def touch(self, names: Iterable[str]) -> None:
+        """These differ from now on because a verb changed them."""
+        new = set(names) - self.applied.touched
+        if new:
+            self.applied.touched |= new
+            self.save()
+
+    def save(self) -> None:
+        data = msgspec.json.encode(self.applied, order="deterministic")
+        if data == self._written:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        new.write_bytes(data)
+        new.replace(self._path)
+        self._written = data

@@ -1,0 +1,67 @@
+"""What this kernel offers the network driver, found by asking it for things it must refuse or accept.
+
+Changes nothing: devices are asked for with an address no device may have, rules are only checked.
+"""
+
+import errno
+from pathlib import Path
+
+from nahtlos.model.errors import Unavailable
+from nahtlos.physical.network import links, nft, tap
+from nahtlos.physical.network.netlink import KernelRefused, Netlink
+from nahtlos.physical.ports import NetworkCapabilities
+
+GATE_PROBE = """
+table netdev nahtlos-probe {
+  set moving { type ether_addr; elements = { 02:00:00:00:00:01 comment "probe" } }
+  chain probe {
+    type filter hook ingress device "lo" priority -500; policy accept;
+    ether daddr @moving fwd to "lo"
+  }
+}
+"""
+BRIDGE_CONNTRACK_PROBE = """
+table bridge nahtlos-probe {
+  chain probe { type filter hook forward priority 0; policy accept; ct state established accept; }
+}
+"""
+
+
+async def examine(netlink: Netlink) -> NetworkCapabilities:
+    details = {f"{kind} devices": _device_kind(netlink, kind) for kind in ("bridge", "vxlan", "veth")}
+    details["tap devices"] = "used" if tap.DEVICE.exists() else f"missing: {tap.DEVICE} does not exist"
+    details["gate"] = await _rules(GATE_PROBE, "used: nftables, netdev ingress, forwarding to a veth pair")
+    lossless = all(text.startswith("used") for text in details.values())
+    details["firewall"] = await _rules(
+        BRIDGE_CONNTRACK_PROBE, "conntrack in the bridge is there; not used yet"
+    )
+    details["vhost-net"] = _present(Path("/dev/vhost-net"))
+    details["connection tracking"] = "not transferred: no stateful rules are in a server's path"
+    return NetworkCapabilities(
+        lossless_move=lossless,
+        ct_transfer=False,
+        strict_stateful=False,
+        shaper=False,
+        details=details,
+    )
+
+
+def _device_kind(netlink: Netlink, kind: str) -> str:
+    try:
+        netlink.change([links.impossible(kind)])
+    except KernelRefused as refused:
+        if refused.code == errno.EOPNOTSUPP:
+            return f"missing: this kernel has no {kind} devices (load the module {kind})"
+    return "used"
+
+
+async def _rules(text: str, used: str) -> str:
+    try:
+        reason = await nft.check(text)
+    except Unavailable as error:
+        return f"missing: {error}"
+    return f"missing: {reason}" if reason else used
+
+
+def _present(path: Path) -> str:
+    return "there; the VMM may use it" if path.exists() else f"missing: {path} does not exist"

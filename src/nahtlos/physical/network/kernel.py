@@ -1,0 +1,288 @@
+"""The kernel's view of this driver's items: read them, and carry out changes to them.
+
+Owns the translation between items (see plan) and rtnetlink, sysctls. Reads only devices that carry the
+driver's alias or a name that is about to be used, so nothing foreign is ever seen as surplus. Decides
+nothing.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.errors import Conflict
+from nahtlos.model.ids import PortId
+from nahtlos.physical.network import links, netlink
+from nahtlos.physical.network.links import LinkInfo
+from nahtlos.physical.network.netlink import Netlink, Request
+from nahtlos.physical.network.plan import (
+    OWNED,
+    SILENT,
+    Address,
+    Change,
+    Device,
+    Forward,
+    Item,
+    Neighbour,
+    PortFlood,
+    Setting,
+    TunnelEntry,
+    port_of_alias,
+)
+
+SYSCTL = Path("/proc/sys")
+NEIGHBOUR_HEADER = "BxxxiHBB"
+
+
+class Observed(msgspec.Struct, frozen=True):
+    """What is there that belongs to this driver."""
+
+    items: frozenset[Item]
+    links: dict[str, LinkInfo]
+    taps: dict[PortId, tuple[str, str]]
+    """Device and MAC of each port that has a tap here."""
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def observe(socket_: Netlink, settings: Iterable[Setting]) -> Observed:
+    """Everything that is ours, and the present values of `settings`."""
+    devices = links.read_links(socket_)
+    owned = {link.index: link for link in devices.values() if link.alias.startswith(OWNED)}
+    by_index = {link.index: link for link in devices.values()}
+    items: set[Item] = set()
+    for link in owned.values():
+        master = by_index.get(link.master)
+        items.add(_device(link, master.name if master else ""))
+        if link.flood is not None and link.kind != "bridge":
+            items.add(PortFlood(link.name, link.flood))
+    items.update(_forwarding(socket_, owned))
+    items.update(_neighbours(socket_, owned))
+    items.update(_addresses(socket_, owned))
+    items.update(s for s in (_setting(s.path) for s in settings) if s is not None)
+    return Observed(items=frozenset(items), links=devices, taps=taps_of(devices))
+
+
+def taps_of(devices: dict[str, LinkInfo]) -> dict[PortId, tuple[str, str]]:
+    """Device and MAC of each port that has a tap among `devices`."""
+    found: dict[PortId, tuple[str, str]] = {}
+    for link in devices.values():
+        named = port_of_alias(link.alias)
+        if named is not None:
+            found[named[0]] = (link.name, named[1])
+    return found
+
+
+def _device(link: LinkInfo, master: str) -> Device:
+    return Device(
+        name=link.name,
+        kind=link.kind,
+        alias=link.alias,
+        mtu=link.mtu,
+        mac=link.mac if link.kind == "bridge" else "",
+        master=master,
+        vni=link.vni,
+        local=link.local,
+        up=link.up,
+        snooping=link.snooping,
+    )
+
+
+def _forwarding(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
+    names = {index: link.name for index, link in owned.items()}
+    for body in socket_.dump(
+        netlink.RTM_GETNEIGH, struct.pack(NEIGHBOUR_HEADER, netlink.AF_BRIDGE, 0, 0, 0, 0)
+    ):
+        _, index, state, flags, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
+        if index not in names:
+            continue
+        values = netlink.attributes(body[12:])
+        mac = netlink.mac_text(values.get(2, b""))
+        if flags & netlink.NTF_SELF:
+            if 1 in values and len(values[1]) == 4:
+                yield TunnelEntry(names[index], mac, socket.inet_ntoa(values[1]))
+        elif state == netlink.NUD_NOARP and 9 in values:
+            master = struct.unpack("I", values[9])[0]
+            if master in names:
+                yield Forward(names[master], mac, names[index])
+
+
+def _neighbours(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
+    header = struct.pack(NEIGHBOUR_HEADER, socket.AF_INET, 0, 0, 0, 0)
+    for body in socket_.dump(netlink.RTM_GETNEIGH, header):
+        _, index, state, _, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
+        values = netlink.attributes(body[12:])
+        if index in owned and state == netlink.NUD_PERMANENT and 1 in values and 2 in values:
+            ip = socket.inet_ntoa(values[1])
+            yield Neighbour(owned[index].name, ip, netlink.mac_text(values[2]))
+
+
+def _addresses(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
+    for body in socket_.dump(netlink.RTM_GETADDR, struct.pack("BBBBI", socket.AF_INET, 0, 0, 0, 0)):
+        _, prefix, _, _, index = struct.unpack_from("BBBBI", body)
+        values = netlink.attributes(body[8:])
+        if index in owned and 2 in values:
+            flags = int.from_bytes(values.get(8, b""), "little")
+            cidr = f"{socket.inet_ntoa(values[2])}/{prefix}"
+            yield Address(owned[index].name, cidr, routed=not flags & netlink.NO_PREFIX_ROUTE)
+
+
+def _setting(path: str) -> Setting | None:
+    try:
+        return Setting(path, (SYSCTL / path).read_text().strip())
+    except OSError:
+        return None
+
+
+# --- acting ------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(wanted: Iterable[Item], devices: dict[str, LinkInfo]) -> None:
+    """Conflict if a device with a name that this driver needs belongs to somebody else."""
+    for item in wanted:
+        if isinstance(item, Device):
+            there = devices.get(item.name)
+            if there is not None and not there.alias.startswith(OWNED):
+                raise Conflict(
+                    f"interface {item.name} exists and was not made by nahtlos",
+                    field="network",
+                    remedy=f"remove or rename {item.name}, or choose another VNI for the network",
+                )
+
+
+def create_devices(socket_: Netlink, todo: Sequence[Change]) -> None:
+    """First half: devices are born and take their settings, one that is of the wrong kind goes first."""
+    wrong = [links.delete(c.item.name) for c in todo if isinstance(c.item, Device) and _reborn(c)]
+    born: list[Request] = []
+    for change in todo:
+        item = change.item
+        if isinstance(item, Device) and not change.remove and (change.before is None or _reborn(change)):
+            born += _birth(item)
+    if wrong:
+        socket_.change(wrong)
+    if born:
+        socket_.change(born)
+    devices = links.read_links(socket_) if any(isinstance(c.item, Device) for c in todo) else {}
+    settings = [_settings(c.item, devices) for c in todo if isinstance(c.item, Device) and not c.remove]
+    if settings:
+        socket_.change([request for requests in settings for request in requests])
+
+
+def _reborn(change: Change) -> bool:
+    """Settings of a device that cannot be changed while it lives."""
+    item, before = change.item, change.before
+    return (
+        isinstance(item, Device)
+        and isinstance(before, Device)
+        and (item.kind, item.vni, item.local) != (before.kind, before.vni, before.local)
+    )
+
+
+def _birth(device: Device) -> list[Request]:
+    """The alias comes in the same send: no moment at which a device of ours is nobody's."""
+    match device.kind:
+        case "bridge":
+            request = links.create_bridge(device.name, device.mtu, device.mac)
+        case "vxlan":
+            request = links.create_vxlan(device.name, device.mtu, device.vni, device.local)
+        case "veth" if not device.master:
+            peer = device.name.replace("gm", "gb", 1)
+            both = [links.configure(name, alias=device.alias) for name in (device.name, peer)]
+            return [links.create_veth(device.name, peer, device.mtu), *both]
+        case _:
+            return []
+    return [request, links.configure(device.name, alias=device.alias)]
+
+
+def _settings(device: Device, devices: dict[str, LinkInfo]) -> list[Request]:
+    there = devices.get(device.name)
+    if there is None:
+        return []  # the peer of a pair that could not be made: its own request has failed already
+    master = devices[device.master].index if device.master in devices else 0
+    requests: list[Request] = []
+    if device.kind == "bridge" and there.snooping != device.snooping:
+        requests.append(links.set_bridge(device.name))
+    requests.append(
+        links.configure(
+            device.name,
+            mtu=device.mtu if device.mtu != there.mtu else None,
+            mac=device.mac if device.mac and device.mac != there.mac else None,
+            master=master if master != there.master else None,
+            alias=device.alias if device.alias != there.alias else None,
+        )
+    )
+    if master and master != there.master:
+        # A port is born learning and flooding: not for a moment while it is up.
+        requests.append(links.set_flood(there.index, SILENT, device.name))
+    requests.append(links.configure(device.name, up=device.up))
+    return requests
+
+
+def write_settings(todo: Iterable[Change]) -> int:
+    """Sysctls; those this kernel does not have are left out. Returns how many were written."""
+    written = 0
+    for change in todo:
+        if isinstance(change.item, Setting) and not change.remove:
+            path = SYSCTL / change.item.path
+            if path.exists():
+                path.write_text(change.item.value)
+                written += 1
+    return written
+
+
+def requests_of(todo: Sequence[Change], devices: dict[str, LinkInfo]) -> list[Request]:
+    """Second half: everything but devices and sysctls, in order."""
+    requests: list[Request] = []
+    for change in todo:
+        request = _removal(change.item, devices) if change.remove else _putting(change.item, devices)
+        if request is not None:
+            requests.append(request)
+    return requests
+
+
+def _index(name: str, devices: dict[str, LinkInfo]) -> int | None:
+    link = devices.get(name)
+    return link.index if link else None
+
+
+def _putting(item: Item, devices: dict[str, LinkInfo]) -> Request | None:
+    device = item.device if not isinstance(item, Device | Setting) else ""
+    index = _index(device, devices)
+    if index is None:
+        return None
+    match item:
+        case PortFlood():
+            return links.set_flood(index, item.flood, item.device)
+        case Address():
+            return netlink.address(index, item.cidr, routed=item.routed)
+        case Neighbour():
+            return netlink.neighbour(index, item.ip, item.mac)
+        case TunnelEntry():
+            return netlink.tunnel_entry(index, item.mac, item.vtep)
+        case Forward():
+            return netlink.forward_to_port(index, item.mac)
+        case Device() | Setting():
+            return None
+
+
+def _removal(item: Item, devices: dict[str, LinkInfo]) -> Request | None:
+    if isinstance(item, Device):
+        # The far end of a pair goes with the near one; asking for both is tolerated.
+        return links.delete(item.name)
+    index = _index(item.device, devices) if not isinstance(item, Setting) else None
+    if index is None:
+        return None
+    match item:
+        case Address():
+            return netlink.remove_address(index, item.cidr)
+        case Neighbour():
+            return netlink.remove_neighbour(index, item.ip)
+        case TunnelEntry():
+            return netlink.remove_tunnel_entry(index, item.mac, item.vtep)
+        case Forward():
+            return netlink.remove_forward(index, item.mac)
+        case PortFlood() | Setting():
+            return None

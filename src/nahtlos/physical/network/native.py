@@ -1,0 +1,463 @@
+"""The native driver: one bridge and one VXLAN device per network and host, every entry programmed.
+
+Owns devices whose alias begins with `nahtlos/`, the nft tables of that name, the units `dnsmasq.*` and the
+stored descriptors `tap.*` of its host. Touches nothing else. Runs inside the host's namespace.
+
+How frames find a port: learning is off everywhere, so the one forwarding entry for its MAC decides.
+
+    here       entry -> tap
+    elsewhere  entry -> vx<vni>, whose own entry names the tunnel end of the host that has it
+    moving     both hosts hold a gate: frames that come by the tunnel re-enter the bridge through a veth pair,
+               so that the entry decides for them as well and they may leave by the tunnel again
+
+A move flips the destination's entry, then the source's (about 0.1 ms each, no process involved), lets the
+running source empty its ring, and leaves the rest to the hypervisor. Everything a verb needs is in the
+kernel or in the supervisor's store, so an agent that was started a moment ago can carry on.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterable
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
+from nahtlos.model.errors import Conflict, Unavailable
+from nahtlos.model.ids import PortId
+from nahtlos.model.nouns import HostRole
+from nahtlos.physical.network import doctor, kernel, links, netlink, nft, packet, plan, tap
+from nahtlos.physical.network.baseline import Applied, Baseline
+from nahtlos.physical.network.dhcp import Dhcp
+from nahtlos.physical.network.netlink import Netlink
+from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.ports import (
+    MoveRole,
+    NetworkCapabilities,
+    NetworkDesired,
+    NetworkObservation,
+    Supervisor,
+)
+from nahtlos.physical.settings import AgentSettings
+
+SACRIFICE_SECONDS = 0.3
+POLL_SECONDS = 0.002
+FLIGHT_SECONDS = 0.0005
+"""Frames that had passed the old entry when it was flipped are in the ring after this."""
+EMPTY_POLLS, EMPTY_POLL_SECONDS = 3, 0.0002
+CHUNK = 100
+"""Entries changed before other work of the agent gets a turn."""
+
+
+class NativeNetwork:
+    """Implements `ports.Network`."""
+
+    def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
+        self._place = plan.Place(settings.host, settings.role, settings.address)
+        self._supervisor = supervisor
+        self._dhcp = Dhcp(settings.run_dir, settings.state_dir / "log", supervisor)
+        self._baseline = Baseline(settings.run_dir / "network.json")
+        self._reconciling = asyncio.Lock()
+        self._filtering = asyncio.Lock()
+        self._fast: Netlink | None = None
+        self._bulk: Netlink | None = None
+        self._descriptors: dict[PortId, int] = {}
+        self._in_motion: set[PortId] = set()
+        """Ports changed by a verb since the running reconcile began: it must not put them back."""
+        self._capabilities: NetworkCapabilities | None = None
+
+    # --- sockets -------------------------------------------------------------------------------------
+
+    @property
+    def writes(self) -> int:
+        """Netlink requests so far that could change something."""
+        return sum(s.writes for s in (self._fast, self._bulk) if s is not None)
+
+    def _fast_socket(self) -> Netlink:
+        """For verbs: used on the event loop's thread only."""
+        if self._fast is None:
+            self._fast = Netlink()
+        return self._fast
+
+    def _bulk_socket(self) -> Netlink:
+        """For reconcile and observe: used under `_reconciling` only, also from worker threads."""
+        if self._bulk is None:
+            self._bulk = Netlink()
+        return self._bulk
+
+    def close(self) -> None:
+        """Lets go of sockets and duplicates. The host's network stays as it is."""
+        for open_ in (self._fast, self._bulk):
+            if open_ is not None:
+                open_.close()
+        self._fast = self._bulk = None
+        for fd in self._descriptors.values():
+            os.close(fd)
+        self._descriptors.clear()
+
+    # --- what there is -------------------------------------------------------------------------------
+
+    async def capabilities(self) -> NetworkCapabilities:
+        if self._capabilities is None:
+            self._capabilities = await doctor.examine(self._fast_socket())
+        return self._capabilities
+
+    async def host_init(self) -> None:
+        capabilities = await self.capabilities()
+        if not capabilities.lossless_move:
+            raise Unavailable(
+                f"this host cannot move servers without loss: {capabilities.details.get('gate', '')}",
+                field="network",
+                remedy="see `nahtlos doctor`",
+            )
+
+    async def observe(self) -> NetworkObservation:
+        async with self._reconciling:
+            devices = await asyncio.to_thread(links.read_links, self._bulk_socket())
+        async with self._filtering:
+            gates = (await nft.listing()).gates
+        taps = kernel.taps_of(devices)
+        networks = [d.alias.split("/")[2] for d in devices.values() if _is_network(d)]
+        return NetworkObservation(
+            networks=tuple(sorted(networks)),
+            local_ports=tuple(sorted(taps)),
+            reflecting=tuple(sorted({g.port for g in gates if g.port not in taps})),
+            counters={port: _counters(devices[name]) for port, (name, _) in taps.items()},
+        )
+
+    # --- converge ------------------------------------------------------------------------------------
+
+    async def reconcile(self, desired: NetworkDesired) -> tuple[str, ...]:
+        async with self._reconciling:
+            self._in_motion.clear()
+            return await self._reconcile(desired.config, desired.pinned)
+
+    async def _reconcile(self, config: HostConfig, pinned: frozenset[PortId]) -> tuple[str, ...]:
+        todo, wanted, found = await self._compare(config, pinned)
+        words = self._drift(todo)
+        births = [c for c in todo if isinstance(c.item, Device) and not c.remove]
+        if births:
+            kernel.refuse_foreign((c.item for c in births), found.links)
+            kernel.create_devices(self._bulk_socket(), births)
+            todo, wanted, found = await self._compare(config, pinned)
+        kernel.write_settings(todo)
+        words += await self._filter(config, pinned, found, quiet=bool(births))
+        await self._put(todo, found, config)
+        reborn = frozenset(c.item.name for c in births if isinstance(c.item, Device))
+        served = config.networks if self._place.role is HostRole.COMPUTE else ()
+        words += await self._dhcp.serve(served, reborn)
+        applied = self._baseline.applied
+        applied.items = {str(item) for item in wanted}
+        applied.touched &= self._held_names(pinned, config, found)
+        self._baseline.save()
+        return tuple(words)
+
+    async def _compare(
+        self, config: HostConfig, pinned: frozenset[PortId]
+    ) -> tuple[tuple[Change, ...], frozenset[Item], kernel.Observed]:
+        bare = plan.desired_items(config, self._place, {})
+        settings = [item for item in bare if isinstance(item, Setting)]
+        found = await asyncio.to_thread(kernel.observe, self._bulk_socket(), settings)
+        taps = {port: mac for port, (_, mac) in found.taps.items()}
+        wanted = plan.desired_items(config, self._place, taps)
+        held = self._held_names(pinned | self._in_motion, config, found)
+        todo = plan.changes(plan.without(wanted, held, held), plan.without(found.items, held, held))
+        return todo, wanted, found
+
+    def _held_names(
+        self, ports: Iterable[PortId], config: HostConfig, found: kernel.Observed
+    ) -> frozenset[str]:
+        """MACs and taps of `ports`, whether the configuration knows them or only a tap here does."""
+        wanted = frozenset(ports)
+        names = {p.mac for n in config.networks for p in n.ports if p.id in wanted}
+        for port, (device, mac) in found.taps.items():
+            if port in wanted:
+                names |= {device, mac}
+        return frozenset(names)
+
+    def _drift(self, todo: tuple[Change, ...]) -> list[str]:
+        """Changes nobody asked for, in words; what a missing device explains is not listed again."""
+        applied = self._baseline.applied
+        gone = {c.item.name for c in todo if isinstance(c.item, Device) and not c.remove and not c.before}
+        return [str(c) for c in todo if _is_drift(c, applied) and not _explained(c, gone)]
+
+    async def _put(self, todo: tuple[Change, ...], found: kernel.Observed, config: HostConfig) -> None:
+        rest = [c for c in todo if not isinstance(c.item, Setting) and (c.remove or c.item.rank > 0)]
+        for start in range(0, len(rest), CHUNK):
+            held = self._held_names(self._in_motion, config, found)
+            part = [c for c in rest[start : start + CHUNK] if plan.concerns(c.item) not in held]
+            self._bulk_socket().change(kernel.requests_of(part, found.links))
+            await asyncio.sleep(0)
+
+    async def _filter(
+        self, config: HostConfig, pinned: frozenset[PortId], found: kernel.Observed, *, quiet: bool
+    ) -> list[str]:
+        networks = [_filtered(network, config) for network in config.networks]
+        applied, digest = self._baseline.applied, nft.digest(networks)
+        async with self._filtering:
+            present = await nft.listing()
+            gates = self._gates(config, pinned | self._in_motion, present)
+            if digest != applied.rules or present.fingerprint != applied.listed:
+                drift = digest == applied.rules and not quiet
+                await nft.apply(nft.compose(networks, gates))
+                applied.rules, applied.listed = digest, (await nft.listing()).fingerprint
+            else:
+                drift = False
+                text = nft.gate_commands(gates - present.gates, present.gates - gates)
+                if text:
+                    await nft.apply(text)
+            applied.gates = {(g.vni, g.mac, g.port) for g in gates}
+        return ["packet filter rules were different: put right"] if drift else []
+
+    def _gates(
+        self, config: HostConfig, held: frozenset[PortId] | set[PortId], present: nft.Ruleset
+    ) -> frozenset[nft.Gate]:
+        """Ports that are reflected, and those that move, if their gate is on or was on."""
+        known = present.gates | {nft.Gate(v, m, PortId(p)) for v, m, p in self._baseline.applied.gates}
+        vnis = {network.spec.vni for network in config.networks}
+        keep = {g for g in known if g.port in held and g.vni in vnis}
+        reflect = {
+            nft.Gate(network.spec.vni, port.mac, port.id)
+            for network in config.networks
+            for port in network.ports
+            if port.id in config.reflect
+        }
+        return frozenset(keep | reflect)
+
+    # --- ports ---------------------------------------------------------------------------------------
+
+    async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
+        self._touch(port)
+        await self._ensure_network(network)
+        name = plan.tap_name(port.id)
+        fd = await self._descriptor(port.id)
+        there = links.read_links(self._fast_socket()).get(name)
+        if there is not None and fd is None:
+            raise Conflict(
+                f"tap {name} of port {port.id} exists, but its descriptor is not in the supervisor's store",
+                field="port",
+                remedy="end the process that holds it (its server's VMM), then try again",
+            )
+        if there is None:
+            await self._drop_descriptor(port.id)
+            fd = await self._new_tap(port, network)
+        assert fd is not None
+        self._attach(port, network)
+        entry = self._fast_socket().forwarding_of(_index(plan.bridge_name(network.spec.vni)), port.mac)
+        if entry != _index(name):
+            tap.drain(fd)
+        if deliver:
+            self._deliver(port, network)
+
+    async def _new_tap(self, port: PortConfig, network: NetworkConfig) -> int:
+        """Stored before anything can reach it: from here on it outlives this process."""
+        name = plan.tap_name(port.id)
+        fd = tap.open_tap(name)
+        self._descriptors[port.id] = fd
+        kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
+        alias, mtu = plan.port_alias(port.id, port.mac), network.spec.mtu
+        self._fast_socket().change([links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE)])
+        await self._supervisor.store_fd(_stored(port.id), fd)
+        return fd
+
+    def _attach(self, port: PortConfig, network: NetworkConfig) -> None:
+        """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
+        sock, name = self._fast_socket(), plan.tap_name(port.id)
+        devices = links.read_links(sock)
+        link, bridge = devices[name], devices[plan.bridge_name(network.spec.vni)]
+        if link.master != bridge.index:
+            sock.change(
+                [links.configure(name, master=bridge.index), links.set_flood(link.index, plan.SILENT, name)]
+            )
+        if not link.up:
+            sock.change([links.configure(name, up=True)])
+
+    def _deliver(self, port: PortConfig, network: NetworkConfig) -> None:
+        sock, name = self._fast_socket(), plan.tap_name(port.id)
+        link = links.read_links(sock)[name]
+        bridge = _index(plan.bridge_name(network.spec.vni))
+        if link.flood != plan.DELIVERING:
+            sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
+        if sock.forwarding_of(bridge, port.mac) != link.index:
+            sock.change([netlink.forward_to_port(link.index, port.mac)])
+
+    async def port_delete(self, port: PortId) -> None:
+        self._in_motion.add(port)
+        name = plan.tap_name(port)
+        with contextlib.suppress(OSError):
+            socket.if_nametoindex(name)
+            self._fast_socket().change([links.delete(name)])
+        await self._drop_descriptor(port)
+
+    async def _ensure_network(self, network: NetworkConfig) -> None:
+        """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
+        async with self._reconciling:
+            devices = links.read_links(self._fast_socket())
+            names = (plan.bridge_name(network.spec.vni), plan.tunnel_name(network.spec.vni))
+            if all(name in devices and devices[name].alias.startswith(plan.OWNED) for name in names):
+                return
+            wanted = plan.network_items(network, self._place)
+            kernel.refuse_foreign(wanted, devices)
+            sock = self._bulk_socket()
+            kernel.create_devices(sock, plan.changes(wanted, kernel.observe(sock, ()).items & wanted))
+            found = kernel.observe(sock, ())
+            todo = plan.changes(wanted, found.items & wanted)
+            kernel.write_settings(todo)
+            sock.change(kernel.requests_of(todo, found.links))
+
+    # --- descriptors ---------------------------------------------------------------------------------
+
+    async def _descriptor(self, port: PortId) -> int | None:
+        """This process's duplicate of a tap's descriptor; an agent that was restarted fetches one."""
+        if port not in self._descriptors:
+            fd = await self._supervisor.fetch_fd(_stored(port))
+            if fd is None:
+                return None
+            self._descriptors[port] = fd
+        return self._descriptors[port]
+
+    async def _drop_descriptor(self, port: PortId) -> None:
+        fd = self._descriptors.pop(port, None)
+        if fd is not None:
+            os.close(fd)
+        await self._supervisor.drop_fd(_stored(port))
+
+    def _touch(self, port: PortConfig) -> None:
+        self._in_motion.add(port.id)
+        self._baseline.touch((port.mac, plan.tap_name(port.id)))
+
+    # --- moves ---------------------------------------------------------------------------------------
+
+    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+        self._touch(port)
+        await self._ensure_network(network)
+        tunnel = _index(plan.tunnel_name(network.spec.vni))
+        self._fast_socket().change([netlink.tunnel_entry(tunnel, port.mac, vtep)])
+        await self._descriptor(port.id)
+        gate = nft.Gate(network.spec.vni, port.mac, port.id)
+        async with self._filtering:
+            await nft.apply(nft.gate_commands([gate], []))
+            self._baseline.applied.gates.add((gate.vni, gate.mac, gate.port))
+            self._baseline.save()
+
+    async def move_sacrifice(self, port: PortId) -> bool:
+        fd = await self._descriptor(port)
+        found = kernel.taps_of(links.read_links(self._fast_socket())).get(port)
+        if fd is None or found is None:
+            raise Unavailable(f"port {port} has no tap on this host", field="port")
+        packet.sacrifice(*found)
+        deadline = time.monotonic() + SACRIFICE_SECONDS
+        await asyncio.sleep(POLL_SECONDS)
+        while tap.has_frames(fd):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(POLL_SECONDS)
+        return True
+
+    async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        """Nothing here waits for another task, a process or a file."""
+        self._in_motion.add(port.id)
+        here = role is MoveRole.DESTINATION
+        self._flip(port, plan.tap_name(port.id) if here else plan.tunnel_name(network.spec.vni))
+
+    def _flip(self, port: PortConfig, device: str) -> None:
+        self._fast_socket().change([netlink.forward_to_port(_index(device), port.mac)])
+
+    async def move_drain(self, port: PortId, *, timeout: float) -> bool:
+        fd = await self._descriptor(port)
+        if fd is None:
+            raise Unavailable(f"port {port} has no tap on this host", field="port")
+        deadline = time.monotonic() + timeout
+        while not _ring_stays_empty(fd):
+            if time.monotonic() >= deadline:
+                return False
+            await asyncio.sleep(0)
+        return True
+
+    async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
+        self._in_motion.add(port.id)
+        tunnel = plan.tunnel_name(network.spec.vni)
+        if role is MoveRole.SOURCE:
+            self._flip(port, plan.tap_name(port.id))
+            return 0
+        fd = await self._descriptor(port.id)
+        returned = self._send_back(fd, tunnel)
+        self._flip(port, tunnel)
+        time.sleep(FLIGHT_SECONDS)  # noqa: ASYNC251 - half a millisecond, and the loop would round it up
+        return returned + self._send_back(fd, tunnel)
+
+    def _send_back(self, fd: int | None, tunnel: str) -> int:
+        frames = tap.drain(fd) if fd is not None else []
+        return packet.send_again(tunnel, frames, tap.header_size(fd)) if fd is not None and frames else 0
+
+    async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        self._touch(port)
+        if role is MoveRole.SOURCE:
+            await self.port_delete(port.id)
+            return
+        sock, name = self._fast_socket(), plan.tap_name(port.id)
+        link = links.read_links(sock).get(name)
+        if link is None:
+            raise Unavailable(f"port {port.id} has no tap on this host", field="port")
+        if link.flood != plan.DELIVERING:
+            sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
+
+
+def _ring_stays_empty(fd: int) -> bool:
+    """Blocks the loop for about a millisecond on purpose: it would round each wait up to as much, and
+    frames are held up at the destination meanwhile."""
+    time.sleep(FLIGHT_SECONDS)
+    for attempt in range(EMPTY_POLLS):
+        if tap.has_frames(fd):
+            return False
+        if attempt < EMPTY_POLLS - 1:
+            time.sleep(EMPTY_POLL_SECONDS)
+    return True
+
+
+def _stored(port: PortId) -> str:
+    return f"tap.{port}"
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError as error:
+        raise Unavailable(
+            f"interface {name} does not exist on this host",
+            field="network",
+            remedy="wait for the next reconcile",
+        ) from error
+
+
+def _is_network(device: links.LinkInfo) -> bool:
+    return device.kind == "bridge" and device.alias.startswith(plan.network_alias(""))
+
+
+def _counters(device: links.LinkInfo) -> dict[str, int]:
+    stats = device.stats
+    return {
+        "rx_packets": stats.rx_packets,
+        "tx_packets": stats.tx_packets,
+        "tx_dropped": stats.tx_dropped,
+    }
+
+
+def _filtered(network: NetworkConfig, config: HostConfig) -> nft.FilteredNetwork:
+    uplinks = tuple(sorted(u.interface for u in config.uplinks if u.network == network.spec.id))
+    return nft.FilteredNetwork(network.spec.vni, uplinks)
+
+
+def _is_drift(change: Change, applied: Applied) -> bool:
+    if plan.concerns(change.item) in applied.touched:
+        return False
+    return (str(change.item) in applied.items) != change.remove
+
+
+def _explained(change: Change, gone: set[str]) -> bool:
+    item = change.item
+    if isinstance(item, Device):
+        return item.master in gone
+    if isinstance(item, Setting):
+        return any(f"/{name}/" in item.path for name in gone)
+    return item.device in gone or (isinstance(item, plan.Forward) and item.bridge in gone)

@@ -1,0 +1,365 @@
+"""Decides what the devices and tables of a host should be, and what to change to get there.
+
+Pure: (configuration, which taps exist) -> items that should be there; (items that should be there, items
+that are there) -> changes in the order in which they are safe. An item is one fact about the kernel that
+can be true or not, and says in words what it is. Acting is in `kernel`, reading too.
+
+The order of changes: devices, then settings and addresses, then what tunnels need, then the entry that
+decides where frames go; what is to be removed goes last, the other way round. So a port that left is sent
+through a tunnel entry that is there already, and one that came is delivered before its tunnel entry goes.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import msgspec
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
+from nahtlos.model.ids import HostId, PortId
+from nahtlos.model.nouns import HostRole
+from nahtlos.physical.network.links import Flood
+from nahtlos.physical.network.netlink import ANY_MAC
+
+OWNED = "nahtlos/"
+"""How the alias of every device of this driver begins: `nahtlos/network/<id>`, `nahtlos/port/<id>/<mac>`."""
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+def bridge_name(vni: int) -> str:
+    return f"br{vni}"
+
+
+def tunnel_name(vni: int) -> str:
+    return f"vx{vni}"
+
+
+def gate_name(vni: int) -> str:
+    """Where frames for a port that moves enter the bridge again, so that its entry decides for them."""
+    return f"gm{vni}"
+
+
+def gate_port_name(vni: int) -> str:
+    return f"gb{vni}"
+
+
+def tap_name(port: PortId) -> str:
+    """At most 15 characters whatever the port's name; the alias tells it in full."""
+    return "tp" + hashlib.sha256(port.encode()).hexdigest()[:12]
+
+
+def anycast_mac(vni: int) -> str:
+    """The bridge's own address on every compute host: what answers DHCP looks the same everywhere."""
+    return f"02:6e:6c:{vni >> 16 & 0xFF:02x}:{vni >> 8 & 0xFF:02x}:{vni & 0xFF:02x}"
+
+
+def network_alias(network: str) -> str:
+    return f"{OWNED}network/{network}"
+
+
+def port_alias(port: PortId, mac: str) -> str:
+    return f"{OWNED}port/{port}/{mac}"
+
+
+def port_of_alias(alias: str) -> tuple[PortId, str] | None:
+    parts = alias.split("/")
+    return (PortId(parts[2]), parts[3]) if alias.startswith(f"{OWNED}port/") and len(parts) == 4 else None
+
+
+# --- items -------------------------------------------------------------------------------------------
+
+
+class Device(msgspec.Struct, frozen=True):
+    """A device and its settings. A gate's enslaved end is listed for itself and born with the other."""
+
+    name: str
+    kind: str
+    alias: str
+    mtu: int
+    mac: str = ""
+    """"": as it happens to be."""
+    master: str = ""
+    vni: int = 0
+    local: str = ""
+    up: bool = True
+    snooping: bool = False
+
+    rank: ClassVar[int] = 0
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("device", self.name)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+class PortFlood(msgspec.Struct, frozen=True):
+    device: str
+    flood: Flood
+
+    rank: ClassVar[int] = 1
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("flood", self.device)
+
+    def __str__(self) -> str:
+        return f"flooding settings of {self.device}"
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """A sysctl below /proc/sys."""
+
+    path: str
+    value: str
+
+    rank: ClassVar[int] = 2
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("setting", self.path)
+
+    def __str__(self) -> str:
+        return f"sysctl {self.path.replace('/', '.')} = {self.value}"
+
+
+class Address(msgspec.Struct, frozen=True):
+    device: str
+    cidr: str
+    routed: bool
+
+    rank: ClassVar[int] = 3
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("address", self.device, self.cidr)
+
+    def __str__(self) -> str:
+        return f"address {self.cidr} on {self.device}"
+
+
+class Neighbour(msgspec.Struct, frozen=True):
+    device: str
+    ip: str
+    mac: str
+
+    rank: ClassVar[int] = 4
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("neighbour", self.device, self.ip)
+
+    def __str__(self) -> str:
+        return f"neighbour {self.ip} at {self.mac} on {self.device}"
+
+
+class TunnelEntry(msgspec.Struct, frozen=True):
+    """Frames for `mac` that leave by tunnel `device` go to `vtep`; ANY_MAC: broadcasts go there, too."""
+
+    device: str
+    mac: str
+    vtep: str
+
+    rank: ClassVar[int] = 5
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("tunnel", self.device, self.mac, self.vtep if self.mac == ANY_MAC else "")
+
+    def __str__(self) -> str:
+        what = "broadcasts" if self.mac == ANY_MAC else self.mac
+        return f"tunnel entry for {what} to {self.vtep} on {self.device}"
+
+
+class Forward(msgspec.Struct, frozen=True):
+    """The one entry that decides: frames for `mac` leave `bridge` by `device`."""
+
+    bridge: str
+    mac: str
+    device: str
+
+    rank: ClassVar[int] = 6
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return ("forward", self.bridge, self.mac)
+
+    def __str__(self) -> str:
+        return f"forwarding of {self.mac} to {self.device} on {self.bridge}"
+
+
+Item = Device | PortFlood | Setting | Address | Neighbour | TunnelEntry | Forward
+
+TUNNEL_FLOOD = Flood(unicast=True, multicast=True, broadcast=True, suppress=True)
+"""Unicast too: a server that has just been created is found before every host has been told of it."""
+DELIVERING = Flood(multicast=True, broadcast=True)
+SILENT = Flood()
+
+
+# --- what should be there ----------------------------------------------------------------------------
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The host for which is planned."""
+
+    host: HostId
+    role: HostRole
+    address: str
+
+
+def desired_items(config: HostConfig, place: Place, taps: Mapping[PortId, str]) -> frozenset[Item]:
+    """`taps` are the ports that have a tap here, with their MAC. Taps themselves come and go by
+    `port_create` and `port_delete`; one that is there is kept enslaved and, if its port belongs here,
+    delivered to."""
+    items: set[Item] = set()
+    for network in config.networks:
+        uplinks = [u for u in config.uplinks if u.network == network.spec.id]
+        items.update(_devices(network, place), _entries(network, place, taps))
+        items.update(_own_address(network, place), _settings(network, uplinks))
+        items.update(_taps(network, place, taps))
+    return frozenset(items)
+
+
+def network_items(network: NetworkConfig, place: Place) -> frozenset[Item]:
+    """One network without its ports: enough to attach a tap to."""
+    bare = NetworkConfig(spec=network.spec, ports=(), gateway_vtep=network.gateway_vtep, vteps=network.vteps)
+    return frozenset(
+        (*_devices(bare, place), *_own_address(bare, place), *_entries(bare, place, {}), *_settings(bare, ()))
+    )
+
+
+def _devices(network: NetworkConfig, place: Place) -> Iterable[Item]:
+    spec = network.spec
+    bridge, tunnel, alias = bridge_name(spec.vni), tunnel_name(spec.vni), network_alias(spec.id)
+    gate, gate_port = gate_name(spec.vni), gate_port_name(spec.vni)
+    mac = spec.gateway_mac if _is_gateway(network, place) else anycast_mac(spec.vni)
+    yield Device(bridge, "bridge", alias, spec.mtu, mac=mac)
+    yield Device(tunnel, "vxlan", alias, spec.mtu, master=bridge, vni=spec.vni, local=place.address)
+    yield Device(gate, "veth", alias, spec.mtu)
+    yield Device(gate_port, "veth", alias, spec.mtu, master=bridge)
+    yield PortFlood(tunnel, TUNNEL_FLOOD)
+    yield PortFlood(gate_port, SILENT)
+
+
+def _is_gateway(network: NetworkConfig, place: Place) -> bool:
+    return network.spec.gateway_host == place.host
+
+
+def _own_address(network: NetworkConfig, place: Place) -> Iterable[Item]:
+    spec = network.spec
+    bridge = bridge_name(spec.vni)
+    if _is_gateway(network, place):
+        yield Address(bridge, f"{spec.gateway_ip}/{network.prefix_length}", routed=True)
+    elif place.role is HostRole.COMPUTE:
+        yield Address(bridge, f"{spec.dhcp_ip}/{network.prefix_length}", routed=False)
+
+
+def _entries(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -> Iterable[Item]:
+    spec = network.spec
+    bridge, tunnel = bridge_name(spec.vni), tunnel_name(spec.vni)
+    for vtep in network.vteps:
+        if vtep != place.address:
+            yield TunnelEntry(tunnel, ANY_MAC, vtep)
+    if not _is_gateway(network, place):
+        yield Neighbour(bridge, spec.gateway_ip, spec.gateway_mac)
+        yield TunnelEntry(tunnel, spec.gateway_mac, network.gateway_vtep)
+        yield Forward(bridge, spec.gateway_mac, tunnel)
+    for port in network.ports:
+        yield Neighbour(bridge, port.ip, port.mac)
+        if port.host != place.host:
+            yield TunnelEntry(tunnel, port.mac, port.vtep)
+            yield Forward(bridge, port.mac, tunnel)
+        elif port.id in taps:
+            yield Forward(bridge, port.mac, tap_name(port.id))
+
+
+def _taps(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -> Iterable[Item]:
+    for port in network.ports:
+        if port.id in taps:
+            name = tap_name(port.id)
+            yield tap_device(port, network)
+            yield PortFlood(name, DELIVERING if port.host == place.host else SILENT)
+
+
+def tap_device(port: PortConfig, network: NetworkConfig) -> Device:
+    alias = port_alias(port.id, port.mac)
+    return Device(tap_name(port.id), "tun", alias, network.spec.mtu, master=bridge_name(network.spec.vni))
+
+
+def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Item]:
+    vni = network.spec.vni
+    bridge = bridge_name(vni)
+    for name in (bridge, tunnel_name(vni), gate_name(vni), gate_port_name(vni)):
+        yield Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+    # The bridge answers ARP for its own address only, and never lets the host's other ones out.
+    yield Setting(f"net/ipv4/conf/{bridge}/arp_ignore", "1")
+    yield Setting(f"net/ipv4/conf/{bridge}/arp_announce", "2")
+    yield Setting(f"net/ipv4/conf/{bridge}/rp_filter", "0")
+    interfaces = [u.interface for u in uplinks]
+    for interface in interfaces:
+        yield Setting(f"net/ipv4/conf/{interface}/forwarding", "1")
+    yield Setting(f"net/ipv4/conf/{bridge}/forwarding", "1" if interfaces else "0")
+
+
+# --- what to change ----------------------------------------------------------------------------------
+
+
+class Change(msgspec.Struct, frozen=True):
+    """Make `item` true, or remove it. `before` is what was there instead of it."""
+
+    item: Item
+    remove: bool = False
+    before: Item | None = None
+
+    def __str__(self) -> str:
+        if self.remove:
+            return f"{self.item} was not asked for: removed"
+        return f"{self.item} was {'different' if self.before else 'missing'}: put right"
+
+
+def changes(desired: frozenset[Item], observed: frozenset[Item]) -> tuple[Change, ...]:
+    """In the order in which to make them. Nothing if the two agree."""
+    before = {item.key: item for item in observed}
+    wanted = {item.key for item in desired}
+    put = [Change(i, before=before.get(i.key)) for i in desired - observed]
+    gone = [Change(i, remove=True) for i in observed if i.key not in wanted and not _kept(i)]
+    put.sort(key=lambda c: (c.item.rank, _birth(c.item), c.item.key))
+    gone.sort(key=lambda c: (-c.item.rank, -_birth(c.item), c.item.key))
+    return (*put, *gone)
+
+
+def _kept(item: Item) -> bool:
+    """Not removed by being left out: a tap holds frames and a running server; the rest of these go with
+    their device."""
+    return isinstance(item, PortFlood | Setting) or (isinstance(item, Device) and item.kind == "tun")
+
+
+def _birth(item: Item) -> int:
+    """Bridges before what is enslaved to them."""
+    return 0 if isinstance(item, Device) and item.kind == "bridge" else 1
+
+
+def without(items: frozenset[Item], macs: frozenset[str], devices: frozenset[str]) -> frozenset[Item]:
+    """Leaves out what decides about ports that take part in a move. Their taps stay enslaved."""
+    return frozenset(
+        i
+        for i in items
+        if not (isinstance(i, Forward | TunnelEntry) and i.mac in macs)
+        and not (isinstance(i, PortFlood) and i.device in devices)
+    )
+
+
+def concerns(item: Item) -> str:
+    """The MAC or device an item is about: what a move verb may have changed since it was last put right."""
+    match item:
+        case Forward() | TunnelEntry() | Neighbour():
+            return item.mac
+        case PortFlood():
+            return item.device
+        case Device():
+            return item.name
+        case _:
+            return ""
