@@ -132,7 +132,6 @@ async def test_one_leader_at_a_time_and_epochs_rise(store: Store, clock: ManualC
         with pytest.raises(Stale):
             await leases.renew(tx, 1, 5.0)
         assert await leases.acquire(tx, "c", 5.0, take_over=True) == 3
-        assert await leases.acquire(tx, "c", 5.0, take_over=True, above=10) == 11
 
 
 async def test_a_leader_whose_lease_is_gone_decides_nothing(store: Store, clock: ManualClock) -> None:

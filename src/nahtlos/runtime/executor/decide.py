@@ -52,7 +52,7 @@ def _begins(world: World, host: HostId) -> tuple[BeginMove | BeginVerify, ...]:
 
 
 def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | None:
-    if host not in (move.source, move.destination) or move.id in world.refused:
+    if host not in (move.source, move.destination) or move.id in world.refused | world.held_back:
         return None
     if world.status(host, move.id) is not None:
         return None

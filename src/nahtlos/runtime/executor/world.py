@@ -23,6 +23,8 @@ class World:
     """Operations whose end is recorded."""
     refused: frozenset[OperationId] = frozenset()
     """Operations an agent would not begin; they are not offered again."""
+    held_back: frozenset[OperationId] = frozenset()
+    """Operations that are not to be begun yet."""
 
     def place_of(self, server: ServerId) -> HostId | None:
         """Who owns the server once no move of it runs; None if it is nowhere yet, or shall not exist."""

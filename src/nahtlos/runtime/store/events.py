@@ -21,6 +21,8 @@ class EventDraft(msgspec.Struct, frozen=True, kw_only=True):
     subject: str
     text: str
     data: Data = {}
+    at: float | None = None
+    """Wall clock, seconds, if it is known better than when it was written down."""
 
 
 class EventRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +34,17 @@ class EventRow(msgspec.Struct, frozen=True, kw_only=True):
     data: Data
 
 
-async def add(tx: AsyncConnection, drafts: Sequence[EventDraft], at: float) -> None:
+async def add(tx: AsyncConnection, drafts: Sequence[EventDraft], now: float) -> None:
     for draft in drafts:
         result = await tx.execute(
             insert(schema.events)
-            .values(at=at, kind=draft.kind, subject=draft.subject, text=draft.text, data=text_of(draft.data))
+            .values(
+                at=now if draft.at is None else draft.at,
+                kind=draft.kind,
+                subject=draft.subject,
+                text=draft.text,
+                data=text_of(draft.data),
+            )
             .returning(schema.events.c.number)
         )
         number = result.scalar_one()

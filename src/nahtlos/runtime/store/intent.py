@@ -145,6 +145,8 @@ class ServerRow:
     spec: ServerSpec
     created_at: float
     removed_at: float | None
+    placement: HostId | None
+    """The host that was asked for when it was created."""
     move_requested: bool
     move_to: HostId | None
 
@@ -156,6 +158,7 @@ async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
             spec=value_of(row.document, ServerSpec),
             created_at=row.created_at,
             removed_at=row.removed_at,
+            placement=row.placement,
             move_requested=row.move_requested,
             move_to=row.move_to,
         )
@@ -163,7 +166,9 @@ async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
     }
 
 
-async def add_server(tx: AsyncConnection, spec: ServerSpec, volume: VolumeSpec, now: float) -> None:
+async def add_server(
+    tx: AsyncConnection, spec: ServerSpec, volume: VolumeSpec, now: float, placement: HostId | None = None
+) -> None:
     """The server with its volume and its ports, whole or not at all. The caller has chosen addresses in
     this same transaction. Conflict if a name is taken."""
     taken = await tx.execute(select(schema.servers.c.id).where(schema.servers.c.id == spec.id))
@@ -183,6 +188,7 @@ async def add_server(tx: AsyncConnection, spec: ServerSpec, volume: VolumeSpec, 
             document=text_of(spec),
             volume=spec.volume,
             created_at=now,
+            placement=placement,
             move_requested=False,
         )
     )

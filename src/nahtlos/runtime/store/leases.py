@@ -37,12 +37,9 @@ compiles(DatabaseNow)(_now_default)
 compiles(DatabaseNow, "sqlite")(_now_sqlite)
 
 
-async def acquire(
-    tx: AsyncConnection, holder: str, ttl: float, *, take_over: bool = False, above: int = 0
-) -> int | None:
+async def acquire(tx: AsyncConnection, holder: str, ttl: float, *, take_over: bool = False) -> int | None:
     """Lead for `ttl` seconds; the new epoch, or None while another's lease runs. `take_over`: the caller
-    knows that the former holder is gone (it holds the lock on the database's folder). The epoch will be
-    higher than `above`: some agent has obeyed that one."""
+    knows that the former holder is gone (it holds the lock on the database's folder)."""
     row = (
         await tx.execute(
             select(leases.c.epoch, leases.c.expires_at, DatabaseNow().label("now")).where(
@@ -51,12 +48,12 @@ async def acquire(
         )
     ).one_or_none()
     if row is None:
-        values = {"name": LEADER, "holder": holder, "epoch": above + 1, "expires_at": DatabaseNow() + ttl}
+        values = {"name": LEADER, "holder": holder, "epoch": 1, "expires_at": DatabaseNow() + ttl}
         await tx.execute(insert(leases).values(values))
-        return above + 1
+        return 1
     if row.expires_at > row.now and not take_over:
         return None
-    epoch = max(int(row.epoch), above) + 1
+    epoch = int(row.epoch) + 1
     await tx.execute(
         update(leases)
         .where(leases.c.name == LEADER)

@@ -1,4 +1,4 @@
-"""Operations from their decision to their end, what refused to begin, and what moves were measured.
+"""Operations from their decision to their end, and those an agent would not begin.
 
 A row appears in the transaction that makes the blueprint naming the operation the target, and ends in the
 one that makes a blueprint without it the target. Agents forget an operation only after that.
@@ -14,22 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import CampaignId, HostId, OperationId, ReleaseId
+from nahtlos.model.ids import CampaignId, HostId, OperationId
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
-
-
-class MoveSample(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a move of this cloud took, and for how long its guest did not run (None: not measured)."""
-
-    operation: OperationId
-    server: str
-    memory_mib: int
-    seconds: float
-    gap_ms: float | None = None
-    from_release: ReleaseId | None = None
-    to_release: ReleaseId | None = None
-    at: float = 0.0
 
 
 async def begin(tx: AsyncConnection, record: OperationRecord, now: float) -> None:
@@ -72,6 +59,13 @@ async def get(tx: AsyncConnection, ids: Iterable[OperationId]) -> dict[Operation
     return _records(await _select(tx, schema.operations.c.id.in_(tuple(ids))))
 
 
+async def begun_at(tx: AsyncConnection) -> dict[OperationId, float]:
+    """When each operation that has not ended was decided."""
+    table = schema.operations
+    rows = await tx.execute(select(table.c.id, table.c.begun_at).where(table.c.ended_at.is_(None)))
+    return {OperationId(row.id): row.begun_at for row in rows}
+
+
 async def ended(tx: AsyncConnection, ids: Iterable[OperationId]) -> frozenset[OperationId]:
     """Which of these are recorded as ended."""
     table = schema.operations
@@ -88,9 +82,10 @@ async def of_campaign(tx: AsyncConnection, campaign: CampaignId) -> tuple[Operat
     return tuple(_records(await _select(tx, where)).values())
 
 
-async def newest(tx: AsyncConnection, limit: int) -> tuple[OperationRecord, ...]:
+async def newest(tx: AsyncConnection, kind: str, limit: int) -> tuple[OperationRecord, ...]:
     table = schema.operations
-    query = select(table).where(table.c.ended_at.is_not(None)).order_by(table.c.ended_at.desc()).limit(limit)
+    query = select(table).where(table.c.kind == kind, table.c.ended_at.is_not(None))
+    query = query.order_by(table.c.ended_at.desc()).limit(limit)
     return tuple(_records((await tx.execute(query)).all()).values())
 
 
@@ -117,41 +112,3 @@ async def refusals(tx: AsyncConnection) -> dict[OperationId, tuple[HostId, Error
     return {
         OperationId(row.operation): (HostId(row.host), value_of(row.document, ErrorRecord)) for row in rows
     }
-
-
-# --- samples -----------------------------------------------------------------------------------------
-
-SAMPLES = 200
-
-
-async def add_sample(tx: AsyncConnection, sample: MoveSample) -> None:
-    statement = upsert(schema.move_samples).values(
-        operation=sample.operation,
-        server=sample.server,
-        memory_mib=sample.memory_mib,
-        seconds=sample.seconds,
-        gap_ms=sample.gap_ms,
-        from_release=sample.from_release,
-        to_release=sample.to_release,
-        at=sample.at,
-    )
-    await tx.execute(statement.on_conflict_do_nothing(index_elements=["operation"]))
-
-
-async def samples(tx: AsyncConnection) -> tuple[MoveSample, ...]:
-    """The newest, oldest of them first."""
-    table = schema.move_samples
-    rows = (await tx.execute(select(table).order_by(table.c.at.desc()).limit(SAMPLES))).all()
-    return tuple(
-        MoveSample(
-            operation=OperationId(row.operation),
-            server=row.server,
-            memory_mib=row.memory_mib,
-            seconds=row.seconds,
-            gap_ms=row.gap_ms,
-            from_release=row.from_release,
-            to_release=row.to_release,
-            at=row.at,
-        )
-        for row in reversed(rows)
-    )

@@ -81,6 +81,7 @@ servers = Table(
     Column("volume", String, ForeignKey("volumes.id"), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("removed_at", Float, nullable=True),
+    Column("placement", String, nullable=True),
     Column("move_requested", Boolean, nullable=False),
     Column("move_to", String, nullable=True),
 )
@@ -197,17 +198,4 @@ events = Table(
     Column("text", Text, nullable=False),
     Column("data", Text, nullable=False),
     sqlite_autoincrement=True,
-)
-
-move_samples = Table(
-    "move_samples",
-    metadata,
-    Column("operation", String, primary_key=True),
-    Column("server", String, nullable=False),
-    Column("memory_mib", Integer, nullable=False),
-    Column("seconds", Float, nullable=False),
-    Column("gap_ms", Float, nullable=True),
-    Column("from_release", String, nullable=True),
-    Column("to_release", String, nullable=True),
-    Column("at", Float, nullable=False),
 )

@@ -83,18 +83,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
     )
     op.create_table(
-        "move_samples",
-        sa.Column("operation", sa.String(), nullable=False),
-        sa.Column("server", sa.String(), nullable=False),
-        sa.Column("memory_mib", sa.Integer(), nullable=False),
-        sa.Column("seconds", sa.Float(), nullable=False),
-        sa.Column("gap_ms", sa.Float(), nullable=True),
-        sa.Column("from_release", sa.String(), nullable=True),
-        sa.Column("to_release", sa.String(), nullable=True),
-        sa.Column("at", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("operation", name=op.f("pk_move_samples")),
-    )
-    op.create_table(
         "networks",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("document", sa.Text(), nullable=False),
@@ -148,6 +136,7 @@ def upgrade() -> None:
         sa.Column("volume", sa.String(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("removed_at", sa.Float(), nullable=True),
+        sa.Column("placement", sa.String(), nullable=True),
         sa.Column("move_requested", sa.Boolean(), nullable=False),
         sa.Column("move_to", sa.String(), nullable=True),
         sa.ForeignKeyConstraint(["volume"], ["volumes.id"], name=op.f("fk_servers_volume")),

@@ -1,0 +1,112 @@
+"""What has come true and is taken out of intent. Pure: the state in, a list of what to write out.
+
+Requests that were served, servers no host runs any more, volumes no host keeps any more, operations that
+ended outside every blueprint, a campaign that is over.
+"""
+
+from dataclasses import dataclass
+
+from nahtlos.model.blueprint import CampaignState, Policy
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, OperationId, ServerId, VolumeId
+from nahtlos.model.inventory import Inventory
+from nahtlos.model.nouns import HostRole
+from nahtlos.planner.upgrade import campaign_over
+from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.executor.decide import OVER, move_order
+from nahtlos.runtime.executor.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chores:
+    served_requests: tuple[ServerId, ...] = ()
+    gone_servers: tuple[ServerId, ...] = ()
+    gone_volumes: tuple[VolumeId, ...] = ()
+    stray_ends: tuple[tuple[HostId, OperationId], ...] = ()
+    impossible_moves: tuple[tuple[HostId, OperationId, ErrorRecord], ...] = ()
+    """Moves that can never begin, with the host that will say so."""
+    campaign_over: bool = False
+
+    def __bool__(self) -> bool:
+        return self != Chores()
+
+
+def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> Chores:
+    return Chores(
+        served_requests=_served_requests(policy, world),
+        gone_servers=_gone_servers(state, inventory, world),
+        gone_volumes=_gone_volumes(state, inventory),
+        stray_ends=_stray_ends(state, inventory, world),
+        impossible_moves=_impossible_moves(world),
+        campaign_over=policy.campaign is not None
+        and policy.campaign.state in (CampaignState.RUNNING, CampaignState.CANCELLED)
+        and campaign_over(policy, world.blueprint),
+    )
+
+
+def _served_requests(policy: Policy, world: World) -> tuple[ServerId, ...]:
+    served = world.blueprint.served_requests
+    return tuple(
+        server
+        for server, to in sorted(policy.requested_moves.items())
+        if server in served and served[server] == to
+    )
+
+
+def _gone_servers(state: State, inventory: Inventory, world: World) -> tuple[ServerId, ...]:
+    """Every compute host has converged to a configuration that names the server as removed, and none
+    reports it: no host's ledger knows it any more."""
+    compute = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+    return tuple(
+        server
+        for server, row in state.servers.items()
+        if row.removed_at is not None
+        and server not in world.blueprint.servers
+        and all(_has_removed(state, inventory, host, server) for host in compute)
+    )
+
+
+def _has_removed(state: State, inventory: Inventory, host: HostId, server: ServerId) -> bool:
+    config, seen = state.configs.get(host), inventory.hosts.get(host)
+    if config is None or seen is None:
+        return False
+    return (
+        server in config.removed_servers
+        and seen.generation >= config.generation
+        and all(s.id != server for s in seen.servers)
+        and all(o.server != server or o.state in OVER for o in seen.operations)
+    )
+
+
+def _gone_volumes(state: State, inventory: Inventory) -> tuple[VolumeId, ...]:
+    gone: list[VolumeId] = []
+    for volume in state.removed_volumes():
+        config, seen = state.configs.get(volume.host), inventory.hosts.get(volume.host)
+        if config is None or seen is None or volume.id not in config.removed_volumes:
+            continue
+        if seen.generation >= config.generation and all(v.id != volume.id for v in seen.volumes):
+            gone.append(volume.id)
+    return tuple(gone)
+
+
+def _stray_ends(state: State, inventory: Inventory, world: World) -> tuple[tuple[HostId, OperationId], ...]:
+    """Ended operations that wait for an acknowledgement although no blueprint names them and no record
+    tells of their end."""
+    current = {o.id for o in (*world.blueprint.moves, *world.blueprint.verifies)}
+    return tuple(
+        (host, o.id)
+        for host, seen in sorted(inventory.hosts.items())
+        for o in seen.operations
+        if o.state in OVER and o.id not in current and o.id not in state.ended
+    )
+
+
+def _impossible_moves(world: World) -> tuple[tuple[HostId, OperationId, ErrorRecord], ...]:
+    """The server was deleted before an agent was told of the move: the source will never begin it."""
+    found: list[tuple[HostId, OperationId, ErrorRecord]] = []
+    for move in world.blueprint.moves:
+        told = world.status(move.source, move.id) or world.status(move.destination, move.id)
+        if told is None and move.id not in world.refused and move_order(world, move) is None:
+            error = ErrorRecord(kind="refused", message=f"{move.server} is not to exist any more")
+            found.append((move.source, move.id, error))
+    return tuple(found)

@@ -1,0 +1,140 @@
+"""One consistent look at the store, and the planner's and the executor's inputs put together from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from nahtlos.model.blueprint import Blueprint, Policy
+from nahtlos.model.config import HostConfig
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.inventory import (
+    HostInventory,
+    Inventory,
+    OperationKind,
+    OperationState,
+    OperationStatus,
+)
+from nahtlos.model.nouns import NetworkSpec, Size, VolumeSpec
+from nahtlos.runtime.executor.world import World
+from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, operations
+from nahtlos.runtime.store.campaigns import CampaignRow
+from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    hosts: dict[HostId, HostRow]
+    servers: dict[ServerId, ServerRow]
+    volumes: dict[VolumeId, VolumeRow]
+    networks: tuple[NetworkSpec, ...]
+    uplinks: dict[str, str]
+    promised: Size
+    parallel_moves: int
+    release: ReleaseId | None
+    campaign: CampaignRow | None
+    """The one that is not over."""
+    blueprint: Blueprint | None
+    configs: dict[HostId, HostConfig]
+    inventories: dict[HostId, HostInventory]
+    received: dict[HostId, float]
+    refusals: dict[OperationId, tuple[HostId, ErrorRecord]]
+    begun_at: dict[OperationId, float]
+    """When each operation that has not ended was decided."""
+    machine_types: dict[ReleaseId, tuple[str, ...]]
+    ended: frozenset[OperationId]
+    """Those operations of the inventories whose end is recorded."""
+
+    def policy(self) -> Policy:
+        here = {name: row for name, row in self.servers.items() if row.removed_at is None}
+        return Policy(
+            hosts={host: row.spec for host, row in self.hosts.items()},
+            intents={host: row.intent for host, row in self.hosts.items()},
+            servers={name: row.spec for name, row in here.items()},
+            removed_servers=frozenset(self.servers.keys() - here.keys()),
+            volumes={name: row.spec for name, row in self.volumes.items() if not row.removed},
+            networks=self.networks,
+            release=self.release,
+            campaign=self.campaign.campaign if self.campaign else None,
+            placements={name: row.placement for name, row in here.items() if row.placement},
+            machine_types=self.machine_types,
+            requested_moves={name: row.move_to for name, row in here.items() if row.move_requested},
+            promised=self.promised,
+            parallel_moves=self.parallel_moves,
+        )
+
+    def inventory(self, connected: frozenset[HostId]) -> Inventory:
+        """What was reported; an operation that an agent would not begin counts as undone by it."""
+        hosts = dict(self.inventories)
+        for operation, (host, error) in self.refusals.items():
+            reported = hosts.get(host)
+            if reported is not None and all(o.id != operation for o in reported.operations):
+                hosts[host] = msgspec.structs.replace(
+                    reported, operations=(*reported.operations, self._refused(operation, error))
+                )
+        return Inventory(hosts=hosts, connected=connected & self.hosts.keys())
+
+    def _refused(self, operation: OperationId, error: ErrorRecord) -> OperationStatus:
+        moves = {m.id: m for m in (self.blueprint.moves if self.blueprint else ())}
+        move = moves.get(operation)
+        return OperationStatus(
+            id=operation,
+            kind=OperationKind.MOVE if move else OperationKind.VERIFY,
+            state=OperationState.UNDONE,
+            step="refused",
+            server=move.server if move else None,
+            epoch=move.epoch if move else 0,
+            error=error,
+        )
+
+    def removed_volumes(self) -> tuple[VolumeSpec, ...]:
+        return tuple(row.spec for row in self.volumes.values() if row.removed)
+
+    def world(self, blueprint: Blueprint, connected: frozenset[HostId], now: float) -> World:
+        return World(
+            policy=self.policy(),
+            inventory=self.inventory(connected),
+            blueprint=blueprint,
+            configs=self.configs,
+            uplinks=self.uplinks,
+            removed_volumes=self.removed_volumes(),
+            ended=self.ended,
+            refused=frozenset(self.refusals),
+            held_back=frozenset(
+                move.id
+                for move in blueprint.moves
+                if now < self.begun_at.get(move.id, now) + move.patience_seconds
+            ),
+        )
+
+
+async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> State:
+    """`latest`: reports newer than the stored ones."""
+    reported = {**await inventories.all_of(tx), **latest}
+    over = {o.id for i in reported.values() for o in i.operations if o.state is not OperationState.RUNNING}
+    return State(
+        hosts=await intent.hosts(tx),
+        servers=await intent.servers(tx),
+        volumes=await intent.volumes(tx),
+        networks=await intent.networks(tx),
+        uplinks=await intent.uplinks(tx),
+        promised=await intent.promised(tx),
+        parallel_moves=await intent.setting(tx, intent.PARALLEL_MOVES, 1),
+        release=await default_release(tx),
+        campaign=await campaigns.current(tx),
+        blueprint=await blueprints.target(tx),
+        configs=await blueprints.host_configs(tx),
+        inventories=reported,
+        received=await inventories.received(tx),
+        refusals=await operations.refusals(tx),
+        begun_at=await operations.begun_at(tx),
+        machine_types={name: r.machine_types for name, r in (await intent.releases(tx)).items()},
+        ended=await operations.ended(tx, over),
+    )
+
+
+async def default_release(tx: AsyncConnection) -> ReleaseId | None:
+    name = await intent.setting_of(tx, intent.DEFAULT_RELEASE, str)
+    return None if name is None else ReleaseId(name)
