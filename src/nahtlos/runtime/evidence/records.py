@@ -125,6 +125,10 @@ class Arrivals(msgspec.Struct, frozen=True):
     received_at: "array[int]"
     numbers: "array[int]"
 
+    @classmethod
+    def empty(cls) -> "Arrivals":
+        return cls(array("q"), array("q"), array("I"))
+
     def sorted_times(self) -> list[float]:
         """Arrival times in seconds, rising."""
         return sorted(t / 1e9 for t in self.received_at)
