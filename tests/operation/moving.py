@@ -1,0 +1,245 @@
+"""One move of one server between two hosts, run in the simulated world with something going wrong.
+
+`Run` is the play: boot, move, converge, look. `Strike` names one moment of it, taken from the trace of a run
+in which nothing went wrong, so that a step added to the agents is struck too without anybody listing it.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.physical.ports import VmmId
+from nahtlos.physical.sim.agents import AgentProcess
+from nahtlos.physical.sim.clock import run_virtual
+from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
+from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
+from nahtlos.physical.sim.guests import Vmm
+from nahtlos.wire.memory import Fate, Faults
+
+SOURCE, DESTINATION, EDGE = HostId("host-1"), HostId("host-2"), HostId("edge-1")
+SERVER = ServerId("web-1")
+BOUND_SECONDS = 150.0
+"""Virtual seconds within which everything must have come to rest after the move was ordered."""
+POLLED = ("migrate_progress", "observe", "reconcile", "releases")
+"""Called again and again: the first few of a run stand for all."""
+POLLS_STRUCK = 2
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One verb of one driver (or one write of a ledger), the n-th on its host since the move was ordered."""
+
+    host: str
+    driver: str
+    verb: str
+    occurrence: int
+    moment: Moment
+
+    def __str__(self) -> str:
+        return f"{self.moment} {self.driver}.{self.verb} #{self.occurrence} on {self.host}"
+
+
+@dataclass
+class Run:
+    """`at` is struck with `act`, or `does` happens there; `faults` befall messages."""
+
+    at: Strike | None = None
+    act: Act = Act.PASS
+    does: Callable[["Run"], None] | None = None
+    faults: Faults | None = None
+    lasting: float = 0.0
+    """Seconds for which the verb at `at` keeps failing once it was struck."""
+    seed: int = 1
+    struck: bool = False
+    status: OperationStatus | None = None
+    seen: list[Strike] = field(default_factory=list[Strike])
+    frames: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    problems: list[str] = field(default_factory=list[str])
+
+    def __post_init__(self) -> None:
+        self._since: dict[tuple[str, str, str], int] | None = None
+        self._struck_at = 0.0
+        self.cloudlet: Cloudlet
+        self.conductor: Conductor
+        self.agents: dict[str, AgentProcess] = {}
+
+    # --- what may befall it ---
+
+    @property
+    def world(self):  # noqa: ANN201
+        return self.cloudlet.world
+
+    def vmm(self, host: HostId) -> Vmm | None:
+        epoch = 1 if host == SOURCE else 2
+        vmm = self.world.hosts[host].vmms.get(VmmId(SERVER, epoch))
+        return vmm if vmm and not vmm.ended else None
+
+    def later(self, seconds: float, act: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(seconds, act)
+
+    def _when(self, call: Call, moment: Moment) -> Act:
+        if self._since is None:
+            return Act.PASS
+        key = (call.host, call.driver, call.verb)
+        first = self._since.setdefault(key, call.occurrence)
+        strike = Strike(call.host, call.driver, call.verb, call.occurrence - first + 1, moment)
+        self.seen.append(strike)
+        if self.struck and self._still_failing(strike):
+            return self.act
+        if strike != self.at or self.struck:
+            return Act.PASS
+        self.struck = True
+        self._struck_at = self.world.now()
+        self.world.note("", "STRIKE", str(strike))
+        if self.does:
+            self.does(self)
+        return self.act
+
+    def _still_failing(self, strike: Strike) -> bool:
+        at = self.at
+        same = at is not None and (strike.host, strike.driver, strike.verb) == (at.host, at.driver, at.verb)
+        return same and self.world.now() - self._struck_at < self.lasting
+
+    # --- the play ---
+
+    def play(self) -> "Run":
+        with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+            run_virtual(self._play(Path(folder)), seed=self.seed, limit_seconds=10_000)
+        return self
+
+    async def _play(self, folder: Path) -> None:
+        self.cloudlet = Cloudlet.build(
+            folder, hosts=2, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
+        )
+        self.conductor = Conductor(self.cloudlet, storage_host=SOURCE)
+        for spec in self.cloudlet.specs:
+            process = AgentProcess(self.world, self.cloudlet.network, self.cloudlet.settings(spec.id))
+            self.agents[spec.id] = process
+        self.conductor.place(server_spec(1), SOURCE)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self.conductor.run())]
+            running += [tasks.create_task(a.run()) for a in self.agents.values()]
+            try:
+                await self._move()
+            except TimeoutError as error:
+                self.problems.append(str(error))
+            finally:
+                for task in running:
+                    task.cancel()
+        self._judge()
+
+    async def _move(self) -> None:
+        world, conductor = self.world, self.conductor
+        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+        self._since = {}
+        if isinstance(self.faults, StruckFrame):
+            self.faults.armed = True
+        order = conductor.move(SERVER, DESTINATION)
+        bound = BOUND_SECONDS
+        await world.until(lambda: conductor.over(order) is not None, timeout=bound, what="the end of the move")
+        self.status = conductor.over(order)
+        await world.until(conductor.converged, timeout=bound, what="convergence")
+        await world.until(self._tidy, timeout=bound, what="exactly one running copy and nothing left over")
+        await asyncio.sleep(0.5)
+
+    def _tidy(self) -> bool:
+        return not self._left_over()
+
+    def _left_over(self) -> list[str]:
+        found: list[str] = []
+        running = self.world.running(SERVER)
+        place = self.conductor.places[SERVER][0]
+        if [v.host for v in running] != [place]:
+            found.append(f"runs on {[v.host for v in running]}, should on {place}")
+        for host in (SOURCE, DESTINATION):
+            here = self.world.hosts[host]
+            found += [f"{v.unit} on {host}" for v in here.vmms if not running or v != running[0].id]
+            if host != place and here.board.taps:
+                found.append(f"taps {sorted(here.board.taps)} on {host}")
+        return found
+
+    # --- the verdict ---
+
+    def _judge(self) -> None:
+        world = self.world
+        self.problems += [f"{v.kind}: {v.text} (at {v.at:.3f})" for v in world.violations]
+        for host, agent in self.agents.items():
+            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
+        self.problems += self._left_over()
+        if self.status is not None and self.status.state is OperationState.STUCK:
+            self.problems.append(f"stuck: {self.status.error}")
+        place, epoch = self.conductor.places[SERVER]
+        if self.status is not None and not world.facts(SERVER).excuses:
+            wanted = (DESTINATION, 2) if self.status.state is OperationState.DONE else (SOURCE, 1)
+            if (place, epoch) != wanted:
+                self.problems.append(f"{self.status.state}, and it is on {place} by epoch {epoch}")
+        if not world.facts(SERVER).excuses:
+            self._judge_packets()
+
+    def _judge_packets(self) -> None:
+        for flow in self.world.paths.flows.values():
+            if flow.lost:
+                assert flow.lost_first is not None
+                self.problems.append(
+                    f"from {flow.origin}: {flow.lost} lost, first at {flow.lost_first[0]:.6f}"
+                )
+
+    def story(self) -> str:
+        """The trace since the move was ordered, without what is asked all the time."""
+        return "\n".join(
+            str(step)
+            for step in self.world.trace
+            if step.call is None or step.call.verb not in (*POLLED, "migrate_progress")
+        )
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+class StruckFrame(Faults):
+    """The n-th frame from `sender` to `receiver` since the move was ordered meets `fate`."""
+
+    def __init__(self, sender: str, receiver: str, number: int, fate: Fate) -> None:
+        super().__init__(1, delay=(0.0001, 0.0008))
+        self.armed = False
+        self.count = 0
+        self._of = (sender, receiver)
+        self._number = number
+        self._fate = fate
+
+    def fate(self, sender: str, receiver: str) -> Fate:
+        usual = super().fate(sender, receiver)
+        if not self.armed or (sender, receiver) != self._of:
+            return usual
+        self.count += 1
+        return self._fate if self.count == self._number else usual
+
+
+def strikes(*, drivers_too: bool = True) -> Iterator[Strike]:
+    """Every moment of a clean run, from the order to the end of the move."""
+    clean = Run().play()
+    assert not clean.problems, clean.problems
+    seen: set[Strike] = set()
+    for strike in clean.seen:
+        often = strike.verb in POLLED and strike.occurrence > POLLS_STRUCK
+        if strike not in seen and not often and strike.host != EDGE:
+            seen.add(strike)
+            if drivers_too or strike.driver == "ledger":
+                yield strike
+
+
+def failures(runs: Iterator[tuple[str, Run]]) -> list[str]:
+    """Plays each; what went wrong, worded."""
+    found: list[str] = []
+    for name, run in runs:
+        run.play()
+        if run.problems:
+            found.append(f"{name}: " + "; ".join(run.problems))
+    return found
+
+
