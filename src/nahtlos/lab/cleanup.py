@@ -18,10 +18,10 @@ from typing import Self
 
 import msgspec
 
-from nahtlos.lab import topology
+from nahtlos.lab import paths, topology
+from nahtlos.lab.paths import LAB_VARIABLE
 from nahtlos.model.errors import Conflict
 
-VARIABLE = "NAHTLOS_LAB"
 PROC = Path("/proc")
 DEADLINE = 15.0
 """Seconds for everything; processes that cannot be ended (in the kernel) are named in the result."""
@@ -30,9 +30,9 @@ DEADLINE = 15.0
 class Roots(msgspec.Struct, frozen=True):
     """Where labs keep their files."""
 
-    run: Path = Path("/run/nahtlos")
-    state: Path = Path("/var/lib/nahtlos/labs")
-    ram: Path = Path("/dev/shm")
+    run: Path = paths.RUN
+    state: Path = paths.STATE
+    ram: Path = paths.RAM
 
     def run_dir(self, lab: str) -> Path:
         return self.run / lab
@@ -71,29 +71,28 @@ class LabLock:
     """Held for as long as a lab runs, by whoever runs it; the kernel lets go of it when that process ends.
     Its file holds the holder's pid, for people."""
 
-    def __init__(self, lab: str, fd: int) -> None:
-        self.lab = lab
-        self._fd = fd
+    def __init__(self, lab: str, roots: Roots = ROOTS) -> None:
+        self.lab = topology.checked_lab(lab)
+        self._path = roots.lock_file(lab)
+        self._fd = -1
 
-    @classmethod
-    def acquire(cls, lab: str, roots: Roots = ROOTS) -> Self:
+    def acquire(self) -> None:
         """Conflict if the lab runs already."""
-        path = roots.lock_file(topology.checked_lab(lab))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
             os.close(fd)
             raise Conflict(
-                f"lab {lab} runs already (process {holder or 'unknown'})",
+                f"lab {self.lab} runs already (process {holder or 'unknown'})",
                 field="lab",
-                remedy=f"stop it with `nahtlos lab down --lab {lab}`, or choose another name",
+                remedy="take it down with `nahtlos lab down`, or choose another name",
             ) from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        return cls(lab, fd)
+        self._fd = fd
 
     def fileno(self) -> int:
         """For handing the lock down to a process that carries the lab on."""
@@ -105,6 +104,7 @@ class LabLock:
             self._fd = -1
 
     def __enter__(self) -> Self:
+        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,7 +211,7 @@ def _process(pid: int) -> Process | None:
 def _belongs(process: Process, lab: str, namespaces: frozenset[int]) -> bool:
     folder = PROC / str(process.pid)
     try:
-        if f"{VARIABLE}={lab}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+        if f"{LAB_VARIABLE}={lab}".encode() in (folder / "environ").read_bytes().split(b"\0"):
             return True
         program = Path(process.command.split(" ", 1)[0]).name
         return program == "dnsmasq" and (folder / "ns" / "net").stat().st_ino in namespaces

@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 
 from nahtlos.model.errors import NotFound, Refused, Unavailable
+from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import links, netlink
 from nahtlos.physical.network.netlink import Netlink
 
@@ -32,7 +33,7 @@ OUTSIDE_GATEWAY, OUTSIDE_CLIENT = "203.0.113.1", "203.0.113.10"
 SWITCH, CONTROL, EDGE, CLIENT = "sw", "ctl", "edge-1", "client"
 MAX_HOSTS = 200
 DEADLINE = 20.0
-LAB_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,10}[a-z0-9])?$")
+LAB_NAME = re.compile(r"^[a-z]([a-z0-9-]{0,10}[a-z0-9])?$")
 NODE_NAME = re.compile(r"^(sw|ctl|client|edge-[0-9]+|host-[0-9]+)$")
 _CLONE_NEWNET = 0x40000000
 _SETTINGS = {
@@ -50,6 +51,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     address: str
     """On `eth0`; empty for the switch."""
+    role: HostRole | None = None
+    """Of the host that it stands for; None for the switch, the orchestrator's node and the outside."""
 
     @property
     def enter(self) -> tuple[str, ...]:
@@ -92,7 +95,7 @@ def checked_lab(lab: str) -> str:
         raise Refused(
             f"'{lab}' is no valid name for a lab",
             field="lab",
-            remedy="use 1 to 12 lower-case letters, digits and '-'",
+            remedy="use 1 to 12 lower-case letters, digits and '-', starting with a letter",
         )
     return lab
 
@@ -114,15 +117,15 @@ def describe(lab: str, hosts: int) -> Topology:
     if not 1 <= hosts <= MAX_HOSTS:
         raise Refused(f"a lab of {hosts} hosts", field="hosts", remedy=f"use 1 to {MAX_HOSTS}")
 
-    def node(name: str, address: str) -> Node:
-        return Node(name=name, namespace=namespace_of(lab, name), address=address)
+    def node(name: str, address: str, role: HostRole | None = None) -> Node:
+        return Node(name=name, namespace=namespace_of(lab, name), address=address, role=role)
 
     return Topology(
         lab=lab,
         switch=node(SWITCH, ""),
         control=node(CONTROL, "10.99.0.1"),
-        edge=node(EDGE, "10.99.0.5"),
-        hosts=tuple(node(f"host-{i}", f"10.99.0.{10 + i}") for i in range(1, hosts + 1)),
+        edge=node(EDGE, "10.99.0.5", HostRole.EDGE),
+        hosts=tuple(node(f"host-{i}", f"10.99.0.{10 + i}", HostRole.COMPUTE) for i in range(1, hosts + 1)),
         client=node(CLIENT, OUTSIDE_CLIENT),
     )
 
