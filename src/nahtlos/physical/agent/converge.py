@@ -22,6 +22,8 @@ class Act(StrEnum):
     """New here."""
     RESTART = "restart"
     """Owned here, and its VMM is gone."""
+    RESUME = "resume"
+    """Owned here, and its VMM stands still though no operation asks for that."""
     REMOVE = "remove"
     END_STRAY = "end-stray"
     """A VMM of an epoch this host does not own and no operation needs."""
@@ -54,6 +56,8 @@ def server_steps(
             steps.append(ServerStep(act=Act.REMOVE, server=held.server, epoch=held.epoch))
         elif held.hold is Hold.OWNED and (vmm is None or vmm.state is RunState.CRASHED):
             steps.append(ServerStep(act=Act.RESTART, server=held.server, epoch=held.epoch))
+        elif held.hold is Hold.OWNED and vmm is not None and vmm.state is RunState.PAUSED and not vmm.sent:
+            steps.append(ServerStep(act=Act.RESUME, server=held.server, epoch=held.epoch))
     steps.extend(_strays(owned, present, busy))
     return tuple(steps)
 
@@ -146,6 +150,9 @@ class Converger:
         match step.act:
             case Act.START | Act.RESTART:
                 await self._start(config, step)
+            case Act.RESUME:
+                await self._context.drivers.hypervisor.resume(VmmId(server, step.epoch))
+                self._context.say("server.resumed", server, "it stood still; resumed")
             case Act.REMOVE:
                 await self._end(VmmId(server, step.epoch))
                 for port in step.server.spec.ports:

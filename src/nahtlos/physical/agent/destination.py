@@ -37,6 +37,7 @@ from nahtlos.wire.messages import (
 SILENCE_SECONDS = 30.0
 INCOMING_SECONDS = 25.0
 FINISH_GRACE_SECONDS = 10.0
+RESUME_AGAIN_SECONDS = 0.1
 LOST_SECONDS = 1.0
 """After the source's connection broke: time for it to come back before a server that has arrived
 completely is taken without its word."""
@@ -230,17 +231,32 @@ class DestinationMove:
     async def _make_run(self) -> None:
         """Committed: the guest runs here, whatever it takes. A VMM that died is left to convergence,
         which starts the server again."""
-        try:
-            await self._context.drivers.hypervisor.resume(self._vmm)
-        except Error as error:
-            self._context.say("move.resume", self._vmm.server, f"not resumed yet: {error}")
-        else:
-            self._marks.setdefault("running", self._context.now())
+        while not await self._let_run():
+            await asyncio.sleep(RESUME_AGAIN_SECONDS)
+        self._context.waits.pop(self._order.id, None)
         for port in self._order.ports:
             await self._context.drivers.network.move_settle(
                 port, self._context.network_of(port), MoveRole.DESTINATION
             )
         self._context.changed()
+
+    async def _let_run(self) -> bool:
+        """False if it has to be tried again."""
+        try:
+            await self._context.drivers.hypervisor.resume(self._vmm)
+        except Error as error:
+            self._context.waits[self._order.id] = f"the hypervisor to resume the server ({error.message})"
+            self._context.say("move.resume", self._vmm.server, f"not resumed yet: {error}")
+            return await self._beyond_resuming()
+        self._marks.setdefault("running", self._context.now())
+        return True
+
+    async def _beyond_resuming(self) -> bool:
+        try:
+            vmm = await self._observed()
+        except Error:
+            return False
+        return vmm is None or vmm.state is RunState.CRASHED
 
     def _abandon(self, error: Error) -> None:
         before = self.journal.decision

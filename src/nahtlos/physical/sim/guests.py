@@ -23,7 +23,6 @@ FINISH_SECONDS = 0.003
 """From the last byte to the destination's `completed`."""
 NOTICE_SECONDS = 0.03
 """Until a source notices that its destination is gone."""
-STALL_FOREVER = 0.0
 LINK_BYTES_PER_SECOND = 1 << 30
 TOUCHED = 0.25
 """Share of its memory a guest has touched: the first pass sends that."""
@@ -125,23 +124,24 @@ class Stream:
         seconds, self._at = now - self._at, now
         if self.stalled or self.broken or self.phase is not MigrationPhase.ACTIVE:
             return
-        while seconds > 0:
-            takes = max(self._remaining / self.rate, SHORTEST_PASS - self._pass_seconds, 1e-9)
-            step = min(seconds, takes)
-            sent = min(self._remaining, step * self.rate)
-            self._transferred += sent
-            self._remaining -= sent
-            self._pass_seconds += step
-            seconds -= step
-            if step >= takes:
+        while seconds > 0 and self.source.running:
+            takes = max(self._remaining / self.rate, SHORTEST_PASS - self._pass_seconds)
+            self._send(min(seconds, takes))
+            if seconds >= takes:
                 self._next_pass()
+            seconds -= takes
+        if seconds > 0:
+            self._send(seconds)
+
+    def _send(self, seconds: float) -> None:
+        sent = min(self._remaining, seconds * self.rate)
+        self._transferred += sent
+        self._remaining -= sent
+        self._pass_seconds += seconds
 
     def _next_pass(self) -> None:
-        if not self.source.running:
-            self._pass_seconds = SHORTEST_PASS
-            return
-        dirtied = min(self._pass_seconds * self.source.dirty_rate, self.source.memory_bytes * TOUCHED)
-        self._remaining += dirtied
+        most = self.source.memory_bytes * TOUCHED
+        self._remaining = min(self._pass_seconds * self.source.dirty_rate, most)
         self._passes += 1
         self._pass_seconds = 0.0
 
