@@ -1,14 +1,19 @@
 """Releases of what the cloud runs on: built from Debian's packages, content-addressed, side by side."""
 
 from nahtlos.runtime.releases.builder import TRACKS, build_release
-from nahtlos.runtime.releases.bundle import list_releases, load_manifest, load_release
+from nahtlos.runtime.releases.bundle import broken_releases, list_releases, load_manifest, load_release
+from nahtlos.runtime.releases.image import GuestImage, build_image, list_images
 from nahtlos.runtime.releases.progress import OnProgress, Progress
 
 __all__ = [
     "TRACKS",
+    "GuestImage",
     "OnProgress",
     "Progress",
+    "broken_releases",
+    "build_image",
     "build_release",
+    "list_images",
     "list_releases",
     "load_manifest",
     "load_release",

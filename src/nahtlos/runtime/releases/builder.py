@@ -28,6 +28,7 @@ from nahtlos.runtime.releases.bundle import (
     list_releases,
     load_release,
     release_id,
+    version_key,
 )
 from nahtlos.runtime.releases.commands import run
 from nahtlos.runtime.releases.progress import OnProgress, Progress, silent
@@ -107,8 +108,7 @@ def _locked(path: Path) -> Generator[None]:
 
 def _already_built(track: Track, releases_dir: Path) -> Release | None:
     """The newest intact release of the track. A damaged one is built again, not used."""
-    releases, _problems = list_releases(releases_dir)
-    for release in reversed(releases):
+    for release in reversed(list_releases(releases_dir)):
         if release.suite == track.suite and release.component == Component.HYPERVISOR:
             with contextlib.suppress(Error):
                 return load_release(releases_dir, release.id)
@@ -137,17 +137,13 @@ def _build(track: Track, releases_dir: Path, downloads_dir: Path, on_progress: O
 
 def _checked_version(track: Track, packages: Sequence[Package]) -> str:
     version = next(upstream_version(p.version) for p in packages if p.name == MAIN_PACKAGE)
-    if _numbers(version) < _numbers(track.name):
+    if version_key(version) < version_key(track.name):
         raise Refused(
             f"{track.suite} has version {version}, older than the track {track.name}",
             field="track",
             remedy="point the machine's apt sources to a current mirror",
         )
     return version
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
 
 
 def _unpack(

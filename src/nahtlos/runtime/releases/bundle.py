@@ -110,17 +110,26 @@ def _names(releases_dir: Path) -> list[str]:
     return sorted(p.name for p in releases_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def list_releases(releases_dir: Path) -> tuple[tuple[Release, ...], tuple[Error, ...]]:
-    """What is built (files not hashed), and what is wrong with folders that hold no readable bundle."""
-    found: list[Release] = []
-    problems: list[Error] = []
+def list_releases(releases_dir: Path) -> tuple[Release, ...]:
+    """What is built, oldest version first. Files are not hashed; folders without a sound manifest are
+    left out (`broken_releases` names them)."""
+    found = [m.release for m in _readable(releases_dir) if isinstance(m, Manifest)]
+    return tuple(sorted(found, key=lambda release: version_key(release.version)))
+
+
+def broken_releases(releases_dir: Path) -> tuple[Error, ...]:
+    """What is wrong with folders that should hold a bundle and do not."""
+    return tuple(found for found in _readable(releases_dir) if isinstance(found, Error))
+
+
+def _readable(releases_dir: Path) -> Iterator[Manifest | Error]:
     for name in _names(releases_dir):
         try:
-            found.append(read_manifest(releases_dir / name).release)
+            yield read_manifest(releases_dir / name)
         except Error as error:
-            problems.append(error)
-    return tuple(sorted(found, key=lambda r: _version_key(r.version))), tuple(problems)
+            yield error
 
 
-def _version_key(version: str) -> tuple[int, ...]:
+def version_key(version: str) -> tuple[int, ...]:
+    """For comparing versions as people do: 10.0.9 is older than 10.0.13."""
     return tuple(int(part) if part.isdigit() else 0 for part in version.split("."))

@@ -151,8 +151,10 @@ def _build(
         sha256={name: _sha256(path) for name, path in parts.items()},
     )
     for name, path in parts.items():
+        path.touch()
         path.rename(images_dir / name)
     _write_record(image, staging, images_dir)
+    _retire_others(image, images_dir)
     shutil.rmtree(staging)
     return image
 
@@ -163,6 +165,13 @@ def _write_record(image: GuestImage, staging: Path, images_dir: Path) -> None:
     record = staging / "record"
     record.write_bytes(msgspec.json.format(msgspec.json.encode(image)))
     record.rename(images_dir / f"{image.id}.json")
+
+
+def _retire_others(image: GuestImage, images_dir: Path) -> None:
+    """One image remains: servers that name none get the only one there is. Volumes are copies and stay."""
+    for path in sorted(images_dir.glob("guest-*")):
+        if path.stem != image.id:
+            path.unlink(missing_ok=True)
 
 
 def _compile(sources: tuple[Path, ...], target: Path) -> Path:
