@@ -153,7 +153,9 @@ def test_a_broken_promise_is_shown_plainly() -> None:
     report = report_of(samples.WOUNDED)
     page = render_page(report)
     assert "6 of 12 promises not kept" in page
-    assert "web-1: 37, db-2: 4" in page
+    assert "db-2: 4, web-1: 37" in page
+    assert "37 lost" in page
+    assert [m.packets_lost for m in report.moves if m.packets_lost] == [4, 37]
     shown = as_text(report)
     assert "✘ 6 of 12 promises not kept" in shown
 

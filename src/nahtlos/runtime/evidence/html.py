@@ -27,12 +27,7 @@ def render_page(report: Report) -> str:
         _head(report),
         _figures(report),
         _section("Promises", "", _promises(report)),
-        _section(
-            "Where every server was",
-            "Each row is a host or a server, each colour a host. A ring marks a move: "
-            "the server changed hosts while it ran.",
-            _scrolled(timeline(report)),
-        ),
+        _section("Where every server was", _legend(report), _scrolled(timeline(report))),
         _gaps(report),
         _section("Servers", "", _scrolled(_servers(report))),
         _section("Measured on", "", _machine(report)),
@@ -45,6 +40,17 @@ def render_page(report: Report) -> str:
         f"<title>{escape(title)}</title><style>{_style()}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
+
+
+def _legend(report: Report) -> str:
+    text = (
+        "Each colour is a host: pale while it runs the old release, dashed while it is switched and checked, "
+        "full once it runs the new one. A ring marks a move: the server changed hosts while it ran."
+    )
+    undone = report.totals.moves_undone
+    if not undone:
+        return text
+    return f"{text} A red ring is a move that was given up ({undone}); the server stayed where it was."
 
 
 def _style() -> str:

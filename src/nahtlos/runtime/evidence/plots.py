@@ -199,7 +199,7 @@ def _placed(report: Report, place: Placement, scale: Scale, middle: float) -> li
             host_class(report, place.host),
             f"{place.server} on {place.host} for {seconds:.0f} s",
         ),
-        *_fitting(left, right, middle, place.host, "onbar"),
+        *_fitting(left + 4, right, middle, place.host, "onbar"),
     ]
 
 
@@ -289,7 +289,7 @@ def strips(report: Report) -> str:
     if not shown:
         return ""
     label = 300
-    scale = Scale(-STRIP_BEFORE_SECONDS * 1e3, STRIP_AFTER_SECONDS * 1e3, label, WIDTH - 92)
+    scale = Scale(-STRIP_BEFORE_SECONDS * 1e3, STRIP_AFTER_SECONDS * 1e3, label, WIDTH - 140)
     top, row = 8, 26
     bottom = top + len(shown) * row + 4
     parts: list[str] = []
@@ -313,8 +313,15 @@ def _strip(report: Report, move: MoveFigures, scale: Scale, middle: float) -> li
         _text(132, middle + 4, f"{move.source} → {move.destination}{failed}", "note"),
         _rect(scale(0), middle - 9, scale(end) - scale(0), 18, "gap", radius=2),
         f'<path d="{_strokes(move.arrivals_ms, scale, middle)}" class="stroke {colour}"/>',
-        _text(WIDTH - 4, middle + 4, milliseconds(move.gap_ms), "figure", "end"),
+        *_strip_figure(move, middle),
     ]
+
+
+def _strip_figure(move: MoveFigures, middle: float) -> list[str]:
+    gap = _text(WIDTH - 4, middle + 4, milliseconds(move.gap_ms), "figure", "end")
+    if not move.packets_lost:
+        return [gap]
+    return [gap, _text(WIDTH - 80, middle + 4, f"{move.packets_lost:,} lost", "figure lost", "end")]
 
 
 def _strokes(arrivals_ms: Sequence[float], scale: Scale, middle: float) -> str:

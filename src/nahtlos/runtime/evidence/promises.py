@@ -160,7 +160,7 @@ def _capacity(report: "Report") -> Promise:
     return Promise(
         promise="Promised capacity never withdrawn",
         kept=floor is not None and floor >= 1.0,
-        figure=f"never below {floor:.2f} of what was promised"
+        figure=f"{'never below' if floor >= 1.0 else 'fell to'} {floor:.2f} of what was promised"
         if floor is not None
         else "no evidence: no capacity was promised",
     )

@@ -150,10 +150,7 @@ class ProbeRecords(msgspec.Struct, frozen=True):
 def count(arrivals: Arrivals, *, complete: bool) -> Counted:
     """Exact counts. If the probe was cut off (`complete` false), datagrams younger than the drain at
     its last sign of life are left out: whether they came back is not known."""
-    sent = len(arrivals.sent_at)
-    if not complete and sent:
-        last = max(arrivals.sent_at[-1], max(arrivals.received_at, default=0))
-        sent = bisect.bisect_right(arrivals.sent_at, last - int(DRAIN_SECONDS * 1e9))
+    sent = _judged(arrivals, complete=complete)
     seen = bytearray(sent)
     duplicated = reordered = 0
     highest = -1
@@ -170,6 +167,24 @@ def count(arrivals: Arrivals, *, complete: bool) -> Counted:
     return Counted(
         sent=sent, received=received, lost=sent - received, duplicated=duplicated, reordered=reordered
     )
+
+
+def lost_at(arrivals: Arrivals, *, complete: bool) -> list[float]:
+    """When each lost datagram had been sent, in seconds."""
+    back = set(arrivals.numbers)
+    judged = _judged(arrivals, complete=complete)
+    if len(back) >= len(arrivals.sent_at):
+        return []
+    return [arrivals.sent_at[n] / 1e9 for n in range(judged) if n not in back]
+
+
+def _judged(arrivals: Arrivals, *, complete: bool) -> int:
+    """How many datagrams, from the first on, can be said to be back or lost."""
+    sent = len(arrivals.sent_at)
+    if complete or not sent:
+        return sent
+    last = max(arrivals.sent_at[-1], max(arrivals.received_at, default=0))
+    return bisect.bisect_right(arrivals.sent_at, last - int(DRAIN_SECONDS * 1e9))
 
 
 def read_probe(folder: Path) -> ProbeRecords:

@@ -25,7 +25,15 @@ from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
 from nahtlos.runtime.evidence.gaps import arrivals_around, longest_silence, move_window, percentile
 from nahtlos.runtime.evidence.machine import Machine
 from nahtlos.runtime.evidence.promises import Promise, judge
-from nahtlos.runtime.evidence.records import Arrivals, DiskCheck, ProbeRecords, ServerProbe, count, read_probe
+from nahtlos.runtime.evidence.records import (
+    Arrivals,
+    DiskCheck,
+    ProbeRecords,
+    ServerProbe,
+    count,
+    lost_at,
+    read_probe,
+)
 
 SCHEMA = 1
 STRIP_BEFORE_SECONDS, STRIP_AFTER_SECONDS = 0.1, 0.3
@@ -141,6 +149,8 @@ class MoveFigures(Value, frozen=True, kw_only=True, rename={"source": "from", "d
     gap_ms: float | None
     gap_begin: float | None
     """Wall-clock seconds of the last datagram before the gap."""
+    packets_lost: int
+    """Sent while it could be felt, and never back."""
     vmm_before: str
     vmm_after: str
     arrivals_ms: tuple[float, ...] = ()
@@ -209,8 +219,9 @@ class Report(Value, frozen=True, kw_only=True):
 def build_report(evidence: Evidence, probe: ProbeRecords | None) -> Report:
     campaign = _campaign(evidence)
     times = _times_by_server(probe)
+    lost = {n: lost_at(a, complete=_complete(probe)) for n, a in probe.arrivals.items()} if probe else {}
     moves = tuple(
-        _move(o, times.get(o.subject, []))
+        _move(o, times.get(o.subject, []), lost.get(o.subject, []))
         for o in evidence.campaign.operations
         if o.kind == OperationKind.MOVE
     )
@@ -267,7 +278,11 @@ def _with_last_silence(arrivals: Arrivals) -> list[float]:
     return times
 
 
-def _move(operation: OperationRecord, arrivals: Sequence[float]) -> MoveFigures:
+def _complete(probe: ProbeRecords | None) -> bool:
+    return probe is not None and probe.summary.state == "final"
+
+
+def _move(operation: OperationRecord, arrivals: Sequence[float], lost: Sequence[float]) -> MoveFigures:
     times = operation.times
     begin, end = min(times.values(), default=0.0), max(times.values(), default=0.0)
     switch = times.get("switch", times.get("stopped", end))
@@ -286,6 +301,7 @@ def _move(operation: OperationRecord, arrivals: Sequence[float]) -> MoveFigures:
         end=end,
         gap_ms=round(silence.milliseconds, 3) if silence is not None else None,
         gap_begin=silence.begin if silence is not None else None,
+        packets_lost=sum(window.begin <= at <= window.end for at in lost) if window is not None else 0,
         vmm_before=operation.release_before or "",
         vmm_after=operation.release_after or "",
         arrivals_ms=tuple(round(t, 2) for t in strip),
@@ -309,7 +325,7 @@ def _servers(
     """Every server anybody knows of: one that was not probed is there, with nothing to its credit."""
     probed = {s.name: s for s in probe.summary.servers} if probe is not None else {}
     known = [*(v.id for v in evidence.servers_before), *(v.id for v in evidence.servers_after), *probed]
-    complete = probe is not None and probe.summary.state == "final"
+    complete = _complete(probe)
     return tuple(
         _server(
             name,
@@ -511,7 +527,7 @@ def _probe(probe: ProbeRecords | None) -> ProbeFigures | None:
         packets_per_second=summary.packets_per_second,
         scheduling=summary.scheduling,
         cpu_share=summary.cpu_share,
-        complete=summary.state == "final",
+        complete=_complete(probe),
     )
 
 

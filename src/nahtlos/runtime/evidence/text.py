@@ -78,7 +78,7 @@ def _gaps(report: Report) -> Text:
     if totals.gap_ms_max is None:
         return Text("No move was watched from outside.", BAD)
     return Text.assemble(
-        ("Gap of a move as clients saw it: ", SOFT),
+        ("Gap of a move: ", SOFT),
         f"p50 {milliseconds(totals.gap_ms_p50)}, p99 {milliseconds(totals.gap_ms_p99)}, "
         f"longest {milliseconds(totals.gap_ms_max)}",
         (f" ({count_of(totals.moves, 'move')})", SOFT),
