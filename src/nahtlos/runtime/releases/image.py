@@ -84,7 +84,7 @@ def build_image(
 def list_images(images_dir: Path) -> tuple[GuestImage, ...]:
     """Images that are there completely, oldest first; their content is not hashed."""
     found: list[tuple[float, GuestImage]] = []
-    for path in images_dir.glob("guest-*.json") if images_dir.is_dir() else []:
+    for path in sorted(images_dir.glob("guest-*.json")):
         with contextlib.suppress(msgspec.MsgspecError, OSError):
             image = msgspec.json.decode(path.read_bytes(), type=GuestImage)
             if all((images_dir / name).is_file() for name in image.sha256):
