@@ -255,6 +255,7 @@ _BRIDGE_TRACKING = """table bridge probe {
   chain forward { type filter hook forward priority 0; ct state established accept; }
 }
 """
+_INET = "table inet probe { set addresses { type ipv4_addr; }; }\n"
 _FLOWER = """qdisc add dev lo clsact
 filter add dev lo ingress protocol ip flower dst_ip 192.0.2.1 action pass
 """
@@ -299,8 +300,15 @@ def _packet_rules(machine: Machine) -> list[Finding]:
             "use a kernel with CONFIG_NF_TABLES_NETDEV and CONFIG_NFT_FWD_NETDEV",
         ),
         _trial_finding(
-            "nftables bridge",
+            "nftables inet",
             Level.REQUIRED,
+            machine.isolated(["nft", "-f", "-"], _INET),
+            "rules for what enters and leaves a host",
+            "use a kernel with CONFIG_NF_TABLES_INET",
+        ),
+        _trial_finding(
+            "nftables bridge",
+            Level.OPTIONAL,
             machine.isolated(["nft", "-f", "-"], _BRIDGE),
             "rules within a bridge",
             "use a kernel with CONFIG_NF_TABLES_BRIDGE",

@@ -5,15 +5,18 @@ is, and the machine's settings for reaching it (proxy, credentials); it never ch
 nothing, and trusts only what Debian's archive keys, as installed on the machine, have signed.
 """
 
+import contextlib
 import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.nouns import Artifact, Value
 from nahtlos.runtime.releases.commands import run
+from nahtlos.runtime.releases.lock import exclusive
 from nahtlos.runtime.releases.progress import OnProgress, Progress
 
 ETC_APT = Path("/etc/apt")
@@ -149,7 +152,9 @@ class Package(Value, frozen=True, kw_only=True):
 
 
 class PrivateApt:
-    """apt over `folder` and nothing else of the machine. `suites` by name; the mirror is the machine's."""
+    """apt over `folder` and nothing else of the machine. `suites` by name; the mirror is the machine's.
+
+    A context: entered, the folder is ours alone and its indexes are fresh."""
 
     def __init__(self, folder: Path, suites: Sequence[str], on_progress: OnProgress) -> None:
         self._folder = folder
@@ -157,10 +162,20 @@ class PrivateApt:
         self._on_progress = on_progress
         self._archives = folder / "cache/archives"
         self._before = 0
+        self._held = contextlib.ExitStack()
         self._configuration = folder / "apt.conf"
 
-    def prepare(self) -> None:
-        """Write the configuration (it follows the machine's, which may have changed). Repeatable."""
+    def __enter__(self) -> Self:
+        self._held.enter_context(exclusive(self._folder.with_suffix(".lock")))
+        self._prepare()
+        self._update()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _prepare(self) -> None:
+        """Write the configuration; it follows the machine's, which may have changed."""
         for part in ("lists/partial", "cache/archives/partial", "etc/none"):
             (self._folder / part).mkdir(parents=True, exist_ok=True)
         (self._folder / "status").write_bytes(b"")
@@ -212,7 +227,7 @@ class PrivateApt:
                 remedy = "apt-get install --only-upgrade debian-archive-keyring, then run it again"
             raise Unavailable(error.message, field=error.field, remedy=remedy) from error
 
-    def update(self) -> None:
+    def _update(self) -> None:
         """Fetch the indexes of the suites, if they are newer than those that are here."""
         text = f"package indexes of {', '.join(self._suites)}"
         self._on_progress(Progress(step="index", text=text))

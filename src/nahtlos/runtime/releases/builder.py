@@ -8,16 +8,14 @@ Never installs anything on the machine and never runs a maintainer script.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.errors import Error, Refused, Unavailable
+from nahtlos.model.errors import Error, Refused
 from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifest, digest_of
 from nahtlos.model.nouns import Component, Release, Value
 from nahtlos.runtime.releases import selection
@@ -31,13 +29,13 @@ from nahtlos.runtime.releases.bundle import (
     version_key,
 )
 from nahtlos.runtime.releases.commands import run
+from nahtlos.runtime.releases.lock import exclusive
 from nahtlos.runtime.releases.progress import OnProgress, Progress, silent
 
 PACKAGES = ("qemu-system-x86", "qemu-utils", "qemu-block-extra")
 MAIN_PACKAGE = "qemu-system-x86"
 _UNPACK_DEADLINE = 120.0
 _QEMU_DEADLINE = 60.0
-_LOCK_DEADLINE = 900.0
 
 
 class Track(Value, frozen=True, kw_only=True):
@@ -82,28 +80,12 @@ def build_release(
     Unavailable if the mirror does not answer; either way it may be called again."""
     track = find_track(version_track)
     releases_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(releases_dir / f".lock-{track.name}"):
+    with exclusive(releases_dir / f".lock-{track.name}"):
         built = None if refresh else _already_built(track, releases_dir)
         if built is None:
             built = _build(track, releases_dir.resolve(), downloads_dir.resolve(), on_progress)
         on_progress(Progress(step="done", text=built.id, done=1, total=1))
         return built
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    """One build of a track at a time; the kernel drops the lock of a build that was killed."""
-    deadline = time.monotonic() + _LOCK_DEADLINE
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise Unavailable(f"another build holds {path}", remedy="wait for it to end") from error
-                time.sleep(0.2)
-        yield
 
 
 def _already_built(track: Track, releases_dir: Path) -> Release | None:
@@ -116,10 +98,8 @@ def _already_built(track: Track, releases_dir: Path) -> Release | None:
 
 
 def _build(track: Track, releases_dir: Path, downloads_dir: Path, on_progress: OnProgress) -> Release:
-    apt = PrivateApt(downloads_dir / "apt" / "trixie", track.sources, on_progress)
-    apt.prepare()
-    apt.update()
-    packages = apt.download(PACKAGES, track.suite)
+    with PrivateApt(downloads_dir / "apt" / "trixie", track.sources, on_progress) as apt:
+        packages = apt.download(PACKAGES, track.suite)
     version = _checked_version(track, packages)
     staging = releases_dir / f".building-{track.name}"
     shutil.rmtree(staging, ignore_errors=True)

@@ -8,12 +8,10 @@ time, and an image that is built already is found by what it was made of, withou
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -24,6 +22,7 @@ from nahtlos.model.nouns import Value
 from nahtlos.runtime.releases import guest_layout as layout
 from nahtlos.runtime.releases.apt import PrivateApt
 from nahtlos.runtime.releases.commands import run
+from nahtlos.runtime.releases.lock import exclusive
 from nahtlos.runtime.releases.progress import OnProgress, Progress, silent
 
 KERNEL_SUITE = "bookworm"
@@ -73,7 +72,7 @@ def build_image(
     sources = _sources(guest_dir)
     recipe = _recipe(sources)
     images_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(images_dir / ".lock"):
+    with exclusive(images_dir / ".lock"):
         image = _already_built(images_dir, recipe)
         if image is None:
             image = _build(sources, recipe, images_dir.resolve(), downloads_dir.resolve(), on_progress)
@@ -105,13 +104,6 @@ def _recipe(sources: tuple[Path, ...]) -> str:
     for path in [*sources, *own]:
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Generator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _already_built(images_dir: Path, recipe: str) -> GuestImage | None:
@@ -183,11 +175,9 @@ def _compile(sources: tuple[Path, ...], target: Path) -> Path:
 
 def _kernel(downloads_dir: Path, staging: Path, on_progress: OnProgress) -> tuple[str, Path]:
     """Version of the kernel's package, and the folder it was unpacked in."""
-    apt = PrivateApt(downloads_dir / "apt" / KERNEL_SUITE, (KERNEL_SUITE,), on_progress)
-    apt.prepare()
-    apt.update()
-    name = apt.dependency(KERNEL_PACKAGE, "linux-image-")
-    package = apt.download_alone(name)
+    with PrivateApt(downloads_dir / "apt" / KERNEL_SUITE, (KERNEL_SUITE,), on_progress) as apt:
+        name = apt.dependency(KERNEL_PACKAGE, "linux-image-")
+        package = apt.download_alone(name)
     unpacked = staging / "kernel"
     run(["dpkg-deb", "--extract", package.path, unpacked], timeout=_TOOL_DEADLINE)
     return f"{name.removeprefix('linux-image-')} ({package.version})", unpacked
