@@ -303,6 +303,7 @@ def _probed(server: str, arrivals: Arrivals, damage: Damage) -> ServerProbe:
         packets_sent=len(arrivals.sent_at),
         packets_received=len(set(arrivals.numbers)),
         packets_lost=len(arrivals.sent_at) - len(set(arrivals.numbers)),
+        longest_gap_ms=61.3,
         longest_send_gap_ms=6.1,
         tcp_lines=3_412,
         tcp_sessions=1 + damage.tcp_broken.get(server, 0),

@@ -204,6 +204,8 @@ def _placed(report: Report, place: Placement, scale: Scale, middle: float) -> li
 
 
 def _moved(report: Report, move: MoveFigures, scale: Scale, middle: float) -> list[str]:
+    if move.begin is None or move.switch is None or move.end is None:
+        return []
     x = scale(move.switch)
     failed = move.state != "done"
     css = "mark failed" if failed else "mark"
@@ -308,7 +310,7 @@ def _strip(report: Report, move: MoveFigures, scale: Scale, middle: float) -> li
     failed = "" if move.state == "done" else f" ({move.state})"
     colour = host_class(report, move.destination)
     return [
-        _text(0, middle + 4, clock(move.switch - report.campaign.began_at), "axis"),
+        _text(0, middle + 4, clock((move.switch or 0.0) - report.campaign.began_at), "axis"),
         _text(40, middle + 4, move.server, "name"),
         _text(132, middle + 4, f"{move.source} → {move.destination}{failed}", "note"),
         _rect(scale(0), middle - 9, scale(end) - scale(0), 18, "gap", radius=2),

@@ -143,9 +143,10 @@ class MoveFigures(Value, frozen=True, kw_only=True, rename={"source": "from", "d
     destination: str
     state: str
     reason: str
-    begin: float
-    switch: float
-    end: float
+    begin: float | None
+    """Wall-clock seconds; None if the hosts told no times."""
+    switch: float | None
+    end: float | None
     gap_ms: float | None
     gap_begin: float | None
     """Wall-clock seconds of the last datagram before the gap."""
@@ -284,7 +285,7 @@ def _complete(probe: ProbeRecords | None) -> bool:
 
 def _move(operation: OperationRecord, arrivals: Sequence[float], lost: Sequence[float]) -> MoveFigures:
     times = operation.times
-    begin, end = min(times.values(), default=0.0), max(times.values(), default=0.0)
+    begin, end = min(times.values(), default=None), max(times.values(), default=None)
     switch = times.get("switch", times.get("stopped", end))
     window = move_window(times)
     silence = longest_silence(arrivals, window) if window is not None else None
@@ -419,7 +420,7 @@ def _totals(
         servers=len(servers),
         servers_at_begin=at_begin,
         moves=len(done),
-        moves_undone=len(moves) - len(done),
+        moves_undone=sum(m.state in (OperationState.UNDONE, OperationState.STUCK) for m in moves),
         reboots=sum(s.reboots for s in servers),
         packets_sent=sum(s.packets_sent for s in servers),
         packets_lost=sum(s.packets_lost for s in servers),
@@ -508,12 +509,13 @@ def _placements(
     begun = {v.id for v in evidence.servers_before}
     views = {v.id: v for v in (*evidence.servers_after, *evidence.servers_before)}
     for name in sorted(views):
-        own = sorted((m for m in moves if m.server == name and _ended_well(m)), key=lambda m: m.switch)
+        own = [m for m in moves if m.server == name and _ended_well(m)]
         at = campaign.began_at if name in begun else max(campaign.began_at, views[name].created_at)
         host = own[0].source if own else views[name].host or ""
         for move in own:
-            found.append(Placement(server=name, host=host, begin=at, end=move.switch))
-            at, host = move.switch, move.destination
+            left = move.switch if move.switch is not None else at
+            found.append(Placement(server=name, host=host, begin=at, end=left))
+            at, host = left, move.destination
         if host:
             found.append(Placement(server=name, host=host, begin=at, end=max(at, campaign.ended_at)))
     return tuple(found)
