@@ -253,6 +253,8 @@ class SourceMove:
         self._end(OperationState.UNDONE, reason)
 
     async def _revert_path(self) -> None:
+        if await self._observed() is None:
+            return  # the host was restarted: its taps are gone, and convergence makes new ones
         for port in self._order.ports:
             await self._context.drivers.network.move_revert(
                 port, self._context.network_of(port), MoveRole.SOURCE
