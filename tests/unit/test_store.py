@@ -245,7 +245,6 @@ async def test_two_campaigns_at_once_are_a_conflict(store: Store) -> None:
                 to_release=ReleaseId("qemu-11"),
                 from_releases=(ReleaseId("qemu-10"),),
                 hosts=(HostId("host-1"),),
-                capacity=1.0,
                 moves_forecast=2,
                 now=1.0,
             )
@@ -257,12 +256,15 @@ async def test_two_campaigns_at_once_are_a_conflict(store: Store) -> None:
     async with store.writing() as tx:
         row = await campaigns.current(tx)
         assert row is not None
-        await campaigns.lower_floor(tx, row.campaign.id, 0.8)
-        await campaigns.lower_floor(tx, row.campaign.id, 0.9)
+        await campaigns.note_progress(tx, row, share=0.8, hosts_upgraded=0)
+        row = await campaigns.current(tx)
+        assert row is not None
+        await campaigns.note_progress(tx, row, share=0.9, hosts_upgraded=1)
         await campaigns.set_state(tx, row.campaign, campaigns.CampaignState.DONE, ended_at=2.0)
         assert await campaigns.current(tx) is None
         newest = await campaigns.newest(tx)
-        assert newest is not None and newest.capacity_floor == 0.8
+        assert newest is not None
+        assert (newest.capacity_floor, newest.hosts_upgraded) == (0.8, 1)
     assert await begin() == "campaign-2"
 
 

@@ -18,6 +18,7 @@ from nahtlos.model.errors import Error, Stale
 from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import Inventory
 from nahtlos.planner.plan import plan
+from nahtlos.planner.upgrade import upgraded_hosts
 from nahtlos.runtime.controllers import outcomes
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.bookkeeping import Chores, chores
@@ -50,18 +51,15 @@ class Planned:
 
 
 class PlanningLoop:
-    def __init__(self, store: Store, agents: Agents, log: EventLog) -> None:
+    def __init__(self, store: Store, agents: Agents, log: EventLog, *, wake: asyncio.Event) -> None:
         self._store = store
         self._agents = agents
         self._log = log
-        self._wake = asyncio.Event()
+        self._wake = wake
         self._waits = LastingWaits()
         self._share: float | None = None
         self._bug = ""
         self.planned: Planned | None = None
-
-    def wake(self) -> None:
-        self._wake.set()
 
     async def run(self, epoch: int) -> None:
         """Until cancelled, under `epoch`."""
@@ -140,6 +138,10 @@ class PlanningLoop:
         campaign = state.campaign.campaign
         cancelled = campaign.state is CampaignState.CANCELLED
         ended = CampaignState.CANCELLED if cancelled else CampaignState.DONE
+        upgraded = len(upgraded_hosts(world.policy, world.blueprint))
+        await campaigns.note_progress(
+            tx, state.campaign, share=state.campaign.capacity_floor, hosts_upgraded=upgraded
+        )
         await campaigns.set_state(tx, campaign, ended, ended_at=self._store.clock())
         plans = world.blueprint.hosts.values()
         everywhere = all(plan.release == campaign.to_release for plan in plans if plan.release is not None)
@@ -162,7 +164,7 @@ class PlanningLoop:
             steps += 1
         assert parent is not None
         if blueprint is not parent:
-            self.wake()
+            self._wake.set()
         return Planned(policy=policy, inventory=inventory, blueprint=parent, report=report)
 
     async def _set_target(
@@ -196,8 +198,12 @@ class PlanningLoop:
             for operation, times in _late_times(state):
                 await operations.add_times(tx, operation, times)
             if state.campaign is not None:
-                share = planned.report.capacity.share
-                await campaigns.lower_floor(tx, state.campaign.campaign.id, share)
+                await campaigns.note_progress(
+                    tx,
+                    state.campaign,
+                    share=planned.report.capacity.share,
+                    hosts_upgraded=len(upgraded_hosts(planned.policy, planned.blueprint)),
+                )
         self._agents.post(orders.hosts)
 
     # --- saying ---

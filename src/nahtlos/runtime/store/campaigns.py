@@ -19,6 +19,7 @@ class CampaignRow:
     capacity_floor: float
     """Least share of what was promised that could have been placed, since it began."""
     moves_forecast: int
+    hosts_upgraded: int
 
 
 async def begin(
@@ -27,18 +28,11 @@ async def begin(
     to_release: ReleaseId,
     from_releases: tuple[ReleaseId, ...],
     hosts: tuple[HostId, ...],
-    capacity: float,
     moves_forecast: int,
     now: float,
 ) -> Campaign:
     """Conflict while another is not over."""
-    open_one = await current(tx)
-    if open_one is not None:
-        raise Conflict(
-            f"campaign {open_one.campaign.id} to {open_one.campaign.to_release} is not over",
-            field="campaign",
-            remedy="wait until it has ended, or cancel it: nahtlos upgrade cancel",
-        )
+    await check_none_open(tx)
     last = (await tx.execute(select(func.max(schema.campaigns.c.number)))).scalar() or 0
     campaign = Campaign(
         id=CampaignId(f"campaign-{last + 1}"),
@@ -54,11 +48,22 @@ async def begin(
             id=campaign.id,
             state=campaign.state,
             document=text_of(campaign),
-            capacity_floor=capacity,
+            capacity_floor=1.0,
             moves_forecast=moves_forecast,
+            hosts_upgraded=0,
         )
     )
     return campaign
+
+
+async def check_none_open(tx: AsyncConnection) -> None:
+    open_one = await current(tx)
+    if open_one is not None:
+        raise Conflict(
+            f"campaign {open_one.campaign.id} to {open_one.campaign.to_release} is not over",
+            field="campaign",
+            remedy="wait until it has ended, or cancel it: nahtlos upgrade cancel",
+        )
 
 
 async def current(tx: AsyncConnection) -> CampaignRow | None:
@@ -93,12 +98,15 @@ async def set_state(
     return changed
 
 
-async def lower_floor(tx: AsyncConnection, campaign: CampaignId, share: float) -> None:
-    await tx.execute(
-        update(schema.campaigns)
-        .where(schema.campaigns.c.id == campaign, schema.campaigns.c.capacity_floor > share)
-        .values(capacity_floor=share)
-    )
+async def note_progress(tx: AsyncConnection, row: CampaignRow, *, share: float, hosts_upgraded: int) -> None:
+    """What is true now; the floor only falls. Nothing is written if nothing is new."""
+    floor = min(row.capacity_floor, share)
+    if floor != row.capacity_floor or hosts_upgraded != row.hosts_upgraded:
+        await tx.execute(
+            update(schema.campaigns)
+            .where(schema.campaigns.c.id == row.campaign.id)
+            .values(capacity_floor=floor, hosts_upgraded=hosts_upgraded)
+        )
 
 
 def _row(row: Row[tuple[object, ...]]) -> CampaignRow:
@@ -106,4 +114,5 @@ def _row(row: Row[tuple[object, ...]]) -> CampaignRow:
         campaign=value_of(row.document, Campaign),
         capacity_floor=row.capacity_floor,
         moves_forecast=row.moves_forecast,
+        hosts_upgraded=row.hosts_upgraded,
     )

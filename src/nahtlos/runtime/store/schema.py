@@ -108,6 +108,7 @@ campaigns = Table(
     Column("ended_at", Float, nullable=True),
     Column("capacity_floor", Float, nullable=False),
     Column("moves_forecast", Integer, nullable=False),
+    Column("hosts_upgraded", Integer, nullable=False),
 )
 
 settings = Table(

@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.Float(), nullable=True),
         sa.Column("capacity_floor", sa.Float(), nullable=False),
         sa.Column("moves_forecast", sa.Integer(), nullable=False),
+        sa.Column("hosts_upgraded", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("number", name=op.f("pk_campaigns")),
         sa.UniqueConstraint("id", name=op.f("uq_campaigns_id")),
     )

@@ -1,0 +1,70 @@
+"""What the cloud's service needs of its surroundings: who signs certificates, which releases are built,
+which images there are. Protocols, and the plain ones over folders."""
+
+import asyncio
+from pathlib import Path
+from typing import Protocol
+
+from nahtlos.model.ids import HostId, ImageId, ReleaseId
+from nahtlos.model.nouns import Release
+from nahtlos.runtime.releases import list_releases, load_release
+
+HASHING_SECONDS = 120.0
+LISTING_SECONDS = 10.0
+IMAGE_SUFFIX = ".raw"
+
+
+class Identity(Protocol):
+    @property
+    def certificate_pem(self) -> str:
+        """Of the authority."""
+        ...
+
+    def sign_host_csr(self, csr_pem: str, host: HostId, address: str) -> str: ...
+
+
+class ReleaseCatalog(Protocol):
+    async def built(self) -> tuple[Release, ...]: ...
+
+    async def verified(self, release: ReleaseId) -> Release:
+        """The release after comparing every file with its manifest. NotFound if it is not built, Refused
+        if anything differs."""
+        ...
+
+
+class ImageCatalog(Protocol):
+    async def images(self) -> dict[ImageId, int]:
+        """Every image, and its size in MiB, rounded up."""
+        ...
+
+
+class FolderReleases:
+    """Bundles under `<folder>/<release>/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def built(self) -> tuple[Release, ...]:
+        async with asyncio.timeout(LISTING_SECONDS):
+            return await asyncio.to_thread(list_releases, self._folder)
+
+    async def verified(self, release: ReleaseId) -> Release:
+        async with asyncio.timeout(HASHING_SECONDS):
+            return await asyncio.to_thread(load_release, self._folder, release)
+
+
+class FolderImages:
+    """`<folder>/<image>.raw`"""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    async def images(self) -> dict[ImageId, int]:
+        async with asyncio.timeout(LISTING_SECONDS):
+            return await asyncio.to_thread(self._list)
+
+    def _list(self) -> dict[ImageId, int]:
+        return {
+            ImageId(path.stem): -(-path.stat().st_size // (1 << 20))
+            for path in sorted(self._folder.glob(f"*{IMAGE_SUFFIX}"))
+        }

@@ -1,0 +1,331 @@
+"""Whether a request can be granted, and what exactly it asks for. Pure; every refusal names the field and
+the remedy."""
+
+import ipaddress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from nahtlos.model.errors import Conflict, NotFound, Refused
+from nahtlos.model.ids import (
+    HostId,
+    ImageId,
+    PortId,
+    ReleaseId,
+    ServerId,
+    VolumeId,
+    checked_name,
+)
+from nahtlos.model.inventory import Inventory
+from nahtlos.model.nouns import (
+    HostRole,
+    NetworkSpec,
+    PortSpec,
+    Release,
+    ServerSpec,
+    Size,
+    VolumeSpec,
+)
+from nahtlos.planner.place import room_for
+from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
+from nahtlos.runtime.controllers.state import State
+
+FIRST_ADDRESS = 10
+"""Addresses below are the network's own."""
+MAC_PREFIX = "52:54:00:4d"
+MAX_VCPUS = 64
+MIN_MEMORY_MIB = 32
+MAX_MEMORY_MIB = 1 << 20
+MAX_VOLUME_MIB = 1 << 21
+MACHINE_PREFIX = "pc-q35-"
+LONGEST_TTL = 7 * 86400
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+# --- what exists -------------------------------------------------------------------------------------
+
+
+def known_host(state: State, host: HostId, field: str = "host") -> HostId:
+    if host not in state.hosts:
+        raise NotFound(f"no host '{host}'", field=field, remedy=f"hosts: {listed(state.hosts)}")
+    return host
+
+
+def compute_host(state: State, host: HostId, field: str = "host") -> HostId:
+    if state.hosts[known_host(state, host, field)].spec.role is not HostRole.COMPUTE:
+        others = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+        raise Refused(
+            f"{host} has the role {HostRole.EDGE} and runs no servers",
+            field=field,
+            remedy=f"hosts that do: {listed(others)}",
+        )
+    return host
+
+
+def known_server(state: State, server: ServerId) -> ServerId:
+    if server not in state.servers:
+        raise NotFound(f"no server '{server}'", field="server", remedy=f"servers: {listed(state.servers)}")
+    return server
+
+
+def present_server(state: State, server: ServerId) -> ServerId:
+    if state.servers[known_server(state, server)].removed_at is not None:
+        raise Conflict(f"{server} is being deleted", field="server")
+    return server
+
+
+# --- joining -----------------------------------------------------------------------------------------
+
+
+def checked_ttl(ttl_seconds: int) -> int:
+    if not 1 <= ttl_seconds <= LONGEST_TTL:
+        raise Refused(
+            f"{ttl_seconds} s is no life for a token",
+            field="ttl_seconds",
+            remedy=f"give 1 to {LONGEST_TTL} seconds",
+        )
+    return ttl_seconds
+
+
+def check_join(state: State, request: JoinRequest) -> None:
+    checked_name(request.host, "host")
+    if not 1 <= request.peer_port <= 65535:
+        raise Refused(f"{request.peer_port} is no port", field="peer_port", remedy="give 1 to 65535")
+    try:
+        ipaddress.ip_address(request.address)
+    except ValueError as error:
+        raise Refused(f"'{request.address}' is no IP address", field="address") from error
+    known = state.hosts.get(request.host)
+    if known is not None and known.spec.role is not request.role:
+        raise Conflict(
+            f"{request.host} is known as {known.spec.role}", field="role", remedy="join by another name"
+        )
+    for host, row in state.hosts.items():
+        if host != request.host and row.spec.address == request.address:
+            raise Conflict(
+                f"{host} has the address {request.address}", field="address", remedy="choose another"
+            )
+
+
+# --- servers -----------------------------------------------------------------------------------------
+
+
+def server_size(request: ServerRequest) -> Size:
+    if not 1 <= request.vcpus <= MAX_VCPUS:
+        raise Refused(f"{request.vcpus} vCPUs", field="vcpus", remedy=f"ask for 1 to {MAX_VCPUS}")
+    if not MIN_MEMORY_MIB <= request.memory_mib <= MAX_MEMORY_MIB:
+        raise Refused(
+            f"{request.memory_mib} MiB of memory",
+            field="memory_mib",
+            remedy=f"ask for {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}",
+        )
+    return Size(vcpus=request.vcpus, memory_mib=request.memory_mib)
+
+
+def chosen_image(request: ServerRequest, images: Mapping[ImageId, int]) -> ImageId:
+    """The image asked for, or the only one; the volume must hold it."""
+    image = request.image
+    if image is None:
+        if len(images) != 1:
+            raise Refused(
+                "no image is named, and there is not exactly one",
+                field="image",
+                remedy=f"name one of: {listed(images)}" if images else "build an image first",
+            )
+        image = next(iter(images))
+    if image not in images:
+        raise NotFound(f"no image '{image}'", field="image", remedy=f"images: {listed(images)}")
+    if not images[image] <= request.volume_mib <= MAX_VOLUME_MIB:
+        raise Refused(
+            f"a volume of {request.volume_mib} MiB does not hold image {image}"
+            if request.volume_mib < images[image]
+            else f"a volume of {request.volume_mib} MiB is too large",
+            field="volume_mib",
+            remedy=f"ask for {images[image]} to {MAX_VOLUME_MIB}",
+        )
+    return image
+
+
+def machine_type(releases: Collection[Release]) -> str:
+    """The newest versioned machine type that every release has, so that a server can live on each."""
+    if not releases:
+        raise Conflict(
+            "no hypervisor release is registered",
+            field="release",
+            remedy="build and register one: nahtlos release build",
+        )
+    common = set[str].intersection(*(set(r.machine_types) for r in releases))
+    versioned = [m for m in common if m.startswith(MACHINE_PREFIX) and _version(m)]
+    if not versioned:
+        raise Conflict(
+            f"releases {listed(r.id for r in releases)} have no machine type {MACHINE_PREFIX}* in common",
+            field="release",
+        )
+    return max(versioned, key=_version)
+
+
+def _version(machine: str) -> tuple[int, ...]:
+    parts = machine.removeprefix(MACHINE_PREFIX).split(".")
+    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def volume_host(state: State, inventory: Inventory) -> HostId:
+    """The connected compute host that serves least; any compute host if none is connected."""
+    compute = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+    if not compute:
+        raise Conflict("no compute host has joined", field="host", remedy="join a host first")
+    candidates = [h for h in compute if h in inventory.connected] or compute
+    served = dict.fromkeys(candidates, 0)
+    for row in state.volumes.values():
+        if row.spec.host in served:
+            served[row.spec.host] += row.spec.size_mib
+    return min(candidates, key=lambda host: (served[host], host))
+
+
+def free_address(
+    network: NetworkSpec, used_ips: Collection[str], used_macs: Collection[str]
+) -> tuple[str, str]:
+    """The lowest free address of the network, and a MAC that says which it is."""
+    subnet = ipaddress.ip_network(network.cidr)
+    reserved = {network.gateway_ip, network.dhcp_ip, *used_ips}
+    for number in range(FIRST_ADDRESS, subnet.num_addresses - 1):
+        ip = str(subnet[number])
+        mac = f"{MAC_PREFIX}:{number >> 8 & 255:02x}:{number & 255:02x}"
+        if ip not in reserved and mac not in used_macs:
+            return ip, mac
+    raise Conflict(f"network {network.id} has no free address", field="network", remedy="delete servers")
+
+
+def server_of(
+    request: ServerRequest,
+    *,
+    size: Size,
+    image: ImageId,
+    machine: str,
+    network: NetworkSpec,
+    address: tuple[str, str],
+    volume_host: HostId,
+) -> tuple[ServerSpec, VolumeSpec]:
+    name = ServerId(checked_name(request.name, "name"))
+    volume = VolumeSpec(
+        id=VolumeId(f"{name}-disk"), size_mib=request.volume_mib, image=image, host=volume_host
+    )
+    port = PortSpec(id=PortId(f"{name}-eth0"), network=network.id, ip=address[0], mac=address[1])
+    return ServerSpec(id=name, size=size, volume=volume.id, ports=(port,), machine=machine), volume
+
+
+def check_promise(state: State, size: Size) -> None:
+    """Servers in total stay within what was promised, which is what capacity is kept for."""
+    if state.promised == Size():
+        return
+    total = sum((r.spec.size for r in state.servers.values() if r.removed_at is None), size)
+    if not total.fits(state.promised):
+        raise Conflict(
+            f"all servers together would need {words(total)}, promised are {words(state.promised)}",
+            field="vcpus" if total.vcpus > state.promised.vcpus else "memory_mib",
+            remedy="delete servers, ask for less, or promise more if the hosts can hold it",
+        )
+
+
+def check_room(state: State, inventory: Inventory, spec: ServerSpec, host: HostId | None) -> None:
+    """Refuses what no waiting would make fit. A host that only is not ready yet is waited for."""
+    answer = room_for(state.policy(), inventory, state.blueprint, spec, host)
+    if answer is None:
+        return
+    lacking = answer.lacks != Size()
+    if not lacking and (host is None or _becomes_ready(state, host)):
+        return
+    raise Conflict(answer.reason, field="host" if host else "memory_mib", remedy=answer.remedy)
+
+
+def _becomes_ready(state: State, host: HostId) -> bool:
+    """Whether the host is on its way into service for the first time."""
+    plan = state.blueprint.hosts.get(host) if state.blueprint else None
+    upgrading = state.blueprint.upgrading if state.blueprint else None
+    in_service = plan is not None and plan.phase.value != "switching"
+    return not in_service and host != upgrading and state.hosts[host].intent.value == "active"
+
+
+def words(size: Size) -> str:
+    return f"{size.vcpus} vCPU and {size.memory_mib} MiB"
+
+
+def check_move(state: State, inventory: Inventory, server: ServerId, to: HostId | None) -> None:
+    blueprint = state.blueprint
+    row = state.servers[present_server(state, server)]
+    move = next((m for m in (blueprint.moves if blueprint else ()) if m.server == server), None)
+    if move is not None:
+        raise Conflict(
+            f"{server} is moving from {move.source} to {move.destination} ({move.id})",
+            field="server",
+            remedy="wait until it has ended",
+        )
+    if row.move_requested and row.move_to == to:
+        raise Conflict(
+            f"{server} is to move to {to or 'another host'} already",
+            field="server",
+            remedy=f"nahtlos server show {server} says what it waits for",
+        )
+    assignment = blueprint.servers.get(server) if blueprint else None
+    if assignment is None:
+        raise Conflict(f"{server} is on no host yet", field="server", remedy="wait until it runs")
+    if to is None:
+        return
+    compute_host(state, to, "to")
+    if assignment.host == to:
+        raise Refused(f"{server} is on {to}", field="to", remedy="name another host")
+    answer = room_for(state.policy(), inventory, blueprint, row.spec, to)
+    if answer is not None:
+        raise Conflict(answer.reason, field="to", remedy=answer.remedy)
+
+
+# --- upgrades ----------------------------------------------------------------------------------------
+
+
+def upgrade_hosts(state: State, hosts: Sequence[HostId] | None) -> tuple[HostId, ...]:
+    if hosts is None:
+        found = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+    else:
+        found = [compute_host(state, host, "hosts") for host in hosts]
+    if not found:
+        raise Refused("no host to upgrade", field="hosts", remedy="join compute hosts first")
+    return tuple(sorted(set(found)))
+
+
+def check_upgrade(state: State, release: Release, hosts: Sequence[HostId]) -> None:
+    plans = state.blueprint.hosts if state.blueprint else {}
+    if all(host in plans and plans[host].release == release.id for host in hosts):
+        raise Refused(
+            f"{listed(hosts)} {'has' if len(hosts) == 1 else 'have'} {release.id} already",
+            field="to",
+            remedy="nothing is left to do",
+        )
+    for server, row in sorted(state.servers.items()):
+        if row.removed_at is None and row.spec.machine not in release.machine_types:
+            raise Refused(
+                f"{release.id} cannot run {server}: it lacks the machine type {row.spec.machine}",
+                field="to",
+                remedy=f"choose a release that has it, or delete {server}",
+            )
+
+
+def releases_in_use(state: State, hosts: Sequence[HostId]) -> tuple[ReleaseId, ...]:
+    plans = state.blueprint.hosts if state.blueprint else {}
+    found = (plans[host].release for host in hosts if host in plans)
+    return tuple(sorted({release for release in found if release is not None}))
+
+
+def check_promised(state: State, inventory: Inventory, promised: Size) -> None:
+    if promised.vcpus < 0 or promised.memory_mib < 0:
+        raise Refused("less than nothing", field="promised", remedy="give whole vCPUs and MiB")
+    compute = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+    total = sum((inventory.hosts[h].capacity for h in compute if h in inventory.hosts), Size())
+    if not promised.fits(total):
+        lacks = promised - total
+        raise Refused(
+            f"the hosts hold {words(total)}: {max(0, lacks.vcpus)} vCPU and "
+            f"{max(0, lacks.memory_mib)} MiB are missing",
+            field="promised",
+            remedy="promise less, or join hosts first",
+        )

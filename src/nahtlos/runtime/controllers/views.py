@@ -1,0 +1,135 @@
+"""What operators see, put together from the state of the store and a plan. Pure."""
+
+from nahtlos.model.blueprint import (
+    Blueprint,
+    CapacityReport,
+    HostPhase,
+    OperationRecord,
+    PlanReport,
+)
+from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.inventory import Inventory, OperationStatus, ServerStatus
+from nahtlos.model.nouns import Size
+from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
+from nahtlos.runtime.controllers.outcomes import DONE
+from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.store.campaigns import CampaignRow
+
+NOTHING = PlanReport(
+    changes=(),
+    waiting=(),
+    capacity=CapacityReport(promised=Size(), in_service=Size(), share=1.0),
+    converged=False,
+)
+"""Before anything was planned."""
+
+
+def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) -> HostView:
+    row, seen = state.hosts[host], inventory.hosts.get(host)
+    plan = state.blueprint.hosts.get(host) if state.blueprint else None
+    assigned = servers_on(state.blueprint, host)
+    return HostView(
+        id=host,
+        role=row.spec.role,
+        address=row.spec.address,
+        intent=row.intent,
+        phase=plan.phase if plan else HostPhase.SWITCHING,
+        connected=host in inventory.connected,
+        release=plan.release if plan else None,
+        verified_release=seen.verified_release if seen else None,
+        accelerator=seen.accelerator if seen else None,
+        capacity=seen.capacity if seen else Size(),
+        used=sum((state.servers[s].spec.size for s in assigned if s in state.servers), Size()),
+        servers=assigned,
+        generation=seen.generation if seen else 0,
+        target_generation=state.configs[host].generation if host in state.configs else 0,
+        seen_at=state.received.get(host),
+        inventory=seen if whole else None,
+    )
+
+
+def servers_on(blueprint: Blueprint | None, host: HostId) -> tuple[ServerId, ...]:
+    owned = blueprint.servers if blueprint else {}
+    return tuple(sorted(server for server, assignment in owned.items() if assignment.host == host))
+
+
+def server_view(state: State, inventory: Inventory, report: PlanReport, server: ServerId) -> ServerView:
+    row = state.servers[server]
+    blueprint = state.blueprint
+    assignment = blueprint.servers.get(server) if blueprint else None
+    move = next((m for m in (blueprint.moves if blueprint else ()) if m.server == server), None)
+    seen = _observed(inventory, server)
+    status = seen[1] if seen else None
+    volume = state.volumes.get(row.spec.volume)
+    port = row.spec.ports[0] if row.spec.ports else None
+    return ServerView(
+        id=server,
+        host=seen[0] if seen else assignment.host if assignment else None,
+        epoch=status.epoch if status else assignment.epoch if assignment else 0,
+        state=status.state if status else None,
+        release=status.release if status else None,
+        size=row.spec.size,
+        ip=port.ip if port else "",
+        mac=port.mac if port else "",
+        volume_host=volume.spec.host if volume else HostId(""),
+        moving_to=move.destination if move else None,
+        waits_for=_waits_for(report, server, removed=row.removed_at is not None),
+        created_at=row.created_at,
+    )
+
+
+def _observed(inventory: Inventory, server: ServerId) -> tuple[HostId, ServerStatus] | None:
+    """Where it runs: of all that report it, the one that owns it by the highest epoch. A VMM that merely
+    waits for it owns nothing yet."""
+    copies = [
+        (host, status)
+        for host, seen in inventory.hosts.items()
+        for status in seen.servers
+        if status.id == server and status.state.value != "incoming"
+    ]
+    return max(copies, key=lambda copy: copy[1].epoch, default=None)
+
+
+def _waits_for(report: PlanReport, server: ServerId, *, removed: bool) -> str:
+    if removed:
+        return "is being deleted"
+    return "; ".join(w.reason for w in report.waiting if w.subject == server)
+
+
+def campaign_view(
+    state: State,
+    inventory: Inventory,
+    report: PlanReport,
+    row: CampaignRow,
+    records: tuple[OperationRecord, ...],
+) -> CampaignView:
+    moves = [r for r in records if r.kind == "move"]
+    done = sum(r.state == DONE for r in moves)
+    current = state.campaign is not None and state.campaign.campaign.id == row.campaign.id
+    return CampaignView(
+        campaign=row.campaign,
+        hosts_total=len(row.campaign.hosts),
+        hosts_upgraded=row.hosts_upgraded,
+        moves_done=done,
+        moves_failed=len(moves) - done,
+        moves_total_forecast=row.moves_forecast,
+        running=_running(state.blueprint, inventory) if current else (),
+        waiting=report.waiting if current else (),
+        capacity=report.capacity,
+        capacity_floor=row.capacity_floor,
+        operations=records,
+    )
+
+
+def _running(blueprint: Blueprint | None, inventory: Inventory) -> tuple[OperationStatus, ...]:
+    """One status of each operation of the blueprint: of a move its source's, which knows how far it is."""
+    if blueprint is None:
+        return ()
+    asked = [(m.id, (m.source, m.destination)) for m in blueprint.moves]
+    asked += [(v.id, (v.host,)) for v in blueprint.verifies]
+    found: list[OperationStatus] = []
+    for operation, hosts in asked:
+        seen = [inventory.hosts[h] for h in hosts if h in inventory.hosts]
+        statuses = [o for i in seen for o in i.operations if o.id == operation]
+        found += statuses[:1]
+    return tuple(found)

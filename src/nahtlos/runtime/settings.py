@@ -1,0 +1,53 @@
+"""What an orchestrator is started with: a JSON file of this shape, readable by root only."""
+
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import NetworkId
+from nahtlos.model.nouns import NetworkSpec, Size
+
+
+class CloudSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a new cloud begins with. Of an existing one, networks and uplinks are taken up anew at every
+    start; the rest is then the operators' to change."""
+
+    networks: tuple[NetworkSpec, ...] = ()
+    uplinks: dict[NetworkId, str] = {}
+    """Interface of the way out of each network, at its gateway host."""
+    promised: Size = Size()
+    parallel_moves: int = 1
+
+
+class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
+    state_dir: Path
+    """The database, and who the operators are."""
+    releases_dir: Path
+    images_dir: Path
+    pki_dir: Path
+    """Its own certificate and key, and the authority's certificate."""
+    ca_dir: Path
+    """The authority's key: what lets hosts join."""
+    cloud: CloudSettings = CloudSettings()
+
+    @property
+    def database(self) -> Path:
+        return self.state_dir / "runtime.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        return self.state_dir / "orchestrator.lock"
+
+    @property
+    def operators(self) -> Path:
+        return self.state_dir / "operators.json"
+
+
+def load_settings(path: Path) -> OrchestratorSettings:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=OrchestratorSettings)
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror}", field=str(path)) from error
+    except msgspec.DecodeError as error:
+        raise Refused(f"not a settings file: {error}", field=str(path), remedy="correct the field") from error
