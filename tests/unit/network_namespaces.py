@@ -8,7 +8,6 @@ import asyncio
 import os
 import select
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -17,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -240,7 +240,7 @@ class Guest:
             socket.inet_aton(self.ip),
             socket.inet_aton(ip),
         )
-        header = header[:10] + struct.pack("!H", _checksum(header)) + header[12:]
+        header = header[:10] + struct.pack("!H", internet_checksum(header)) + header[12:]
         return bytes(10) + _ethernet(mac, self.mac, 0x0800) + header + udp
 
 
@@ -248,7 +248,7 @@ def _ethernet(to: str, sender: str, kind: int) -> bytes:
     return bytes.fromhex(to.replace(":", "") + sender.replace(":", "")) + struct.pack("!H", kind)
 
 
-def _checksum(data: bytes) -> int:
+def internet_checksum(data: bytes) -> int:
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -297,7 +297,7 @@ class Tally:
         self.sent = sent
         self.lost = sorted(set(range(sent)) - set(seen))
         self.duplicated = sorted(n for n, times in seen.items() if times > 1)
-        self.reordered = sum(1 for a, b in zip(received, received[1:], strict=False) if b < a)
+        self.reordered = sum(1 for a, b in pairwise(received) if b < a)
 
 
 class Cloud:

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +34,7 @@ OUTSIDE_GATEWAY, OUTSIDE_CLIENT = "203.0.113.1", "203.0.113.10"
 SWITCH, CONTROL, EDGE, CLIENT = "sw", "ctl", "edge-1", "client"
 MAX_HOSTS = 200
 DEADLINE = 20.0
+NEAR_INDEX = 100
 LAB_NAME = re.compile(r"^[a-z]([a-z0-9-]{0,10}[a-z0-9])?$")
 NODE_NAME = re.compile(r"^(sw|ctl|client|edge-[0-9]+|host-[0-9]+)$")
 _CLONE_NEWNET = 0x40000000
@@ -209,6 +211,7 @@ def create(lab: str, hosts: int) -> Topology:
     try:
         _lay_underlay(topology, sockets)
         _lay_outside(topology, sockets)
+        _await_carriers(topology, sockets)
     finally:
         for socket in sockets.values():
             socket.close()
@@ -267,11 +270,26 @@ def _lay_outside(topology: Topology, sockets: dict[str, Netlink]) -> None:
     client.change([netlink.default_route(OUTSIDE_GATEWAY)])
 
 
+def _await_carriers(topology: Topology, sockets: dict[str, Netlink]) -> None:
+    """The kernel notes a carrier a moment after both ends are up; until then frames are dropped."""
+    wanted = [(SWITCH, _switch_port(n.name)) for n in topology.underlay]
+    wanted += [(n.name, "eth0") for n in (*topology.underlay, topology.client)] + [(EDGE, "out0")]
+    deadline = time.monotonic() + DEADLINE
+    while waiting := [(n, d) for n, d in wanted if not links.read_links(sockets[n])[d].running]:
+        if time.monotonic() >= deadline:
+            names = ", ".join(f"{device} of {node}" for node, device in waiting)
+            raise Unavailable(f"no carrier on {names}", field="lab")
+        wanted = waiting
+        time.sleep(0.002)
+
+
 def _plug(socket: Netlink, name: str, far: Node, far_name: str, mtu: int) -> None:
-    """A cable from the namespace of `socket` to `far`."""
+    """A cable from the namespace of `socket` to `far`. The near end takes an index the far one cannot have:
+    with equal ones the kernel mistakes the pair for one device and takes a second to note the carrier."""
     fd = os.open(NAMESPACES / far.namespace, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        socket.change([links.create_veth(name, far_name, mtu, peer_namespace=fd)])
+        index = NEAR_INDEX + max(link.index for link in links.read_links(socket).values())
+        socket.change([links.create_veth(name, far_name, mtu, peer_namespace=fd, index=index)])
     finally:
         os.close(fd)
 

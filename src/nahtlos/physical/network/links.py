@@ -32,12 +32,13 @@ from nahtlos.physical.network.netlink import (
 )
 
 IFLA_ADDRESS, IFLA_NAME, IFLA_MTU, IFLA_MASTER, IFLA_PROTINFO = 1, 3, 4, 10, 12
-IFLA_TXQUEUE, IFLA_LINKINFO, IFLA_ALIAS, IFLA_STATS, IFLA_NETNS_FD = 13, 18, 20, 23, 28
+IFLA_TXQUEUE, IFLA_STATE, IFLA_LINKINFO, IFLA_ALIAS, IFLA_STATS, IFLA_NETNS_FD = 13, 16, 18, 20, 23, 28
 INFO_KIND, INFO_DATA, INFO_SLAVE_KIND, INFO_SLAVE_DATA = 1, 2, 4, 5
 BRIDGE_FORWARD_DELAY, BRIDGE_STP, BRIDGE_SNOOPING = 1, 5, 23
 PORT_HAIRPIN, PORT_LEARNING, PORT_UNICAST, PORT_MULTICAST, PORT_BROADCAST, PORT_SUPPRESS = 4, 8, 9, 27, 30, 32
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PORT = 1, 4, 7, 15
 VETH_PEER = 1
+STATE_UP = 6
 
 HEADER = "BxHiII"
 """struct ifinfomsg: family, device type, index, flags, mask of flags to change"""
@@ -77,6 +78,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     local: str = ""
     queue: int = 0
     snooping: bool = False
+    running: bool = False
+    """It has a carrier and the kernel has taken note of that: frames pass."""
     stats: Stats = Stats(0, 0, 0)
 
 
@@ -87,8 +90,8 @@ def _header(index: int = 0, flags: int = 0, change: int = 0, family: int = 0) ->
     return struct.pack(HEADER, family, 0, index, flags, change)
 
 
-def _create(name: str, mtu: int, kind: str, *data: bytes, mac: str = "") -> Request:
-    body = _header() + text(IFLA_NAME, name) + u32(IFLA_MTU, mtu)
+def _create(name: str, mtu: int, kind: str, *data: bytes, mac: str = "", index: int = 0) -> Request:
+    body = _header(index) + text(IFLA_NAME, name) + u32(IFLA_MTU, mtu)
     if mac:
         body += attribute(IFLA_ADDRESS, mac_bytes(mac))
     info = [text(INFO_KIND, kind)] + ([nested(INFO_DATA, *data)] if data else [])
@@ -128,12 +131,15 @@ def create_vxlan(name: str, mtu: int, vni: int, local: str) -> Request:
     )
 
 
-def create_veth(name: str, peer: str, mtu: int, *, peer_namespace: int | None = None) -> Request:
-    """A pair; the peer is born in the namespace of descriptor `peer_namespace`, if given."""
+def create_veth(
+    name: str, peer: str, mtu: int, *, peer_namespace: int | None = None, index: int = 0
+) -> Request:
+    """A pair; the peer is born in the namespace of descriptor `peer_namespace`, if given. `index` 0: the
+    next that is free."""
     other = _header() + text(IFLA_NAME, peer) + u32(IFLA_MTU, mtu)
     if peer_namespace is not None:
         other += u32(IFLA_NETNS_FD, peer_namespace)
-    return _create(name, mtu, "veth", attribute(VETH_PEER, other))
+    return _create(name, mtu, "veth", attribute(VETH_PEER, other), index=index)
 
 
 def impossible(kind: str) -> Request:
@@ -216,6 +222,7 @@ def _decode(body: bytes) -> LinkInfo:
         local=".".join(str(b) for b in data.get(VXLAN_LOCAL, b"")) if vxlan else "",
         queue=_number(values.get(IFLA_TXQUEUE)),
         snooping=bool(_number(data.get(BRIDGE_SNOOPING))) if bridge else False,
+        running=_number(values.get(IFLA_STATE)) == STATE_UP,
         stats=_stats(values.get(IFLA_STATS, b"")),
     )
 

@@ -178,8 +178,10 @@ class NativeNetwork:
     def _drift(self, todo: tuple[Change, ...]) -> list[str]:
         """Changes nobody asked for, in words; what a missing device explains is not listed again."""
         applied = self._baseline.applied
-        gone = {c.item.name for c in todo if isinstance(c.item, Device) and not c.remove and not c.before}
-        return [str(c) for c in todo if _is_drift(c, applied) and not _explained(c, gone)]
+        devices = [(c.item, c.before) for c in todo if isinstance(c.item, Device) and not c.remove]
+        missing = {d.name for d, before in devices if before is None}
+        cut_off = missing | {d.name for d, _ in devices if d.master in missing}
+        return [str(c) for c in todo if _is_drift(c, applied) and not _explained(c, missing, cut_off)]
 
     async def _put(self, todo: tuple[Change, ...], found: kernel.Observed, config: HostConfig) -> None:
         rest = [c for c in todo if not isinstance(c.item, Setting) and (c.remove or c.item.rank > 0)]
@@ -454,10 +456,13 @@ def _is_drift(change: Change, applied: Applied) -> bool:
     return (str(change.item) in applied.items) != change.remove
 
 
-def _explained(change: Change, gone: set[str]) -> bool:
+def _explained(change: Change, missing: set[str], cut_off: set[str]) -> bool:
+    """Nothing but a consequence of devices being `missing`, or `cut_off` because their bridge is."""
     item = change.item
     if isinstance(item, Device):
-        return item.master in gone
+        return item.master in missing
     if isinstance(item, Setting):
-        return any(f"/{name}/" in item.path for name in gone)
-    return item.device in gone or (isinstance(item, plan.Forward) and item.bridge in gone)
+        return any(f"/{name}/" in item.path for name in missing)
+    if isinstance(item, plan.PortFlood):
+        return item.device in cut_off
+    return item.device in missing or (isinstance(item, plan.Forward) and item.bridge in missing)
