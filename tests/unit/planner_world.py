@@ -185,20 +185,28 @@ class World:
             assert where == planned.source, f"{planned.id} starts where {planned.server} is not"
             assert planned.epoch == epoch + 1, f"{planned.id} has the wrong epoch"
             assert self.state[planned.server] is RunState.RUNNING, f"{planned.server} does not run"
-            assert planned.server not in self.moving(), f"{planned.server} moves already"
+            if self._refuses(planned):
+                return
         else:
             held = [server for server, (host, _) in self.owner.items() if host == planned.host]
             assert not held, f"{planned.host} is switched under {held}"
             assert blueprint.hosts[planned.host].release == planned.release
         self.operations[planned.id] = Operation(planned=planned)
 
-    def moving(self) -> set[ServerId]:
-        return {
-            operation.planned.server
+    def _refuses(self, planned: PlannedMove) -> bool:
+        """As an agent does while it still ends an earlier move of the server: ask it again later."""
+        earlier = [
+            operation
             for operation in self.operations.values()
+            if isinstance(operation.planned, PlannedMove) and operation.planned.server == planned.server
+        ]
+        for operation in earlier:
+            assert operation.state is not OperationState.RUNNING, f"{planned.server} moves already"
+        return any(
+            operation.source_state is OperationState.RUNNING and operation.planned.source == planned.source
+            for operation in earlier
             if isinstance(operation.planned, PlannedMove)
-            and OperationState.RUNNING in (operation.state, operation.source_state)
-        }
+        )
 
     def _go_on(self, operation: Operation) -> None:
         if operation.state is OperationState.RUNNING:
