@@ -36,4 +36,14 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_settings(path: Path) -> AgentSettings:
-    return msgspec.json.decode(path.read_bytes(), type=AgentSettings)
+    return msgspec.json.decode(path.read_bytes(), type=AgentSettings, dec_hook=_path_of)
+
+
+def encode_settings(settings: AgentSettings) -> bytes:
+    return msgspec.json.encode(settings, enc_hook=str)
+
+
+def _path_of(kind: type, value: object) -> Path:
+    if kind is not Path or not isinstance(value, str):
+        raise NotImplementedError(f"{kind} in settings")
+    return Path(value)

@@ -46,8 +46,18 @@ class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def load_settings(path: Path) -> OrchestratorSettings:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=OrchestratorSettings)
+        return msgspec.json.decode(path.read_bytes(), type=OrchestratorSettings, dec_hook=_path_of)
     except OSError as error:
         raise Refused(f"cannot be read: {error.strerror}", field=str(path)) from error
     except msgspec.DecodeError as error:
         raise Refused(f"not a settings file: {error}", field=str(path), remedy="correct the field") from error
+
+
+def encode_settings(settings: OrchestratorSettings) -> bytes:
+    return msgspec.json.encode(settings, enc_hook=str)
+
+
+def _path_of(kind: type, value: object) -> Path:
+    if kind is not Path or not isinstance(value, str):
+        raise NotImplementedError(f"{kind} in settings")
+    return Path(value)
