@@ -16,7 +16,7 @@ from nahtlos.model.blueprint import CampaignState
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ServerId
 from nahtlos.runtime.evidence.__main__ import main
-from nahtlos.runtime.evidence.html import render_page
+from nahtlos.runtime.evidence.html import render_html
 from nahtlos.runtime.evidence.publish import publish
 from nahtlos.runtime.evidence.records import Arrivals, ProbeRecords, count
 from nahtlos.runtime.evidence.report import Report, build_report, collect, decode, encode, save_evidence
@@ -139,7 +139,7 @@ def test_report_json_has_the_fields_it_must_have(perfect: Report) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_shows_the_figures(perfect: Report) -> None:
-    page = render_page(perfect)
+    page = render_html(perfect)
     assert not re.search(r"(?:src|href)=|url\(|@import|<script", page)
     assert f"of {perfect.totals.packets_sent:,} sent" in page
     for move in perfect.moves:
@@ -151,7 +151,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_shows_the_figures(perfect: Re
 
 def test_a_broken_promise_is_shown_plainly() -> None:
     report = report_of(samples.WOUNDED)
-    page = render_page(report)
+    page = render_html(report)
     assert "6 of 12 promises not kept" in page
     assert "db-2: 4, web-1: 37" in page
     assert "37 lost" in page
@@ -166,7 +166,7 @@ def test_text_from_outside_is_escaped() -> None:
     machine = msgspec.structs.replace(evidence.machine, cpu=evil, accelerator_reason=evil)
     view = msgspec.structs.replace(evidence.servers_before[0], id=ServerId(evil))
     evidence = msgspec.structs.replace(evidence, machine=machine, servers_before=(view,))
-    page = render_page(build_report(evidence, samples.probe()))
+    page = render_html(build_report(evidence, samples.probe()))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 

@@ -215,12 +215,19 @@ def _state_of(state: CampaignState) -> tuple[str, str]:
     return state.value, styles.get(state, BAD)
 
 
+def _bar(done: float, total: float, width: int) -> ProgressBar:
+    styles = ("bright_black", "cyan", GOOD)
+    return ProgressBar(
+        total, done, width, style=styles[0], complete_style=styles[1], finished_style=styles[2]
+    )
+
+
 def _progress(view: CampaignView) -> Table:
     total = max(view.moves_total_forecast, view.moves_done, 1)
     done = total if view.campaign.state is CampaignState.DONE else view.moves_done
     row = Table.grid(padding=(0, 2, 0, 0))
     row.add_row(
-        ProgressBar(total=total, completed=done, width=28),
+        _bar(done, total, 28),
         Text(f"{view.hosts_upgraded} of {count_of(view.hosts_total, 'host')} upgraded"),
         Text(f"{view.moves_done} of {count_of(total, 'move')}"),
         Text(f"{view.moves_failed} undone", WARN) if view.moves_failed else Text(),
@@ -282,7 +289,7 @@ def _move_row(operation: OperationStatus, server: ServerView | None) -> tuple[Re
     return (
         Text(operation.server or "", "bold"),
         Text(f"{source} → {destination}", "cyan"),
-        ProgressBar(total=1.0, completed=operation.progress, width=16),
+        _bar(operation.progress, 1.0, 16),
         Text(_doing(operation), WARN if operation.waits_for else SOFT),
     )
 

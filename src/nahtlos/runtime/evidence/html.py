@@ -21,7 +21,7 @@ from nahtlos.runtime.evidence.plots import gap_dots, strips, timeline
 from nahtlos.runtime.evidence.report import Report, ServerFigures
 
 
-def render_page(report: Report) -> str:
+def render_html(report: Report) -> str:
     title = f"Seamlessness report, {moment(report.campaign.began_at)}"
     sections = (
         _head(report),

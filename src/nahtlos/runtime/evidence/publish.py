@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nahtlos.runtime.evidence.html import render_page
+from nahtlos.runtime.evidence.html import render_html
 from nahtlos.runtime.evidence.report import REPORT_NAME, Report, encode, write_whole
 
 PAGE_NAME = "report.html"
@@ -12,4 +12,4 @@ def publish(folder: Path, report: Report) -> None:
     """`report.json` first: the page is never ahead of the figures it shows."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / REPORT_NAME, encode(report))
-    write_whole(folder / PAGE_NAME, render_page(report).encode())
+    write_whole(folder / PAGE_NAME, render_html(report).encode())
