@@ -1,0 +1,221 @@
+"""The network driver's decisions as tables, and its wire formats without a kernel."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
+from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
+from nahtlos.model.nouns import HostRole, NetworkSpec
+from nahtlos.physical.network import netlink, nft, packet, plan
+from nahtlos.physical.network.dhcp import arguments, hosts_text
+from nahtlos.physical.network.plan import (
+    DELIVERING,
+    SILENT,
+    Address,
+    Change,
+    Device,
+    Forward,
+    Item,
+    Neighbour,
+    Place,
+    PortFlood,
+    TunnelEntry,
+    changes,
+    desired_items,
+    tap_name,
+)
+
+SPEC = NetworkSpec(
+    id=NetworkId("tenant"),
+    vni=100,
+    cidr="10.77.0.0/24",
+    gateway_ip="10.77.0.1",
+    gateway_mac="02:00:00:4d:00:01",
+    gateway_host=HostId("edge-1"),
+    dhcp_ip="10.77.0.2",
+)
+ADDRESSES = {"host-1": "10.99.0.11", "host-2": "10.99.0.12", "edge-1": "10.99.0.5"}
+MAC = "52:54:00:4d:00:10"
+PORT = PortId("web-port")
+
+
+def port(host: str) -> PortConfig:
+    return PortConfig(
+        id=PORT, server=ServerId("web"), mac=MAC, ip="10.77.0.10", host=HostId(host), vtep=ADDRESSES[host]
+    )
+
+
+def config(host: str, at: str = "host-1") -> HostConfig:
+    network = NetworkConfig(
+        spec=SPEC, ports=(port(at),), gateway_vtep="10.99.0.5", vteps=tuple(ADDRESSES.values())
+    )
+    uplinks = (Uplink(network=SPEC.id, interface="out0"),) if host == "edge-1" else ()
+    return HostConfig(host=HostId(host), generation=1, release=None, networks=(network,), uplinks=uplinks)
+
+
+def items(host: str, *, at: str = "host-1", taps: dict[PortId, str] | None = None) -> frozenset[Item]:
+    role = HostRole.EDGE if host == "edge-1" else HostRole.COMPUTE
+    return desired_items(config(host, at), Place(HostId(host), role, ADDRESSES[host]), taps or {})
+
+
+@pytest.mark.parametrize(
+    ("host", "at", "has_tap", "expected", "absent"),
+    [
+        ("host-1", "host-1", True, Forward("br100", MAC, tap_name(PORT)), "10.99.0.12"),
+        ("host-2", "host-1", False, Forward("br100", MAC, "vx100"), ""),
+        ("host-2", "host-1", False, TunnelEntry("vx100", MAC, "10.99.0.11"), ""),
+        ("edge-1", "host-2", False, TunnelEntry("vx100", MAC, "10.99.0.12"), "10.99.0.11"),
+        ("host-1", "host-2", True, Forward("br100", MAC, "vx100"), "10.99.0.11"),
+        ("host-1", "host-2", True, PortFlood(tap_name(PORT), SILENT), ""),
+        ("host-1", "host-1", True, PortFlood(tap_name(PORT), DELIVERING), ""),
+        ("host-1", "host-1", False, Neighbour("br100", "10.77.0.10", MAC), ""),
+        ("host-1", "host-1", False, TunnelEntry("vx100", SPEC.gateway_mac, "10.99.0.5"), ""),
+        ("edge-1", "host-1", False, Address("br100", "10.77.0.1/24", routed=True), ""),
+        ("host-2", "host-1", False, Address("br100", "10.77.0.2/24", routed=False), ""),
+    ],
+)
+def test_where_frames_go(host: str, at: str, has_tap: bool, expected: Item, absent: str) -> None:
+    found = items(host, at=at, taps={PORT: MAC} if has_tap else {})
+    assert expected in found
+    towards = {i.vtep for i in found if isinstance(i, TunnelEntry) and i.mac == MAC}
+    assert absent not in towards
+
+
+def test_a_port_without_its_tap_is_sent_nowhere() -> None:
+    assert not [i for i in items("host-1") if isinstance(i, Forward) and i.mac == MAC]
+
+
+def test_the_same_address_answers_on_every_host_for_servers_and_the_gateway_has_its_own() -> None:
+    macs = {
+        host: next(i.mac for i in items(host) if isinstance(i, Device) and i.kind == "bridge")
+        for host in ADDRESSES
+    }
+    assert macs["host-1"] == macs["host-2"] == plan.anycast_mac(100)
+    assert macs["edge-1"] == SPEC.gateway_mac
+
+
+def test_no_tunnel_entry_leads_to_oneself() -> None:
+    for host, address in ADDRESSES.items():
+        assert address not in {i.vtep for i in items(host, at=host) if isinstance(i, TunnelEntry)}
+
+
+def test_nothing_to_change_when_all_is_right() -> None:
+    assert changes(items("host-1"), items("host-1")) == ()
+
+
+def test_a_port_that_left_is_tunnelled_before_it_is_forwarded() -> None:
+    todo = changes(items("host-1", at="host-2"), items("host-1", at="host-1", taps={PORT: MAC}))
+    about = [c.item for c in todo if isinstance(c.item, Forward | TunnelEntry)]
+    assert about == [TunnelEntry("vx100", MAC, "10.99.0.12"), Forward("br100", MAC, "vx100")]
+
+
+def test_a_port_that_came_is_delivered_before_its_tunnel_goes() -> None:
+    todo = changes(items("host-1", taps={PORT: MAC}), items("host-1", at="host-2"))
+    about = [c for c in todo if isinstance(c.item, Forward | TunnelEntry)]
+    assert about == [
+        Change(Forward("br100", MAC, tap_name(PORT)), before=Forward("br100", MAC, "vx100")),
+        Change(TunnelEntry("vx100", MAC, "10.99.0.12"), remove=True),
+    ]
+
+
+def test_bridges_are_born_before_their_ports_and_die_after_them() -> None:
+    born = [c.item.name for c in changes(items("host-1"), frozenset()) if isinstance(c.item, Device)]
+    dead = [c.item.name for c in changes(frozenset(), items("host-1")) if isinstance(c.item, Device)]
+    assert born[0] == "br100" == dead[-1]
+    assert set(born) == {"br100", "vx100", "gm100", "gb100"}
+
+
+def test_a_tap_is_never_removed_for_being_left_out() -> None:
+    there = items("host-1", taps={PORT: MAC})
+    gone = {c.item for c in changes(items("host-1"), there) if c.remove}
+    assert not [i for i in gone if isinstance(i, Device)]
+
+
+def test_what_moves_is_left_out_but_stays_attached() -> None:
+    tap = tap_name(PORT)
+    left = plan.without(items("host-1", taps={PORT: MAC}), frozenset({MAC, tap}), frozenset({MAC, tap}))
+    assert not [i for i in left if isinstance(i, Forward | TunnelEntry) and i.mac == MAC]
+    assert not [i for i in left if isinstance(i, PortFlood) and i.device == tap]
+    assert [i for i in left if isinstance(i, Device) and i.name == tap]
+
+
+def test_names_fit_the_kernel_whatever_people_choose() -> None:
+    long = [PortId("x" * 200), PortId("x" * 201)]
+    assert len({tap_name(p) for p in long}) == 2
+    assert all(len(tap_name(p)) <= 15 for p in long)
+    assert len(plan.gate_port_name(2**24 - 1)) <= 15
+    assert plan.port_of_alias(plan.port_alias(PORT, MAC)) == (PORT, MAC)
+    assert plan.port_of_alias("somebody's tap") is None
+
+
+def test_attributes_survive_the_way_there_and_back() -> None:
+    data = netlink.text(3, "br0") + netlink.u32(4, 1500) + netlink.nested(18, netlink.u8(1, 7))
+    found = netlink.attributes(data)
+    assert found[3] == b"br0\0"
+    assert found[4] == (1500).to_bytes(4, "little")
+    assert netlink.attributes(found[18]) == {1: b"\7"}
+
+
+def test_a_flip_is_one_short_request() -> None:
+    request = netlink.forward_to_port(7, MAC)
+    assert request.kind == netlink.RTM_NEWNEIGH
+    assert len(request.body) == 12 + 12
+    assert bytes.fromhex(MAC.replace(":", "")) in request.body
+
+
+GATE = nft.Gate(100, MAC, PORT)
+
+
+def test_the_filter_names_what_it_lets_through_the_gate() -> None:
+    text = nft.compose([nft.FilteredNetwork(100, ("out0",))], [GATE])
+    assert f'elements = {{ {MAC} comment "web-port" }}' in text
+    assert 'ether daddr @moving100 fwd to "gm100"' in text
+    assert 'oifname "br100" iifname != { "br100", "out0" } drop' in text
+    assert nft.digest([nft.FilteredNetwork(100, ())]) != nft.digest([nft.FilteredNetwork(100, ("out0",))])
+
+
+def test_the_filter_is_read_back_without_what_changes_by_itself() -> None:
+    def listing(handle: int, *elements: object) -> bytes:
+        ours = {"family": "netdev", "table": "nahtlos"}
+        return msgspec.json.encode(
+            {
+                "nftables": [
+                    {"metainfo": {"version": "1"}},
+                    {"table": {"family": "netdev", "name": "nahtlos", "handle": handle}},
+                    {"set": {**ours, "name": "moving100", "handle": handle, "elem": elements}},
+                    {"table": {"family": "inet", "name": "foreign", "handle": 9}},
+                ]
+            }
+        )
+
+    with_gate = nft.decode(listing(1, {"elem": {"val": MAC, "comment": "web-port"}}))
+    bare = nft.decode(listing(2, "52:54:00:00:00:01"))
+    assert with_gate.gates == {GATE}
+    assert bare.gates == {nft.Gate(100, "52:54:00:00:00:01", PortId(""))}
+    assert with_gate.fingerprint == bare.fingerprint != ""
+    assert nft.decode(b'{"nftables": []}') == nft.Ruleset(frozenset(), "")
+
+
+def test_gates_are_added_and_removed_by_element() -> None:
+    assert nft.gate_commands([GATE], []) == (
+        f'add element netdev nahtlos moving100 {{ {MAC} comment "web-port" }}\n'
+    )
+    assert nft.gate_commands([], [GATE]) == f"delete element netdev nahtlos moving100 {{ {MAC} }}\n"
+    assert nft.gate_commands([], []) == ""
+
+
+def test_dhcp_knows_every_port_of_the_network() -> None:
+    network = config("host-2").networks[0]
+    assert hosts_text(network) == f"{MAC},10.77.0.10,web,30d\n"
+    argv = arguments(network, Path("/run/x"), user="nobody")
+    assert "--port=0" in argv
+    assert "--dhcp-range=10.77.0.0,static,255.255.255.0,30d" in argv
+    assert "--interface=br100" in argv
+
+
+def test_the_sacrifice_is_told_from_a_servers_frame() -> None:
+    dummy = bytes(12) + b"\x88\xb5" + bytes(50)
+    assert packet._is_sacrifice(dummy)
+    assert not packet._is_sacrifice(bytes(12) + b"\x08\x00" + bytes(50))
