@@ -390,6 +390,36 @@ async def test_places_that_are_taken_are_unavailable(reachable: Any, pki: Any, t
             pass
 
 
+async def test_requests_are_answered_when_the_server_is_told_to_end(
+    cloud: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An orchestrator that is replaced leaves no caller without an answer."""
+    asked, ready = asyncio.Event(), asyncio.Event()
+    answer = await cloud.status()
+
+    async def slow() -> Any:
+        asked.set()
+        await asyncio.sleep(0.3)
+        return answer
+
+    monkeypatch.setattr(cloud, "status", slow)
+
+    async def serve() -> None:
+        async with serving(api.create_app(cloud, _anybody), unix_socket=tmp_path / "s"):
+            ready.set()
+            await asyncio.Event().wait()
+
+    server = asyncio.ensure_future(serve())
+    await ready.wait()
+    async with OperatorClient.unix(tmp_path / "s") as client, asyncio.TaskGroup() as group:
+        call = group.create_task(client.status())
+        await asked.wait()
+        server.cancel()
+    assert call.result() == answer
+    with pytest.raises(asyncio.CancelledError):
+        await server
+
+
 async def test_it_serves_on_inherited_sockets(cloud: Any, pki: Any) -> None:
     held = socket.create_server(("127.0.0.1", 0))
     app = api.create_app(cloud, _anybody)

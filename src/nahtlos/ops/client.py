@@ -219,8 +219,14 @@ class OperatorClient:
         except msgspec.DecodeError as error:
             raise Unavailable(f"{self.where} answered {path} with something else: {error}") from error
 
-    def _unreachable(self, error: Exception) -> Unavailable:
+    def _unreachable(self, error: Exception) -> Error:
         what = str(error) or type(error).__name__
+        if _caused_by_permission(error):
+            return Refused(
+                f"{self.where} is for root alone",
+                field="user",
+                remedy="run it as root, or reach the cloud over TLS with an operator's credential",
+            )
         return Unavailable(
             f"no orchestrator answers at {self.where}: {what}", remedy="check that it runs and where"
         )
@@ -260,6 +266,14 @@ def _http(
         timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT),
         trust_env=False,
     )
+
+
+def _caused_by_permission(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, PermissionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _token(file: Path) -> str:

@@ -67,15 +67,20 @@ async def serving(
         tls_port = next((s.getsockname()[1] for s, context in sockets if context), None)
         async with asyncio.TaskGroup() as group:
             servers = [_Server(app, context) for _, context in sockets]
-            for server, (listening, _) in zip(servers, sockets, strict=True):
+            running = [
                 group.create_task(server.serve([listening]))
+                for server, (listening, _) in zip(servers, sockets, strict=True)
+            ]
             try:
                 async with asyncio.timeout(START_TIMEOUT):
                     await asyncio.gather(*(server.listens.wait() for server in servers))
                 yield Listening(tls_port=tls_port)
             finally:
                 for server in servers:
-                    server.should_exit = True
+                    server.stop()
+                # Here, as the group would cancel them when this task is: requests are to be ended in order.
+                if running:
+                    await asyncio.wait(running, timeout=SHUTDOWN_TIMEOUT + 1)
     finally:
         for listening, _ in sockets:
             listening.close()
@@ -120,6 +125,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            date_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
@@ -128,10 +134,19 @@ class _Server(uvicorn.Server):
         config.ssl = tls
         super().__init__(config)
         self.listens = asyncio.Event()
+        self._stops = asyncio.Event()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self._stops.set()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         # Not `super().serve`, which would take SIGINT and SIGTERM from the program it runs in.
         await self._serve(sockets)
+
+    async def main_loop(self) -> None:
+        # Not the library's, which wakes up ten times a second to see whether it shall stop.
+        await self._stops.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -1,0 +1,188 @@
+"""The command `nahtlos`: composition of the operator's command line with labs on this machine."""
+
+import asyncio
+import os
+import sys
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
+from typer.exceptions import Abort, TyperException
+
+from nahtlos.lab.cleanup import Removed, cleanup, processes_of
+from nahtlos.lab.datacentre import Datacentre, LabShape
+from nahtlos.lab.paths import BuildPaths, LabPaths
+from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Unavailable
+from nahtlos.model.ids import checked_name
+from nahtlos.model.nouns import Size
+from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.app import build_app
+from nahtlos.ops.cli.command import INTERRUPTED, Cli, Place, Surroundings, command
+from nahtlos.runtime.controllers.cloud import HostView, Status
+from nahtlos.runtime.releases import list_releases
+
+ANSWER_SECONDS = 5.0
+
+
+class LabStatus(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    up: bool
+    processes: int
+    status: Status | None
+    """None if its orchestrator does not answer."""
+    hosts: tuple[HostView, ...]
+
+
+def application() -> typer.Typer:
+    build = BuildPaths.default()
+    surroundings = _surroundings(build)
+    app = build_app(surroundings)
+    app.add_typer(_lab_commands(surroundings, build), name="lab")
+    return app
+
+
+def _surroundings(build: BuildPaths) -> Surroundings:
+    return Surroundings(socket_of_lab=lambda name: LabPaths(name).operator_socket, build_dir=build.root)
+
+
+def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="A data centre on this machine: hosts as namespaces.")
+
+    @command(app, "up", surroundings)
+    async def up(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        hosts: Annotated[int, typer.Option(help="Hosts that run servers.", min=1, max=16)] = 3,
+        vcpus: Annotated[int, typer.Option(help="Of every host, for servers.", min=1)] = 4,
+        memory_mib: Annotated[int, typer.Option(help="Of every host, for servers.", min=64)] = 1024,
+        parallel_moves: Annotated[int, typer.Option(help="Moves at the same time.", min=1)] = 1,
+    ) -> None:
+        """Open a lab and leave it open: namespaces, an orchestrator, hosts that have joined."""
+        _root()
+        checked_name(cli.lab, "lab")
+        if await _answers(cli) is not None:
+            raise _runs_already(cli.lab)
+        capacity = Size(vcpus=vcpus, memory_mib=memory_mib)
+        shape = LabShape(
+            hosts=hosts,
+            capacity=capacity,
+            promised=_promised(hosts, capacity),
+            parallel_moves=parallel_moves,
+        )
+        await Datacentre(cli.lab, shape, build, lasting=True).open(cli.say)
+        async with cli.client() as client:
+            for release in list_releases(build.releases):
+                await client.register_release(release.id)
+        await _show(cli)
+
+    @command(app, "down", surroundings)
+    async def down(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """End a lab and remove everything of it, its servers and volumes included. Repeatable."""
+        _root()
+        checked_name(cli.lab, "lab")
+        removed = await asyncio.to_thread(cleanup, cli.lab)
+        cli.show(removed, _removed(cli.lab, removed))
+        if removed.left:
+            raise Unavailable(
+                f"not everything could be removed: {', '.join(removed.left)}", remedy="run it again"
+            )
+
+    @command(app, "status", surroundings)
+    async def status(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Whether a lab is open, and what its hosts do."""
+        checked_name(cli.lab, "lab")
+        await _show(cli)
+
+    return app
+
+
+def _root() -> None:
+    if os.geteuid() != 0:
+        raise Refused("a lab makes network namespaces", field="user", remedy="run it as root")
+
+
+def _runs_already(lab: str) -> Conflict:
+    return Conflict(
+        f"lab {lab} runs already",
+        field="lab",
+        remedy=f"`nahtlos lab down --lab {lab}`, or choose another name",
+    )
+
+
+def _promised(hosts: int, capacity: Size) -> Size:
+    """What customers can be promised while any one host may be empty."""
+    spare = max(hosts - 1, 1)
+    return Size(vcpus=capacity.vcpus * spare, memory_mib=capacity.memory_mib * spare)
+
+
+async def _answers(cli: Cli) -> Status | None:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS), cli.client() as client:
+            return await client.status()
+    except (Unavailable, TimeoutError):
+        return None
+
+
+async def _show(cli: Cli) -> None:
+    status = await _answers(cli)
+    hosts: tuple[HostView, ...] = ()
+    if status is not None:
+        async with cli.client() as client:
+            hosts = await client.hosts()
+    lab = LabStatus(
+        name=cli.lab,
+        up=status is not None,
+        processes=len(await asyncio.to_thread(processes_of, cli.lab)),
+        status=status,
+        hosts=hosts,
+    )
+    cli.show(lab, _picture(lab))
+
+
+def _picture(lab: LabStatus) -> RenderableType:
+    if lab.status is None:
+        if not lab.processes:
+            return Text(f"lab {lab.name} is not up", style=pictures.SOFT)
+        left = f"lab {lab.name}: {lab.processes} processes, but no orchestrator answers"
+        return Text.assemble((left, pictures.WARN), ("\n  → nahtlos lab down", "cyan"))
+    head = Text(f"lab {lab.name} is up, {lab.processes} processes", style=pictures.GOOD)
+    return Group(head, Text(), pictures.status(lab.status), Text(), pictures.hosts(lab.hosts))
+
+
+def _removed(lab: str, removed: Removed) -> Text:
+    if not removed:
+        return Text(f"nothing was left of lab {lab}", style=pictures.SOFT)
+    return Text(
+        f"lab {lab} is down: {len(removed.processes)} processes, {len(removed.namespaces)} namespaces, "
+        f"{len(removed.directories)} folders removed"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Mistakes on the command line itself become errors like all others."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--json" not in given or {"--help", "--show-completion", "--install-completion"} & set(given):
+        application()(args=given, prog_name="nahtlos")
+        return
+    try:
+        code = application()(args=given, prog_name="nahtlos", standalone_mode=False)
+    except Abort:
+        code = INTERRUPTED
+    except TyperException as error:
+        Cli(Place(json=True), _surroundings(BuildPaths.default())).show_error(_usage(error))
+        code = error.exit_code
+    sys.exit(code or 0)
+
+
+def _usage(error: TyperException) -> ErrorRecord:
+    return ErrorRecord(
+        kind=Refused.kind,
+        message=error.format_message(),
+        field="arguments",
+        remedy="`nahtlos --help`",
+    )
+
+
+if __name__ == "__main__":
+    main()

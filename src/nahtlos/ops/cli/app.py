@@ -1,0 +1,26 @@
+"""The command line but for labs, which `entry.cli` adds."""
+
+import typer
+
+from nahtlos.ops.cli.command import Surroundings, shared_options
+from nahtlos.ops.cli.hosts import host_commands
+from nahtlos.ops.cli.machine import machine_commands
+from nahtlos.ops.cli.releases import release_commands
+from nahtlos.ops.cli.servers import server_commands
+from nahtlos.ops.cli.upgrades import upgrade_commands
+
+HELP = "nahtlos: a software-defined cloud that is upgraded while it runs."
+EPILOG = "Exit codes: 0 done, 1 a promise broken or failed, 2 refused, 3 unavailable, 4 stale."
+
+
+def build_app(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(
+        name="nahtlos", help=HELP, epilog=EPILOG, no_args_is_help=True, pretty_exceptions_enable=False
+    )
+    shared_options(app)
+    app.add_typer(host_commands(surroundings), name="host")
+    app.add_typer(release_commands(surroundings), name="release")
+    app.add_typer(server_commands(surroundings), name="server")
+    app.add_typer(upgrade_commands(surroundings), name="upgrade")
+    machine_commands(app, surroundings)
+    return app

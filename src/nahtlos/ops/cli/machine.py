@@ -1,0 +1,51 @@
+"""`nahtlos doctor` and `nahtlos status`."""
+
+import asyncio
+
+import typer
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
+from nahtlos.ops.doctor import Finding, Level, examine, fit
+
+
+def machine_commands(app: typer.Typer, surroundings: Surroundings) -> None:
+    """Commands without a group of their own."""
+
+    @command(app, "doctor", surroundings)
+    async def doctor(cli: Cli) -> int:  # pyright: ignore[reportUnusedFunction]
+        """What this machine can and cannot do, with remedies. Exit code 2 if it is not fit for a lab."""
+        findings = await asyncio.to_thread(examine, surroundings.build_dir)
+        cli.show(findings, _picture(findings))
+        return 0 if fit(findings) else REFUSED
+
+    @command(app, "status", surroundings)
+    async def status(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """The cloud in short: whether all is as it should be, and what waits for what."""
+        async with cli.client() as client:
+            value = await client.status()
+        cli.show(value, pictures.status(value))
+
+
+def _picture(findings: list[Finding]) -> RenderableType:
+    lines = [_line(finding) for finding in findings]
+    missing = sum(not f.ok for f in findings if f.level is Level.REQUIRED)
+    verdict = (
+        Text(f"{missing} of the things that are needed are missing", style=pictures.BAD)
+        if missing
+        else Text("this machine can hold a lab", style=pictures.GOOD)
+    )
+    return Group(*lines, Text(), verdict)
+
+
+def _line(finding: Finding) -> Text:
+    style = pictures.BAD if finding.level is Level.REQUIRED else pictures.WARN
+    sign = ("✔ ", pictures.GOOD) if finding.ok else ("✘ ", style)
+    line = Text.assemble(sign, (f"{finding.name}: ", "bold"), finding.detail)
+    if not finding.ok and finding.level is not Level.REQUIRED:
+        line.append(f" ({finding.level})", style=pictures.SOFT)
+    if finding.remedy:
+        line.append(f"\n    → {finding.remedy}", style="cyan")
+    return line

@@ -1,0 +1,342 @@
+"""Results as people read them: tables and short texts. Pure: values in, renderables out."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nahtlos.model.blueprint import (
+    CampaignState,
+    CapacityReport,
+    Forecast,
+    HostIntent,
+    HostPhase,
+    OperationRecord,
+    Waiting,
+    WaitKind,
+)
+from nahtlos.model.ids import ReleaseId
+from nahtlos.model.inventory import HostInventory, OperationState, RunState
+from nahtlos.model.nouns import Release, Size
+from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
+
+GOOD, WARN, BAD, SOFT = "green", "yellow", "bold red", "dim"
+NOTHING = "–"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], empty: str) -> RenderableType:
+    """Columns whose title begins with `>` are aligned right."""
+    lines = list(rows)
+    if not lines:
+        return Text(empty, style=SOFT)
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=SOFT)
+    for title in columns:
+        drawn.add_column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left")
+    for line in lines:
+        drawn.add_row(*(_text(cell) for cell in line))
+    return drawn
+
+
+def facts(pairs: Iterable[tuple[str, str | Text]]) -> RenderableType:
+    drawn = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in pairs:
+        drawn.add_row(Text(name, style=SOFT), _text(value))
+    return drawn
+
+
+def _text(value: str | Text) -> Text:
+    """Plain strings are shown as they are: they are data, not markup."""
+    return Text(value) if isinstance(value, str) else value
+
+
+def short(release: ReleaseId | None) -> str:
+    """A release without its digest: `qemu-11.1.3`."""
+    return release.rsplit("-", 1)[0] if release else NOTHING
+
+
+def size(value: Size) -> str:
+    return f"{value.vcpus} vCPU, {value.memory_mib} MiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min"
+
+
+# --- hosts -------------------------------------------------------------------------------------------
+
+
+def hosts(views: Sequence[HostView]) -> RenderableType:
+    columns = ("Host", "Role", "State", "Address", "Release", ">Servers", ">vCPU", ">Memory MiB")
+    return table(columns, (_host_row(view) for view in views), "no host has joined yet")
+
+
+def _host_row(view: HostView) -> tuple[str | Text, ...]:
+    return (
+        view.id,
+        view.role,
+        _host_state(view),
+        view.address,
+        short(view.release),
+        str(len(view.servers)),
+        f"{view.used.vcpus}/{view.capacity.vcpus}",
+        f"{view.used.memory_mib}/{view.capacity.memory_mib}",
+    )
+
+
+def _host_state(view: HostView) -> Text:
+    text = Text(view.phase, style=GOOD if view.phase is HostPhase.SERVING else WARN)
+    if view.intent is HostIntent.DRAINED and view.phase is not HostPhase.DRAINED:
+        text.append(" (drains)", style=SOFT)
+    if not view.connected:
+        text.append(" disconnected", style=BAD)
+    elif view.generation != view.target_generation:
+        text.append(" converging", style=SOFT)
+    return text
+
+
+def host(view: HostView) -> RenderableType:
+    accelerator = view.accelerator
+    parts: list[RenderableType] = [
+        facts(
+            [
+                ("host", view.id),
+                ("role", view.role),
+                ("state", _host_state(view)),
+                ("intent", view.intent),
+                ("address", view.address),
+                ("release", view.release or NOTHING),
+                ("verified", view.verified_release or NOTHING),
+                ("accelerator", f"{accelerator.name}: {accelerator.reason}" if accelerator else NOTHING),
+                ("capacity", f"{size(view.used)} of {size(view.capacity)}"),
+                ("configuration", f"{view.generation} of {view.target_generation}"),
+                ("servers", ", ".join(view.servers) or NOTHING),
+            ]
+        )
+    ]
+    if view.inventory is not None:
+        parts += _observed(view.inventory)
+    return Group(*parts)
+
+
+def _observed(inventory: HostInventory) -> list[RenderableType]:
+    running = [o for o in inventory.operations if o.state is OperationState.RUNNING]
+    lines = [Text(f"{o.kind} {o.server or ''}: {o.step} {o.waits_for}".rstrip()) for o in running]
+    lines += [Text(f"drift: {text}", style=WARN) for text in inventory.drift]
+    lines += [Text(f"problem: {problem.raised()}", style=BAD) for problem in inventory.problems]
+    return [Text(), *lines] if lines else []
+
+
+# --- releases ----------------------------------------------------------------------------------------
+
+
+def releases(values: Sequence[Release]) -> RenderableType:
+    columns = ("Release", "Version", "Suite", ">MiB", "Machine types")
+    rows = ((r.id, r.version, r.suite, str(r.size_mib), f"up to {_newest(r.machine_types)}") for r in values)
+    return table(columns, rows, "no release is registered; `nahtlos release build`")
+
+
+def _newest(machine_types: tuple[str, ...]) -> str:
+    """The newest of the machine types our servers have."""
+    ours = [m for m in machine_types if re.fullmatch(r"pc-q35-[0-9.]+", m)]
+    return max(ours, key=_numbers, default=NOTHING)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"[0-9]+", text)]
+
+
+def release(value: Release) -> RenderableType:
+    artifacts = table(
+        ("Package", "Version", "sha256"),
+        ((a.name, a.version, a.sha256[:12]) for a in value.artifacts),
+        "no packages recorded",
+    )
+    return Group(
+        facts(
+            [
+                ("release", value.id),
+                ("component", value.component),
+                ("version", value.version),
+                ("suite", value.suite),
+                ("digest", value.digest),
+                ("machine types", ", ".join(value.machine_types)),
+                ("size", f"{value.size_mib} MiB"),
+            ]
+        ),
+        Text(),
+        artifacts,
+    )
+
+
+# --- servers -----------------------------------------------------------------------------------------
+
+
+def servers(views: Sequence[ServerView]) -> RenderableType:
+    columns = ("Server", "State", "Host", "Address", "VMM", "Size", "Volume on", "Waits for")
+    return table(columns, (_server_row(v) for v in views), "no servers yet; `nahtlos server create NAME`")
+
+
+def _server_row(view: ServerView) -> tuple[str | Text, ...]:
+    where = view.host or NOTHING
+    return (
+        view.id,
+        _server_state(view),
+        f"{where} → {view.moving_to}" if view.moving_to else where,
+        view.ip,
+        short(view.release),
+        size(view.size),
+        view.volume_host,
+        view.waits_for,
+    )
+
+
+def _server_state(view: ServerView) -> Text:
+    if view.state is None:
+        return Text("not seen yet", style=SOFT)
+    styles = {RunState.RUNNING: GOOD, RunState.CRASHED: BAD}
+    return Text(view.state, style=styles.get(view.state, WARN))
+
+
+def server(view: ServerView) -> RenderableType:
+    return facts(
+        [
+            ("server", view.id),
+            ("state", _server_state(view)),
+            ("host", view.host or NOTHING),
+            ("moves to", view.moving_to or NOTHING),
+            ("waits for", view.waits_for or NOTHING),
+            ("address", f"{view.ip} ({view.mac})"),
+            ("size", size(view.size)),
+            ("VMM", view.release or NOTHING),
+            ("volume on", view.volume_host),
+            ("epoch", str(view.epoch)),
+        ]
+    )
+
+
+# --- upgrades ----------------------------------------------------------------------------------------
+
+
+def forecast(plan: Forecast) -> RenderableType:
+    """A dry run: what would be done in which order, how long it takes, what is in the way."""
+    columns = (">", "Host", "From", "To", "Moves", ">Seconds", ">Gap ms", ">Worst")
+    parts: list[RenderableType] = [
+        table(columns, _forecast_rows(plan), "nothing to do: every host has this release"),
+        Text(),
+        Text.assemble(
+            ("Predicted: ", "bold"),
+            f"{plan.total_moves} moves ({plan.moves_per_server:.2f} per server), {seconds(plan.seconds)}, "
+            f"gap {plan.gap_ms_p50:.0f} ms (median), capacity never below {plan.capacity_floor:.0%}",
+        ),
+        Text(f"from {plan.basis}", style=SOFT),
+    ]
+    if plan.blockers:
+        parts += [Text(), Text("Blocked:", style=BAD), waiting(plan.blockers)]
+    return Group(*parts)
+
+
+def _forecast_rows(plan: Forecast) -> Iterable[tuple[str | Text, ...]]:
+    for number, step in enumerate(plan.hosts, 1):
+        head = (str(number), step.host, short(step.from_release), short(step.to_release))
+        yield (*head, f"{len(step.moves)} moves" if step.moves else "empty", f"{step.seconds:.1f}", "", "")
+        for move in step.moves:
+            what = f"{move.server} → {move.destination}"
+            figures = (f"{move.seconds:.1f}", f"{move.gap_ms:.0f}", f"{move.gap_ms_max:.0f}")
+            yield ("", "", "", "", *(Text(part, style=SOFT) for part in (what, *figures)))
+
+
+def waiting(steps: Sequence[Waiting]) -> RenderableType:
+    lines: list[Text] = []
+    for step in steps:
+        line = Text.assemble(
+            (f"{step.subject}: ", BAD if step.kind is WaitKind.BLOCKED else WARN), step.reason
+        )
+        if step.remedy:
+            line.append(f"\n  → {step.remedy}", style="cyan")
+        lines.append(line)
+    return Group(*lines)
+
+
+_CAMPAIGN_STYLE = {CampaignState.DONE: GOOD, CampaignState.PAUSED: WARN, CampaignState.CANCELLED: BAD}
+
+
+def campaign(view: CampaignView) -> RenderableType:
+    value = view.campaign
+    took = f" in {seconds(value.ended_at - value.created_at)}" if value.ended_at else ""
+    parts: list[RenderableType] = [
+        facts(
+            [
+                ("campaign", value.id),
+                ("state", Text.assemble((value.state, _CAMPAIGN_STYLE.get(value.state, "")), took)),
+                ("from", ", ".join(short(r) for r in value.from_releases) or NOTHING),
+                ("to", value.to_release),
+                ("hosts", f"{view.hosts_upgraded} of {view.hosts_total} upgraded"),
+                ("moves", _moves(view)),
+                ("capacity", _capacity(view.capacity, view.capacity_floor)),
+            ]
+        )
+    ]
+    if view.running:
+        parts += [
+            Text(),
+            *(Text(f"{o.server or o.id}: {o.kind}, {o.step} {o.waits_for}") for o in view.running),
+        ]
+    if view.waiting:
+        parts += [Text(), waiting(view.waiting)]
+    return Group(*parts)
+
+
+def _moves(view: CampaignView) -> Text:
+    text = Text(f"{view.moves_done} of about {view.moves_total_forecast}")
+    if view.moves_failed:
+        text.append(f", {view.moves_failed} undone", style=WARN)
+    return text
+
+
+def _capacity(report: CapacityReport, floor: float) -> str:
+    return f"{report.share:.0%} of what is promised ({size(report.promised)}); never below {floor:.0%}"
+
+
+def campaign_report(view: CampaignView) -> RenderableType:
+    """A campaign and everything that ended in it."""
+    columns = ("Operation", "Subject", "State", "From", "To", ">Seconds", "Reason")
+    rows = (_operation_row(operation) for operation in view.operations)
+    return Group(campaign(view), Text(), table(columns, rows, "nothing has ended in it yet"))
+
+
+def _operation_row(record: OperationRecord) -> tuple[str | Text, ...]:
+    times = record.times.values()
+    took = f"{max(times) - min(times):.1f}" if record.times else ""
+    good = record.state == OperationState.DONE
+    why = record.error.message if record.error else record.reason
+    return (
+        record.kind,
+        record.subject,
+        Text(record.state, style=GOOD if good else BAD),
+        record.source or "",
+        record.destination or "",
+        took,
+        why,
+    )
+
+
+# --- the cloud ---------------------------------------------------------------------------------------
+
+
+def status(value: Status) -> RenderableType:
+    parts: list[RenderableType] = [
+        facts(
+            [
+                ("version", value.version),
+                ("orchestrator", f"epoch {value.orchestrator_epoch}{'' if value.leader else ', not leader'}"),
+                ("blueprint", value.blueprint),
+                ("converged", Text("yes", style=GOOD) if value.converged else Text("no", style=WARN)),
+                ("capacity", f"{value.capacity.share:.0%} of what is promised"),
+            ]
+        )
+    ]
+    if value.waiting:
+        parts += [Text(), waiting(value.waiting)]
+    return Group(*parts)

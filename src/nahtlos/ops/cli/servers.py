@@ -1,0 +1,183 @@
+"""`nahtlos server …`"""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from nahtlos.model.errors import NotFound
+from nahtlos.model.ids import HostId, ImageId, ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.waiting import wait_until
+from nahtlos.ops.client import OperatorClient
+from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
+
+CONSOLE_POLL = 0.3
+
+Server = Annotated[str, typer.Argument(metavar="SERVER")]
+Wait = Annotated[bool, typer.Option(help="Wait until it is done.")]
+Deadline = Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)]
+
+
+def server_commands(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="Servers: what customers run.")
+
+    @command(app, "list", surroundings)
+    async def list_all(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """All servers, where they run and what they wait for."""
+        async with cli.client() as client:
+            views = await client.servers()
+        cli.show(views, pictures.servers(views))
+
+    @command(app, "show", surroundings)
+    async def show(cli: Cli, server: Server) -> None:  # pyright: ignore[reportUnusedFunction]
+        """One server."""
+        async with cli.client() as client:
+            view = await client.server(ServerId(server))
+        cli.show(view, pictures.server(view))
+
+    @command(app, "create", surroundings)
+    async def create(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        name: Annotated[str, typer.Argument(metavar="NAME")],
+        vcpus: Annotated[int, typer.Option(min=1)] = 1,
+        memory_mib: Annotated[int, typer.Option(min=1)] = 256,
+        volume_mib: Annotated[int, typer.Option(min=1)] = 160,
+        image: Annotated[str | None, typer.Option(help="Needed if there are several.")] = None,
+        host: Annotated[str | None, typer.Option(help="Start it on this host.")] = None,
+        wait: Wait = True,
+        deadline: Deadline = 120.0,
+    ) -> None:
+        """Create a server and boot it."""
+        request = ServerRequest(
+            name=name,
+            vcpus=vcpus,
+            memory_mib=memory_mib,
+            volume_mib=volume_mib,
+            image=ImageId(image) if image else None,
+            host=HostId(host) if host else None,
+        )
+        async with cli.client() as client:
+            view = await client.create_server(request)
+            if wait:
+                view = await _until(cli, client, view, f"{name} starts", _runs, deadline)
+        cli.show(view, pictures.server(view))
+
+    @command(app, "move", surroundings)
+    async def move(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        server: Server,
+        to: Annotated[
+            str | None,
+            typer.Option(help="Destination; chosen if not named."),
+        ] = None,
+        wait: Wait = True,
+        deadline: Deadline = 180.0,
+    ) -> None:
+        """Move a server to another host while it runs."""
+        async with cli.client() as client:
+            before = await client.server(ServerId(server))
+            view = await client.move_server(ServerId(server), HostId(to) if to else None)
+            if wait:
+                view = await _until(
+                    cli, client, view, f"{server} moves", lambda seen: _moved(before, to, seen), deadline
+                )
+        cli.show(view, pictures.server(view))
+
+    @command(app, "delete", surroundings)
+    async def delete(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        server: Server,
+        yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+        wait: Wait = True,
+        deadline: Deadline = 60.0,
+    ) -> None:
+        """Delete a server and its volume."""
+        if not yes and not cli.json and sys.stdin.isatty():
+            typer.confirm(f"Delete {server} and its volume?", abort=True, err=True)
+        async with cli.client() as client:
+            view = await client.delete_server(ServerId(server))
+            if wait:
+                await wait_until(
+                    cli,
+                    f"{server} is deleted",
+                    lambda: _absent(client, ServerId(server)),
+                    lambda gone: gone,
+                    lambda _: "still there",
+                    deadline=deadline,
+                )
+        cli.show(view, Text(f"{server} {'deleted' if wait else 'will be deleted'}"))
+
+    @command(app, "console", surroundings)
+    async def console(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        server: Server,
+        follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+        send: Annotated[str | None, typer.Option(help="Type this line into the console first.")] = None,
+    ) -> None:
+        """What a server has written to its serial console."""
+        name = ServerId(server)
+        async with cli.client() as client:
+            if send is not None:
+                await client.console_write(name, send.encode() + b"\n")
+            data, offset = await client.console_read(name, 0)
+            _print_console(cli, data, offset)
+            while follow:
+                await asyncio.sleep(CONSOLE_POLL)
+                data, offset = await client.console_read(name, offset)
+                if data:
+                    _print_console(cli, data, offset)
+
+    return app
+
+
+def _print_console(cli: Cli, data: bytes, next_offset: int) -> None:
+    text = data.decode(errors="replace")
+    if cli.json:
+        cli.print_json({"text": text, "next_offset": next_offset}, indent=0)
+        return
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+async def _until(
+    cli: Cli,
+    client: OperatorClient,
+    view: ServerView,
+    what: str,
+    done: Callable[[ServerView], bool],
+    deadline: float,
+) -> ServerView:
+    return await wait_until(cli, what, lambda: client.server(view.id), done, _standing, deadline=deadline)
+
+
+def _runs(view: ServerView) -> bool:
+    return view.state is RunState.RUNNING and view.host is not None and view.moving_to is None
+
+
+def _moved(before: ServerView, to: str | None, seen: ServerView) -> bool:
+    """It runs where it shall; without a destination, anywhere but where it was."""
+    if seen.moving_to is not None or seen.state is not RunState.RUNNING:
+        return False
+    return seen.host == to if to else seen.host != before.host
+
+
+def _standing(view: ServerView) -> str:
+    if view.waits_for:
+        return view.waits_for
+    if view.moving_to:
+        return f"{view.host} → {view.moving_to}"
+    return view.state or "not seen yet"
+
+
+async def _absent(client: OperatorClient, server: ServerId) -> bool:
+    try:
+        await client.server(server)
+    except NotFound:
+        return True
+    return False

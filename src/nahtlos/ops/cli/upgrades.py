@@ -1,0 +1,147 @@
+"""`nahtlos upgrade …`"""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from nahtlos.model.blueprint import Campaign, CampaignState
+from nahtlos.model.errors import Unavailable
+from nahtlos.model.ids import CampaignId, HostId, ReleaseId
+from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.command import BROKEN, REFUSED, Cli, Surroundings, command
+from nahtlos.ops.client import OperatorClient
+from nahtlos.ops.watch import watch
+from nahtlos.runtime.controllers.cloud import CampaignView
+from nahtlos.runtime.evidence.report import collect
+from nahtlos.runtime.evidence.text import render_text
+
+WATCH_POLL = 1.0
+
+Release = Annotated[str, typer.Argument(metavar="RELEASE", help="The release to bring hosts to.")]
+Hosts = Annotated[list[str] | None, typer.Option("--host", help="Only this host; repeatable. Otherwise all.")]
+
+
+def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="Upgrades of the hypervisor under running servers.")
+
+    @command(app, "plan", surroundings)
+    async def plan(cli: Cli, release: Release, host: Hosts = None) -> int:  # pyright: ignore[reportUnusedFunction]
+        """A dry run: order, moves, predicted time and gaps, blockers with remedies. Changes nothing.
+
+        Exit code 2 if something blocks it."""
+        async with cli.client() as client:
+            forecast = await client.plan_upgrade(ReleaseId(release), _hosts(host))
+        cli.show(forecast, pictures.forecast(forecast))
+        return REFUSED if forecast.blockers else 0
+
+    @command(app, "start", surroundings)
+    async def start(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        release: Release,
+        host: Hosts = None,
+        follow: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
+    ) -> int:
+        """Bring hosts to RELEASE: each is emptied by live moves, switched, verified, taken back."""
+        async with cli.client() as client:
+            view = await client.start_upgrade(ReleaseId(release), _hosts(host))
+            if follow:
+                return await _watch(cli, client, view.campaign.id)
+        cli.show(view, pictures.campaign(view))
+        cli.say("`nahtlos upgrade watch` shows it as it goes on")
+        return 0
+
+    @command(app, "watch", surroundings)
+    async def watch_it(cli: Cli) -> int:  # pyright: ignore[reportUnusedFunction]
+        """Show the campaign until it is over. Exit code 1 unless it was completed."""
+        async with cli.client() as client:
+            return await _watch(cli, client, (await client.campaign(None)).campaign.id)
+
+    @command(app, "pause", surroundings)
+    async def pause(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Start nothing further; what has begun is ended in order."""
+        async with cli.client() as client:
+            view = await client.pause_upgrade()
+        cli.show(view, pictures.campaign(view))
+
+    @command(app, "resume", surroundings)
+    async def resume(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Go on with a paused campaign."""
+        async with cli.client() as client:
+            view = await client.resume_upgrade()
+        cli.show(view, pictures.campaign(view))
+
+    @command(app, "cancel", surroundings)
+    async def cancel(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Give the campaign up: what has begun is ended in order, hosts return to service."""
+        async with cli.client() as client:
+            view = await client.cancel_upgrade()
+        cli.show(view, pictures.campaign(view))
+
+    @command(app, "report", surroundings)
+    async def report(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        campaign: Annotated[str | None, typer.Argument(help="The newest if not named.")] = None,
+        evidence: Annotated[
+            Path | None,
+            typer.Option(help="Folder with what probes recorded (build/demo): the seamlessness report."),
+        ] = None,
+    ) -> int:
+        """What a campaign did; with --evidence what clients noticed of it.
+
+        With --evidence the exit code is 1 if a promise was not kept."""
+        if evidence is not None:
+            return _seamlessness(cli, evidence)
+        async with cli.client() as client:
+            view = await client.campaign(CampaignId(campaign) if campaign else None)
+        cli.show(view, pictures.campaign_report(view))
+        return 0
+
+    return app
+
+
+def _hosts(names: list[str] | None) -> tuple[HostId, ...] | None:
+    return tuple(HostId(name) for name in names) if names else None
+
+
+async def _watch(cli: Cli, client: OperatorClient, campaign: CampaignId) -> int:
+    if cli.json:
+        return await _watch_json(cli, client, campaign)
+    await watch(client, cli.out)
+    view = await client.campaign(campaign)
+    cli.out.print(_verdict(view.campaign))
+    return _exit_code(view.campaign)
+
+
+async def _watch_json(cli: Cli, client: OperatorClient, campaign: CampaignId) -> int:
+    """A line of JSON for every change, the last one for the end."""
+    last: CampaignView | None = None
+    while True:
+        try:
+            view = await client.campaign(campaign)
+        except Unavailable:
+            await asyncio.sleep(WATCH_POLL)
+            continue
+        if view != last:
+            cli.print_json(view, indent=0)
+        if view.campaign.state in (CampaignState.DONE, CampaignState.CANCELLED) and not view.running:
+            return _exit_code(view.campaign)
+        last = view
+        await asyncio.sleep(WATCH_POLL)
+
+
+def _exit_code(campaign: Campaign) -> int:
+    return 0 if campaign.state is CampaignState.DONE else BROKEN
+
+
+def _verdict(campaign: Campaign) -> Text:
+    done = campaign.state is CampaignState.DONE
+    return Text(f"campaign {campaign.id}: {campaign.state}", style=pictures.GOOD if done else pictures.BAD)
+
+
+def _seamlessness(cli: Cli, folder: Path) -> int:
+    report = collect(folder)
+    cli.show(report, render_text(report))
+    return 0 if report.kept else BROKEN
