@@ -22,10 +22,12 @@ from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, NetworkId
 from nahtlos.model.nouns import HostRole, NetworkSpec, Size
 from nahtlos.ops.client import OperatorClient
+from nahtlos.physical import settings as agent_settings
 from nahtlos.physical.ports import Unit
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.supervisor.client import SupervisorClient
 from nahtlos.physical.supervisor.launch import launch_supervisor
+from nahtlos.runtime import settings as orchestrator_settings
 from nahtlos.runtime.identity import CertificateAuthority
 from nahtlos.runtime.releases import list_releases
 from nahtlos.runtime.settings import CloudSettings, OrchestratorSettings
@@ -56,13 +58,16 @@ class LabShape(msgspec.Struct, frozen=True, kw_only=True):
 class Datacentre:
     """One open lab. Use `opened` or `open`/`close`."""
 
-    def __init__(self, name: str, shape: LabShape, build: BuildPaths) -> None:
+    def __init__(self, name: str, shape: LabShape, build: BuildPaths, *, lasting: bool = False) -> None:
+        """`lasting`: the lab stays when the process that opened it ends; otherwise the next one that opens
+        a lab of this name takes it for left over."""
         self.paths = LabPaths(name)
         self.shape = shape
         self.build = build
         self.topology: Topology | None = None
         self._environment = {LAB_VARIABLE: name}
         self._lock = LabLock(name)
+        self._lasting = lasting
 
     @property
     def client(self) -> OperatorClient:
@@ -122,7 +127,7 @@ class Datacentre:
             ca_dir=paths.state / "ca",
             cloud=self._cloud(topology),
         )
-        write_file(paths.settings, msgspec.json.encode(settings), mode=0o600)
+        write_file(paths.settings, orchestrator_settings.encode_settings(settings), mode=0o600)
         supervisor = await self._supervise(node, paths)
         try:
             await supervisor.listen_tcp("agents", node.address, AGENTS_PORT)
@@ -179,7 +184,7 @@ class Datacentre:
     async def _open_host(self, topology: Topology, node: Node) -> None:
         paths = self._folders(node)
         settings = self._agent_settings(topology, node, paths)
-        write_file(paths.settings, msgspec.json.encode(settings), mode=0o600)
+        write_file(paths.settings, agent_settings.encode_settings(settings), mode=0o600)
         supervisor = await self._supervise(node, paths)
         try:
             await self._join(topology, node, paths)
@@ -273,6 +278,7 @@ class Datacentre:
             paths.state / "supervisor",
             namespace=node.namespace,
             environment=self._environment,
+            inherit=(self._lock.fileno(),) if self._lasting else (),
         )
         return SupervisorClient(paths.supervisor)
 

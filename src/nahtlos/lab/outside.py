@@ -70,7 +70,7 @@ class GuestDisk(msgspec.Struct, frozen=True, kw_only=True):
 
 class GuestStatus(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
-    uptime_ms: int
+    uptime_ms: float
     heartbeat: int
     heartbeat_longest_gap_ms: float
     memory: GuestMemory

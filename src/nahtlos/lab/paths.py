@@ -7,7 +7,7 @@ from nahtlos.model.ids import checked_name
 
 RUN = Path("/run/nahtlos")
 STATE = Path("/var/lib/nahtlos/labs")
-RAM = Path("/dev/shm")  # noqa: S108 (shared memory by purpose)
+RAM = Path("/dev/shm")
 
 LAB_VARIABLE = "NAHTLOS_LAB"
 """In the environment of every process of a lab, so that a later run can find it."""

@@ -44,10 +44,10 @@ class LineSession:
     def unanswered(self) -> int:
         return len(self._waiting)
 
-    def tick(self, now: float, *, say: bool) -> None:
-        """Call once per interval: opens, checks the timeout, says the next line."""
+    def tick(self, now: float, *, reopen: bool, say: bool) -> None:
+        """Call once per interval: opens it (again), checks the timeout, says the next line."""
         if self._sock is None:
-            if now >= self._reopen_at and say:
+            if now >= self._reopen_at and reopen:
                 self._open(now)
             return
         since = self._waiting[0][0] if self._waiting else (now if self._connected else self._opened_at)

@@ -81,7 +81,7 @@ class Subject:
     def greet(self, now: float) -> None:
         """WAITING: ask whether anybody is there; measure once all three services have answered."""
         self.datagrams.greet()
-        self.lines.tick(now, say=True)
+        self.lines.tick(now, reopen=True, say=False)
         if not self._http_answered:
             self._get("/", self._greeted)
         if self.datagrams.answered and self._http_answered and self.lines.connected:
@@ -91,7 +91,8 @@ class Subject:
 
     def say_line(self, now: float) -> None:
         if self.stage in (Stage.MEASURED, Stage.DRAINING):
-            self.lines.tick(now, say=self.stage is Stage.MEASURED)
+            measured = self.stage is Stage.MEASURED
+            self.lines.tick(now, reopen=measured, say=measured)
 
     def get_page(self) -> None:
         if self.stage is Stage.MEASURED:

@@ -42,9 +42,15 @@ class RunningSupervisor:
 
 
 def launch_supervisor(
-    socket: Path, state_dir: Path, *, namespace: str | None = None, environment: dict[str, str] | None = None
+    socket: Path,
+    state_dir: Path,
+    *,
+    namespace: str | None = None,
+    environment: dict[str, str] | None = None,
+    inherit: tuple[int, ...] = (),
 ) -> RunningSupervisor:
-    """Returns when it answers. Blocks for the time a Python process takes to start."""
+    """Returns when it answers. Blocks for the time a Python process takes to start. `inherit`: descriptors
+    the supervisor keeps open as long as it lives."""
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     entry = [
         sys.executable,
@@ -64,6 +70,7 @@ def launch_supervisor(
             stderr=log,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
+            pass_fds=inherit,
         )
     until = time.monotonic() + READY_WITHIN
     while not _answers(socket, process.pid):
