@@ -308,7 +308,10 @@ class Cloud:
 
     def plan(self) -> PlanReport:
         """Decide, and make the decision the target."""
-        following, self.report = plan(self.policy, self.world.look(), self.blueprint)
+        seen = self.world.look()
+        following, self.report = plan(self.policy, seen, self.blueprint)
+        again, _ = plan(self.policy, seen, following)
+        assert again is following, f"planned twice, decided twice: {again.reason}"
         if following is not self.blueprint:
             self.history.append(following)
         self.blueprint = following

@@ -7,6 +7,8 @@ from nahtlos.model.blueprint import CampaignState, HostIntent, HostPhase, WaitKi
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.inventory import OperationState, RunState, ServerStatus
 from nahtlos.model.nouns import Size
+from nahtlos.planner.draft import Observed
+from nahtlos.planner.outcome import ended
 from nahtlos.planner.upgrade import campaign_over, upgraded_hosts
 
 FAILED = (OperationState.UNDONE, UNAVAILABLE)
@@ -301,6 +303,85 @@ def test_a_stuck_move_halts_the_campaign_but_not_an_operators_drain() -> None:
     cloud.intend(2, HostIntent.ACTIVE)
     cloud.settle()
     assert set(releases(cloud)) == {NEW}
+
+
+def test_no_host_is_begun_while_a_move_is_stuck() -> None:
+    cloud = running_cloud((1, 1, 1))
+    cloud.world.script[server_id(1)] = [(OperationState.STUCK, None)]
+    cloud.request(1, 2)
+    cloud.settle()
+    cloud.campaign()
+    cloud.settle()
+    assert cloud.now.upgrading is None
+    assert "is stuck" in cloud.reasons("vm-1")
+
+
+def test_a_server_is_not_moved_again_while_one_end_still_ends_the_last_move() -> None:
+    cloud = running_cloud((1, 1))
+    cloud.world.script[server_id(1)] = [FAILED]
+    cloud.campaign(hosts=(1,))
+    cloud.step()
+    [operation] = cloud.world.operations.values()
+    operation.source_state = OperationState.RUNNING
+    cloud.world.faults.slow = 1.0
+    cloud.step()
+    assert "is still being ended" in cloud.reasons("vm-1")
+    assert not cloud.now.moves
+    cloud.world.faults.slow = 0.0
+    assert cloud.settle().converged
+
+
+def test_a_server_is_not_moved_before_it_is_seen_under_its_epoch() -> None:
+    cloud = running_cloud((1, 1))
+    cloud.world.owner[server_id(1)] = (host_id(1), 7)
+    cloud.campaign(hosts=(1,))
+    cloud.settle()
+    assert "vm-1 has not been seen on host-1 yet" in cloud.reasons("vm-1")
+
+
+def test_a_host_is_emptied_on_when_the_only_way_out_is_away_for_a_moment() -> None:
+    cloud = running_cloud((2, 1))
+    cloud.intend(2, HostIntent.ACTIVE)
+    cloud.campaign(hosts=(1,))
+    cloud.step()
+    cloud.world.away = {host_id(2)}
+    cloud.settle()
+    assert cloud.phase(1) is HostPhase.EMPTYING
+    cloud.world.away.clear()
+    assert cloud.settle().converged
+    assert cloud.release(1) == NEW
+
+
+def test_two_hosts_are_not_drained_into_the_same_room() -> None:
+    cloud = running_cloud((1, 1, 3))
+    cloud.want(parallel_moves=4)
+    for host in (1, 2):
+        cloud.intend(host, HostIntent.DRAINED)
+    cloud.plan()
+    assert [move.server for move in cloud.now.moves] == [server_id(1)]
+    assert "host-3 has no room for vm-2" in cloud.reasons("vm-2")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "decided"),
+    [
+        (OperationState.RUNNING, OperationState.DONE, OperationState.DONE),
+        (OperationState.STUCK, OperationState.DONE, OperationState.DONE),
+        (OperationState.UNDONE, OperationState.STUCK, OperationState.STUCK),
+        (OperationState.UNDONE, OperationState.RUNNING, OperationState.UNDONE),
+        (OperationState.RUNNING, OperationState.RUNNING, None),
+    ],
+)
+def test_where_the_ends_differ_the_durable_word_counts(
+    source: OperationState, destination: OperationState, decided: OperationState | None
+) -> None:
+    cloud = running_cloud((1, 0))
+    cloud.request(1, 2)
+    cloud.step()
+    [operation] = cloud.world.operations.values()
+    operation.source_state, operation.state = source, destination
+    status = ended(Observed(cloud.world.look()), operation.planned.id, (host_id(1), host_id(2)))
+    assert (status.state if status else None) == decided
 
 
 def test_hosts_out_of_reach_wait_and_the_others_are_upgraded() -> None:

@@ -15,7 +15,7 @@ from planner_world import (
     server_spec,
 )
 
-from nahtlos.model.blueprint import HostIntent, HostPhase, WaitKind
+from nahtlos.model.blueprint import CampaignState, HostIntent, HostPhase, WaitKind
 from nahtlos.model.inventory import OperationState, RunState, ServerStatus
 from nahtlos.model.nouns import HostRole, Size
 from nahtlos.planner.place import room_for
@@ -294,6 +294,28 @@ def test_room_for_counts_servers_that_are_still_to_be_placed() -> None:
     assert (refusal := room_for(cloud.policy, look, cloud.now, spec, None)) is not None
     assert refusal.lacks == Size(vcpus=0, memory_mib=256)
     assert refusal.remedy == "free or add capacity"
+
+
+def test_new_servers_prefer_upgraded_hosts_even_if_fuller() -> None:
+    cloud = running_cloud((2, 0, 0))
+    cloud.campaign(hosts=(2,))
+    cloud.settle()
+    for host in (1, 2):
+        cloud.request(host, 2)
+        cloud.settle()
+    cloud.campaign(CampaignState.PAUSED, hosts=(2, 3))
+    cloud.create(9)
+    cloud.settle()
+    assert cloud.where(9) == host_id(2)
+    assert cloud.spread() == [0, 3, 0]
+
+
+def test_room_for_a_server_that_exists_is_room_to_move() -> None:
+    cloud = running_cloud((4, 4))
+    spec, look = cloud.policy.servers[server_id(1)], cloud.world.look()
+    assert room_for(cloud.policy, look, cloud.now, spec, host_id(1)) is None
+    assert (refusal := room_for(cloud.policy, look, cloud.now, spec, None)) is not None
+    assert refusal.lacks == Size(vcpus=0, memory_mib=256)
 
 
 def test_room_for_without_any_host() -> None:

@@ -81,8 +81,6 @@ def pack(draft: Draft, servers: Iterable[ServerId], hosts: Sequence[HostId]) -> 
     campaign = draft.open_campaign
     done = [host for host in hosts if campaign and draft.hosts[host].release == campaign.to_release]
     todo = [host for host in hosts if host not in set(done)]
-    if not done:
-        done, todo = todo, done
     ways = (
         ((done, _roomiest),),
         ((done, _tightest), (todo, _roomiest)),

@@ -98,11 +98,14 @@ def room_for(
     policy: Policy, inventory: Inventory, blueprint: Blueprint | None, spec: ServerSpec, host: HostId | None
 ) -> NoRoom | None:
     """None if `spec` can be placed now on `host` (None: on any), else why not. Servers that were asked for
-    but are not placed yet are counted as placed."""
+    but are not placed yet are counted as placed. For a server that exists: whether it can move there."""
     servers = {**policy.servers, spec.id: spec}
     draft = Draft(msgspec.structs.replace(policy, servers=servers), inventory, blueprint)
     count_rooms(draft)
-    hosts = open_hosts(draft)
+    owner = draft.servers.get(spec.id)
+    if owner is not None and owner.host == host:
+        return None
+    hosts = open_hosts(draft, without=owner.host if owner else None)
     for server in heaviest_first(draft, policy.servers.keys() - draft.servers.keys() - {spec.id}):
         place = policy.placements.get(server) or pack(draft, [server], hosts).places.get(server)
         if place is not None:
