@@ -1,6 +1,7 @@
 """The native network driver on real namespaces and real packets: exact counts."""
 
 import asyncio
+import fcntl
 import os
 import socket
 import struct
@@ -12,7 +13,7 @@ import pytest
 from network_namespaces import Cloud, Guest, Tally, internet_checksum, missing_programs
 
 from nahtlos.lab import topology
-from nahtlos.model.errors import Conflict
+from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.physical.ports import MoveRole, NetworkDesired
 
 pytestmark = [
@@ -294,6 +295,97 @@ async def test_dhcp_is_answered_once_and_by_the_own_host(cloud: Cloud) -> None:
     await until("an address for a server created later", lambda: bool(offers(third.others)))
     await asyncio.sleep(0.2)
     assert offers(third.others) == [(third.ip, "10.77.0.2")]
+
+
+def arp_request(guest: Guest, ip: str) -> bytes:
+    sender = bytes.fromhex(guest.mac.replace(":", ""))
+    body = struct.pack(
+        "!HHBBH6s4s6s4s",
+        1,
+        0x0800,
+        6,
+        4,
+        1,
+        sender,
+        socket.inet_aton(guest.ip),
+        bytes(6),
+        socket.inet_aton(ip),
+    )
+    return bytes(10) + b"\xff" * 6 + sender + b"\x08\x06" + body + bytes(18)
+
+
+def arp(frames: list[bytes], operation: int) -> list[tuple[str, str]]:
+    """MAC and IP of each sender of an ARP request (1) or answer (2)."""
+    found = [f for f in frames if f[12:14] == b"\x08\x06" and f[21] == operation]
+    return [(f[22:28].hex(":"), socket.inet_ntoa(f[28:32])) for f in found]
+
+
+async def test_arp_is_answered_at_once_on_the_own_host(cloud: Cloud) -> None:
+    here, there, neighbour = await opened(cloud, 10, 11, 12)
+    dhcp_mac = cloud.hosts[A].links()["br100"].mac
+    expected = {there.ip: there.mac, "10.77.0.1": "02:00:00:4d:00:01", "10.77.0.2": dhcp_mac}
+    for ip, mac in expected.items():
+        here.others.clear()
+        os.write(cloud.fd(here, A), arp_request(here, ip))
+        await asyncio.sleep(0.1)
+        assert arp(here.others, 2) == [(mac, ip)], "answered once"
+    assert arp(there.others, 1) == [], "no server elsewhere was asked"
+    os.write(cloud.fd(here, A), arp_request(here, neighbour.ip))
+    await until("the neighbour on the same host is asked", lambda: len(arp(neighbour.others, 1)) > 0)
+    assert arp(there.others, 1) == []
+
+
+async def test_broadcasts_reach_servers_of_all_hosts_but_not_one_that_is_expected(cloud: Cloud) -> None:
+    here, there = await opened(cloud, 10, 11)
+    await cloud.begin_move(here, B)
+    expected = Guest(99)
+    expected.run_at(cloud.fd(here, B))
+    os.write(
+        cloud.fd(here, A),
+        bytes(10) + b"\xff" * 6 + bytes.fromhex(here.mac.replace(":", "")) + b"\x88\xb6" + bytes(46),
+    )
+    await until("a broadcast", lambda: any(f[12:14] == b"\x88\xb6" for f in there.others))
+    expected.stop()
+    assert expected.others == []
+
+
+async def test_an_uplink_that_is_not_there_is_named_and_the_rest_works(cloud: Cloud) -> None:
+    edge = cloud.hosts[EDGE]
+    edge.command("ip", "link", "set", "out0", "name", "other0")
+    with pytest.raises(Unavailable, match="out0") as error:
+        await cloud.reconcile(EDGE)
+    assert error.value.field == "uplinks"
+    assert "br100" in edge.links()
+
+
+async def test_capital_letters_in_a_mac_are_no_difference(cloud: Cloud) -> None:
+    guest = cloud.guest(10, A)
+    guest.mac = guest.mac.upper()
+    await cloud.reconcile_all()
+    await cloud.boot(guest)
+    await cloud.begin_move(guest, B)
+    assert await cloud.reconcile(A, guest.port) == ()
+    assert await cloud.reconcile_all() == {A: (), B: (), EDGE: ()}
+    before = cloud.hosts[A].driver.writes
+    assert await cloud.reconcile(A) == ()
+    assert cloud.hosts[A].driver.writes == before
+
+
+async def test_frames_with_a_longer_header_go_back_unharmed(cloud: Cloud) -> None:
+    """A VMM may have asked for 12 bytes of virtio-net header instead of 10."""
+    (guest,) = await opened(cloud, 10)
+    await cloud.begin_move(guest, B)
+    fcntl.ioctl(cloud.fd(guest, B), 0x400454D8, struct.pack("i", 12))
+    await cloud.verb(B, guest, "move_switch", MoveRole.DESTINATION)
+    await cloud.verb(A, guest, "move_switch", MoveRole.SOURCE)
+    sender = cloud.sender(guest, 0.001)
+    await asyncio.sleep(0.2)
+    sent = sender.stop()
+    await asyncio.sleep(0.05)
+    await cloud.verb(A, guest, "move_revert", MoveRole.SOURCE)
+    assert await cloud.verb(B, guest, "move_revert", MoveRole.DESTINATION) == sent
+    await until("all of them", lambda: len(guest.received) == sent)
+    assert guest.received == list(range(sent))
 
 
 async def test_a_switch_takes_far_less_than_a_frame(cloud: Cloud) -> None:

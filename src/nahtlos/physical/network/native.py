@@ -114,14 +114,13 @@ class NativeNetwork:
     async def observe(self) -> NetworkObservation:
         async with self._reconciling:
             devices = await asyncio.to_thread(links.read_links, self._bulk_socket())
-        async with self._filtering:
-            gates = (await nft.listing()).gates
+        gates = self._baseline.applied.gates  # as reconcile last saw and verbs have changed them since
         taps = kernel.taps_of(devices)
         networks = [d.alias.split("/")[2] for d in devices.values() if _is_network(d)]
         return NetworkObservation(
             networks=tuple(sorted(networks)),
             local_ports=tuple(sorted(taps)),
-            reflecting=tuple(sorted({g.port for g in gates if g.port not in taps})),
+            reflecting=tuple(sorted({PortId(port) for _, _, port in gates if port not in taps})),
             counters={port: _counters(devices[name]) for port, (name, _) in taps.items()},
         )
 
@@ -133,6 +132,7 @@ class NativeNetwork:
             return await self._reconcile(desired.config, desired.pinned)
 
     async def _reconcile(self, config: HostConfig, pinned: frozenset[PortId]) -> tuple[str, ...]:
+        """Everything that can be put right is; what cannot be is raised at the end."""
         todo, wanted, found = await self._compare(config, pinned)
         words = self._drift(todo)
         births = [c for c in todo if isinstance(c.item, Device) and not c.remove]
@@ -150,6 +150,7 @@ class NativeNetwork:
         applied.items = {str(item) for item in wanted}
         applied.touched &= self._held_names(pinned, config, found)
         self._baseline.save()
+        _check_uplinks(config, found)
         return tuple(words)
 
     async def _compare(
@@ -161,6 +162,8 @@ class NativeNetwork:
         taps = {port: mac for port, (_, mac) in found.taps.items()}
         wanted = plan.desired_items(config, self._place, taps)
         held = self._held_names(pinned | self._in_motion, config, found)
+        present = {item.key for item in found.items}
+        wanted = frozenset(i for i in wanted if not isinstance(i, Setting) or i.key in present)
         todo = plan.changes(plan.without(wanted, held, held), plan.without(found.items, held, held))
         return todo, wanted, found
 
@@ -169,7 +172,7 @@ class NativeNetwork:
     ) -> frozenset[str]:
         """MACs and taps of `ports`, whether the configuration knows them or only a tap here does."""
         wanted = frozenset(ports)
-        names = {p.mac for n in config.networks for p in n.ports if p.id in wanted}
+        names = {p.mac.lower() for n in config.networks for p in n.ports if p.id in wanted}
         for port, (device, mac) in found.taps.items():
             if port in wanted:
                 names |= {device, mac}
@@ -219,7 +222,7 @@ class NativeNetwork:
         vnis = {network.spec.vni for network in config.networks}
         keep = {g for g in known if g.port in held and g.vni in vnis}
         reflect = {
-            nft.Gate(network.spec.vni, port.mac, port.id)
+            nft.Gate(network.spec.vni, port.mac.lower(), port.id)
             for network in config.networks
             for port in network.ports
             if port.id in config.reflect
@@ -257,7 +260,7 @@ class NativeNetwork:
         fd = tap.open_tap(name)
         self._descriptors[port.id] = fd
         kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
-        alias, mtu = plan.port_alias(port.id, port.mac), network.spec.mtu
+        alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
         self._fast_socket().change([links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE)])
         await self._supervisor.store_fd(_stored(port.id), fd)
         return fd
@@ -326,7 +329,7 @@ class NativeNetwork:
 
     def _touch(self, port: PortConfig) -> None:
         self._in_motion.add(port.id)
-        self._baseline.touch((port.mac, plan.tap_name(port.id)))
+        self._baseline.touch((port.mac.lower(), plan.tap_name(port.id)))
 
     # --- moves ---------------------------------------------------------------------------------------
 
@@ -336,7 +339,7 @@ class NativeNetwork:
         tunnel = _index(plan.tunnel_name(network.spec.vni))
         self._fast_socket().change([netlink.tunnel_entry(tunnel, port.mac, vtep)])
         await self._descriptor(port.id)
-        gate = nft.Gate(network.spec.vni, port.mac, port.id)
+        gate = nft.Gate(network.spec.vni, port.mac.lower(), port.id)
         async with self._filtering:
             await nft.apply(nft.gate_commands([gate], []))
             self._baseline.applied.gates.add((gate.vni, gate.mac, gate.port))
@@ -443,6 +446,16 @@ def _counters(device: links.LinkInfo) -> dict[str, int]:
         "tx_packets": stats.tx_packets,
         "tx_dropped": stats.tx_dropped,
     }
+
+
+def _check_uplinks(config: HostConfig, found: kernel.Observed) -> None:
+    for uplink in config.uplinks:
+        if uplink.interface not in found.links:
+            raise Unavailable(
+                f"uplink interface {uplink.interface} of network {uplink.network} does not exist",
+                field="uplinks",
+                remedy="connect it, or name another interface",
+            )
 
 
 def _filtered(network: NetworkConfig, config: HostConfig) -> nft.FilteredNetwork:

@@ -215,12 +215,19 @@ def desired_items(config: HostConfig, place: Place, taps: Mapping[PortId, str]) 
     `port_create` and `port_delete`; one that is there is kept enslaved and, if its port belongs here,
     delivered to."""
     items: set[Item] = set()
-    for network in config.networks:
+    for network in map(normal, config.networks):
         uplinks = [u for u in config.uplinks if u.network == network.spec.id]
         items.update(_devices(network, place), _entries(network, place, taps))
         items.update(_own_address(network, place), _settings(network, uplinks))
         items.update(_taps(network, place, taps))
     return frozenset(items)
+
+
+def normal(network: NetworkConfig) -> NetworkConfig:
+    """MACs as the kernel writes them, so that comparing finds no difference where there is none."""
+    spec = msgspec.structs.replace(network.spec, gateway_mac=network.spec.gateway_mac.lower())
+    ports = tuple(msgspec.structs.replace(p, mac=p.mac.lower()) for p in network.ports)
+    return msgspec.structs.replace(network, spec=spec, ports=ports)
 
 
 def network_items(network: NetworkConfig, place: Place) -> frozenset[Item]:
