@@ -5,6 +5,8 @@ The steps are those of a clean run: nothing is listed by hand. What must hold is
 copy, no packet lost unless its path itself was struck, the operation ended on both hosts, nothing left over.
 """
 
+import os
+
 import pytest
 from moving import (
     DESTINATION,
@@ -35,6 +37,8 @@ from nahtlos.wire.memory import Fate
 STRIKES = list(strikes())
 STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 """Where something happens from outside: after every effect, and around every write."""
+SOME_STEPS = STEPS if os.environ.get("NAHTLOS_THOROUGH") else STEPS[::4]
+"""Events that last long take long to play: every fourth step, unless all are asked for."""
 A, B, ORCHESTRATOR = f"host/{SOURCE}", f"host/{DESTINATION}", "orchestrator"
 
 
@@ -82,7 +86,6 @@ def test_a_verb_keeps_failing_for_a_while() -> None:
         pytest.param(kill_agents(DESTINATION), id="destination-agent-killed"),
         pytest.param(kill_agents(SOURCE, DESTINATION), id="both-agents-killed"),
         pytest.param(hold_down(SOURCE, 10.0), id="source-agent-down-for-10s"),
-        pytest.param(hold_down(DESTINATION, 60.0), id="destination-agent-down-for-60s"),
         pytest.param(kill_orchestrator, id="orchestrator-killed"),
         pytest.param(kill_vmm(SOURCE), id="source-vmm-killed"),
         pytest.param(kill_vmm(DESTINATION), id="destination-vmm-killed"),
@@ -91,16 +94,27 @@ def test_a_verb_keeps_failing_for_a_while() -> None:
         pytest.param(kill_storage, id="storage-daemon-killed"),
         pytest.param(break_lines, id="peers-line-breaks"),
         pytest.param(partition(A, B, 5.0), id="peers-parted-for-5s"),
-        pytest.param(partition(A, B, 70.0), id="peers-parted-for-70s"),
-        pytest.param(partition(ORCHESTRATOR, A, 30.0), id="orchestrator-parted-from-source"),
-        pytest.param(partition(ORCHESTRATOR, B, 30.0), id="orchestrator-parted-from-destination"),
         pytest.param(cut_stream, id="stream-cut"),
         pytest.param(stall_stream(5.0), id="stream-stalls-for-5s"),
-        pytest.param(stall_stream(60.0), id="stream-stalls-for-60s"),
     ],
 )
 def test_something_happens_at_a_step(event: Event) -> None:
     found = failures((f"at {at}", Run(at=at, does=event)) for at in STEPS)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(hold_down(DESTINATION, 60.0), id="destination-agent-down-for-60s"),
+        pytest.param(partition(A, B, 70.0), id="peers-parted-for-70s"),
+        pytest.param(partition(ORCHESTRATOR, A, 30.0), id="orchestrator-parted-from-source"),
+        pytest.param(partition(ORCHESTRATOR, B, 30.0), id="orchestrator-parted-from-destination"),
+        pytest.param(stall_stream(60.0), id="stream-stalls-for-60s"),
+    ],
+)
+def test_something_lasts_long_from_a_step_on(event: Event) -> None:
+    found = failures((f"at {at}", Run(at=at, does=event)) for at in SOME_STEPS)
     assert not found, "\n".join(found)
 
 
@@ -128,8 +142,9 @@ def test_a_message_meets_its_fate(fate: Fate) -> None:
 
 
 def test_killed_before_the_server_was_handed_over_a_destination_costs_no_reboot() -> None:
-    """Its source still has it: whoever dies at the destination before `take` was written is not missed."""
-    before = STEPS[: next(i for i, s in enumerate(STEPS) if (s.verb, s.moment) == ("take", Moment.AFTER))]
-    for at in before:
+    """Its source still has it: a destination that dies before it has said that all has arrived is not
+    missed. (If it dies between that and its first instruction, the server is booted again there.)"""
+    arrived = next(i for i, s in enumerate(STEPS) if s.verb == "incoming_wait")
+    for at in STEPS[:arrived]:
         run = Run(at=at, does=kill_vmm(DESTINATION)).play()
         assert run.world.facts(SERVER).boots == 1, at

@@ -43,9 +43,10 @@ EDGE = HostId("edge-1")
 NETWORK = NetworkId("tenant")
 ORCHESTRATOR = ("10.99.0.1", 7443)
 PEER_PORT = 7444
-TOLD_EVERY = 0.5
+TOLD_EVERY = 1.0
 """Seconds between two attempts to tell the agents what they should know."""
 MEMORY_MIB = 64
+PRECOPY_DEADLINE = 6.0
 
 
 def host_specs(count: int) -> tuple[HostSpec, ...]:
@@ -183,7 +184,7 @@ class Conductor:
             source_address=here.address,
             destination_address=there.address,
             destination_peer_port=there.peer_port,
-            precopy_deadline=20.0,
+            precopy_deadline=PRECOPY_DEADLINE,
         )
         self.orders[order.id] = order
         self._wake.set()
