@@ -39,6 +39,7 @@ API_PORT = 8443
 READY_SECONDS = 60.0
 JOIN_SECONDS = 60.0
 TOKEN_SECONDS = 600
+CONTROL_NICE = -10
 
 TENANT = NetworkId("tenant")
 
@@ -145,6 +146,7 @@ class Datacentre:
                     fds=("agents", "api", "operator"),
                     log=paths.state / "orchestrator.log",
                     restart=True,
+                    nice=CONTROL_NICE,
                 )
             )
         finally:
@@ -199,6 +201,7 @@ class Datacentre:
                     fds=("peer",),
                     log=paths.state / "agent.log",
                     restart=True,
+                    nice=CONTROL_NICE,
                 )
             )
         finally:

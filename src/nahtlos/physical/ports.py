@@ -50,6 +50,9 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     log: Path
     restart: bool = False
     """Start it again when it ends other than by `stop`."""
+    nice: int = 0
+    """Scheduling priority: what keeps others alive (agent, orchestrator) is below 0, so that busy guests
+    cannot starve it."""
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,7 +25,9 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def spawn(argv: list[str], environment: dict[str, str], log: Path, fds: tuple[int, ...]) -> int:
+def spawn(
+    argv: list[str], environment: dict[str, str], log: Path, fds: tuple[int, ...], *, nice: int = 0
+) -> int:
     """Start `argv` in a session of its own, standard output and error appended to `log`, each of `fds`
     at FIRST_HANDED and up. Raises OSError if it cannot be started.
 
@@ -39,7 +41,7 @@ def spawn(argv: list[str], environment: dict[str, str], log: Path, fds: tuple[in
     ]
     # The sources are above every target (see `descriptors.FLOOR`), so no dup2 overwrites a later source.
     actions += [(os.POSIX_SPAWN_DUP2, fd, FIRST_HANDED + i) for i, fd in enumerate(fds)]
-    return os.posix_spawnp(
+    pid = os.posix_spawnp(
         argv[0],
         argv,
         environment,
@@ -49,6 +51,9 @@ def spawn(argv: list[str], environment: dict[str, str], log: Path, fds: tuple[in
         # Python ignores SIGPIPE and SIGXFSZ, and that would be inherited.
         setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM],
     )
+    with suppress(ProcessLookupError, PermissionError):  # it has ended; or we may only make it nicer
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
+    return pid
 
 
 def reap(pid: int) -> int | None:

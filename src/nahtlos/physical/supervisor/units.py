@@ -188,6 +188,7 @@ class UnitTable:
                 {**os.environ, **unit.environment, **marks},
                 unit.log,
                 tuple(fd for fd, _ in stored.values()),
+                nice=unit.nice,
             )
         except OSError as error:
             raise Refused(f"cannot start {argv[0]}: {error.strerror}", field="argv") from error
