@@ -164,6 +164,22 @@ async def test_a_restarted_agent_carries_a_move_on(cloud: Cloud) -> None:
     assert (tally.lost, tally.duplicated) == ([], [])
 
 
+async def test_draining_waits_for_the_last_frame_and_says_if_it_does_not_come(cloud: Cloud) -> None:
+    (guest,) = await opened(cloud, 10)
+    driver = cloud.hosts[A]
+    assert await driver.call(lambda d: d.move_drain(guest.port, timeout=0.2))
+    guest.stop()
+    sender = cloud.sender(guest, 0.001)
+    await asyncio.sleep(0.05)
+    sent = sender.stop()
+    await asyncio.sleep(0.02)
+    assert not await driver.call(lambda d: d.move_drain(guest.port, timeout=0.05))
+    guest.run_at(cloud.fd(guest, A))
+    assert await driver.call(lambda d: d.move_drain(guest.port, timeout=1.0))
+    await asyncio.sleep(0.02)
+    assert guest.received == list(range(sent))
+
+
 async def test_a_stale_ring_is_emptied_and_not_delivered(cloud: Cloud) -> None:
     (guest,) = await opened(cloud, 10)
     port, network = cloud.port(guest), cloud.network

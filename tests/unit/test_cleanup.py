@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nahtlos.lab import cleanup as subject
+from nahtlos.lab import topology
 from nahtlos.lab.cleanup import LabLock, Roots, cleanup, lab_is_running, processes_of
 from nahtlos.model.errors import Conflict
 
@@ -94,6 +95,30 @@ def test_parents_come_before_what_they_started(started: list[subprocess.Popen[by
     assert found[1].parent == found[0].pid
     for process in found:
         os.kill(process.pid, signal.SIGKILL)
+
+
+def test_supervisors_come_first_even_if_what_they_adopted_is_older(
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    started += [start(ONE), start(ONE, "import time; time.sleep(60)  # nahtlos.entry.supervisor")]
+    until_listed(ONE, 2)
+    assert [p.pid for p in processes_of(ONE)] == [started[1].pid, started[0].pid]
+
+
+def test_dnsmasq_inside_a_namespace_of_the_lab_is_ended_by_its_place(
+    roots: Roots, started: list[subprocess.Popen[bytes]]
+) -> None:
+    """It may have lost its environment; a person's shell in the same place is not ours to end."""
+    lab = topology.create(ONE, 1)
+    environment = {k: v for k, v in os.environ.items() if k != "NAHTLOS_LAB"}
+    serving = ["/usr/sbin/dnsmasq", "-C", "/dev/null", "-k", "--port=0", "--pid-file="]
+    both = ([*lab.control.enter, *command] for command in (serving, ["sleep", "60"]))
+    started.extend(subprocess.Popen(command, env=environment) for command in both)
+    until_listed(ONE, 1)
+    removed = cleanup(ONE, roots=roots)
+    assert ["dnsmasq" in text for text in removed.processes] == [True]
+    assert set(removed.namespaces) == {n.namespace for n in lab.nodes}
+    assert started[1].poll() is None
 
 
 def test_we_do_not_end_ourselves(roots: Roots) -> None:

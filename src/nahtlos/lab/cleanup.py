@@ -23,6 +23,7 @@ from nahtlos.lab.paths import LAB_VARIABLE
 from nahtlos.model.errors import Conflict
 
 PROC = Path("/proc")
+SUPERVISOR = "nahtlos.entry.supervisor"
 DEADLINE = 15.0
 """Seconds for everything; processes that cannot be ended (in the kernel) are named in the result."""
 
@@ -170,7 +171,8 @@ class Process(msgspec.Struct, frozen=True):
 
 
 def processes_of(lab: str) -> tuple[Process, ...]:
-    """Processes of `lab`, parents before what they started. Not ourselves, nor whoever started us."""
+    """Processes of `lab`: supervisors, which would start the others again, then parents before what they
+    started. Not ourselves, nor whoever started us."""
     spared = set(_ourselves())
     namespaces = _namespace_inodes(lab)
     found = {
@@ -178,7 +180,7 @@ def processes_of(lab: str) -> tuple[Process, ...]:
         for p in (_process(int(e.name)) for e in PROC.iterdir() if e.name.isdigit())
         if p is not None and p.pid not in spared and _belongs(p, lab, namespaces)
     }
-    return tuple(sorted(found.values(), key=lambda p: (_depth(p, found), p.pid)))
+    return tuple(sorted(found.values(), key=lambda p: (SUPERVISOR not in p.command, _depth(p, found), p.pid)))
 
 
 def _depth(process: Process, among: dict[int, Process]) -> int:
