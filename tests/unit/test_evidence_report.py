@@ -123,6 +123,23 @@ def test_a_server_nobody_probed_is_named() -> None:
     assert "no evidence for db-1" in lost.figure
 
 
+def test_faults_are_told_even_where_nothing_went_well() -> None:
+    evidence, probe = samples.evidence(), samples.probe()
+    servers = tuple(
+        msgspec.structs.replace(s, tcp_lines=0, tcp_sessions_broken=3) for s in probe.summary.servers
+    )
+    probe = type(probe)(msgspec.structs.replace(probe.summary, servers=servers), probe.arrivals)
+    tcp = next(p for p in build_report(evidence, probe).promises if p.promise == "No TCP session broken")
+    assert not tcp.kept
+    assert tcp.figure.startswith("21 broken, 0 lines exchanged (api-1: 3")
+
+
+def test_nothing_measured_is_no_zero() -> None:
+    page = render_html(build_report(samples.evidence(), None))
+    assert page.count("not measured") == 4
+    assert "0 packets" not in page
+
+
 def test_report_json_has_the_fields_it_must_have(perfect: Report) -> None:
     data = json.loads(encode(perfect))
     assert {"from", "to", "hosts", "hosts_upgraded", "state", "seconds"} <= data["campaign"].keys()

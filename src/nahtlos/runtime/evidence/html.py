@@ -17,7 +17,7 @@ from nahtlos.runtime.evidence.figures import (
     release,
     share,
 )
-from nahtlos.runtime.evidence.plots import gap_dots, strips, timeline
+from nahtlos.runtime.evidence.plots import gap_dots, moves_in_strips, strips, timeline
 from nahtlos.runtime.evidence.report import Report, ServerFigures
 
 
@@ -108,37 +108,38 @@ def _cross() -> str:
 
 def _figures(report: Report) -> str:
     totals = report.totals
+    seen = any(s.boot_seen for s in report.servers)
     tiles = (
-        (
-            number(totals.packets_lost),
+        _tile(
+            totals.packets_lost,
+            totals.packets_sent > 0,
             "packets lost",
             f"of {number(totals.packets_sent)} sent",
-            totals.packets_lost,
         ),
-        (number(totals.reboots), "reboots", f"of {count_of(totals.servers, 'server')}", totals.reboots),
+        _tile(totals.reboots, seen, "reboots", f"of {count_of(totals.servers, 'server')}"),
         (
             milliseconds(totals.gap_ms_p50),
             "median gap of a move",
             f"p99 {milliseconds(totals.gap_ms_p99)}, longest {milliseconds(totals.gap_ms_max)}",
-            0,
+            False,
         ),
-        (
-            number(totals.tcp_sessions_broken),
+        _tile(
+            totals.tcp_sessions_broken,
+            totals.tcp_lines > 0,
             "TCP sessions broken",
             f"{number(totals.tcp_lines)} lines exchanged",
-            totals.tcp_sessions_broken,
         ),
-        (
-            number(totals.http_failures),
+        _tile(
+            totals.http_failures,
+            totals.http_requests > 0,
             "HTTP requests failed",
             f"of {number(totals.http_requests)}",
-            totals.http_failures,
         ),
-        (
-            number(totals.disk_writes_lost),
+        _tile(
+            totals.disk_writes_lost,
+            any(s.disk_checked for s in report.servers),
             "acknowledged writes lost",
             f"of {number(totals.disk_writes_acknowledged)}",
-            totals.disk_writes_lost,
         ),
     )
     cells = "".join(
@@ -147,6 +148,11 @@ def _figures(report: Report) -> str:
         for value, label, note, bad in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _tile(faults: int, measured: bool, label: str, note: str) -> tuple[str, str, str, bool]:
+    """Nothing measured is not a zero."""
+    return (number(faults) if measured else NONE), label, (note if measured else "not measured"), faults > 0
 
 
 def _promises(report: Report) -> str:
@@ -178,9 +184,15 @@ def _gaps(report: Report) -> str:
         lead,
         f"<h3>Gap of every move</h3>{_scrolled(gap_dots(report))}"
         f"<h3>Around every move{escape(rate)}</h3>"
-        '<p class="lead">One stroke for every datagram that came back; the gap is shaded.</p>'
+        '<p class="lead">One stroke for every datagram that came back; the gap is shaded.'
+        f"{_left_out(report)}</p>"
         f"{_scrolled(strips(report))}",
     )
+
+
+def _left_out(report: Report) -> str:
+    more = sum(m.gap_ms is not None for m in report.moves) - len(moves_in_strips(report))
+    return f" Shown are the longest; {number(more)} shorter ones are in report.json." if more else ""
 
 
 # --- servers -----------------------------------------------------------------------------------------

@@ -284,10 +284,17 @@ def _percentiles(p50: float | None, p99: float | None, scale: Scale, top: float,
     ]
 
 
+def moves_in_strips(report: Report) -> list[MoveFigures]:
+    """Moves that were watched, in their order: all, or if they are many those with the longest gaps."""
+    watched = [m for m in report.moves if m.gap_ms is not None]
+    longest = sorted(watched, key=lambda m: m.gap_ms or 0.0, reverse=True)[:STRIPS_SHOWN]
+    kept = {m.id for m in longest}
+    return [m for m in watched if m.id in kept]
+
+
 def strips(report: Report) -> str:
     """What the client heard around each move: a stroke for every datagram that came back."""
-    watched = [m for m in report.moves if m.gap_ms is not None]
-    shown = watched[:STRIPS_SHOWN]
+    shown = moves_in_strips(report)
     if not shown:
         return ""
     label = 300

@@ -52,16 +52,13 @@ def _for_every_server(
     figure: str,
 ) -> Promise:
     """Kept if every server was looked at and none shows anything bad; the bad ones are named."""
-    if not servers:
-        return Promise(promise=text, kept=False, figure="no evidence: no server was measured")
     unseen = [s.name for s in servers if not evidence(s)]
     hit = [f"{s.name}: {bad(s):,}" for s in servers if bad(s)]
-    parts = [figure]
-    if hit:
-        parts.append(f"({_listed(hit)})")
-    if unseen:
-        parts.append(f"no evidence for {_listed(unseen)}")
-    return Promise(promise=text, kept=not hit and not unseen, figure=" ".join(parts))
+    if len(unseen) == len(servers) and not hit:
+        return Promise(promise=text, kept=False, figure="no evidence: no server was measured")
+    named = f" ({_listed(hit)})" if hit else ""
+    missing = f"; no evidence for {_listed(unseen)}" if unseen else ""
+    return Promise(promise=text, kept=not hit and not unseen, figure=f"{figure}{named}{missing}")
 
 
 def _listed(names: Iterable[str], most: int = 4) -> str:
