@@ -8,6 +8,7 @@ Checked at every transition:
     two-copies    two VMMs run the same server
     stale-copy    a memory runs whose disk was written by a later one
     rebooted      a server was booted again though nothing outside our hands had ended it
+    epoch         a server ran by an older epoch after a newer one
     last-copy     an agent ended the only VMM that still held a server
 """
 
@@ -79,6 +80,8 @@ class ServerFacts:
     stopped_at: float | None = None
     """Since when no copy runs."""
     longest_blackout: float = 0.0
+    epoch: int = 0
+    """The highest by which it has run."""
 
 
 @dataclass(eq=False)
@@ -379,6 +382,10 @@ class World:
                 + ", ".join(f"{v.id.unit} at {v.host}" for v in others),
             )
         self._check_memory(vmm)
+        if vmm.id.epoch < facts.epoch:
+            text = f"runs by epoch {vmm.id.epoch} after it ran by {facts.epoch}"
+            self._violated("epoch", vmm.id.server, text)
+        facts.epoch = max(facts.epoch, vmm.id.epoch)
         vmm.has_run = True
         for tap in vmm.taps:
             if tap.vmm is vmm:
