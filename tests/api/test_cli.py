@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import termios
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typer.testing import CliRunner, Result
 from nahtlos.entry import cli as entry
 from nahtlos.model.blueprint import CampaignState
 from nahtlos.model.errors import Error, Refused, Stale, Unavailable
+from nahtlos.model.ids import ServerId
 from nahtlos.ops.cli.app import build_app
 from nahtlos.ops.cli.command import Place, Surroundings, completer
+from nahtlos.ops.cli.terminal import attach
 
 NEW = "qemu-11.1.3-000000000002"
 Run = Callable[..., Awaitable[Result]]
@@ -194,6 +198,32 @@ async def test_following_a_console_ends_when_the_server_does(run: Run, reachable
         result = await run("server", "console", "web-1", "--follow")
     assert result.stdout == "login: more\n"
     assert result.exit_code == 2
+
+
+async def test_a_terminal_is_attached_until_it_leaves(reachable: Any) -> None:
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    try:
+        async with reachable.unix() as client, asyncio.timeout(10), asyncio.TaskGroup() as group:
+            attached = group.create_task(attach(client, ServerId("web-1"), 0, theirs, theirs))
+            assert await asyncio.to_thread(os.read, ours, 100) == b"login: "
+            os.write(ours, b"root\r")
+            assert await asyncio.to_thread(os.read, ours, 100) == b"root\r"
+            reachable.cloud.fails = Unavailable("no leader for a moment")
+            os.write(ours, b"\x03\x1d")
+            await attached
+        assert reachable.cloud.console == b"login: root\r\x03"
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+async def test_attaching_needs_a_terminal(reachable: Any) -> None:
+    with (reachable.token_file).open() as file:
+        async with reachable.unix() as client:
+            with pytest.raises(Refused, match="no terminal"):
+                await attach(client, ServerId("web-1"), 0, file.fileno(), file.fileno())
 
 
 # --- exit codes and errors ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import HostId
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.runtime.identity import CertificateAuthority
+from nahtlos.wire import websocket
 from nahtlos.wire.memory import Faults, MemoryNetwork
 from nahtlos.wire.transport import Channel, ChannelClosed, OnChannel
 from nahtlos.wire.websocket import MAX_FRAME, WebSocketTransport
@@ -206,6 +207,39 @@ async def test_frames_have_a_limit(pki: Path) -> None:
     await channel.send(b"still open")
     assert await channel.receive() == b"still open"
     await channel.close()
+    await listener.close()
+
+
+async def stalled(pki: Path) -> tuple[Channel, Any]:
+    """A channel whose other end has stopped reading, as a frozen process does."""
+
+    async def freeze(channel: Channel) -> None:
+        channel._connection.transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.sleep(30)
+
+    return await connected(lambda party: WebSocketTransport(pki / party), freeze)
+
+
+async def test_a_peer_that_falls_silent_is_noticed(pki: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(websocket, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(websocket, "PING_TIMEOUT", 0.3)
+    channel, listener = await stalled(pki)
+    with pytest.raises(ChannelClosed):
+        await asyncio.wait_for(channel.receive(), 5)
+    await listener.close()
+
+
+async def test_a_peer_that_takes_nothing_holds_up_no_sender(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "SEND_TIMEOUT", 0.3)
+    channel, listener = await stalled(pki)
+    with pytest.raises(ChannelClosed):
+        async with asyncio.timeout(5):
+            while True:
+                await channel.send(bytes(MAX_FRAME))
+    with pytest.raises(ChannelClosed):
+        await channel.send(b"nor anything after it")
     await listener.close()
 
 

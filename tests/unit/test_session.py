@@ -149,6 +149,19 @@ async def test_a_bug_in_a_handler_is_told_and_the_session_goes_on() -> None:
     assert [type(bug) for bug in bugs] == [ZeroDivisionError]
 
 
+async def test_an_answer_that_cannot_be_sent_is_a_bug_of_the_handler() -> None:
+    bugs: list[BaseException] = []
+
+    async def handler(message: Message, _epoch: int) -> Message:
+        return Done() if isinstance(message, Ping) else ConsoleData(data=object(), next_offset=0)  # type: ignore[arg-type]
+
+    async with conversation(handler, on_bug=bugs.append) as session:
+        with pytest.raises(Exception, match="TypeError"):
+            await session.request(ConsoleRead(server=ServerId("s"), offset=0), timeout=1)
+        assert await session.request(Ping(), timeout=1) == Done()
+    assert [type(bug) for bug in bugs] == [TypeError]
+
+
 async def test_both_sides_ask_over_one_channel() -> None:
     sessions: list[Session] = []
     network = MemoryNetwork()

@@ -123,19 +123,33 @@ class Session:
 
     async def _handle(self, envelope: Envelope) -> None:
         try:
-            answer = await self._handler(decode_body(envelope.body), envelope.epoch)
-        except Error as error:
-            answer = Failure(error=ErrorRecord.of(error))
-        except Exception as error:
-            if self._on_bug:
-                self._on_bug(error)
-            answer = Failure(error=ErrorRecord.of(error))
-        try:
-            await self._send(
-                encode(answer, number=next(self._numbers), reply_to=envelope.id, epoch=self.epoch)
-            )
+            await self._reply(envelope, await self._answer(envelope))
         except ChannelClosed:
             self._close()
+
+    async def _answer(self, envelope: Envelope) -> Message:
+        try:
+            return await self._handler(decode_body(envelope.body), envelope.epoch)
+        except Error as error:
+            return Failure(error=ErrorRecord.of(error))
+        except Exception as error:
+            return self._bug(error)
+
+    async def _reply(self, envelope: Envelope, answer: Message) -> None:
+        try:
+            await self._send_answer(envelope, answer)
+        except ChannelClosed:
+            raise
+        except Exception as error:  # an answer that cannot be encoded, or is too long, is the handler's bug
+            await self._send_answer(envelope, self._bug(error))
+
+    async def _send_answer(self, envelope: Envelope, answer: Message) -> None:
+        await self._send(encode(answer, number=next(self._numbers), reply_to=envelope.id, epoch=self.epoch))
+
+    def _bug(self, error: Exception) -> Failure:
+        if self._on_bug:
+            self._on_bug(error)
+        return Failure(error=ErrorRecord.of(error))
 
     def _close(self) -> None:
         self._closed = True

@@ -42,6 +42,7 @@ class WebSocketChannel:
     def __init__(self, connection: Connection, peer: str) -> None:
         self._connection = connection
         self._peer = peer
+        self._stuck = False
 
     @property
     def peer(self) -> str:
@@ -52,6 +53,8 @@ class WebSocketChannel:
             raise Refused(
                 f"frame of {len(frame)} bytes, at most {MAX_FRAME}", field="message", remedy="send less"
             )
+        if self._stuck:
+            raise ChannelClosed(f"connection to {self._peer} was given up")
         try:
             async with asyncio.timeout(SEND_TIMEOUT):
                 await self._connection.send(frame)
@@ -59,6 +62,7 @@ class WebSocketChannel:
             raise self._closed(error) from error
         except TimeoutError as error:
             # Part of the frame may be out: nothing can be sent after it.
+            self._stuck = True
             self._connection.transport.abort()
             raise self._closed(error) from error
 
@@ -76,14 +80,20 @@ class WebSocketChannel:
 
 
 class WebSocketListener:
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, serving: dict[asyncio.Task[object], None]) -> None:
         self._server = server
+        self._serving = serving
         self.port = int(next(iter(server.sockets)).getsockname()[1])
         """Of use when any was asked for."""
 
     async def close(self) -> None:
-        """Stop listening and close every channel that was accepted here."""
+        """Stop listening and close every channel that was accepted here. Whoever serves one and does not
+        end with it is cancelled."""
         self._server.close()
+        if self._serving:
+            _, lingering = await asyncio.wait(tuple(self._serving), timeout=CLOSE_TIMEOUT)
+            for task in lingering:
+                task.cancel()
         await self._server.wait_closed()
 
 
@@ -101,6 +111,7 @@ class WebSocketTransport:
                 connection = await connect(
                     f"wss://{_host(address)}:{port}/",
                     ssl=self._client,
+                    ssl_shutdown_timeout=CLOSE_TIMEOUT,
                     proxy=None,
                     compression=None,
                     user_agent_header=None,
@@ -132,16 +143,26 @@ class WebSocketTransport:
         """Listen at (address, port), or on `sock`, a listening socket that was inherited.
         Unavailable if the address is taken."""
 
+        serving: dict[asyncio.Task[object], None] = {}
+
         async def accepted(connection: ServerConnection) -> None:
             peer = _peer_of(connection)
             if peer is None:
                 await connection.close(POLICY_VIOLATION, "certificate names no party")
                 return
             _no_delay(connection)
+            task = asyncio.current_task()
+            assert task is not None
+            serving[task] = None
             try:
                 await on_channel(WebSocketChannel(connection, peer))
             except Exception:
                 _log.exception("channel from %s", peer)
+            except asyncio.CancelledError:
+                connection.transport.abort()
+                raise
+            finally:
+                del serving[task]
 
         place: dict[str, object] = {"host": address, "port": port} if sock is None else {"sock": sock}
         try:
@@ -150,6 +171,7 @@ class WebSocketTransport:
                 **place,  # pyright: ignore[reportArgumentType]
                 ssl=self._server,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
+                ssl_shutdown_timeout=CLOSE_TIMEOUT,
                 compression=None,
                 server_header=None,
                 max_size=MAX_FRAME,
@@ -161,7 +183,7 @@ class WebSocketTransport:
             )
         except OSError as error:
             raise Unavailable(f"cannot listen at {address}:{port}: {error}", field="port") from error
-        return WebSocketListener(server)
+        return WebSocketListener(server, serving)
 
 
 def _peer_of(connection: Connection) -> str | None:

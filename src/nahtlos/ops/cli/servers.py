@@ -13,6 +13,7 @@ from nahtlos.model.ids import HostId, ImageId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.terminal import attach
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
@@ -118,6 +119,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         cli: Cli,
         server: Server,
         follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+        interactive: Annotated[
+            bool, typer.Option("--interactive", "-i", help="Attach this terminal; Ctrl-] leaves.")
+        ] = False,
         send: Annotated[str | None, typer.Option(help="Type this line into the console first.")] = None,
     ) -> None:
         """What a server has written to its serial console."""
@@ -127,6 +131,8 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 await client.console_write(name, send.encode() + b"\n")
             data, offset = await client.console_read(name, 0)
             _print_console(cli, data, offset)
+            if interactive:
+                await attach(client, name, offset, sys.stdin.fileno(), sys.stdout.fileno())
             while follow:
                 await asyncio.sleep(CONSOLE_POLL)
                 data, offset = await client.console_read(name, offset)
