@@ -313,6 +313,31 @@ async def test_dhcp_is_answered_once_and_by_the_own_host(cloud: Cloud) -> None:
     assert offers(third.others) == [(third.ip, "10.77.0.2")]
 
 
+async def test_dhcp_comes_back_with_a_bridge_and_by_itself(cloud: Cloud) -> None:
+    (guest,) = await opened(cloud, 10)
+    host = cloud.hosts[A]
+
+    async def answered() -> bool:
+        guest.others.clear()
+        for _ in range(10):
+            os.write(cloud.fd(guest, A), discover(guest.mac))
+            await asyncio.sleep(0.1)
+            if offers(guest.others):
+                return True
+        return False
+
+    assert await answered()
+    host.command("ip", "link", "del", "br100")
+    assert not await answered()
+    await cloud.reconcile(A)
+    assert await answered()
+    host.supervisor.processes["dnsmasq.tenant"].kill()
+    host.supervisor.processes["dnsmasq.tenant"].wait()
+    assert await cloud.reconcile(A) == ("DHCP of network tenant was not served: started",)
+    assert await answered()
+    assert await cloud.reconcile(A) == ()
+
+
 def arp_request(guest: Guest, ip: str) -> bytes:
     sender = bytes.fromhex(guest.mac.replace(":", ""))
     body = struct.pack(

@@ -11,6 +11,9 @@ from nahtlos.physical.network import links, nft, tap
 from nahtlos.physical.network.netlink import KernelRefused, Netlink
 from nahtlos.physical.ports import NetworkCapabilities
 
+NEEDED = ("bridge devices", "vxlan devices", "veth devices", "tap devices", "gate")
+"""For moves without loss; the names are those of the details."""
+
 GATE_PROBE = """
 table netdev nahtlos-probe {
   set moving { type ether_addr; elements = { 02:00:00:00:00:01 comment "probe" } }
@@ -31,7 +34,7 @@ async def examine(netlink: Netlink) -> NetworkCapabilities:
     details = {f"{kind} devices": _device_kind(netlink, kind) for kind in ("bridge", "vxlan", "veth")}
     details["tap devices"] = "used" if tap.DEVICE.exists() else f"missing: {tap.DEVICE} does not exist"
     details["gate"] = await _rules(GATE_PROBE, "used: nftables, netdev ingress, forwarding to a veth pair")
-    lossless = all(text.startswith("used") for text in details.values())
+    lossless = all(details[name].startswith("used") for name in NEEDED)
     details["firewall"] = await _rules(
         BRIDGE_CONNTRACK_PROBE, "conntrack in the bridge is there; not used yet"
     )

@@ -104,9 +104,9 @@ class NativeNetwork:
 
     async def host_init(self) -> None:
         capabilities = await self.capabilities()
-        if not capabilities.lossless_move:
+        if self._place.role is HostRole.COMPUTE and not capabilities.lossless_move:
             raise Unavailable(
-                f"this host cannot move servers without loss: {capabilities.details.get('gate', '')}",
+                f"this host cannot move servers without loss: {_missing(capabilities)}",
                 field="network",
                 remedy="see `nahtlos doctor`",
             )
@@ -446,6 +446,12 @@ def _counters(device: links.LinkInfo) -> dict[str, int]:
         "tx_packets": stats.tx_packets,
         "tx_dropped": stats.tx_dropped,
     }
+
+
+def _missing(capabilities: NetworkCapabilities) -> str:
+    """What a lossless move needs and this kernel lacks, in words."""
+    needed = (f"{name} {text}" for name, text in capabilities.details.items() if name in doctor.NEEDED)
+    return "; ".join(text for text in needed if "missing" in text)
 
 
 def _check_uplinks(config: HostConfig, found: kernel.Observed) -> None:
