@@ -31,6 +31,7 @@ from nahtlos.model.inventory import (
 from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size
 from nahtlos.planner.plan import plan
 
+SECOND_THOUGHTS = 3
 OLD, NEW = ReleaseId("qemu-10"), ReleaseId("qemu-11")
 UNAVAILABLE = ErrorRecord(kind="unavailable", message="no answer in 5 s")
 REFUSED = ErrorRecord(kind="refused", message="the probe did not boot", remedy="look at the probe's console")
@@ -310,12 +311,20 @@ class Cloud:
         """Decide, and make the decision the target."""
         seen = self.world.look()
         following, self.report = plan(self.policy, seen, self.blueprint)
-        again, _ = plan(self.policy, seen, following)
-        assert again is following, f"planned twice, decided twice: {again.reason}"
+        self._assert_settled(seen, following)
         if following is not self.blueprint:
             self.history.append(following)
         self.blueprint = following
         return self.report
+
+    def _assert_settled(self, seen: Inventory, following: Blueprint) -> None:
+        """Planning again from the same look decides nothing more, or at most a little more."""
+        for _ in range(SECOND_THOUGHTS):
+            again, _ = plan(self.policy, seen, following)
+            if again is following:
+                return
+            following = again
+        raise AssertionError(f"planned again and again, decided each time: {following.reason}")
 
     def step(self) -> PlanReport:
         report = self.plan()

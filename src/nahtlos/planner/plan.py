@@ -17,7 +17,7 @@ from nahtlos.planner.moves import forget_old_failures
 from nahtlos.planner.outcome import absorb_outcomes
 from nahtlos.planner.place import forget_removed_servers, place_new_servers
 from nahtlos.planner.requested import serve_requests
-from nahtlos.planner.upgrade import advance_campaign
+from nahtlos.planner.upgrade import advance_campaign, review_campaign
 
 
 def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tuple[Blueprint, PlanReport]:
@@ -27,10 +27,11 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     forget_removed_servers(draft)
     settle_hosts(draft)
     count_rooms(draft)
-    advance_campaign(draft)
-    verify_switching_hosts(draft)
+    review_campaign(draft)
     place_new_servers(draft)
     serve_requests(draft)
+    advance_campaign(draft)
+    verify_switching_hosts(draft)
     evacuate_hosts(draft)
     forget_old_failures(draft)
     blueprint = draft.finish()

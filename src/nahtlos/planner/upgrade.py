@@ -30,7 +30,8 @@ from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import CAMPAIGN
 
 
-def advance_campaign(draft: Draft) -> None:
+def review_campaign(draft: Draft) -> None:
+    """Before anything else is decided: what the campaign no longer needs, or may not keep, is given back."""
     campaign = draft.policy.campaign
     if campaign is not None and campaign.id != draft.campaign:
         draft.campaign, draft.ended_moves = campaign.id, 0
@@ -38,16 +39,17 @@ def advance_campaign(draft: Draft) -> None:
         _wind_up(draft)
     elif draft.running_campaign is None:
         _say_paused(draft, draft.open_campaign)
-    else:
-        _advance(draft, draft.open_campaign)
+    elif draft.upgrading is not None:
+        _keep_or_give_back(draft, draft.open_campaign, draft.upgrading)
 
 
-def _advance(draft: Draft, campaign: Campaign) -> None:
-    owned = draft.by_host()
-    if draft.upgrading is not None:
-        _keep_or_give_back(draft, campaign, draft.upgrading, owned.get(draft.upgrading, []))
+def advance_campaign(draft: Draft) -> None:
+    """The next host, with the room that new servers and requests have left."""
+    campaign = draft.running_campaign
+    if campaign is None:
+        return
     if draft.upgrading is None and not draft.stuck:
-        draft.upgrading = _choose(draft, campaign, owned)
+        draft.upgrading = _choose(draft, campaign, draft.by_host())
     if draft.upgrading is not None and draft.hosts[draft.upgrading].phase is HostPhase.EMPTYING:
         _switch_once_empty(draft, campaign, draft.upgrading)
 
@@ -125,7 +127,7 @@ def _is_out_of_reach(draft: Draft, release: ReleaseId, host: HostId) -> bool:
 # --- the host it has come to -------------------------------------------------------------------------
 
 
-def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId, servers: list[ServerId]) -> None:
+def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId) -> None:
     """A host that can no longer be emptied goes back to service: it must not be withdrawn for nothing."""
     if draft.hosts[host].phase is not HostPhase.EMPTYING:
         return
@@ -134,6 +136,7 @@ def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId, servers: 
         return
     if any(move.source == host for move in draft.moves.values()):
         return
+    servers = draft.by_host().get(host, [])
     shortage = shortage_without(draft, host, servers, as_if_connected=True)
     if shortage is not None:
         _give_back(draft, host, shortage)
