@@ -471,11 +471,16 @@ class ScriptedCloud:
         """Hosts that run it."""
         return [h for h, a in self.agents.items() if a.owned.get(server, (0, False, None))[1]]
 
-    async def close(self) -> None:
-        for task in self._agents:
+    async def hang_up(self) -> None:
+        """Every agent goes, and keeps what it knows."""
+        agents, self._agents = self._agents, []
+        for task in agents:
             task.cancel()
-        if self._agents:
-            await asyncio.wait(self._agents)
+        if agents:
+            await asyncio.wait(agents)
+
+    async def close(self) -> None:
+        await self.hang_up()
         await self.kill()
 
 

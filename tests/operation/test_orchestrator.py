@@ -454,8 +454,11 @@ async def test_a_host_that_is_away_leaves_the_console_unavailable(cloud: Scripte
     await cloud.servers("web-1")
     assert (await cloud.cloud.server(WEB)).state is RunState.RUNNING
     await cloud.kill()
+    await cloud.hang_up()
     await cloud.start()
     with pytest.raises(Unavailable, match="not connected"):
         await cloud.cloud.console_read(WEB, 0)
+    for host in cloud.agents:
+        cloud.dial_in(host)
     await cloud.until(cloud.converged)
     assert await cloud.cloud.console_read(WEB, 0) == (b"login:", 6)

@@ -1,5 +1,6 @@
 """The store: schema and migrations, the fence of the leader, compare-and-set, addresses, tokens."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -293,3 +294,36 @@ async def test_events_are_numbered_in_order(store: Store) -> None:
         await events.add(tx, drafts, 5.0)
         rows = await events.after(tx, 1, 10)
     assert [(row.number, row.subject) for row in rows] == [(2, "1"), (3, "2")]
+
+
+async def test_a_cancelled_transaction_ends_whole(tmp_path: Path) -> None:
+    store = await Store.open(tmp_path / "runtime.sqlite")
+    begun = asyncio.Event()
+
+    async def write() -> None:
+        async with store.writing() as tx:
+            await intent.set_setting(tx, "first", 1)
+            begun.set()
+            for number in range(200):
+                await intent.set_setting(tx, f"more-{number}", number)
+            await intent.set_setting(tx, "last", 1)
+        raise AssertionError("it was cancelled")
+
+    writing = asyncio.create_task(write())
+    await begun.wait()
+    writing.cancel()
+    await asyncio.wait({writing})
+    assert writing.cancelled()
+    async with store.reading() as tx:
+        assert await intent.setting_of(tx, "first", int) == 1
+        assert await intent.setting_of(tx, "last", int) == 1
+    await store.close()
+
+
+async def test_a_failing_statement_leaves_the_connection_usable(store: Store) -> None:
+    with pytest.raises(IntegrityError):
+        async with store.writing() as tx:
+            await intent.add_token(tx, "same", HostId("host-1"), HostRole.COMPUTE, 1.0)
+            await intent.add_token(tx, "same", HostId("host-1"), HostRole.COMPUTE, 1.0)
+    async with store.writing() as tx:
+        await intent.add_token(tx, "same", HostId("host-1"), HostRole.COMPUTE, 1.0)

@@ -26,7 +26,7 @@ class LeadershipLost(Exception):
 
 class Leader:
     """`alone`: this process knows that no other one uses the database (it holds the lock on its folder), so
-    a lease left behind by a killed process need not be waited for."""
+    a lease left behind by a killed one need not be waited for when it begins."""
 
     def __init__(self, store: Store, holder: str, *, alone: bool) -> None:
         self._store = store
@@ -49,6 +49,7 @@ class Leader:
             async with self._store.writing() as tx:
                 epoch = await leases.acquire(tx, self._holder, LEASE_SECONDS, take_over=self._take_over)
             if epoch is not None:
+                self._take_over = False
                 self._lead(epoch, asked_at)
                 return epoch
             await asyncio.sleep(RENEW_SECONDS)

@@ -11,20 +11,23 @@ into one. Between entering and leaving a transaction nothing but the database ma
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, event
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
+from nahtlos.model.errors import Unavailable
 from nahtlos.runtime.store import leases
 from nahtlos.runtime.store.migrate import upgrade_to_head
+from nahtlos.runtime.store.steady import SteadyConnection, connect
 
 BUSY_TIMEOUT_MS = 10_000
-TRANSACTION_TIMEOUT = 30.0
+TURN_TIMEOUT = 30.0
+"""Seconds a transaction may wait for its turn."""
 
 Clock = Callable[[], float]
 OnIo = Callable[[], AbstractContextManager[None]]
@@ -33,9 +36,11 @@ OnIo = Callable[[], AbstractContextManager[None]]
 class Store:
     """One open database. Use `Store.open`."""
 
-    def __init__(self, engine: AsyncEngine, *, clock: Clock, on_io: OnIo | None) -> None:
+    def __init__(self, path: Path | None, *, clock: Clock, on_io: OnIo | None) -> None:
         self.clock = clock
-        self._engine = engine
+        self._path = path
+        self._driver: SteadyConnection | None = None
+        self._engine = _engine(self._connect, clock)
         self._on_io: OnIo = on_io or nullcontext
         self._turn = asyncio.Lock()
 
@@ -44,18 +49,39 @@ class Store:
         """The database at `path` (None: in memory), brought to this release's schema. `clock` serves as
         the database's clock (seconds); `on_io` is entered around every use of the database's thread, so
         that a simulation can hold its time meanwhile."""
-        store = cls(_embedded_engine(path, clock), clock=clock, on_io=on_io)
+        store = cls(path, clock=clock, on_io=on_io)
         async with store._run() as connection:
             await connection.run_sync(upgrade_to_head)
         return store
 
     @asynccontextmanager
     async def _run(self) -> AsyncGenerator[AsyncConnection]:
-        """The only way to the database: one transaction at a time, in the order they were asked for."""
-        async with self._turn:
+        """The only way to the database: one transaction at a time, in the order they were asked for. One
+        that has begun ends whole, even if its task is cancelled meanwhile; the task is then cancelled."""
+        await self._wait_for_turn()
+        try:
             with self._on_io():
-                async with asyncio.timeout(TRANSACTION_TIMEOUT), self._engine.begin() as connection:
+                async with self._engine.begin() as connection:
                     yield connection
+        finally:
+            self._turn.release()
+            self._raise_cancellation()
+
+    async def _wait_for_turn(self) -> None:
+        try:
+            async with asyncio.timeout(TURN_TIMEOUT):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise Unavailable("the database is busy", remedy="try again later") from error
+
+    def _raise_cancellation(self) -> None:
+        if self._driver is not None and self._driver.cancelled:
+            self._driver.cancelled = False
+            raise asyncio.CancelledError
+
+    async def _connect(self) -> SteadyConnection:
+        self._driver = await connect(self._path)
+        return self._driver
 
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator[AsyncConnection]:
@@ -80,13 +106,11 @@ class Store:
                 await self._engine.dispose()
 
 
-def _embedded_engine(path: Path | None, clock: Clock) -> AsyncEngine:
+def _engine(creator: Callable[[], Awaitable[Any]], clock: Clock) -> AsyncEngine:
     """SQLite behind one connection: transactions are ordered by this process, not by locks."""
-    url = URL.create("sqlite+aiosqlite", database=str(path) if path else ":memory:")
-    engine = create_async_engine(url, poolclass=StaticPool)
+    engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool, async_creator=creator)
 
     def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # transactions are begun by `on_begin`, not by the driver
         connection.create_function(leases.CLOCK_FUNCTION, 0, clock)
         cursor = connection.cursor()
         for pragma in (
