@@ -9,8 +9,11 @@ them first.
 """
 
 import asyncio
+import fcntl
 import os
 import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -19,9 +22,9 @@ from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.inventory import Accelerator
 from nahtlos.physical.hypervisor import migration
 from nahtlos.physical.hypervisor.bundle import Bundle
-from nahtlos.physical.hypervisor.commandline import idle_arguments, probe_arguments
+from nahtlos.physical.hypervisor.commandline import PROBE_NIC, QUEUE_SIZE, ProbeShape, probe_arguments
 from nahtlos.physical.hypervisor.qmp import Gone, Qmp
-from nahtlos.physical.ports import MigrationPhase, Supervisor, Unit
+from nahtlos.physical.ports import MigrationPhase, MigrationProgress, Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings
 
 KVM = "kvm"
@@ -31,7 +34,10 @@ TCG_WITHIN = 90.0
 MONITOR_WITHIN = 20.0
 HELD_FOR = 0.5
 """Seconds an idle guest must still run although everything of it has been sent."""
-COMPLETES_WITHIN = 10.0
+STARVED_WITHIN = 30.0
+IDLING = 64 << 10
+"""Bytes per second."""
+ALONE_WITHIN = 60.0
 SAYS = "NAHTLOS-PROBE-OK"
 UNIT_PREFIX = "probe."
 
@@ -51,34 +57,30 @@ class Prober:
 
     async def verify(self, bundle: Bundle) -> Accelerator:
         """Boot a probe in any case; Refused if none boots or the release cannot be held."""
-        async with self._one_at_a_time:
-            try:
-                await self._sweep()
-                chosen = await self._choose(bundle)
-                await self._check_holding(bundle, chosen.name)
-            finally:
-                await self._sweep()
-        return chosen
+        return await self._swept(bundle, verify=True)
 
     async def choose(self, bundle: Bundle) -> Accelerator:
         """As remembered, else by booting."""
-        async with self._one_at_a_time:
+        return self.remembered(bundle) or await self._swept(bundle, verify=False)
+
+    async def _swept(self, bundle: Bundle, *, verify: bool) -> Accelerator:
+        async with self._one_at_a_time, _alone(self._memory(bundle).with_suffix(".lock")):
             known = self.remembered(bundle)
-            if known is not None:
+            if known is not None and not verify:
                 return known
             try:
-                return await self._choose(bundle)
+                await self._sweep()
+                return await self._tried(bundle, known, hold=verify)
             finally:
                 await self._sweep()
 
-    async def _choose(self, bundle: Bundle) -> Accelerator:
-        known = self.remembered(bundle)
-        if known is not None and not await self._boots(bundle, known.name):
+    async def _tried(self, bundle: Bundle, known: Accelerator | None, *, hold: bool) -> Accelerator:
+        if known is not None and not await self._boots(bundle, known.name, hold=hold):
             return known
-        against_kvm = _unusable_device() or await self._boots(bundle, KVM)
+        against_kvm = _unusable_device() or await self._boots(bundle, KVM, hold=hold)
         if not against_kvm:
             return self._remember(bundle, KVM, "a guest booted under KVM")
-        against_tcg = await self._boots(bundle, TCG)
+        against_tcg = await self._boots(bundle, TCG, hold=hold)
         if against_tcg:
             raise Refused(
                 f"no guest boots under {bundle.release}: KVM: {against_kvm}; TCG: {against_tcg}",
@@ -105,66 +107,84 @@ class Prober:
 
     # --- booting -----------------------------------------------------------------------------------
 
-    async def _boots(self, bundle: Bundle, accelerator: str) -> str:
-        """Empty if a guest booted, else why it did not."""
-        kernel, initrd = guest_files(self._settings.images_dir)
-        console = self._settings.run_dir / f"{UNIT_PREFIX}{accelerator}.console"
-        console.unlink(missing_ok=True)
-        arguments = probe_arguments(kernel, initrd, console, accelerator)
-        unit = await self._start(f"{UNIT_PREFIX}{accelerator}", bundle, arguments)
-        within = KVM_WITHIN if accelerator == KVM else TCG_WITHIN
-        until = time.monotonic() + within
+    async def _boots(self, bundle: Bundle, accelerator: str, *, hold: bool) -> str:
+        """Empty if a guest booted, else why it did not. Refused if it cannot be held."""
+        source = await self._start("source", bundle, accelerator, incoming=False)
         try:
-            while time.monotonic() < until:
-                if console.exists() and SAYS in console.read_text(errors="replace"):
-                    return ""
-                status = (await self._supervisor.units()).get(unit.name)
-                if status is None or status.pid is None:
-                    return _spoke_or_not(console, unit)
-                await asyncio.sleep(0.05)
-            return f"a guest did not boot within {within:g} s"
+            why_not = await self._why_not_booted(source, KVM_WITHIN if accelerator == KVM else TCG_WITHIN)
+            if hold and not why_not:
+                await self._check_holding(bundle, accelerator)
+            return why_not
         finally:
-            await self._supervisor.stop(unit.name, grace=0)
+            await self._supervisor.stop(source.name, grace=0)
+
+    async def _why_not_booted(self, unit: Unit, within: float) -> str:
+        console = self._path("source.console")
+        until = time.monotonic() + within
+        while time.monotonic() < until:
+            if console.exists() and SAYS in console.read_text(errors="replace"):
+                return ""
+            if not await self._runs(unit):
+                return f"the probe ended without a word: {_tail(unit.log)}"
+            await asyncio.sleep(0.05)
+        return f"a guest did not boot within {within:g} s"
 
     # --- holding -----------------------------------------------------------------------------------
 
     async def _check_holding(self, bundle: Bundle, accelerator: str) -> None:
         """The self-test of `migration`: a source that has sent everything must run on until stopped."""
-        folder = self._settings.run_dir
-        stream = folder / f"{UNIT_PREFIX}stream"
-        stream.unlink(missing_ok=True)
-        source = await self._idle(bundle, accelerator, folder / f"{UNIT_PREFIX}from", incoming=False)
+        unit = await self._start("destination", bundle, accelerator, incoming=True)
+        source = await Qmp.connect(self._path("source.qmp"))
         try:
-            destination = await self._idle(bundle, accelerator, folder / f"{UNIT_PREFIX}to", incoming=True)
+            destination = await self._answering(unit)
             try:
-                await _held(source, destination, f"unix:{stream}", bundle)
+                await _check_queues(source, bundle)
+                await _hold(source, destination, f"unix:{self._path('stream')}", bundle)
             finally:
                 await destination.close()
         finally:
             await source.close()
-            stream.unlink(missing_ok=True)
+            await self._supervisor.stop(unit.name, grace=0)
 
-    async def _idle(self, bundle: Bundle, accelerator: str, path: Path, *, incoming: bool) -> Qmp:
-        path.unlink(missing_ok=True)
-        unit = await self._start(path.name, bundle, idle_arguments(path, accelerator, incoming=incoming))
+    async def _answering(self, unit: Unit) -> Qmp:
         until = time.monotonic() + MONITOR_WITHIN
         while True:
             try:
-                return await Qmp.connect(path)
+                return await Qmp.connect(self._path("destination.qmp"))
             except Gone:
-                status = (await self._supervisor.units()).get(unit.name)
-                if status is None or status.pid is None or time.monotonic() > until:
-                    raise Refused(
-                        f"a machine does not start under {bundle.release}: {_tail(unit.log)}", field="release"
-                    ) from None
+                if time.monotonic() > until or not await self._runs(unit):
+                    raise Refused(f"a second machine does not start: {_tail(unit.log)}") from None
             await asyncio.sleep(0.02)
 
-    async def _start(self, name: str, bundle: Bundle, arguments: tuple[str, ...]) -> Unit:
-        log = self._settings.state_dir / "vmm" / f"{name}.log"
-        log.unlink(missing_ok=True)
-        unit = Unit(name=name, argv=(*bundle.system(), *arguments), environment=bundle.environment, log=log)
+    async def _start(self, role: str, bundle: Bundle, accelerator: str, *, incoming: bool) -> Unit:
+        kernel, initrd = guest_files(self._settings.images_dir)
+        shape = ProbeShape(
+            kernel=kernel,
+            initrd=initrd,
+            console=self._path(f"{role}.console"),
+            qmp=self._path(f"{role}.qmp"),
+            accelerator=accelerator,
+            version=bundle.version,
+            incoming=incoming,
+        )
+        log = self._settings.state_dir / "vmm" / f"{UNIT_PREFIX}{role}.log"
+        for path in (log, shape.console, shape.qmp):
+            path.unlink(missing_ok=True)
+        unit = Unit(
+            name=f"{UNIT_PREFIX}{role}",
+            argv=(*bundle.system(), *probe_arguments(shape)),
+            environment=bundle.environment,
+            log=log,
+        )
         await self._supervisor.start(unit)
         return unit
+
+    async def _runs(self, unit: Unit) -> bool:
+        status = (await self._supervisor.units()).get(unit.name)
+        return status is not None and status.pid is not None
+
+    def _path(self, name: str) -> Path:
+        return self._settings.run_dir / f"{UNIT_PREFIX}{name}"
 
     async def _sweep(self) -> None:
         for name in await self._supervisor.units():
@@ -174,27 +194,69 @@ class Prober:
             path.unlink(missing_ok=True)
 
 
-async def _held(source: Qmp, destination: Qmp, uri: str, bundle: Bundle) -> None:
+async def _check_queues(monitor: Qmp, bundle: Bundle) -> None:
+    """QEMU 10.0.13 gives every virtio queue 1024 entries whatever is asked for; later releases refuse a
+    stream that says so, and that only after the guest was stopped."""
+    path = f"/machine/peripheral/{PROBE_NIC}/virtio-backend"
+    queue = await monitor.execute("x-query-virtio-queue-status", {"path": path, "queue": 0})
+    if queue["vring-num-default"] != QUEUE_SIZE:
+        raise Refused(
+            f"{bundle.release} gives guests virtio queues of {queue['vring-num-default']} entries instead of"
+            f" {QUEUE_SIZE}: servers started under it could not be moved to another release",
+            field="release",
+            remedy="build a release without this fault (10.0.2 or 11.1 have none)",
+        )
+
+
+async def _hold(source: Qmp, destination: Qmp, uri: str, bundle: Bundle) -> None:
     await migration.set_capabilities(destination, migration.DESTINATION)
     await migration.set_capabilities(source, migration.SOURCE)
     await migration.set_source_parameters(source, 0, {})
     await destination.execute("migrate-incoming", {"uri": uri})
     await migration.begin(source, uri)
+    await _until(source, lambda found: found.passes >= 2 or found.phase is not MigrationPhase.ACTIVE, bundle)
+    # A held source with nothing to send looks for changes without pause and starves its own monitor.
+    await source.execute("migrate-set-parameters", {"max-bandwidth": IDLING}, within=STARVED_WITHIN)
     await asyncio.sleep(HELD_FOR)
-    if (await source.execute("query-status"))["status"] != "running":
+    if (await source.execute("query-status", within=STARVED_WITHIN))["status"] != "running":
         raise Refused(
             f"{bundle.release} switches over by itself although switchover-ack was asked for",
             field="release",
             remedy="servers cannot be moved without loss from it: choose another release",
         )
-    await source.execute("stop")
-    until = time.monotonic() + COMPLETES_WITHIN
-    while (found := await migration.progress(source)).phase is MigrationPhase.ACTIVE:
-        if time.monotonic() > until:
-            raise Unavailable(f"{bundle.release} does not complete a move after the guest was stopped")
-        await asyncio.sleep(0.005)
+    await source.execute("stop", within=STARVED_WITHIN)
+    found = await _until(source, lambda found: found.phase is not MigrationPhase.ACTIVE, bundle)
     if found.phase is not MigrationPhase.COMPLETED:
         raise Refused(f"a move from {bundle.release} to itself fails: {found.error}", field="release")
+
+
+async def _until(
+    source: Qmp, reached: Callable[[MigrationProgress], bool], bundle: Bundle
+) -> MigrationProgress:
+    until = time.monotonic() + STARVED_WITHIN
+    while True:
+        found = migration.progress_of(await source.execute("query-migrate", within=STARVED_WITHIN))
+        if reached(found):
+            return found
+        if time.monotonic() > until:
+            raise Unavailable(f"a move from {bundle.release} to itself gets stuck: {found}")
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def _alone(path: Path) -> AsyncGenerator[None]:
+    """One agent of this machine at a time: probes that compete for its processors fail each other, and
+    the second can use what the first found out. After the deadline it goes on all the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + ALONE_WITHIN
+    with path.open("w") as lock:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.1)
+        yield
 
 
 def guest_files(images: Path) -> tuple[Path, Path]:
@@ -216,12 +278,6 @@ def _unusable_device() -> str:
     except OSError as error:
         return f"/dev/kvm cannot be opened ({error.strerror})"
     return ""
-
-
-def _spoke_or_not(console: Path, unit: Unit) -> str:
-    if console.exists() and SAYS in console.read_text(errors="replace"):
-        return ""
-    return f"the probe ended without a word: {_tail(unit.log)}"
 
 
 def _tail(path: Path) -> str:

@@ -22,9 +22,12 @@ FIRST_NIC_ADDRESS = 0x4
 NICS = 8
 ROOT_PORTS_ADDRESS = 0x10
 ROOT_PORTS = 4
+QUEUE_SIZE = 256
+"""Of every virtio queue for data, said aloud because defaults differ between releases."""
 SERVERS = uuid.UUID("5b0c1a52-6f0e-4a53-9f7e-6e6168746c6f")
 """Namespace of the UUIDs that guests read from their firmware."""
 
+PROBE_NIC = "nic"
 RAM = "ram0"
 """Part of the migration stream: the name of the memory's block."""
 TLS_SERVER = "tls-server"
@@ -53,6 +56,8 @@ class VmmShape(msgspec.Struct, frozen=True, kw_only=True):
     paths: VmmPaths
     pki_dir: Path
     accelerator: str
+    version: tuple[int, ...]
+    """Of QEMU."""
     incoming: bool
 
 
@@ -76,6 +81,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_monitors(shape.paths),
         *_console(shape.paths),
         *_root_ports(),
+        *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
         *_disk(shape.server.volume),
         *(part for i, port in enumerate(server.ports) for part in _nic(i, port)),
@@ -83,22 +89,35 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
     )
 
 
-def probe_arguments(kernel: Path, initrd: Path, console: Path, accelerator: str) -> tuple[str, ...]:
-    """A guest that says so when it has booted, and powers off."""
-    return (
-        *_machine("q35", accelerator, "qemu64", 1),
-        *("-m", "256M", "-no-reboot", "-serial", f"file:{console}"),
-        *("-kernel", str(kernel), "-initrd", str(initrd)),
-        *("-append", "console=ttyS0 quiet panic=-1 nahtlos.probe=1"),
-    )
+class ProbeShape(msgspec.Struct, frozen=True, kw_only=True):
+    kernel: Path
+    initrd: Path
+    console: Path
+    qmp: Path
+    accelerator: str
+    version: tuple[int, ...]
+    incoming: bool
 
 
-def idle_arguments(qmp: Path, accelerator: str, *, incoming: bool) -> tuple[str, ...]:
-    """A machine that has nothing to boot: its firmware runs and waits."""
+def probe_arguments(shape: ProbeShape) -> tuple[str, ...]:
+    """A guest that says so when it has booted, and then does nothing; or a machine that waits for it."""
+    nic = {
+        "driver": "virtio-net-pci",
+        "id": PROBE_NIC,
+        "netdev": f"{PROBE_NIC}-end",
+        "romfile": "",
+        "rx_queue_size": QUEUE_SIZE,
+        "tx_queue_size": QUEUE_SIZE,
+    }
     return (
-        *_machine("q35", accelerator, "qemu64", 1),
-        *("-m", "64M", "-qmp", f"unix:{qmp},server=on,wait=off"),
-        *(("-incoming", "defer", "-S") if incoming else ()),
+        *_machine("q35", shape.accelerator, "qemu64", 1),
+        *("-m", "256M", "-no-reboot", "-serial", f"file:{shape.console}"),
+        *("-qmp", f"unix:{shape.qmp},server=on,wait=off"),
+        *("-kernel", str(shape.kernel), "-initrd", str(shape.initrd)),
+        *("-append", "console=ttyS0 quiet panic=-1 nahtlos.probe=idle"),
+        *("-netdev", f"hubport,id={PROBE_NIC}-end,hubid=0", "-device", _json(nic)),
+        *_held_until_stopped(shape.version),
+        *(("-incoming", "defer", "-S") if shape.incoming else ()),
     )
 
 
@@ -125,6 +144,12 @@ def _machine(machine: str, accelerator: str, cpu: str, vcpus: int) -> tuple[str,
         *("-smp", str(vcpus)),
         *("-nodefaults", "-no-user-config", "-display", "none"),
     )
+
+
+def _held_until_stopped(version: tuple[int, ...]) -> tuple[str, ...]:
+    """Moves rely on a source that waits for a switchover-ack nobody sends. From 11.1 on it waits only for
+    devices that ask for one, unless it is told to do as before (machine types before 11.1 do by default)."""
+    return ("-global", "migration.switchover-ack-legacy=on") if version >= (11, 1) else ()
 
 
 def _memory(mib: int, path: Path) -> tuple[str, ...]:
@@ -194,6 +219,8 @@ def _disk(volume: VolumeAttachment) -> tuple[str, ...]:
         "bus": "pcie.0",
         "addr": f"{DISK_ADDRESS:#x}",
         "bootindex": 0,
+        "num-queues": 1,
+        "queue-size": QUEUE_SIZE,
         "werror": "stop",
         "rerror": "stop",
     }
@@ -213,6 +240,8 @@ def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
         "bus": "pcie.0",
         "addr": f"{FIRST_NIC_ADDRESS + index:#x}",
         "romfile": "",
+        "rx_queue_size": QUEUE_SIZE,
+        "tx_queue_size": QUEUE_SIZE,
     }
     return ("-netdev", f"tap,id=net{index},fd={{fd:{tap_fd(port)}}}", "-device", _json(device))
 

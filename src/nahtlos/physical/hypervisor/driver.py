@@ -255,6 +255,7 @@ class QemuHypervisor:
             paths=vmm.paths,
             pki_dir=self._settings.pki_dir,
             accelerator=accelerator.name,
+            version=bundle.version,
             incoming=record.incoming,
         )
         return Unit(

@@ -6,6 +6,7 @@ several kinds of exception; a call that passed its deadline may have been carrie
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMP
 from qemu.qmp.events import EventListener
 
 from nahtlos.model.errors import Refused, Unavailable
+
+# What the library logs as errors it also raises, and whoever polls for a monitor expects them.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
 
 CONNECT_WITHIN = 3.0
 ANSWER_WITHIN = 5.0
@@ -59,8 +63,10 @@ class Qmp:
     async def connect(
         cls, path: Path, on_event: OnEvent | None = None, *, within: float = CONNECT_WITHIN
     ) -> "Qmp":
+        if not path.is_socket():
+            raise Gone(f"the monitor {path} is not there (yet)")
         client = QMPClient(path.name)
-        client.remove_listener(client.events)  # it would keep every event for ever
+        client.events.event_filter = lambda _: False  # it would keep every event for ever
         if on_event is not None:
             client.register_listener(_Callback(on_event))
         try:
