@@ -12,7 +12,6 @@ from rich.text import Text
 from typer.exceptions import Abort, TyperException
 
 from nahtlos.lab.cleanup import Removed, cleanup, processes_of
-from nahtlos.lab.datacentre import Datacentre, LabShape
 from nahtlos.lab.paths import BuildPaths, LabPaths
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Unavailable
 from nahtlos.model.ids import checked_name
@@ -59,6 +58,9 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
         parallel_moves: Annotated[int, typer.Option(help="Moves at the same time.", min=1)] = 1,
     ) -> None:
         """Open a lab and leave it open: namespaces, an orchestrator, hosts that have joined."""
+        # Loaded here: no other command needs all of it.
+        from nahtlos.lab.datacentre import Datacentre, LabShape
+
         _root()
         checked_name(cli.lab, "lab")
         if await _answers(cli) is not None:

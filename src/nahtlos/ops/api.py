@@ -20,10 +20,22 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from nahtlos import __version__
-from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId, ServerId
-from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.nouns import Size
+from nahtlos.ops.bodies import (
+    NEWEST,
+    STREAM_KEEPALIVE,
+    ConsoleInput,
+    ConsolePart,
+    ErrorBody,
+    IntentChange,
+    JoinToken,
+    JoinTokenRequest,
+    MoveRequest,
+    ReleaseRegistration,
+    UpgradeRequest,
+)
 from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
 from nahtlos.runtime.identity import Presented
 
@@ -33,10 +45,6 @@ Authenticate = Callable[[Presented], Awaitable[str | None]]
 MAX_BODY = 64 << 10
 """Bytes of a request's body."""
 MAX_EVENTS = 1000
-STREAM_KEEPALIVE = 10.0
-"""Seconds of silence after which an event stream says that it is still there."""
-NEWEST = "newest"
-"""Stands for a campaign's id."""
 
 STATUS: tuple[tuple[type[Error], int], ...] = (
     (NotFound, 404),
@@ -49,49 +57,6 @@ STATUS: tuple[tuple[type[Error], int], ...] = (
 
 _log = logging.getLogger("nahtlos.ops.api")
 _T = TypeVar("_T")
-
-
-class IntentChange(msgspec.Struct, frozen=True, kw_only=True):
-    intent: HostIntent
-
-
-class JoinTokenRequest(msgspec.Struct, frozen=True, kw_only=True):
-    host: HostId
-    role: HostRole = HostRole.COMPUTE
-    ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=7 * 86400)] = 3600
-
-
-class JoinToken(msgspec.Struct, frozen=True, kw_only=True):
-    token: str
-
-
-class ReleaseRegistration(msgspec.Struct, frozen=True, kw_only=True):
-    release: ReleaseId
-
-
-class MoveRequest(msgspec.Struct, frozen=True, kw_only=True):
-    to: HostId | None = None
-
-
-class ConsolePart(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes are base64 in JSON."""
-
-    data: bytes
-    next_offset: int
-
-
-class ConsoleInput(msgspec.Struct, frozen=True, kw_only=True):
-    data: bytes
-
-
-class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    to: ReleaseId
-    hosts: tuple[HostId, ...] | None = None
-    """None: all hosts with the compute role."""
-
-
-class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    error: ErrorRecord
 
 
 def create_app(cloud: Cloud, authenticate: Authenticate) -> FastAPI:

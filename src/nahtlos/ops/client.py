@@ -20,7 +20,7 @@ from nahtlos.model.blueprint import Campaign, Forecast, HostIntent
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.nouns import HostRole, Release, Size
-from nahtlos.ops.api import (
+from nahtlos.ops.bodies import (
     NEWEST,
     STREAM_KEEPALIVE,
     ConsoleInput,

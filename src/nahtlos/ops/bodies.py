@@ -1,0 +1,61 @@
+"""What travels over the operator API besides the structs of `model` and `runtime.controllers.cloud`.
+
+Apart from `ops.api`, so that a client need not load a web server.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from nahtlos.model.blueprint import HostIntent
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, ReleaseId
+from nahtlos.model.nouns import HostRole
+
+STREAM_KEEPALIVE = 10.0
+"""Seconds of silence after which an event stream says that it is still there."""
+NEWEST = "newest"
+"""Stands for a campaign's id."""
+
+
+class IntentChange(msgspec.Struct, frozen=True, kw_only=True):
+    intent: HostIntent
+
+
+class JoinTokenRequest(msgspec.Struct, frozen=True, kw_only=True):
+    host: HostId
+    role: HostRole = HostRole.COMPUTE
+    ttl_seconds: Annotated[int, msgspec.Meta(ge=1, le=7 * 86400)] = 3600
+
+
+class JoinToken(msgspec.Struct, frozen=True, kw_only=True):
+    token: str
+
+
+class ReleaseRegistration(msgspec.Struct, frozen=True, kw_only=True):
+    release: ReleaseId
+
+
+class MoveRequest(msgspec.Struct, frozen=True, kw_only=True):
+    to: HostId | None = None
+
+
+class ConsolePart(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes are base64 in JSON."""
+
+    data: bytes
+    next_offset: int
+
+
+class ConsoleInput(msgspec.Struct, frozen=True, kw_only=True):
+    data: bytes
+
+
+class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    to: ReleaseId
+    hosts: tuple[HostId, ...] | None = None
+    """None: all hosts with the compute role."""
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    error: ErrorRecord
