@@ -48,7 +48,7 @@ PROBE_ARGUMENT: Final = "nahtlos.probe=1"
 PROBE_IDLE_ARGUMENT: Final = "nahtlos.probe=idle"
 KERNEL_ARGUMENTS: Final = (
     "console=ttyS0 quiet loglevel=4 panic=1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check "
-    "apparmor=0 audit=0 cryptomgr.notests random.trust_bootloader=on"
+    "apparmor=0 audit=0 cryptomgr.notests initcall_blacklist=init_kprobe_trace"
 )
 """An oops ends the guest (and shows as another boot id) rather than letting it limp on unnoticed."""
 

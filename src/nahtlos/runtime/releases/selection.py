@@ -41,6 +41,13 @@ _RESOLVED = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x", re.MULTILINE)
 _MISSING = re.compile(r"^\s*(\S+) => not found", re.MULTILINE)
 
 
+def merged(path: str) -> str:
+    """Where a package's file belongs. Packages of bookworm still ship `lib/` beside `usr/lib/`, which are
+    one folder on every machine (merged /usr)."""
+    top = path.partition("/")[0]
+    return f"usr/{path}" if top in ("bin", "lib", "lib64", "sbin") else path
+
+
 def may_be_needed(path: str) -> bool:
     """False for what no program reads; spares moving and naming it."""
     return not path.startswith(_NEVER)
