@@ -171,6 +171,12 @@ static void learn_boot_id(void)
     memcpy(&boot_number, bytes, sizeof bytes);
 }
 
+static void allow_many_connections(void)
+{
+    struct rlimit files = {8192, 8192};
+    setrlimit(RLIMIT_NOFILE, &files);
+}
+
 /* Says that a guest boots here at all; nothing else of the machine is needed for that. */
 static void answer_probe(const char *arguments)
 {
@@ -203,7 +209,12 @@ int main(void)
 
     load_modules();
     learn_boot_id();
-    console_print("boot %s, kernel up after %.2f s\n", boot_id, now_ns() / 1e9);
+    char clock_source[32];
+    read_file("/sys/devices/system/clocksource/clocksource0/current_clocksource", clock_source,
+              sizeof clock_source);
+    clock_source[strcspn(clock_source, "\n")] = 0;
+    console_print("boot %s, kernel up after %.2f s, clock %s\n", boot_id, now_ns() / 1e9, clock_source);
+    allow_many_connections();
     setpriority(PRIO_PROCESS, 0, -10); /* answers before checkers; those lower theirs */
     datagram_start();
     disk_start(); /* before the streams, which offer its check */

@@ -18,7 +18,7 @@
 #define HTTP_PORT 80
 #define INPUT 4096
 #define OUTPUT 8192
-#define CONNECTIONS 2000
+#define CONNECTIONS 1500
 
 struct connection {
     struct watch watch; /* first: the loop hands it back */
