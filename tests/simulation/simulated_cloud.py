@@ -1,7 +1,7 @@
 """A whole cloud in virtual time: the real orchestrator over a real store, real agents over the simulated
 physical layer, everything between them in memory, and a seed that decides what goes wrong.
 
-The database's thread is replaced by calls in the loop's own thread, so that a run is the same each time.
+Run it inside `quick_database.database_in_the_loop`.
 """
 
 import asyncio
@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import aiosqlite.core
-
-from nahtlos.model.errors import Error, NotFound
+from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.nouns import Component, HostSpec, Release, Size
 from nahtlos.physical.ports import Crash
@@ -45,44 +43,6 @@ T = TypeVar("T")
 IMAGE = ImageId("guest-1")
 MACHINES = ("pc-q35-9.2", "pc-q35-10.0")
 RESTART_SECONDS = (0.5, 3.0)
-
-
-# --- the database without its thread ---
-
-
-class _AtOnce:
-    """Stands for the queue to the database's thread: what is put in is done before `put_nowait` returns."""
-
-    def put_nowait(self, item: tuple[asyncio.Future[Any] | None, Callable[[], Any]]) -> None:
-        future, function = item
-        try:
-            result = function()
-        except Exception as error:
-            if future:
-                aiosqlite.core.set_exception(future, error)
-        else:
-            if future:
-                aiosqlite.core.set_result(future, result)
-
-
-class _NoThread:
-    daemon = True
-
-    def __init__(self, **_: object) -> None:
-        pass
-
-    def start(self) -> None:
-        pass
-
-
-@contextmanager
-def database_in_the_loop() -> Iterator[None]:
-    queue, thread = aiosqlite.core.SimpleQueue, aiosqlite.core.Thread
-    aiosqlite.core.SimpleQueue, aiosqlite.core.Thread = _AtOnce, _NoThread  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        aiosqlite.core.SimpleQueue, aiosqlite.core.Thread = queue, thread  # type: ignore[misc]
 
 
 # --- what the orchestrator is surrounded by ---
@@ -318,6 +278,3 @@ def _template() -> Path:
 
 def memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-_ = Error
