@@ -21,6 +21,7 @@ from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import HostInventory, OperationState, RunState
 from nahtlos.model.nouns import Release, Size
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
+from nahtlos.runtime.evidence.figures import count_of
 
 GOOD, WARN, BAD, SOFT = "green", "yellow", "bold red", "dim"
 NOTHING = "–"
@@ -227,7 +228,7 @@ def forecast(plan: Forecast) -> RenderableType:
         Text(),
         Text.assemble(
             ("Predicted: ", "bold"),
-            f"{plan.total_moves} moves ({plan.moves_per_server:.2f} per server), {seconds(plan.seconds)}, "
+            f"{count_of(plan.total_moves, 'move')} ({plan.moves_per_server:.2f} per server), {seconds(plan.seconds)}, "
             f"gap {plan.gap_ms_p50:.0f} ms (median), capacity never below {plan.capacity_floor:.0%}",
         ),
         Text(f"from {plan.basis}", style=SOFT),
@@ -240,7 +241,13 @@ def forecast(plan: Forecast) -> RenderableType:
 def _forecast_rows(plan: Forecast) -> Iterable[tuple[str | Text, ...]]:
     for number, step in enumerate(plan.hosts, 1):
         head = (str(number), step.host, short(step.from_release), short(step.to_release))
-        yield (*head, f"{len(step.moves)} moves" if step.moves else "empty", f"{step.seconds:.1f}", "", "")
+        yield (
+            *head,
+            count_of(len(step.moves), "move") if step.moves else "empty",
+            f"{step.seconds:.1f}",
+            "",
+            "",
+        )
         for move in step.moves:
             what = f"{move.server} → {move.destination}"
             figures = (f"{move.seconds:.1f}", f"{move.gap_ms:.0f}", f"{move.gap_ms_max:.0f}")
