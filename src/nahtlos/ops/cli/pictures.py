@@ -228,7 +228,8 @@ def forecast(plan: Forecast) -> RenderableType:
         Text(),
         Text.assemble(
             ("Predicted: ", "bold"),
-            f"{count_of(plan.total_moves, 'move')} ({plan.moves_per_server:.2f} per server), {seconds(plan.seconds)}, "
+            f"{count_of(plan.total_moves, 'move')} ({plan.moves_per_server:.2f} per server), "
+            f"{seconds(plan.seconds)}, "
             f"gap {plan.gap_ms_p50:.0f} ms (median), capacity never below {plan.capacity_floor:.0%}",
         ),
         Text(f"from {plan.basis}", style=SOFT),
