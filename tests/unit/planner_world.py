@@ -2,6 +2,7 @@
 operations end. It asserts by itself what must never happen, apart from the planner's own check."""
 
 import math
+from collections.abc import Callable
 from random import Random
 
 import msgspec
@@ -30,6 +31,7 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size
 from nahtlos.planner.plan import plan
+from nahtlos.planner.upgrade import campaign_over
 
 SECOND_THOUGHTS = 3
 OLD, NEW = ReleaseId("qemu-10"), ReleaseId("qemu-11")
@@ -330,6 +332,17 @@ class Cloud:
         report = self.plan()
         self.world.carry_out(self.policy, self.now)
         return report
+
+    def follow(self, until: Callable[[], bool], steps: int = 600) -> list[PlanReport]:
+        """Go on until something is so."""
+        reports: list[PlanReport] = []
+        while not until():
+            assert len(reports) < steps, f"it did not come to that: {self.report}"
+            reports.append(self.step())
+        return reports
+
+    def over(self) -> bool:
+        return campaign_over(self.policy, self.now)
 
     def settle(self, steps: int = 400) -> PlanReport:
         """Go on until nothing changes any more, neither the plan nor the world."""

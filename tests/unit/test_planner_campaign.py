@@ -37,10 +37,7 @@ def test_the_balanced_world_stays_within_its_bound_and_its_promise() -> None:
     cloud = running_cloud((2, 2, 2))
     cloud.want(promised=Size(vcpus=16, memory_mib=2048))
     cloud.campaign()
-    shares: list[float] = []
-    while not campaign_over(cloud.policy, cloud.now):
-        shares.append(cloud.step().capacity.share)
-    assert min(shares) == 1.0
+    assert {report.capacity.share for report in cloud.follow(cloud.over)} == {1.0}
     assert cloud.moves_done() <= at_most(6)
     assert max(cloud.world.moves_done.values()) <= 2
 
@@ -48,11 +45,8 @@ def test_the_balanced_world_stays_within_its_bound_and_its_promise() -> None:
 def test_the_emptiest_host_is_first_and_goes_through_every_phase() -> None:
     cloud = running_cloud((2, 1, 2))
     cloud.campaign()
-    phases: list[HostPhase] = []
-    while not campaign_over(cloud.policy, cloud.now):
-        cloud.step()
-        phases.append(cloud.phase(2))
-    order = list(dict.fromkeys(phases))
+    cloud.follow(cloud.over)
+    order = list(dict.fromkeys(b.hosts[host_id(2)].phase for b in cloud.history if b.campaign))
     assert order == [HostPhase.EMPTYING, HostPhase.SWITCHING, HostPhase.SERVING]
     assert next(b.upgrading for b in cloud.history if b.upgrading) == host_id(2)
 
@@ -70,8 +64,7 @@ def test_one_move_at_a_time_unless_more_are_allowed() -> None:
 def test_a_server_created_in_the_middle_starts_at_once_on_an_upgraded_host() -> None:
     cloud = running_cloud((2, 2, 2))
     cloud.campaign()
-    while not upgraded_hosts(cloud.policy, cloud.now):
-        cloud.step()
+    cloud.follow(lambda: bool(upgraded_hosts(cloud.policy, cloud.now)))
     cloud.create(7)
     cloud.step()
     assert cloud.release(int(cloud.where(7)[-1])) == NEW
@@ -120,6 +113,18 @@ def test_cordoned_and_drained_hosts_are_upgraded_and_stay_as_they_were_wanted() 
     assert cloud.spread()[2:] == [0, 0]
 
 
+def test_a_host_is_not_chosen_while_a_server_is_on_its_way_to_it() -> None:
+    cloud = running_cloud((1, 1, 0))
+    cloud.request(1, 3)
+    cloud.campaign(hosts=(3,))
+    cloud.plan()
+    assert [move.destination for move in cloud.now.moves] == [host_id(3)]
+    assert cloud.now.upgrading is None
+    assert "not emptied while vm-1 is moving to it" in cloud.reasons("host-3")
+    assert cloud.settle().converged
+    assert cloud.release(3) == NEW
+
+
 def test_upgraded_hosts_count_as_done() -> None:
     cloud = running_cloud((2, 2, 2))
     cloud.campaign(hosts=(1,))
@@ -161,8 +166,7 @@ def test_a_pause_starts_no_verify() -> None:
 def test_a_cancel_ends_what_began_and_keeps_what_is_upgraded() -> None:
     cloud = running_cloud((2, 2, 2))
     cloud.campaign()
-    while not upgraded_hosts(cloud.policy, cloud.now) or not cloud.now.moves:
-        cloud.step()
+    cloud.follow(lambda: bool(upgraded_hosts(cloud.policy, cloud.now) and cloud.now.moves))
     moved = cloud.moves_done()
     cloud.campaign(CampaignState.CANCELLED)
     assert not campaign_over(cloud.policy, cloud.now)

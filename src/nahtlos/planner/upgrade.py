@@ -66,7 +66,11 @@ def _choose(draft: Draft, campaign: Campaign, owned: dict[HostId, list[ServerId]
         return any(not _runs(draft, server) for server in servers), len(servers), memory, host
 
     shortages: list[tuple[HostId, str]] = []
+    arriving = {move.destination: move for move in draft.moves.values()}
     for host in sorted(_candidates(draft, campaign), key=cost):
+        if move := arriving.get(host):
+            draft.wait(host, WaitKind.MOVE, f"{host} is not emptied while {move.server} is moving to it")
+            continue
         shortage = shortage_without(draft, host, _staying(draft, owned.get(host, [])))
         if shortage is None:
             draft.set_phase(host, HostPhase.EMPTYING)
