@@ -8,10 +8,11 @@ written, and nothing was rolled back; most of a run would otherwise be spent in 
 
 import asyncio
 import re
+import sqlite3
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import aiosqlite.core
@@ -41,24 +42,19 @@ class _Tables:
         self._uncommitted = False
         self.reading: set[str] | None = None
 
-    def saw(self, function: Callable[[], Any]) -> None:
-        if not isinstance(function, partial):
-            self.torn += 1
-            return
-        sql = next((a for a in function.args if isinstance(a, str)), None)
-        if sql is None:
-            self._ended(function.func.__name__)
-        elif self.reading is not None and sql.lstrip()[:6].upper() == "SELECT":
-            self.reading.update(READS.findall(sql))
-        elif written := WRITES.match(sql.lstrip()):
+    def saw(self, statement: str) -> None:
+        """Every statement, as the database begins it."""
+        sql = statement.lstrip()
+        word = sql[:6].upper()
+        if word == "SELECT":
+            if self.reading is not None:
+                self.reading.update(READS.findall(sql))
+        elif word in ("COMMIT", "ROLLBA"):
+            self.torn += word == "ROLLBA" and self._uncommitted
+            self._uncommitted = False
+        elif written := WRITES.match(sql):
             self.written[written.group(1)] += 1
             self._uncommitted = True
-
-    def _ended(self, how: str) -> None:
-        if how == "rollback" and self._uncommitted:
-            self.torn += 1
-        if how in ("commit", "rollback"):
-            self._uncommitted = False
 
     def state_of(self, tables: frozenset[str]) -> tuple[int, ...]:
         return (self.torn, *(self.written[t] for t in sorted(tables)))
@@ -67,11 +63,8 @@ class _Tables:
 class _AtOnce:
     """Stands for the queue to the database's thread: what is put in is done before `put_nowait` returns."""
 
-    tables = _Tables()
-
     def put_nowait(self, item: tuple[asyncio.Future[Any] | None, Callable[[], Any]]) -> None:
         future, function = item
-        self.tables.saw(function)
         try:
             result = function()
         except Exception as error:
@@ -100,6 +93,8 @@ def _remembering(look: Look, tables: _Tables) -> Look:
         if key in known:
             used, state, answer = known[key]
             if tables.state_of(used) == state:
+                if tables.reading is not None:
+                    tables.reading |= used
                 return dict(answer) if isinstance(answer, dict) else answer
         outer, tables.reading = tables.reading, set()
         try:
@@ -114,12 +109,21 @@ def _remembering(look: Look, tables: _Tables) -> Look:
 
 
 @contextmanager
-def database_in_the_loop() -> Iterator[None]:
+def database_in_the_loop(name: str) -> Iterator[None]:
+    """For the databases whose file is called `name`."""
+    tables, connect = _Tables(), sqlite3.connect
+
+    def connect_watched(database: str, **rest: Any) -> sqlite3.Connection:
+        connection = connect(database, **rest)
+        if Path(database).name == name:
+            connection.set_trace_callback(tables.saw)
+        return connection
+
     with pytest.MonkeyPatch.context() as patch:
-        _AtOnce.tables = _Tables()
+        patch.setattr(sqlite3, "connect", connect_watched)
         patch.setattr(aiosqlite.core, "SimpleQueue", _AtOnce)
         patch.setattr(aiosqlite.core, "Thread", _NoThread)
         for module, names in LOOKS:
-            for name in names:
-                patch.setattr(module, name, _remembering(getattr(module, name), _AtOnce.tables))
+            for look in names:
+                patch.setattr(module, look, _remembering(getattr(module, look), tables))
         yield

@@ -42,6 +42,7 @@ from nahtlos.wire.memory import Faults, MemoryNetwork
 T = TypeVar("T")
 IMAGE = ImageId("guest-1")
 MACHINES = ("pc-q35-9.2", "pc-q35-10.0")
+DATABASE = "runtime.sqlite"
 RESTART_SECONDS = (0.5, 3.0)
 
 
@@ -195,7 +196,7 @@ class SimulatedCloud:
             self.world.add_host(
                 spec.id, spec.address, role=spec.role, capacity=self.capacity, releases=(OLD, NEW)
             )
-        database = self.folder / "runtime.sqlite"
+        database = self.folder / DATABASE
         shutil.copyfile(_template(), database)
         self.orchestrator = OrchestratorProcess(self, database)
         self.agents = {
@@ -266,14 +267,14 @@ def _template() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="nahtlos-sim-", dir=memory()))
 
     async def make() -> None:
-        store = await Store.open(folder / "template.sqlite", clock=virtual_loop().wall)
+        store = await Store.open(folder / DATABASE, clock=virtual_loop().wall)
         async with store.writing() as tx:
             for spec in host_specs(3):
                 await intent.put_host(tx, spec, 0.0)
         await store.close()
 
     run_virtual(make(), seed=0, limit_seconds=60)
-    return folder / "template.sqlite"
+    return folder / DATABASE
 
 
 def memory() -> str | None:
