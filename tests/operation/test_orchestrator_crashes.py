@@ -10,6 +10,7 @@ from scripted_cloud import EDGE, NEW, Images, Killed, Releases, ScriptedCloud, S
 from nahtlos.model.blueprint import CampaignState, HostIntent
 from nahtlos.model.errors import Stale
 from nahtlos.model.ids import HostId, ServerId
+from nahtlos.runtime.controllers.cloud import ServerRequest
 from nahtlos.runtime.controllers.orchestrator import Orchestrator
 from nahtlos.runtime.store.store import Store
 
@@ -140,8 +141,11 @@ async def test_a_second_orchestrator_stands_by_and_a_fenced_one_decides_nothing(
             return usurper.leader.epoch == first + 1 and cloud.orchestrator.leader.epoch is None
 
         await cloud.until(deposed)
+        await cloud.cloud.set_host_intent(HostId("host-1"), HostIntent.CORDONED)
         with pytest.raises(Stale):
-            await cloud.orchestrator.loop.pass_once(first)
+            while True:  # until there is something to decide that the other has not decided yet
+                await cloud.orchestrator.loop.pass_once(first)
+                await cloud.cloud.create_server(ServerRequest(name=f"web-{len(await cloud.cloud.servers())}"))
 
         async def silent() -> bool:
             return not cloud.orchestrator.agents.connected
@@ -157,7 +161,8 @@ async def test_an_agent_refuses_an_orchestrator_it_knows_to_be_old(tmp_path: Pat
         await cloud.ready()
         agent = cloud.agents[HostId("host-1")]
         agent.epoch = 50
-        await cloud.servers("web-1", "web-2", "web-3")
+        for name in ("web-1", "web-2", "web-3"):
+            await cloud.cloud.create_server(ServerRequest(name=name))
 
         async def parted() -> bool:
             return HostId("host-1") not in cloud.orchestrator.agents.connected

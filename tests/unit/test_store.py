@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -257,10 +258,7 @@ async def test_two_campaigns_at_once_are_a_conflict(store: Store) -> None:
     async with store.writing() as tx:
         row = await campaigns.current(tx)
         assert row is not None
-        await campaigns.note_progress(tx, row, share=0.8, hosts_upgraded=0)
-        row = await campaigns.current(tx)
-        assert row is not None
-        await campaigns.note_progress(tx, row, share=0.9, hosts_upgraded=1)
+        await campaigns.put_progress(tx, replace(row, capacity_floor=0.8, hosts_upgraded=1))
         await campaigns.set_state(tx, row.campaign, campaigns.CampaignState.DONE, ended_at=2.0)
         assert await campaigns.current(tx) is None
         newest = await campaigns.newest(tx)

@@ -8,7 +8,7 @@ remembered but for sparing people repeated words: killed at any point, another p
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,11 +28,12 @@ from nahtlos.runtime.controllers.waits import LastingWaits
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
 from nahtlos.runtime.store import blueprints, campaigns, intent, operations
+from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import Store
 
 PASS_SECONDS = 1.0
-PAUSE_SECONDS = 0.01
+PAUSE_SECONDS = 0.03
 """Between two passes, so that what changes together is looked at together."""
 STEPS = 64
 """Blueprints one pass may make; the next pass goes on."""
@@ -89,7 +90,7 @@ class PlanningLoop:
         state = await self._read()
         state = await self._do_chores(epoch, state)
         planned = await self._plan(epoch, state)
-        await self._execute(epoch, planned)
+        await self._execute(epoch, planned, state)
         self._report(planned)
         self.planned = planned
         return planned
@@ -139,9 +140,7 @@ class PlanningLoop:
         cancelled = campaign.state is CampaignState.CANCELLED
         ended = CampaignState.CANCELLED if cancelled else CampaignState.DONE
         upgraded = len(upgraded_hosts(world.policy, world.blueprint))
-        await campaigns.note_progress(
-            tx, state.campaign, share=state.campaign.capacity_floor, hosts_upgraded=upgraded
-        )
+        await campaigns.put_progress(tx, replace(state.campaign, hosts_upgraded=upgraded))
         await campaigns.set_state(tx, campaign, ended, ended_at=self._store.clock())
         plans = world.blueprint.hosts.values()
         everywhere = all(plan.release == campaign.to_release for plan in plans if plan.release is not None)
@@ -186,24 +185,22 @@ class PlanningLoop:
 
     # --- telling ---
 
-    async def _execute(self, epoch: int, planned: Planned) -> None:
+    async def _execute(self, epoch: int, planned: Planned, state: State) -> None:
         """Configurations are stored before anyone is told of them."""
-        state = await self._read()
+        if planned.blueprint is not state.blueprint:
+            state = await self._read()
         if state.blueprint is None or state.blueprint.id != planned.blueprint.id:
             raise Stale("the target has changed since it was planned")
         orders = decide(state.world(planned.blueprint, self._agents.connected, self._store.clock()))
-        async with self._store.deciding(epoch) as tx:
-            for config in orders.new_configs:
-                await blueprints.put_host_config(tx, config)
-            for operation, times in _late_times(state):
-                await operations.add_times(tx, operation, times)
-            if state.campaign is not None:
-                await campaigns.note_progress(
-                    tx,
-                    state.campaign,
-                    share=planned.report.capacity.share,
-                    hosts_upgraded=len(upgraded_hosts(planned.policy, planned.blueprint)),
-                )
+        late, progress = _late_times(state), _progress(planned, state)
+        if orders.new_configs or late or progress:
+            async with self._store.deciding(epoch) as tx:
+                for config in orders.new_configs:
+                    await blueprints.put_host_config(tx, config)
+                for operation, times in late:
+                    await operations.add_times(tx, operation, times)
+                if progress is not None:
+                    await campaigns.put_progress(tx, progress)
         self._agents.post(orders.hosts)
 
     # --- saying ---
@@ -228,6 +225,19 @@ class PlanningLoop:
             _log.exception("bug in the planning loop")
             self._log.say(EventDraft(kind="bug", subject="orchestrator", text=text))
         self._bug = text
+
+
+def _progress(planned: Planned, state: State) -> CampaignRow | None:
+    """What is new of the campaign that is not over; the capacity's floor only falls."""
+    row = state.campaign
+    if row is None:
+        return None
+    now = replace(
+        row,
+        capacity_floor=min(row.capacity_floor, planned.report.capacity.share),
+        hosts_upgraded=len(upgraded_hosts(planned.policy, planned.blueprint)),
+    )
+    return now if now != row else None
 
 
 def _late_times(state: State) -> list[tuple[OperationId, dict[str, float]]]:

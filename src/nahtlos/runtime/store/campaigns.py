@@ -98,15 +98,12 @@ async def set_state(
     return changed
 
 
-async def note_progress(tx: AsyncConnection, row: CampaignRow, *, share: float, hosts_upgraded: int) -> None:
-    """What is true now; the floor only falls. Nothing is written if nothing is new."""
-    floor = min(row.capacity_floor, share)
-    if floor != row.capacity_floor or hosts_upgraded != row.hosts_upgraded:
-        await tx.execute(
-            update(schema.campaigns)
-            .where(schema.campaigns.c.id == row.campaign.id)
-            .values(capacity_floor=floor, hosts_upgraded=hosts_upgraded)
-        )
+async def put_progress(tx: AsyncConnection, row: CampaignRow) -> None:
+    await tx.execute(
+        update(schema.campaigns)
+        .where(schema.campaigns.c.id == row.campaign.id)
+        .values(capacity_floor=row.capacity_floor, hosts_upgraded=row.hosts_upgraded)
+    )
 
 
 def _row(row: Row[tuple[object, ...]]) -> CampaignRow:

@@ -23,7 +23,7 @@ from sqlalchemy.pool import StaticPool
 from nahtlos.model.errors import Unavailable
 from nahtlos.runtime.store import leases
 from nahtlos.runtime.store.migrate import upgrade_to_head
-from nahtlos.runtime.store.steady import SteadyConnection, connect
+from nahtlos.runtime.store.steady import BEGIN_READING, BEGIN_WRITING, SteadyConnection, connect
 
 BUSY_TIMEOUT_MS = 10_000
 TURN_TIMEOUT = 30.0
@@ -40,7 +40,8 @@ class Store:
         self.clock = clock
         self._path = path
         self._driver: SteadyConnection | None = None
-        self._engine = _engine(self._connect, clock)
+        self._begin = BEGIN_WRITING
+        self._engine = _engine(self._connect, clock, lambda: self._begin)
         self._on_io: OnIo = on_io or nullcontext
         self._turn = asyncio.Lock()
 
@@ -55,11 +56,12 @@ class Store:
         return store
 
     @asynccontextmanager
-    async def _run(self) -> AsyncGenerator[AsyncConnection]:
+    async def _run(self, begin: str = BEGIN_WRITING) -> AsyncGenerator[AsyncConnection]:
         """The only way to the database: one transaction at a time, in the order they were asked for. One
         that has begun ends whole, even if its task is cancelled meanwhile; the task is then cancelled."""
         await self._wait_for_turn()
         try:
+            self._begin = begin
             with self._on_io():
                 async with self._engine.begin() as connection:
                     yield connection
@@ -85,7 +87,7 @@ class Store:
 
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator[AsyncConnection]:
-        async with self._run() as connection:
+        async with self._run(BEGIN_READING) as connection:
             yield connection
 
     @asynccontextmanager
@@ -106,7 +108,7 @@ class Store:
                 await self._engine.dispose()
 
 
-def _engine(creator: Callable[[], Awaitable[Any]], clock: Clock) -> AsyncEngine:
+def _engine(creator: Callable[[], Awaitable[Any]], clock: Clock, begin: Callable[[], str]) -> AsyncEngine:
     """SQLite behind one connection: transactions are ordered by this process, not by locks."""
     engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool, async_creator=creator)
 
@@ -123,7 +125,7 @@ def _engine(creator: Callable[[], Awaitable[Any]], clock: Clock) -> AsyncEngine:
         cursor.close()
 
     def on_begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(begin())
 
     event.listen(engine.sync_engine, "connect", on_connect)
     event.listen(engine.sync_engine, "begin", on_begin)
