@@ -175,7 +175,7 @@ def _compile(sources: tuple[Path, ...], target: Path) -> Path:
 
 def _kernel(downloads_dir: Path, staging: Path, on_progress: OnProgress) -> tuple[str, Path]:
     """Version of the kernel's package, and the folder it was unpacked in."""
-    with PrivateApt(downloads_dir / "apt" / KERNEL_SUITE, (KERNEL_SUITE,), on_progress) as apt:
+    with PrivateApt(downloads_dir / "apt" / "kernel", (KERNEL_SUITE,), on_progress) as apt:
         name = apt.dependency(KERNEL_PACKAGE, "linux-image-")
         package = apt.download_alone(name)
     unpacked = staging / "kernel"
