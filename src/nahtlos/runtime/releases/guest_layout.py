@@ -52,7 +52,7 @@ KERNEL_ARGUMENTS: Final = (
 )
 """An oops ends the guest (and shows as another boot id) rather than letting it limp on unnoticed.
 The TSC is not used as a clock: on a busy host its frequency is measured wrongly at boot, and then everything
-the guest does at a rate is off by as much (a factor of two was seen). HPET or the KVM clock is always right."""
+the guest does at a rate is off by as much (a factor of two was seen). HPET and the KVM clock are right."""
 
 
 def boot_number(boot_id: str) -> int:
