@@ -15,6 +15,7 @@ from nahtlos.model.nouns import Value
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.ports import NetworkDesired, VmmId, VmmStatus
+from nahtlos.wire.messages import MoveOrder
 
 
 class Act(StrEnum):
@@ -82,6 +83,17 @@ def pinned_ports(
     return frozenset(p.id for p in ports if p.server in busy or _misplaced(p, config, owned))
 
 
+def outdated(config: HostConfig, running: Iterable[MoveOrder]) -> bool:
+    """Whether a move that has not ended here pins a port that has meanwhile gone to a third host: what this
+    host sends to it goes to one of the move's two hosts, and one of them must go on passing it on."""
+    places = {p.id: p.host for network in config.networks for p in network.ports}
+    return any(
+        places.get(port.id, order.source) not in (order.source, order.destination)
+        for order in running
+        for port in order.ports
+    )
+
+
 def _misplaced(port: PortConfig, config: HostConfig, owned: Mapping[ServerId, Ownership]) -> bool:
     held = owned.get(port.server)
     if held is None:
@@ -113,7 +125,8 @@ class Converger:
                 self._context.say("drift", self._context.settings.host, text)
             self.drift = (*self.drift, *drift)[-50:]
         self.problems = tuple(problems)
-        if not problems:
+        running = [j.order for j in self._context.ledger.operations() if j.running and j.order]
+        if not problems and not outdated(config, running):
             self.generation = config.generation
 
     def busy(self) -> frozenset[ServerId]:

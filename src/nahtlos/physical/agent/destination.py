@@ -38,6 +38,7 @@ SILENCE_SECONDS = 30.0
 INCOMING_SECONDS = 25.0
 FINISH_GRACE_SECONDS = 10.0
 RESUME_AGAIN_SECONDS = 0.1
+CLEAR_AGAIN_SECONDS = 0.5
 LOST_SECONDS = 1.0
 """After the source's connection broke: time for it to come back before a server that has arrived
 completely is taken without its word."""
@@ -55,6 +56,8 @@ class DestinationMove:
         self._heard = asyncio.Event()
         self._ended = asyncio.Event()
         self._lost = False
+        self._path_is_back = False
+        """The source has asked for its frames: nothing more is to be waited for before clearing away."""
         self._ready: MoveReady | None = None
         self._marks: dict[str, float] = {}
 
@@ -66,8 +69,14 @@ class DestinationMove:
 
     async def run(self, *, recovering: bool) -> Journal:
         """Until the operation has ended here."""
-        if recovering:
-            await self._recover()
+        recovered = not recovering
+        while not recovered:
+            try:
+                await self._recover()
+                recovered = True
+            except Error as error:
+                self._context.say("move.waits", self._vmm.server, str(error), id=self._order.id)
+                await asyncio.sleep(CLEAR_AGAIN_SECONDS)
         while not self._ended.is_set():
             await self._listen_for_source()
         return self.journal
@@ -92,6 +101,8 @@ class DestinationMove:
         """Seconds of silence after which this host acts alone."""
         if self.journal.decision is Decision.COMMITTED:
             return FINISH_GRACE_SECONDS
+        if self._path_is_back:
+            return CLEAR_AGAIN_SECONDS
         return LOST_SECONDS if self._lost else SILENCE_SECONDS
 
     async def _after_silence(self) -> None:
@@ -144,6 +155,7 @@ class DestinationMove:
                 self._abandon(Unavailable(f"given up by {self._order.source}"))
                 return self._outcome()
             case MoveReturnFrames():
+                self._path_is_back = True
                 await self._clear_away()
                 return Done()
             case MoveFinished():

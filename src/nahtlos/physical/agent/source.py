@@ -182,7 +182,7 @@ class SourceMove:
     async def _recover(self) -> None:
         """The agent was restarted in the middle. What the guest does says what may have happened."""
         error = Unavailable("the source's agent was restarted during the move")
-        vmm = await self._observed()
+        vmm = await self._observed_at_last()
         if self._journal.step == "committed":
             await self._finish_source()
         elif vmm is not None and vmm.state is RunState.RUNNING and not vmm.sent:
@@ -194,6 +194,14 @@ class SourceMove:
     async def _observed(self) -> VmmStatus | None:
         vmms = await self._context.drivers.hypervisor.observe()
         return next((v for v in vmms if v.id == self._vmm), None)
+
+    async def _observed_at_last(self) -> VmmStatus | None:
+        while True:
+            try:
+                return await self._observed()
+            except Error as error:
+                self._context.waits[self._order.id] = f"the hypervisor to say what runs ({error.message})"
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def _undo(self, error: Error) -> None:
         """Before the stop: the server never ceased to be here."""
