@@ -207,6 +207,11 @@ def test_after_a_move_the_source_passes_on_until_all_have_converged() -> None:
     gone = replace(told, inventory=inventory({h: g for h, g in generations.items() if h != H3}))
     assert config(gone, H1).reflect == (PORT,), "host-3 was never heard of: it may still send here"
 
+    for state in (OperationState.RUNNING, OperationState.UNDONE):
+        late = msgspec.structs.replace(status("move-0", state), server=WEB)
+        holding = replace(told, inventory=inventory(generations, (H3, late)))
+        assert config(holding, H1).reflect == (PORT,), "host-3 has not put this server's ports right yet"
+
     over = after(converged(told))
     assert over.configs[H1].reflect == ()
     assert decide(converged(over)).new_configs == ()

@@ -145,10 +145,15 @@ def _all_know(world: World, port: PortId, place: HostId, *, except_for: HostId) 
 
 
 def _knows(world: World, host: HostId, port: PortId, place: HostId) -> bool:
-    told = world.configs[host]
-    inventory = world.inventory.hosts.get(host)
-    converged = inventory.generation if inventory else 0
-    return _placed(told).get(port) == place and converged >= told.generation
+    """Converged is not enough: a host leaves the ports of a server as they are while it has an operation
+    of that server, for instance one that was undone without its knowing. Ended ones count until they are
+    acknowledged, which gives the host time to put its ports right."""
+    config = world.configs[host]
+    told = next((p for network in config.networks for p in network.ports if p.id == port), None)
+    seen = world.inventory.hosts.get(host)
+    if told is None or seen is None or told.host != place or seen.generation < config.generation:
+        return False
+    return all(operation.server != told.server for operation in seen.operations)
 
 
 def _placed(config: HostConfig) -> Mapping[PortId, HostId]:
