@@ -99,6 +99,7 @@ mapfile -t missing < <(missing_packages)
 [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 if ! environment_is_complete; then
     mkdir -p build
+    [ -w build ] && [ -w . ] || fail "this folder cannot be written to" "run it as root, or as the owner of the clone"
     exec 9>build/.bootstrap-lock
     flock -w 900 9 || fail "another setup runs in this folder" "wait for it to end"
     environment_is_complete || make_environment "$(find_python)"
