@@ -26,7 +26,7 @@ from nahtlos.lab.datacentre import Datacentre, LabShape
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.lab.outside import Outside
 from nahtlos.lab.paths import LAB_VARIABLE, BuildPaths
-from nahtlos.model.blueprint import CampaignState
+from nahtlos.model.blueprint import CampaignState, HostPhase
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import RunState
@@ -95,7 +95,15 @@ class Demo:
         old, new = built[0], built[-1]
         for release in (old, new):
             await client.register_release(release.id)
+        self.say(f"hosts boot a probe under {old.id}")
+        await self._until_serving(client)
         return old, new
+
+    async def _until_serving(self, client: OperatorClient) -> None:
+        """Servers are spread over all hosts only once all of them can take some."""
+        async with asyncio.timeout(UP_SECONDS):
+            while any(h.phase is not HostPhase.SERVING for h in await client.hosts()):
+                await asyncio.sleep(0.2)
 
     async def _create_servers(self, client: OperatorClient) -> None:
         names = [f"vm-{i + 1}" for i in range(self._count)]
@@ -158,7 +166,7 @@ class Demo:
     async def _create_in_the_middle(self, client: OperatorClient) -> None:
         """A customer comes along while hosts are being emptied."""
         while (await client.campaign(None)).hosts_upgraded < 1:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
         name = f"vm-{self._count + 1}"
         self._created = (name,)
         asked = time.time()

@@ -6,7 +6,6 @@ which is one question to one agent.
 """
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 
 from nahtlos import __version__
 from nahtlos.model.blueprint import (
@@ -14,14 +13,12 @@ from nahtlos.model.blueprint import (
     CampaignState,
     Forecast,
     HostIntent,
-    PlanReport,
     WaitKind,
 )
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole, HostSpec, Release, Size
-from nahtlos.planner.plan import plan
 from nahtlos.planner.predict import MoveSample, forecast
 from nahtlos.runtime.controllers import outcomes, requests, views
 from nahtlos.runtime.controllers.agents import Agents
@@ -37,6 +34,7 @@ from nahtlos.runtime.controllers.cloud import (
     Status,
 )
 from nahtlos.runtime.controllers.event_log import EventLog
+from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations
@@ -49,15 +47,6 @@ CONSOLE_TIMEOUT = 5.0
 SAMPLES = 200
 """Newest moves that predictions are made from."""
 VERIFIES = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """The state, and what the planner says of it now."""
-
-    state: State
-    inventory: Inventory
-    report: PlanReport
 
 
 class CloudService:
@@ -74,6 +63,7 @@ class CloudService:
         images: ImageCatalog,
     ) -> None:
         self._store = store
+        self._looks = Looks(store, agents)
         self._agents = agents
         self._log = log
         self._leader_epoch = leader_epoch
@@ -88,16 +78,8 @@ class CloudService:
         state = await read(tx, self._agents.latest)
         return state, state.inventory(self._agents.connected)
 
-    async def _look(self) -> _Look:
-        async with self._store.reading() as tx:
-            state, inventory = await self._read(tx)
-        report = views.NOTHING
-        if state.blueprint is not None:
-            _next, report = plan(state.policy(), inventory, state.blueprint)
-        return _Look(state=state, inventory=inventory, report=report)
-
     async def status(self) -> Status:
-        look, epoch = await self._look(), self._leader_epoch()
+        look, epoch = await self._looks.now(), self._leader_epoch()
         return Status(
             version=__version__,
             orchestrator_epoch=epoch or 0,
@@ -112,17 +94,17 @@ class CloudService:
     # --- hosts ---------------------------------------------------------------------------------------
 
     async def hosts(self) -> tuple[HostView, ...]:
-        async with self._store.reading() as tx:
-            state, inventory = await self._read(tx)
+        look = await self._looks.now()
+        state, inventory = look.state, look.inventory
         return tuple(views.host_view(state, inventory, host, whole=False) for host in state.hosts)
 
     async def host(self, host: HostId) -> HostView:
-        async with self._store.reading() as tx:
-            state, inventory = await self._read(tx)
+        look = await self._looks.now()
+        state, inventory = look.state, look.inventory
         return views.host_view(state, inventory, requests.known_host(state, host), whole=True)
 
     async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView:
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             state, _ = await self._read(tx)
             requests.compute_host(state, host)
             await intents.set_intent(tx, host, intent)
@@ -133,7 +115,7 @@ class CloudService:
         checked_name(host, "host")
         requests.checked_ttl(ttl_seconds)
         token = new_token()
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             expires_at = self._store.clock() + ttl_seconds
             await intents.add_token(tx, token_digest(token), host, role, expires_at)
         self._said("host.token", host, f"a token lets {host} join as {role} within {ttl_seconds} s")
@@ -141,7 +123,7 @@ class CloudService:
 
     async def join(self, request: JoinRequest) -> JoinAnswer:
         now = self._store.clock()
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             # The token first: without one, nothing is to be learned here.
             await intents.use_token(tx, token_digest(request.token), request.host, request.role, now)
             state, _ = await self._read(tx)
@@ -174,7 +156,7 @@ class CloudService:
     async def register_release(self, release: ReleaseId) -> Release:
         """The first one registered is what hosts run until a campaign takes them elsewhere."""
         verified = await self._verified(release)
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             await self._take_up(tx, verified)
         self._said("release.registered", release, f"{release} is verified and registered")
         return verified
@@ -196,21 +178,21 @@ class CloudService:
     # --- servers -------------------------------------------------------------------------------------
 
     async def servers(self) -> tuple[ServerView, ...]:
-        look = await self._look()
+        look = await self._looks.now()
         return tuple(self._server_view(look, server) for server in look.state.servers)
 
     async def server(self, server: ServerId) -> ServerView:
-        look = await self._look()
+        look = await self._looks.now()
         return self._server_view(look, requests.known_server(look.state, server))
 
-    def _server_view(self, look: _Look, server: ServerId) -> ServerView:
+    def _server_view(self, look: Look, server: ServerId) -> ServerView:
         return views.server_view(look.state, look.inventory, look.report, server)
 
     async def create_server(self, request: ServerRequest) -> ServerView:
         name = ServerId(checked_name(request.name, "name"))
         size = requests.server_size(request)
         image = requests.chosen_image(request, await self._images.images())
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             state, inventory = await self._read(tx)
             if name in state.servers:
                 raise Conflict(f"a server '{name}' exists", field="name", remedy="choose another name")
@@ -235,7 +217,7 @@ class CloudService:
         return await self.server(name)
 
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             state, inventory = await self._read(tx)
             requests.check_move(state, inventory, server, to)
             await intents.request_move(tx, server, to)
@@ -243,7 +225,7 @@ class CloudService:
         return await self.server(server)
 
     async def delete_server(self, server: ServerId) -> ServerView:
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             state, _ = await self._read(tx)
             requests.known_server(state, server)
             await intents.mark_server_removed(tx, server, self._store.clock())
@@ -310,7 +292,7 @@ class CloudService:
 
     async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView:
         release = await self._verified(to)
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             await campaigns.check_none_open(tx)
             state, inventory = await self._read(tx)
             chosen = requests.upgrade_hosts(state, hosts)
@@ -334,7 +316,7 @@ class CloudService:
             return tuple(row.campaign for row in await campaigns.history(tx))
 
     async def campaign(self, campaign: CampaignId | None) -> CampaignView:
-        look = await self._look()
+        look = await self._looks.now()
         async with self._store.reading() as tx:
             rows = {row.campaign.id: row for row in await campaigns.history(tx)}
             wanted = campaign if campaign is not None else next(reversed(rows), None)
@@ -357,7 +339,7 @@ class CloudService:
         return await self._steer(CampaignState.CANCELLED, (CampaignState.RUNNING, CampaignState.PAUSED))
 
     async def _steer(self, state: CampaignState, of: tuple[CampaignState, ...]) -> CampaignView:
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             row = await campaigns.current(tx)
             if row is None:
                 raise Conflict("no campaign is going on", field="campaign", remedy="start one first")
@@ -374,7 +356,7 @@ class CloudService:
     # --- the rest ------------------------------------------------------------------------------------
 
     async def set_promised(self, promised: Size) -> None:
-        async with self._store.writing() as tx:
+        async with self._looks.changing() as tx:
             state, inventory = await self._read(tx)
             requests.check_promised(state, inventory, promised)
             await intents.set_setting(tx, intents.PROMISED, promised)

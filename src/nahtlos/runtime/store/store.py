@@ -44,6 +44,8 @@ class Store:
         self._engine = _engine(self._connect, clock, lambda: self._begin)
         self._on_io: OnIo = on_io or nullcontext
         self._turn = asyncio.Lock()
+        self.decisions = 0
+        """Counts `deciding` transactions of this process: what was read before the last one is old."""
 
     @classmethod
     async def open(cls, path: Path | None, *, clock: Clock = time.time, on_io: OnIo | None = None) -> "Store":
@@ -98,9 +100,12 @@ class Store:
     @asynccontextmanager
     async def deciding(self, epoch: int) -> AsyncGenerator[AsyncConnection]:
         """A transaction of the leader of `epoch`. Raises Stale if another leads or the lease has passed."""
-        async with self._run() as connection:
-            await leases.check(connection, epoch)
-            yield connection
+        try:
+            async with self._run() as connection:
+                await leases.check(connection, epoch)
+                yield connection
+        finally:
+            self.decisions += 1
 
     async def close(self) -> None:
         async with self._turn:
