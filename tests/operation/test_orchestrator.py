@@ -126,10 +126,11 @@ async def test_a_lost_agent_is_noticed_and_comes_back(cloud: ScriptedCloud) -> N
     await cloud.ready()
     cloud.network.break_channels("orchestrator", "host/host-1")
 
-    async def lost() -> bool:
-        return "agent.lost" in await kinds(cloud)
+    async def lost_and_back() -> bool:
+        seen = await kinds(cloud)
+        return "agent.lost" in seen and seen.count("agent.connected") == len(cloud.agents) + 1
 
-    await cloud.until(lost)
+    await cloud.until(lost_and_back)
     await cloud.until(cloud.converged)
     await cloud.agents[H1].tell("server.crashed")
 
