@@ -78,6 +78,8 @@ class Agents:
         self._connections: dict[HostId, _Connection] = {}
         self._latest: dict[HostId, HostInventory] = {}
         self._stored_at: dict[HostId, float] = {}
+        self.changes = 0
+        """Rises whenever `latest` has news or `connected` changes."""
 
     # --- what others ask ---
 
@@ -107,6 +109,7 @@ class Agents:
         for connection in tuple(self._connections.values()):
             connection.ended.set()
         self._connections.clear()
+        self.changes += 1
 
     # --- one connection ---
 
@@ -244,6 +247,7 @@ class Agents:
         first = not connection.reported
         self._latest[host] = inventory
         connection.reported = True
+        self.changes += news or first
         connection.outbox.reported()
         now = self._store.clock()
         if news or first or now - self._stored_at.get(host, 0.0) >= STORE_SECONDS:
@@ -287,6 +291,7 @@ class Agents:
         if hello is None or self._connections.get(hello.host) is not connection:
             return
         del self._connections[hello.host]
+        self.changes += 1
         self._say("agent.lost", hello.host, "agent is not connected any more")
         self._wake()
 

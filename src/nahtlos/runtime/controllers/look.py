@@ -2,7 +2,8 @@
 
 A look reads some twenty tables and asks the planner what it waits for. People, consoles and probes ask many
 times a second; the one database is needed for the lease and for decisions. So a look is shared for
-FRESH_SECONDS, and taken anew as soon as this process has changed what people want or what is decided.
+FRESH_SECONDS, and taken anew as soon as hosts have news, or this process has changed what people want or
+what is decided.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ class Reported(Protocol):
 
     @property
     def connected(self) -> frozenset[HostId]: ...
+
+    changes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Looks:
         return self._last_changes == self._version() and self._time() - self._last_at < FRESH_SECONDS
 
     def _version(self) -> int:
-        return self._changes + self._store.decisions
+        return self._changes + self._store.decisions + self._reported.changes
 
     def _time(self) -> float:
         return asyncio.get_running_loop().time()
