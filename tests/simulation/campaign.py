@@ -6,6 +6,7 @@ Replay one seed with its trace:  python tests/simulation/campaign.py SEED
 """
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -36,6 +37,7 @@ from nahtlos.wire.memory import Faults
 BOUND_SECONDS = 400.0
 """Virtual seconds within which everything must come right once faults have ended."""
 ORCHESTRATOR = "orchestrator"
+APART_SECONDS = 1500.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Plan:
             alone=chance.random() < 0.7,
             mixed=chance.random() < 0.4,
             vmm_kills=chance.random() < 0.25,
-            fault_seconds=chance.uniform(10.0, 30.0),
+            fault_seconds=chance.uniform(6.0, 20.0),
             drop=0.002 * messages,
             duplicate=0.02 * messages,
             late=0.02 * messages,
@@ -330,6 +332,7 @@ async def _converged(service: CloudService) -> bool:
 def simulate(seed: int) -> Verdict:
     """Plays one seed. Problems are in the verdict; nothing is raised for them."""
     random_state = random.getstate()
+    gc.disable()  # a run is short and allocates much; what is left of it goes at its end
     with (
         database_in_the_loop(DATABASE),
         tempfile.TemporaryDirectory(dir=memory()) as folder,
@@ -345,6 +348,8 @@ def simulate(seed: int) -> Verdict:
         verdict = campaign.judge()
         verdict.problems += bugs
     random.setstate(random_state)
+    gc.enable()
+    gc.collect()
     return verdict
 
 
@@ -371,15 +376,26 @@ def replay_command(seed: int) -> str:
     return f"PYTHONHASHSEED=0 python tests/simulation/campaign.py {seed}"
 
 
-def simulate_apart(seeds: range) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, whose hash seed is that of a replay."""
-    return subprocess.run(
-        [sys.executable, __file__, f"{seeds.start}..{seeds.stop - 1}"],
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def simulate_apart(seeds: range, workers: int) -> list[tuple[int, str]]:
+    """Spread over processes whose hash seed is that of a replay; exit code and output of each."""
+    share = -(-len(seeds) // workers)
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, f"{part.start}..{part.stop - 1}"],
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for part in (seeds[i : i + share] for i in range(0, len(seeds), share))
+    ]
+    try:
+        outputs = [process.communicate(timeout=APART_SECONDS)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return [(process.returncode, output) for process, output in zip(running, outputs, strict=True)]
 
 
 def main(which: str) -> int:

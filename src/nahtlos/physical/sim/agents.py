@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
+from nahtlos.model.errors import Error
 from nahtlos.physical.agent.agent import Agent
 from nahtlos.physical.ports import Crash
 from nahtlos.physical.settings import AgentSettings
@@ -100,10 +101,12 @@ class AgentProcess:
         self.network.vanish(self.party)
 
     def _look_at(self, task: asyncio.Task[None]) -> None:
-        """An agent may end by being killed; anything else is a bug in it."""
+        """An agent may end by being killed, or because it cannot begin; anything else is a bug in it."""
         if not task.cancelled():
             error = task.exception()
-            if error is None:
+            if isinstance(error, Error):
+                self.world.note(self.settings.host, "agent cannot begin", "", str(error))
+            elif error is None:
                 self.bugs.append(AssertionError("the agent returned"))
             elif not only_crashes(error):
                 self.bugs.append(error)
