@@ -448,6 +448,7 @@ class ScriptedCloud:
             status.converged
             and len(hosts) == len(self.agents)
             and all(h.connected and h.generation == h.target_generation for h in hosts)
+            and not any(agent.operations for agent in self.agents.values())
         )
 
     async def servers(self, *names: str) -> None:
