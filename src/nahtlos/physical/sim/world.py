@@ -34,6 +34,7 @@ from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
 
 STORAGE_RESTART_SECONDS = 0.03
 BOOT_SECONDS = (1.5, 4.0)
+ANSWER_AGAIN_SECONDS = 0.1
 
 
 class Violation(msgspec.Struct, frozen=True, kw_only=True):
@@ -345,13 +346,17 @@ class World:
             virtual_loop().call_later(delay, self._answers, vmm.id.server)
 
     def _answers(self, server: ServerId) -> None:
-        """The guest has booted: clients begin to talk to it."""
+        """The guest has booted: clients begin to talk to it, once the way in knows where it is."""
         facts = self.facts(server)
         running = self.running(server)
         if facts.deleted or facts.up or not running:
             return
+        taps = running[0].taps
+        if self.client is not None and any(t.mac not in self.hosts[self.client].board.entries for t in taps):
+            virtual_loop().call_later(ANSWER_AGAIN_SECONDS, self._answers, server)
+            return
         facts.up = True
-        for tap in running[0].taps:
+        for tap in taps:
             if self.client is not None:
                 self.paths.open_flow(tap.mac, self.client)
 
