@@ -1,0 +1,176 @@
+"""Two hosts on which the plays about hypervisors and storage run: real ones (QEMU, storage daemons, taps in a
+namespace) and simulated ones (virtual time). Plays know only the protocols of `physical.ports`."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from nahtlos.model.config import PortConfig, ServerConfig
+from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.nouns import VolumeSpec
+from nahtlos.physical.ports import Hypervisor, Storage, VmmId
+from nahtlos.physical.sim.clock import run_virtual
+from nahtlos.physical.sim.cloudlet import OLD, Cloudlet, Conductor, server_spec
+from nahtlos.physical.sim.faults import Life
+from nahtlos.physical.sim.host import drivers_of
+
+LIVE = Path(__file__).parents[1] / "live"
+
+
+class OneHost(Protocol):
+    @property
+    def name(self) -> HostId: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def hypervisor(self) -> Hypervisor: ...
+    @property
+    def storage(self) -> Storage: ...
+
+    async def plug(self, server: ServerConfig) -> None:
+        """Taps for the server's ports."""
+        ...
+
+    async def kill_vmm(self, vmm: VmmId) -> None:
+        """kill -9, behind the driver's back."""
+        ...
+
+
+class Hosts(Protocol):
+    first: OneHost
+    second: OneHost
+    release: ReleaseId
+
+    def server(self) -> ServerConfig:
+        """Its volume is to be served by the first host."""
+        ...
+
+    def volume(self, name: str, *, epoch: int = 1) -> VolumeSpec:
+        """On the first host."""
+        ...
+
+
+Play = Callable[[Hosts], Awaitable[None]]
+Stage = Callable[[Play], None]
+
+
+# --- simulated ---
+
+
+class _SimulatedHost:
+    def __init__(self, cloudlet: Cloudlet, name: HostId) -> None:
+        drivers = drivers_of(cloudlet.world, name, Life(name))
+        self.name, self.address = name, cloudlet.spec(name).address
+        self.hypervisor, self.storage = drivers.hypervisor, drivers.storage
+        self._world = cloudlet.world
+
+    async def plug(self, server: ServerConfig) -> None:
+        for port in server.spec.ports:
+            placed = PortConfig(
+                id=port.id,
+                server=server.spec.id,
+                mac=port.mac,
+                ip=port.ip,
+                host=self.name,
+                vtep=self.address,
+            )
+            self._world.add_tap(self._world.hosts[self.name], placed)
+
+    async def kill_vmm(self, vmm: VmmId) -> None:
+        self._world.kill_vmm(self._world.hosts[self.name].vmms[vmm], "test")
+
+
+class _SimulatedHosts:
+    def __init__(self, folder: Path) -> None:
+        cloudlet = Cloudlet.build(folder, hosts=2, seed=1)
+        self.first: OneHost = _SimulatedHost(cloudlet, HostId("host-1"))
+        self.second: OneHost = _SimulatedHost(cloudlet, HostId("host-2"))
+        self.release = OLD
+        self._conductor = Conductor(cloudlet, storage_host=HostId("host-1"))
+        self._conductor.place(server_spec(1), HostId("host-1"))
+
+    def server(self) -> ServerConfig:
+        return self._conductor.server_config(ServerId("web-1"), 1)
+
+    def volume(self, name: str, *, epoch: int = 1) -> VolumeSpec:
+        return VolumeSpec(id=VolumeId(name), size_mib=160, image=None, host=HostId("host-1"), epoch=epoch)
+
+
+def simulated(folder: Path) -> Stage:
+    def run(play: Play) -> None:
+        async def main() -> None:
+            await play(_SimulatedHosts(folder))
+
+        run_virtual(main(), seed=1, limit_seconds=3600)
+
+    return run
+
+
+# --- real ---
+
+
+def physical() -> Stage:
+    """Needs root, the built releases and the guest image."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    sys.path.insert(0, str(LIVE))
+    try:
+        import physical_host
+    finally:
+        sys.path.remove(str(LIVE))
+    if not any(physical_host.RELEASES.glob("qemu-*")) or not any(physical_host.IMAGES.glob("guest-*.raw")):
+        pytest.skip("no release or no guest image is built")
+
+    class PhysicalHost:
+        def __init__(self, host: physical_host.Host) -> None:
+            self._host = host
+            self.name, self.address = host.settings.host, host.settings.address
+            self.hypervisor, self.storage = host.hypervisor, host.storage
+
+        async def plug(self, server: ServerConfig) -> None:
+            await self._host.plug(server)
+
+        async def kill_vmm(self, vmm: VmmId) -> None:
+            os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
+
+    class PhysicalHosts:
+        def __init__(self, place: physical_host.Place) -> None:
+            self._one = place.host("host-1")
+            self.first: OneHost = PhysicalHost(self._one)
+            self.second: OneHost = PhysicalHost(place.host("host-2"))
+            self.release = physical_host.release("10.0")
+
+        def server(self) -> ServerConfig:
+            return physical_host.server_on(self._one, "web-1")
+
+        def volume(self, name: str, *, epoch: int = 1) -> VolumeSpec:
+            return physical_host.volume_on(self._one, name, epoch=epoch)
+
+    def run(play: Play) -> None:
+
+        async def main() -> None:
+            place = physical_host.Place("contract")
+            try:
+                await play(PhysicalHosts(place))
+            finally:
+                await place.close()
+
+        asyncio.run(main())
+
+    return run
+
+
+WORLDS = [
+    pytest.param("simulated", id="simulated"),
+    pytest.param("physical", id="physical", marks=[pytest.mark.live, pytest.mark.timeout(240)]),
+]
+
+
+def stage_of(kind: str, folder: Path) -> Stage:
+    return simulated(folder) if kind == "simulated" else physical()

@@ -1,0 +1,207 @@
+"""What every hypervisor driver must do, whoever runs the guests: the promises of `physical.ports.Hypervisor`
+that agents rely on. Each play runs on simulated hosts and, where it can, on real ones."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypervisor_worlds import WORLDS, Hosts, OneHost, Stage, stage_of
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
+from nahtlos.model.ids import ReleaseId, VolumeId
+from nahtlos.model.inventory import RunState
+from nahtlos.physical.ports import MigrationPhase, VmmId, VmmStatus
+
+CONVERGES_WITHIN = 60.0
+GIB = 1 << 30
+
+
+@pytest.fixture(params=WORLDS)
+def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Stage:
+    return stage_of(request.param, tmp_path)
+
+
+async def seen(host: OneHost, vmm: VmmId) -> VmmStatus | None:
+    return next((v for v in await host.hypervisor.observe() if v.id == vmm), None)
+
+
+async def state(host: OneHost, vmm: VmmId) -> RunState | None:
+    status = await seen(host, vmm)
+    return status.state if status else None
+
+
+async def booted(hosts: Hosts) -> tuple[ServerConfig, VmmId]:
+    server = hosts.server()
+    await hosts.first.storage.reconcile((hosts.volume(server.volume.volume),), ())
+    await hosts.first.plug(server)
+    await hosts.first.hypervisor.start(server, hosts.release)
+    return server, VmmId(server.spec.id, server.epoch)
+
+
+async def receiving(hosts: Hosts, server: ServerConfig) -> tuple[VmmId, str]:
+    arriving = VmmId(server.spec.id, server.epoch + 1)
+    await hosts.second.plug(server)
+    for _ in range(2):
+        await hosts.second.hypervisor.incoming_start(server, arriving.epoch, hosts.release)
+    uris = [await hosts.second.hypervisor.incoming_listen(arriving, hosts.second.address) for _ in range(2)]
+    assert uris[0] == uris[1]
+    return arriving, uris[0]
+
+
+async def sending(hosts: Hosts, vmm: VmmId, uri: str) -> None:
+    hypervisor = hosts.first.hypervisor
+    await hypervisor.migrate_start(vmm, uri, peer=hosts.second.name, bandwidth=4 * GIB)
+    async with asyncio.timeout(CONVERGES_WITHIN):
+        while True:
+            progress = await hypervisor.migrate_progress(vmm)
+            assert progress.phase is MigrationPhase.ACTIVE, progress
+            if progress.passes >= 2 and progress.remaining <= 4 << 20:
+                return
+            await asyncio.sleep(0.002)
+
+
+def test_a_server_boots_and_starting_it_again_changes_nothing(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, vmm = await booted(hosts)
+        await hosts.first.hypervisor.start(server, hosts.release)
+        found = await hosts.first.hypervisor.observe()
+        assert [(v.id, v.state, v.release) for v in found] == [(vmm, RunState.RUNNING, hosts.release)]
+        assert (found[0].migrated, found[0].sent, found[0].size) == (False, False, server.spec.size)
+        for _ in range(2):
+            await hosts.first.hypervisor.kill(vmm)
+        assert await hosts.first.hypervisor.observe() == ()
+
+    stage(play)
+
+
+def test_a_move_is_held_by_its_source_and_ends_after_the_stop(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        arriving, uri = await receiving(hosts, server)
+        assert await state(hosts.second, arriving) is RunState.INCOMING
+        with pytest.raises(Refused):
+            await hosts.second.hypervisor.resume(arriving)
+        with pytest.raises(Unavailable):
+            await hosts.second.hypervisor.incoming_wait(arriving, timeout=0.2)
+        await sending(hosts, leaving, uri)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+        for _ in range(2):
+            await hosts.first.hypervisor.pause(leaving)
+        for _ in range(2):
+            await hosts.second.hypervisor.incoming_wait(arriving, timeout=30.0)
+        arrived = await seen(hosts.second, arriving)
+        assert arrived is not None
+        assert (arrived.state, arrived.migrated) == (RunState.PAUSED, True)
+        for _ in range(2):
+            await hosts.second.hypervisor.resume(arriving)
+        sent = await seen(hosts.first, leaving)
+        assert sent is not None
+        assert (sent.state, sent.sent) == (RunState.PAUSED, True)
+        running = await seen(hosts.second, arriving)
+        assert running is not None
+        assert (running.state, running.migrated, running.sent) == (RunState.RUNNING, False, False)
+        await hosts.first.hypervisor.kill(leaving)
+
+    stage(play)
+
+
+def test_a_cancelled_move_leaves_the_server_and_can_be_begun_again(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        arriving, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        for _ in range(2):
+            await hosts.first.hypervisor.migrate_cancel(leaving)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+        with pytest.raises(Error):
+            await hosts.second.hypervisor.incoming_wait(arriving, timeout=5.0)
+        await hosts.second.hypervisor.kill(arriving)
+        _, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_a_stopped_source_that_is_cancelled_runs_again(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        _server, vmm = await booted(hosts)
+        await hosts.first.hypervisor.pause(vmm)
+        assert await state(hosts.first, vmm) is RunState.PAUSED
+        await hosts.first.hypervisor.migrate_cancel(vmm)
+        await hosts.first.hypervisor.resume(vmm)
+        assert await state(hosts.first, vmm) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_a_destination_that_dies_fails_the_move_and_nothing_else(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        arriving, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        await hosts.second.kill_vmm(arriving)
+        async with asyncio.timeout(5.0):
+            while (await hosts.first.hypervisor.migrate_progress(leaving)).phase is MigrationPhase.ACTIVE:
+                await asyncio.sleep(0.01)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+        assert await state(hosts.second, arriving) is RunState.CRASHED
+        with pytest.raises(Error):
+            await hosts.second.hypervisor.incoming_wait(arriving, timeout=1.0)
+        await hosts.second.hypervisor.kill(arriving)
+        assert await seen(hosts.second, arriving) is None
+
+    stage(play)
+
+
+def test_a_vmm_that_was_killed_is_seen_as_crashed_until_it_is_cleared_away(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        _server, vmm = await booted(hosts)
+        await hosts.first.kill_vmm(vmm)
+        async with asyncio.timeout(5.0):
+            while await state(hosts.first, vmm) is not RunState.CRASHED:
+                await asyncio.sleep(0.01)
+        with pytest.raises(Error):
+            await hosts.first.hypervisor.resume(vmm)
+        await hosts.first.hypervisor.kill(vmm)
+        assert await seen(hosts.first, vmm) is None
+
+    stage(play)
+
+
+def test_what_is_impossible_is_refused(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, vmm = await booted(hosts)
+        unknown = VmmId(VolumeId("nobody"), 1)  # type: ignore[arg-type]
+        with pytest.raises(NotFound):
+            await hosts.first.hypervisor.pause(unknown)
+        with pytest.raises(NotFound):
+            await hosts.first.hypervisor.resume(unknown)
+        await hosts.first.hypervisor.kill(unknown)
+        with pytest.raises(Refused):
+            await hosts.second.hypervisor.start(server, ReleaseId("qemu-0.0.0-000000000000"))
+        with pytest.raises(Error):
+            await hosts.second.hypervisor.start(server, hosts.release)  # no tap
+        with pytest.raises(Error):
+            await hosts.first.hypervisor.migrate_start(
+                vmm, "tcp:127.0.0.1:1", peer=hosts.second.name, bandwidth=GIB
+            )
+        assert await state(hosts.first, vmm) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_the_console_can_be_read_from_anywhere(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        _server, vmm = await booted(hosts)
+        async with asyncio.timeout(90.0):
+            while len((await hosts.first.hypervisor.console(vmm, 0, 100))[0]) < 8:
+                await asyncio.sleep(0.05)
+        whole, end = await hosts.first.hypervisor.console(vmm, 0, 8)
+        assert (len(whole), end) == (8, 8)
+        assert await hosts.first.hypervisor.console(vmm, 2, 3) == (whole[2:5], 5)
+        past, _ = await hosts.first.hypervisor.console(vmm, 1 << 40, 8)
+        assert past == b""
+
+    stage(play)
