@@ -34,7 +34,7 @@ class OneHost(Protocol):
     def storage(self) -> Storage: ...
 
     async def plug(self, server: ServerConfig) -> None:
-        """Taps for the server's ports."""
+        """Taps for the server's ports. Repeatable."""
         ...
 
     async def kill_vmm(self, vmm: VmmId) -> None:
@@ -132,9 +132,12 @@ def physical() -> Stage:
             self._host = host
             self.name, self.address = host.settings.host, host.settings.address
             self.hypervisor, self.storage = host.hypervisor, host.storage
+            self._plugged: set[str] = set()
 
         async def plug(self, server: ServerConfig) -> None:
-            await self._host.plug(server)
+            if server.spec.id not in self._plugged:
+                self._plugged.add(server.spec.id)
+                await self._host.plug(server)
 
         async def kill_vmm(self, vmm: VmmId) -> None:
             os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
