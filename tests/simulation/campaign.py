@@ -299,6 +299,12 @@ def _worded(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
 async def _start(service: CloudService) -> None:
     try:
         await service.start_upgrade(NEW, None)
@@ -342,7 +348,7 @@ def simulate(seed: int) -> Verdict:
         try:
             run_virtual(campaign.cloud.run(campaign.play), seed=seed, limit_seconds=5000)
         except BaseExceptionGroup as group:
-            campaign.verdict.problems += [str(e) or _worded(e) for e in group.exceptions]
+            campaign.verdict.problems += [str(e) or _worded(e) for e in _leaves(group)]
         except AssertionError as error:
             campaign.verdict.problems.append(str(error) or _worded(error))
         verdict = campaign.judge()

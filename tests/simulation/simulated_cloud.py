@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from nahtlos.model.blueprint import HostPhase
 from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ReleaseId, ServerId
-from nahtlos.model.nouns import Component, HostSpec, Release, Size
+from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
 from nahtlos.physical.ports import Crash
 from nahtlos.physical.sim.agents import AgentProcess, Dress, LivingTransport, only_crashes
 from nahtlos.physical.sim.clock import run_virtual, virtual_loop
@@ -174,7 +175,7 @@ class SimulatedCloud:
     folder: Path
     seed: int
     hosts: int = 3
-    capacity: Size = field(default_factory=lambda: Size(vcpus=4, memory_mib=1024))
+    capacity: Size = field(default_factory=lambda: Size(vcpus=8, memory_mib=2048))
     promised: Size = field(default_factory=Size)
     parallel_moves: int = 1
     troubles: Troubles | None = None
@@ -252,7 +253,13 @@ class SimulatedCloud:
     async def ready(self) -> None:
         async def there(service: CloudService) -> bool:
             views = await service.hosts()
-            return all(v.connected and v.generation and v.generation == v.target_generation for v in views)
+            return all(
+                v.connected
+                and v.generation
+                and v.generation == v.target_generation
+                and ((v.phase is HostPhase.SERVING and v.accelerator is not None) or v.role is HostRole.EDGE)
+                for v in views
+            )
 
         await self.ask(lambda s: s.register_release(OLD))
         await self.until(there, timeout=60, what="all hosts to be connected and converged")
