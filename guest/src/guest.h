@@ -59,6 +59,9 @@ double heartbeat_longest_gap_ms(void);
 void stream_start(void);
 size_t status_json(char *out, size_t size);
 
+/* Keeps an eye on the clock the kernel chose. */
+void clock_start(void);
+
 void memory_start(unsigned mib, unsigned mb_per_s);
 /* NULL, or why not; nothing has changed then. */
 const char *memory_set(long mib, long mb_per_s); /* -1: leave as it is */

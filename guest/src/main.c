@@ -221,5 +221,6 @@ int main(void)
     stream_start();
     link_start(announce);
     memory_start(MEMORY_MIB, MEMORY_MB_PER_S);
+    clock_start();
     loop_run();
 }

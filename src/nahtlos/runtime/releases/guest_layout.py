@@ -47,12 +47,13 @@ READY: Final = "NAHTLOS-READY"
 PROBE_ARGUMENT: Final = "nahtlos.probe=1"
 PROBE_IDLE_ARGUMENT: Final = "nahtlos.probe=idle"
 KERNEL_ARGUMENTS: Final = (
-    "console=ttyS0 quiet loglevel=4 panic=1 oops=panic mitigations=off nokaslr tsc=unstable no_timer_check "
-    "apparmor=0 audit=0 cryptomgr.notests initcall_blacklist=init_kprobe_trace"
+    "console=ttyS0 quiet loglevel=4 panic=1 oops=panic mitigations=off nokaslr tsc=reliable highres=off "
+    "no_timer_check apparmor=0 audit=0 cryptomgr.notests initcall_blacklist=init_kprobe_trace"
 )
 """An oops ends the guest (and shows as another boot id) rather than letting it limp on unnoticed.
-The TSC is not used as a clock: on a busy host its frequency is measured wrongly at boot, and then everything
-the guest does at a rate is off by as much (a factor of two was seen). HPET and the KVM clock are right."""
+The TSC keeps the time, and timers are as coarse as the kernel's tick: under emulation both halve what a guest
+under traffic costs (18 against 37 per cent of a processor). guest/src/clock.c gives the TSC up where its
+frequency was measured wrongly."""
 
 
 def boot_number(boot_id: str) -> int:
