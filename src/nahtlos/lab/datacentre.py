@@ -10,7 +10,7 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -306,7 +306,7 @@ class Datacentre:
 @asynccontextmanager
 async def opened(
     name: str, shape: LabShape | None = None, build: BuildPaths | None = None
-) -> AsyncIterator[Datacentre]:
+) -> AsyncGenerator[Datacentre]:
     """A lab for the time of the context."""
     datacentre = Datacentre(name, shape or LabShape(), build or BuildPaths.default())
     await datacentre.open()

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -151,8 +151,8 @@ class Demo:
             moves = ", ".join(f"{m.server}→{m.destination}" for m in host.moves) or "empty"
             self.say(f"plan: {host.host}: {moves}")
         self.say(
-            f"plan: {plan.total_moves} moves ({plan.moves_per_server:.2f} per server), about {plan.seconds:.0f} s, "
-            f"gap {plan.gap_ms_p50:.0f} ms (from {plan.basis})"
+            f"plan: {plan.total_moves} moves ({plan.moves_per_server:.2f} per server), "
+            f"about {plan.seconds:.0f} s, gap {plan.gap_ms_p50:.0f} ms (from {plan.basis})"
         )
         for blocker in plan.blockers:
             raise Refused(f"{blocker.subject}: {blocker.reason}", field="upgrade", remedy=blocker.remedy)
@@ -191,7 +191,7 @@ class Demo:
         write_whole(self._plan, json.dumps(plan).encode())
 
     @asynccontextmanager
-    async def _probing(self) -> AsyncIterator[None]:
+    async def _probing(self) -> AsyncGenerator[None]:
         """The prober runs while the context is open and has written its last word when it is closed."""
         assert self._datacentre.topology is not None
         self._write_plan()
