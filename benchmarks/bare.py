@@ -2,7 +2,8 @@
 
 What a careful person with two machines and QEMU's documentation would do: learning bridges, a tuned
 pre-copy (4 GiB/s, downtime-limit 20 ms, relented when it does not converge), QEMU's own switchover and its
-announcement, one shared raw file as disk, no TLS. The guest, its memory, the QEMU releases, the probe and the machine are those of nahtlos' runs.
+announcement, one shared raw file as disk, no TLS. The guest, its memory, the QEMU releases, the probe and the
+machine are those of nahtlos' runs.
 """
 
 import asyncio
