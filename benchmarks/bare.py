@@ -19,7 +19,7 @@ from typing import Any
 
 from qemu.qmp import QMPClient
 
-from nahtlos.lab.outside import in_namespace
+from nahtlos.lab.topology import within
 from nahtlos.physical.hypervisor.bundle import Bundle, read_bundle
 
 TUNSETIFF = 0x400454CA
@@ -164,7 +164,7 @@ class BareGuest:
         self._number += 1
         bundle: Bundle = self._bundles[node]
         namespace = self._lab.namespace(node)
-        tap = in_namespace(namespace, lambda: _open_tap("tap0"))
+        tap = within(namespace, lambda: _open_tap("tap0"))
         _run("ip", "-n", namespace, "link", "set", "tap0", "txqueuelen", "10000", "master", "br0", "up")
         monitor = self._lab.work / f"{self._number}.qmp"
         arguments = [

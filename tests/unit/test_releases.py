@@ -12,9 +12,10 @@ from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.manifest import Manifest, digest_of
 from nahtlos.model.nouns import Component, Release
-from nahtlos.runtime.releases import apt, builder, bundle, guest_layout, image, selection
+from nahtlos.runtime.releases import apt, builder, guest_layout, image, selection
 from nahtlos.runtime.releases.commands import run
 from nahtlos.runtime.releases.lock import exclusive
+from nahtlos.wire import bundle
 
 # --- apt ----------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class Demo:
 
     async def _releases(self, client: OperatorClient) -> tuple[Release, Release]:
         """The oldest and the newest hypervisor release that were built; both made known to the cloud."""
-        built = sorted(list_releases(self._datacentre.build.releases), key=_version)
+        built = list_releases(self._datacentre.build.releases)
         if len(built) < 2:
             raise Refused(
                 "an upgrade needs two releases", field="releases", remedy="build them: make releases"
@@ -268,10 +268,6 @@ def _volume_file(folder: Path, server: ServerId) -> Path:
 
 def _request(name: str) -> ServerRequest:
     return ServerRequest(name=name, vcpus=SERVER_SIZE.vcpus, memory_mib=SERVER_SIZE.memory_mib)
-
-
-def _version(release: Release) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.version.split(".") if part.isdigit())
 
 
 def _keep_logs(datacentre: Datacentre, out: Path) -> None:

@@ -1,57 +1,14 @@
-"""Standing outside the cloud: calls made from a lab's client namespace, by a process that is elsewhere.
-
-A thread enters the namespace, does one thing and ends; the process itself never changes namespace.
-"""
+"""Standing outside the cloud: calls made from a lab's client namespace, by a process that is elsewhere."""
 
 import asyncio
-import ctypes
 import http.client
-import os
-import threading
-from collections.abc import Callable
-from typing import TypeVar
 
 import msgspec
 
+from nahtlos.lab.topology import within
 from nahtlos.model.errors import Unavailable
 
-CLONE_NEWNET = 0x40000000
 HTTP_SECONDS = 5.0
-
-T = TypeVar("T")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def in_namespace(namespace: str, act: Callable[[], T]) -> T:
-    """What `act` returns when it runs in a network namespace (sockets keep the namespace they were made
-    in). Raises what `act` raises."""
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def enter_and_act() -> None:
-        try:
-            _enter(namespace)
-            results.append(act())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=enter_and_act, name=f"in {namespace}", daemon=True)
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
-
-
-def _enter(namespace: str) -> None:
-    fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if _libc.setns(fd, CLONE_NEWNET):
-            code = ctypes.get_errno()
-            raise OSError(code, f"cannot enter {namespace}: {os.strerror(code)}")
-    finally:
-        os.close(fd)
 
 
 class GuestMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +48,7 @@ class Outside:
 
     async def get(self, ip: str, path: str, *, timeout: float = HTTP_SECONDS) -> bytes:
         """Unavailable if the server does not answer 200 within `timeout` seconds."""
-        return await asyncio.to_thread(in_namespace, self._namespace, lambda: _get(ip, path, timeout))
+        return await asyncio.to_thread(within, self._namespace, lambda: _get(ip, path, timeout))
 
     async def status(self, ip: str) -> GuestStatus:
         return msgspec.json.decode(await self.get(ip, "/status"), type=GuestStatus)

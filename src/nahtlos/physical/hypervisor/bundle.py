@@ -5,18 +5,14 @@ when its manifest changes. Never writes into a bundle.
 """
 
 import asyncio
-import hashlib
-import os
-import stat
 from pathlib import Path
 
 import msgspec
 
 from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import ReleaseId
-from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifest, decode_manifest, digest_of
-
-REBUILD = "build the release again"
+from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, Manifest
+from nahtlos.wire.bundle import read_manifest, verify_files, version_key
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,7 +27,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def version(self) -> tuple[int, ...]:
-        return version_numbers(self.manifest.release.version)
+        return version_key(self.manifest.release.version)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -50,16 +46,6 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         libraries = ":".join(str(self.root / path) for path in self.manifest.library_path)
         loader = str(self.root / self.manifest.loader)
         return (loader, "--library-path", libraries, str(self.root / program))
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """`10.0.13` -> (10, 0, 13); anything after the first part that is no number is left out."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdecimal():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 class Bundles:
@@ -107,38 +93,6 @@ def _read_or_refusal(folder: Path) -> Bundle | Refused:
 
 def read_bundle(folder: Path) -> Bundle:
     """Hash everything. Blocks for as long as that takes; call it in a thread."""
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = decode_manifest(path.read_bytes())
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise Refused(f"the manifest is broken: {error}", field=str(path), remedy=REBUILD) from error
-    if manifest.release.digest != digest_of(manifest.files):
-        raise Refused("its digest is not that of its list of files", field=str(path), remedy=REBUILD)
-    named = manifest.release.id
-    if named != folder.name or not named.endswith(manifest.release.digest[:12]):
-        raise Refused(f"it is the manifest of '{named}'", field=str(path), remedy=REBUILD)
-    root = folder / ROOT_NAME
-    for file in manifest.files:
-        difference = difference_of(root, file)
-        if difference:
-            raise Refused(difference, field=str(root / file.path), remedy=REBUILD)
-    return Bundle(root=root, manifest=manifest)
-
-
-def difference_of(root: Path, expected: BundleFile) -> str:
-    """In words how a file differs from its line in the manifest; empty if it does not."""
-    path = root / expected.path
-    try:
-        status = path.lstat()
-        if expected.link is not None:
-            link = os.readlink(path)  # noqa: PTH115 - the text itself is what counts
-            return "" if link == expected.link else f"it points to {link} instead of {expected.link}"
-        if not stat.S_ISREG(status.st_mode):
-            return "it is no regular file"
-        if stat.S_IMODE(status.st_mode) != expected.mode:
-            return f"its mode is {stat.S_IMODE(status.st_mode):o} instead of {expected.mode:o}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    return "" if digest == expected.sha256 else "its content is not what the manifest says"
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    return Bundle(root=folder / ROOT_NAME, manifest=manifest)

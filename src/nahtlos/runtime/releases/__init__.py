@@ -1,9 +1,9 @@
 """Releases of what the cloud runs on: built from Debian's packages, content-addressed, side by side."""
 
 from nahtlos.runtime.releases.builder import TRACKS, build_release
-from nahtlos.runtime.releases.bundle import broken_releases, list_releases, load_manifest, load_release
 from nahtlos.runtime.releases.image import GuestImage, build_image, list_images
 from nahtlos.runtime.releases.progress import OnProgress, Progress
+from nahtlos.wire.bundle import broken_releases, list_releases, load_manifest, load_release
 
 __all__ = [
     "TRACKS",

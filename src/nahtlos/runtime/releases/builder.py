@@ -20,7 +20,10 @@ from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifes
 from nahtlos.model.nouns import Component, Release, Value
 from nahtlos.runtime.releases import selection
 from nahtlos.runtime.releases.apt import Package, PrivateApt
-from nahtlos.runtime.releases.bundle import (
+from nahtlos.runtime.releases.commands import run
+from nahtlos.runtime.releases.lock import exclusive
+from nahtlos.runtime.releases.progress import OnProgress, Progress, silent
+from nahtlos.wire.bundle import (
     describe,
     files_under,
     list_releases,
@@ -28,9 +31,6 @@ from nahtlos.runtime.releases.bundle import (
     release_id,
     version_key,
 )
-from nahtlos.runtime.releases.commands import run
-from nahtlos.runtime.releases.lock import exclusive
-from nahtlos.runtime.releases.progress import OnProgress, Progress, silent
 
 PACKAGES = ("qemu-system-x86", "qemu-utils", "qemu-block-extra")
 MAIN_PACKAGE = "qemu-system-x86"

@@ -1,4 +1,5 @@
-"""Release bundles on disk: found, read, verified. Never changes one.
+"""Release bundles on disk, as the runtime builds them and hosts run them: found, read, verified. Never
+changes one.
 
 A bundle is trusted only after every file it consists of was hashed and compared with its manifest, and the
 manifest with the release id it stands under.
