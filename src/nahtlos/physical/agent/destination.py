@@ -247,9 +247,10 @@ class DestinationMove:
             await asyncio.sleep(RESUME_AGAIN_SECONDS)
         self._context.waits.pop(self._order.id, None)
         for port in self._order.ports:
-            await self._context.drivers.network.move_settle(
-                port, self._context.network_of(port), MoveRole.DESTINATION
-            )
+            network = self._context.network_of(port)
+            if "switch" not in self._marks:  # taken without MoveSwitch, or it was told to an earlier process
+                await self._context.drivers.network.move_switch(port, network, MoveRole.DESTINATION)
+            await self._context.drivers.network.move_settle(port, network, MoveRole.DESTINATION)
         self._context.changed()
 
     async def _let_run(self) -> bool:

@@ -204,25 +204,36 @@ class SourceMove:
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def _undo(self, error: Error) -> None:
-        """Before the stop: the server never ceased to be here."""
+        """Before the stop: the server never ceased to be here. Unless its guest stopped without being told
+        to (a disk error, for instance): then nothing held the stream back, and the destination may have all
+        of it."""
         await self._until_done("the hypervisor to stop sending", self._cancel_stream)
+        vmm = await self._observed_at_last()
+        if vmm is not None and vmm.sent:
+            await self._conclude(await self._resolve(error))
+            return
         if self._switched:
             await self._until_done("the path to lead back here", self._revert_path)
-        await self._abandon_if_reachable()
-        self._end(OperationState.UNDONE, error)
+        if await self._abandon_if_reachable() is Decision.COMMITTED:
+            await self._finish_source()
+        else:
+            self._end(OperationState.UNDONE, error)
 
     async def _cancel_stream(self) -> None:
         vmm = await self._observed()
         if vmm is not None and vmm.state is not RunState.CRASHED:
             await self._context.drivers.hypervisor.migrate_cancel(self._vmm)
 
-    async def _abandon_if_reachable(self) -> None:
-        """Spares the destination its time-out; it cannot commit without our word in any case."""
+    async def _abandon_if_reachable(self) -> Decision:
+        """Spares the destination its time-out; of what has not arrived whole it cannot take ownership."""
+        decision = Decision.UNDECIDED
         try:
-            await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 3.0)
-            await self._peer.tell(MoveReturnFrames(id=self._order.id), 3.0)
+            decision = (await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 3.0)).decision
+            if decision is Decision.ABANDONED:
+                await self._peer.tell(MoveReturnFrames(id=self._order.id), 3.0)
         except Error as error:
             self._context.say("move.undo", self._vmm.server, f"{self._order.destination} not told: {error}")
+        return decision
 
     async def _resolve(self, error: Error) -> MoveOutcome:
         """The guest stands still here and may run there: ask until there is an answer, however long."""
@@ -294,6 +305,11 @@ class SourceMove:
         self._end(OperationState.DONE, None)
 
     async def _kill_old(self) -> None:
+        if not self._switched:  # the server left before its path did, or an earlier process switched it
+            for port in self._order.ports:
+                await self._context.drivers.network.move_switch(
+                    port, self._context.network_of(port), MoveRole.SOURCE
+                )
         await self._context.drivers.hypervisor.kill(self._vmm)
         for port in self._order.ports:
             await self._context.drivers.network.move_settle(
