@@ -24,7 +24,7 @@ from nahtlos.model.errors import Conflict, Error, NotFound, Refused
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, checked_name
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component, HostRole, Release, Size
-from nahtlos.ops.api import create_app
+from nahtlos.ops.api import Enrolment, create_app
 from nahtlos.ops.client import OperatorClient
 from nahtlos.ops.serve import Listening, TlsPlace, serving
 from nahtlos.runtime.controllers.cloud import (
@@ -286,6 +286,7 @@ class FakeCloud:
         return self._become(CampaignState.CANCELLED)
 
     async def set_promised(self, promised: Size) -> None:
+        self._may_fail()
         self.promised = promised
 
     async def say(self, text: str) -> None:
@@ -353,7 +354,9 @@ def cloud() -> Iterator[FakeCloud]:
 
 @asynccontextmanager
 async def reachable_cloud(cloud: FakeCloud, folder: Path, pki: Path) -> AsyncGenerator[Reachable]:
-    app = create_app(cloud, Operators(pki / "operators.json").authenticate)
+    operators = Operators(pki / "operators.json")
+    enrolment = Enrolment(operators=operators, ca_file=pki / "ca" / "ca.pem")
+    app = create_app(cloud, operators.authenticate, enrolment)
     tls = TlsPlace(address="127.0.0.1", port=0, pki_dir=pki / "orchestrator")
     async with serving(app, unix_socket=folder / "operator.sock", tls=tls) as listening:
         yield Reachable(cloud, folder, pki, listening)

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nahtlos.entry import cli as entry
+from nahtlos.lab.paths import BuildPaths, LabPaths
 from nahtlos.model.blueprint import CampaignState
 from nahtlos.model.errors import Error, Refused, Stale, Unavailable
 from nahtlos.model.ids import ServerId
@@ -63,6 +64,8 @@ def run(reachable: Any, tmp_path: Path) -> Run:
         (("server", "console", "web-1", "--send", "root"), "login: root"),
         (("upgrade", "plan", NEW), "web-1 → host-2"),
         (("upgrade", "start", NEW), "running"),
+        (("operator", "list"), "alice"),
+        (("promise", "--vcpus", "4", "--memory-mib", "1024"), "of what is promised"),
     ],
 )
 async def test_every_command_shows_its_result(run: Run, arguments: tuple[str, ...], shown: str) -> None:
@@ -142,6 +145,80 @@ async def test_a_cloud_elsewhere_is_reached_with_a_credential_from_a_file(run: R
     assert (await run("host", "list", env=environment)).exit_code == 2
     environment["NAHTLOS_TOKEN_FILE"] = str(reachable.token_file)
     assert (await run("host", "list", env=environment)).exit_code == 0
+
+
+# --- operators ---------------------------------------------------------------------------------------
+
+
+async def test_an_operator_is_added_used_and_withdrawn(
+    run: Run, reachable: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    token_file, ca_file = tmp_path / "carol.token", tmp_path / "ca.pem"
+    added = await run(
+        "operator", "add", "carol", "--out", str(token_file), "--ca-out", str(ca_file), "--json"
+    )
+    assert added.exit_code == 0, added.output
+    assert json.loads(added.stdout) == {
+        "name": "carol",
+        "token_file": str(token_file),
+        "ca_file": str(ca_file),
+    }
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    token = token_file.read_text().strip()
+    assert token
+    assert token not in added.output + caplog.text
+    where = ("--url", reachable.url, "--ca-file", str(ca_file), "--token-file", str(token_file))
+    assert (await run("host", "list", *where)).exit_code == 0
+    assert {"name": "carol", "tokens": 1} in json.loads((await run("operator", "list", "--json")).stdout)
+    assert (await run("operator", "remove", "carol")).exit_code == 0
+    refused = await run("host", "list", *where)
+    assert refused.exit_code == 2
+    assert "Error: authorization: " in refused.stderr
+
+
+async def test_operators_are_added_by_root_alone(run: Run, reachable: Any, tmp_path: Path) -> None:
+    where = ("--url", reachable.url, "--ca-file", str(reachable.ca_file))
+    new = tmp_path / "new"
+    for arguments in (
+        ("operator", "add", "eve", "--out", str(new)),
+        ("operator", "remove", "alice"),
+        ("operator", "list"),
+    ):
+        for credential in (
+            ("--token-file", str(reachable.token_file)),
+            ("--pki-dir", str(reachable.pki / "alice")),
+        ):
+            result = await run(*arguments, *where, *credential, "--json")
+            assert result.exit_code == 2
+            assert json.loads(result.stdout)["error"]["field"] == "authorization"
+    assert not new.exists()
+    assert "alice" in (await run("operator", "list")).stdout
+
+
+async def test_no_token_is_given_that_cannot_be_kept(run: Run, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for out, ca_out, field in (
+        (taken, None, "out"),
+        (tmp_path / "no" / "folder", None, "out"),
+        (tmp_path / "token", taken, "ca_out"),
+    ):
+        more = ("--ca-out", str(ca_out)) if ca_out else ()
+        result = await run("operator", "add", "dora", "--out", str(out), *more)
+        assert result.exit_code == 2
+        assert f"Error: {field}: " in result.stderr
+    assert taken.read_text() == "mine"
+    assert not (tmp_path / "token").exists()
+    assert "dora" not in (await run("operator", "list")).stdout
+
+
+@pytest.mark.parametrize("name", ["root", "Bad_Name"])
+async def test_a_refused_operator_leaves_no_file(run: Run, tmp_path: Path, name: str) -> None:
+    result = await run("operator", "add", name, "--out", str(tmp_path / "token"))
+    assert result.exit_code == 2
+    assert "Error: operator: " in result.stderr
+    assert not (tmp_path / "token").exists()
 
 
 # --- waiting -----------------------------------------------------------------------------------------
@@ -249,6 +326,8 @@ async def test_attaching_needs_a_terminal(reachable: Any) -> None:
         (("upgrade", "pause"), "campaign"),
         (("upgrade", "report", "--evidence", "/nonexistent"), "folder"),
         (("server", "show", "../status"), "name"),
+        (("operator", "remove", "nobody"), "operator"),
+        (("operator", "remove", "../status"), "name"),
         (("host", "list", "--url", "http://x:1", "--ca", "x"), "url"),
         (("host", "list", "--url", "https://x:1"), "ca"),
         (("host", "list", "--url", "https://x:1", "--ca", "/nonexistent"), "ca_file"),
@@ -320,6 +399,34 @@ def test_mistakes_on_the_command_line_can_be_json(capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "refused"
 
 
+async def test_without_a_terminal_nothing_is_cut_or_broken_into_lines(run: Run, reachable: Any) -> None:
+    result = await run("release", "show", "q" * 200)
+    assert f"there is no release '{'q' * 200}'" in result.stderr
+    reachable.cloud.settles = False
+    assert "host-1 must start it" in (await run("server", "list")).stdout.splitlines()[1]
+
+
+async def test_a_socket_that_is_for_root_alone_says_so(
+    run: Run, reachable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(_path: Path, **_options: Any) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    result = await run("host", "list")
+    assert result.exit_code == 2
+    assert "Error: user: " in result.stderr
+
+
+async def test_a_broken_release_is_named_also_beside_json(run: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "build" / "releases" / "qemu-1.0-000000000000"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{")
+    result = await run("release", "list", "--built", "--json")
+    assert json.loads(result.stdout) == []
+    assert "the manifest is broken" in result.stderr
+
+
 # --- labs --------------------------------------------------------------------------------------------
 
 
@@ -334,6 +441,40 @@ def test_labs_are_made_by_root(
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["field"] == "user"
     assert error["remedy"]
+
+
+def test_what_the_machine_lacks_is_named_before_a_lab_is_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+
+    def lacking() -> None:
+        raise Refused("missing: nftables", field="packages", remedy="apt-get install nftables, or make setup")
+
+    monkeypatch.setattr(entry, "require_lab", lacking)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["lab", "up", "--lab", "never", "--json"])
+    assert ended.value.code == 2
+    assert json.loads(capsys.readouterr().out)["error"]["field"] == "packages"
+    assert not LabPaths("never").run.exists()
+
+
+def test_no_lab_is_begun_on_a_broken_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(entry, "require_lab", lambda: None)
+    monkeypatch.setattr(BuildPaths, "default", classmethod(lambda cls: cls(tmp_path)))
+    broken = tmp_path / "releases" / "qemu-1.0-000000000000"
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["lab", "up", "--lab", "never", "--json"])
+    assert ended.value.code == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["field"].endswith("manifest.json")
+    assert "build" in error["remedy"]
+    assert not LabPaths("never").run.exists()
 
 
 @pytest.mark.parametrize("command", ["up", "down", "status"])

@@ -6,8 +6,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import Accelerator
-from nahtlos.ops.doctor import Level, Machine, examine, fit, installed_packages, wanted_packages
+from nahtlos.ops.doctor import Level, Machine, examine, fit, installed_packages, require_lab, wanted_packages
 
 
 class Described(Machine):
@@ -126,3 +127,28 @@ def test_trials_report_what_went_wrong() -> None:
     assert machine.trial(["true"]) == ""
     assert machine.trial(["no-such-tool"]) == "no-such-tool is not installed"
     assert "ended with 1" in machine.trial(["false"])
+
+
+@pytest.mark.parametrize(
+    ("lacks", "field"),
+    [
+        ("--net ip link show", "network namespaces"),
+        ("type vxlan", "vxlan devices"),
+        ("table netdev", "nftables netdev"),
+    ],
+)
+def test_a_lab_is_refused_by_what_the_machine_lacks(root: Path, lacks: str, field: str) -> None:
+    require_lab(Described(root))
+    with pytest.raises(Refused) as refused:
+        require_lab(Described(root, [lacks]))
+    assert refused.value.field == field
+    assert refused.value.remedy
+
+
+def test_a_lab_is_refused_by_root_first_then_by_packages(root: Path) -> None:
+    (root / "var/lib/dpkg/status").write_text("")
+    with pytest.raises(Refused, match="missing: gcc") as refused:
+        require_lab(Described(root))
+    assert "apt-get install gcc" in refused.value.remedy
+    with pytest.raises(Refused, match="not root"):
+        require_lab(Described(root, superuser=False))

@@ -14,15 +14,18 @@ from typer.exceptions import Abort, TyperException
 from nahtlos.lab.cleanup import Removed, cleanup, processes_of
 from nahtlos.lab.paths import BuildPaths, LabPaths
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Unavailable
-from nahtlos.model.ids import checked_name
+from nahtlos.model.ids import ReleaseId, checked_name
 from nahtlos.model.nouns import Size
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.app import build_app
 from nahtlos.ops.cli.command import INTERRUPTED, Cli, Place, Surroundings, command
+from nahtlos.ops.cli.waiting import wait_until
+from nahtlos.ops.doctor import require_lab
 from nahtlos.runtime.controllers.cloud import HostView, Status
-from nahtlos.runtime.releases import list_releases
+from nahtlos.runtime.releases import broken_releases, list_releases, load_release
 
 ANSWER_SECONDS = 5.0
+SERVICE_SECONDS = 120.0
 
 
 class LabStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,14 +60,16 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
         memory_mib: Annotated[int, typer.Option(help="Of every host, for servers.", min=64)] = 1024,
         parallel_moves: Annotated[int, typer.Option(help="Moves at the same time.", min=1)] = 1,
     ) -> None:
-        """Open a lab and leave it open: namespaces, an orchestrator, hosts that have joined."""
+        """Open a lab and leave it open: namespaces, an orchestrator, hosts that are in service."""
         # Loaded here: no other command needs all of it.
         from nahtlos.lab.datacentre import Datacentre, LabShape
 
-        _root()
         checked_name(cli.lab, "lab")
+        _root()
         if await _answers(cli) is not None:
             raise _runs_already(cli.lab)
+        await asyncio.to_thread(require_lab)
+        releases = await asyncio.to_thread(_sound_releases, build)
         capacity = Size(vcpus=vcpus, memory_mib=memory_mib)
         shape = LabShape(
             hosts=hosts,
@@ -72,17 +77,21 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
             promised=_promised(hosts, capacity),
             parallel_moves=parallel_moves,
         )
-        await Datacentre(cli.lab, shape, build, lasting=True).open(cli.say)
-        async with cli.client() as client:
-            for release in list_releases(build.releases):
-                await client.register_release(release.id)
+        datacentre = Datacentre(cli.lab, shape, build, lasting=True)
+        await datacentre.open(cli.say)
+        try:
+            cli.say("hosts start")
+            await _into_service(cli, releases)
+        except BaseException:
+            await datacentre.close()
+            raise
         await _show(cli)
 
     @command(app, "down", surroundings)
     async def down(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
         """End a lab and remove everything of it, its servers and volumes included. Repeatable."""
-        _root()
         checked_name(cli.lab, "lab")
+        _root()
         removed = await asyncio.to_thread(cleanup, cli.lab)
         cli.show(removed, _removed(cli.lab, removed))
         if removed.left:
@@ -102,6 +111,28 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
 def _root() -> None:
     if os.geteuid() != 0:
         raise Refused("a lab makes network namespaces", field="user", remedy="run it as root")
+
+
+def _sound_releases(build: BuildPaths) -> list[ReleaseId]:
+    """Every release that is built, its files as its manifest says. Refused by the first that is broken."""
+    for problem in broken_releases(build.releases):
+        raise problem
+    return [load_release(build.releases, r.id).id for r in list_releases(build.releases)]
+
+
+async def _into_service(cli: Cli, releases: list[ReleaseId]) -> None:
+    """The cloud knows all releases, and every host has booted a probe and takes servers."""
+    async with cli.client() as client:
+        for release in releases:
+            await client.register_release(release)
+        await wait_until(
+            cli,
+            f"lab {cli.lab} comes into service",
+            client.status,
+            lambda status: status.converged,
+            lambda status: status.waiting[0].reason if status.waiting else "hosts boot a probe",
+            deadline=SERVICE_SECONDS,
+        )
 
 
 def _runs_already(lab: str) -> Conflict:

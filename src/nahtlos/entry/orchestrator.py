@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from nahtlos.model.errors import Error, ErrorRecord
-from nahtlos.ops.api import create_app
+from nahtlos.ops.api import Enrolment, create_app
 from nahtlos.ops.serve import serving
 from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.catalogues import FolderImages, FolderReleases
@@ -26,6 +26,7 @@ from nahtlos.runtime.controllers.orchestrator import Orchestrator
 from nahtlos.runtime.identity import CertificateAuthority, Operators
 from nahtlos.runtime.settings import OrchestratorSettings, load_settings
 from nahtlos.runtime.store.store import Store
+from nahtlos.wire.tls import CA_FILE
 from nahtlos.wire.websocket import WebSocketTransport
 
 _log = logging.getLogger("nahtlos.orchestrator")
@@ -56,7 +57,9 @@ async def _serve(
     settings: OrchestratorSettings, orchestrator: Orchestrator, fd_agents: int, fd_api: int, fd_operator: int
 ) -> None:
     """Until SIGTERM or SIGINT."""
-    app = create_app(orchestrator.cloud, Operators(settings.operators).authenticate)
+    operators = Operators(settings.operators)
+    enrolment = Enrolment(operators=operators, ca_file=settings.pki_dir / CA_FILE)
+    app = create_app(orchestrator.cloud, operators.authenticate, enrolment)
     operator, api = socket.socket(fileno=fd_operator), socket.socket(fileno=fd_api)
     async with (
         serving(app, unix_socket=operator, tls=api, pki_dir=settings.pki_dir),

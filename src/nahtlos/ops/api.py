@@ -4,13 +4,15 @@ Owns paths, status codes, who may call, and the shape of errors: `{"error": Erro
 about the cloud; the structs of `model` and `cloud` are the API's data, encoded and decoded by msgspec.
 Never logs a body, a header or a query.
 
-    422 Refused   404 NotFound   409 Conflict, Stale   503 Unavailable   401 no operator   413 body too long
+    422 Refused   404 NotFound   409 Conflict, Stale   503 Unavailable   413 body too long
+    401 no operator   403 an operator, but not root on the orchestrator's machine
 """
 
 import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -33,11 +35,13 @@ from nahtlos.ops.bodies import (
     JoinToken,
     JoinTokenRequest,
     MoveRequest,
+    OperatorCredential,
+    OperatorName,
     ReleaseRegistration,
     UpgradeRequest,
 )
 from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
-from nahtlos.runtime.identity import Presented
+from nahtlos.runtime.identity import Operators, Presented
 
 Authenticate = Callable[[Presented], Awaitable[str | None]]
 """The name of the operator who is proven by what was presented; None if it proves nobody."""
@@ -55,12 +59,22 @@ STATUS: tuple[tuple[type[Error], int], ...] = (
     (Error, 500),
 )
 
+
+class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
+    """What root adds operators with."""
+
+    operators: Operators
+    ca_file: Path
+    """The cloud's own certificate, by which operators know the orchestrator."""
+
+
 _log = logging.getLogger("nahtlos.ops.api")
 _T = TypeVar("_T")
 
 
-def create_app(cloud: Cloud, authenticate: Authenticate) -> FastAPI:
-    """The API over `cloud`. Serve it with `ops.serve`, which finds out what a caller can prove."""
+def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | None = None) -> FastAPI:
+    """The API over `cloud`. Serve it with `ops.serve`, which finds out what a caller can prove. Without
+    `enrolment` operators can be neither added nor removed."""
     app = FastAPI(title="nahtlos operator API", version=__version__, docs_url=None, redoc_url=None)
     _answer_errors(app)
 
@@ -76,6 +90,8 @@ def create_app(cloud: Cloud, authenticate: Authenticate) -> FastAPI:
     _join(open_routes, cloud)
     for add in (_status, _hosts, _releases, _servers, _upgrades, _events):
         add(routes, cloud)
+    if enrolment is not None:
+        _operators(routes, enrolment)
     app.include_router(open_routes)
     app.include_router(routes)
     return app
@@ -211,6 +227,27 @@ def _upgrades(routes: APIRouter, cloud: Cloud) -> None:
         return _json(await cloud.campaign(None if campaign == NEWEST else CampaignId(campaign)))
 
 
+def _operators(routes: APIRouter, enrolment: Enrolment) -> None:
+    """For root alone: an operator's credential, once stolen, shall not make others."""
+    operators = enrolment.operators
+
+    @routes.get("/operators", dependencies=[Depends(_root)])
+    async def listed() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(operators.listed())
+
+    @routes.post("/operators", dependencies=[Depends(_root)])
+    async def add(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        name = (await _body(request, OperatorName)).name
+        ca_pem = enrolment.ca_file.read_text()
+        token = operators.add_token(name)
+        return _json(OperatorCredential(name=name, token=token, ca_pem=ca_pem), status=201)
+
+    @routes.delete("/operators/{operator}", dependencies=[Depends(_root)])
+    async def remove(operator: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        operators.remove(operator)
+        return Response(status_code=204)
+
+
 def _events(routes: APIRouter, cloud: Cloud) -> None:
     @routes.get("/events")
     async def page(  # pyright: ignore[reportUnusedFunction]
@@ -272,6 +309,12 @@ def _presented(request: Request) -> Presented:
     if scheme.lower() == "bearer" and token:
         return msgspec.structs.replace(proven, bearer=token.strip())
     return proven
+
+
+async def _root(request: Request) -> None:
+    """What the kernel said of the connection counts, not the name of an operator."""
+    if _presented(request).peer_uid != 0:
+        raise HTTPException(403)
 
 
 async def _logged(request: Request) -> AsyncIterator[None]:
@@ -361,6 +404,13 @@ def _http_record(error: HTTPException) -> ErrorRecord:
             message="no operator's credential",
             field="authorization",
             remedy="use the unix socket as root, an operator's token or an operator's certificate",
+        )
+    if error.status_code == 403:
+        return ErrorRecord(
+            kind=Refused.kind,
+            message="operators are added and removed by root alone",
+            field="authorization",
+            remedy="do it as root on the orchestrator's machine, over its unix socket",
         )
     if error.status_code == 413:
         return ErrorRecord(kind=Refused.kind, message=f"body of more than {MAX_BODY} bytes", field="body")

@@ -51,6 +51,21 @@ class ConsoleInput(msgspec.Struct, frozen=True, kw_only=True):
     data: bytes
 
 
+class OperatorName(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+
+
+class OperatorCredential(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator elsewhere needs. Goes to root over the unix socket, once; it is not kept."""
+
+    name: str
+    token: str
+    ca_pem: str
+
+    def __repr__(self) -> str:
+        return f"OperatorCredential(name={self.name})"
+
+
 class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
     to: ReleaseId
     hosts: tuple[HostId, ...] | None = None

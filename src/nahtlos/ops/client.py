@@ -30,6 +30,8 @@ from nahtlos.ops.bodies import (
     JoinToken,
     JoinTokenRequest,
     MoveRequest,
+    OperatorCredential,
+    OperatorName,
     ReleaseRegistration,
     UpgradeRequest,
 )
@@ -43,6 +45,7 @@ from nahtlos.runtime.controllers.cloud import (
     ServerView,
     Status,
 )
+from nahtlos.runtime.identity.operators import Listed
 from nahtlos.wire.tls import ORCHESTRATOR, orchestrator_client_context
 
 TIMEOUT = 30.0
@@ -128,6 +131,17 @@ class OperatorClient:
 
     async def set_promised(self, promised: Size) -> None:
         await self._ask("PUT", "promised", promised, None)
+
+    # --- operators, for root over the unix socket
+
+    async def operators(self) -> tuple[Listed, ...]:
+        return await self._get("operators", tuple[Listed, ...])
+
+    async def add_operator(self, name: str) -> OperatorCredential:
+        return await self._ask("POST", "operators", OperatorName(name=name), OperatorCredential)
+
+    async def remove_operator(self, name: str) -> None:
+        await self._ask("DELETE", f"operators/{_part(name)}", None, None)
 
     # --- servers
 

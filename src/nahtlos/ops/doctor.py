@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.errors import Error
+from nahtlos.model.errors import Error, Refused
 from nahtlos.model.inventory import Accelerator
 from nahtlos.model.nouns import Release, Value
 from nahtlos.runtime.releases import TRACKS, broken_releases, list_images, list_releases, load_release
@@ -121,6 +121,23 @@ def examine(build: Path, machine: Machine | None = None) -> list[Finding]:
     ]
     order = list(Level)
     return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def require_lab(machine: Machine | None = None) -> None:
+    """Refused by what a lab lacks first on this machine, before anything is made. Quick: nothing is read
+    that was built."""
+    machine = machine or Machine()
+    checks: tuple[Callable[[], list[Finding]], ...] = (
+        lambda: [_root(machine)],
+        lambda: [_packages(machine), *_devices(machine)],
+        lambda: [_namespaces(machine)],
+        lambda: [_link_kind(machine, kind) for kind in ("veth", "bridge", "vxlan")],
+        lambda: _packet_rules(machine),
+    )
+    for check in checks:
+        for finding in check():
+            if not finding.ok and finding.level is Level.REQUIRED:
+                raise Refused(finding.detail, field=finding.name, remedy=finding.remedy)
 
 
 def fit(findings: Sequence[Finding]) -> bool:

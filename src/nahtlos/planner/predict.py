@@ -299,7 +299,7 @@ def _move_forecast(
 def _basis(samples: Sequence[MoveSample], verify_seconds: float | None) -> str:
     verify = "" if verify_seconds is not None else f"; {ASSUMED_VERIFY_SECONDS:.0f} s assumed for each verify"
     if samples:
-        return f"{len(samples)} measured moves of this cloud{verify}"
+        return f"{len(samples)} measured move{'s' if len(samples) > 1 else ''} of this cloud{verify}"
     return f"the table of measured moves in the documentation (TCG, 2 cores){verify}"
 
 

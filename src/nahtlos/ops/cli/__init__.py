@@ -1,4 +1,4 @@
-"""The operator's command line: `nahtlos host|release|server|upgrade|doctor`.
+"""The operator's command line: `nahtlos host|release|server|upgrade|operator|promise|status|doctor`.
 
 Thin over `ops.client`: it asks, waits and shows. `entry.cli` composes it with the commands for labs.
 

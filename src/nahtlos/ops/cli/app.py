@@ -5,6 +5,7 @@ import typer
 from nahtlos.ops.cli.command import Surroundings, shared_options
 from nahtlos.ops.cli.hosts import host_commands
 from nahtlos.ops.cli.machine import machine_commands
+from nahtlos.ops.cli.operators import operator_commands
 from nahtlos.ops.cli.releases import release_commands
 from nahtlos.ops.cli.servers import server_commands
 from nahtlos.ops.cli.upgrades import upgrade_commands
@@ -22,5 +23,6 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(release_commands(surroundings), name="release")
     app.add_typer(server_commands(surroundings), name="server")
     app.add_typer(upgrade_commands(surroundings), name="upgrade")
+    app.add_typer(operator_commands(surroundings), name="operator")
     machine_commands(app, surroundings)
     return app

@@ -2,12 +2,14 @@
 
 Every command takes the same options (`--json`, `--lab`, `--url`, …), before or after its name. Results go
 to standard output and nothing else does; progress and errors go to standard error, except that with
-`--json` an error is printed as `{"error": …}` on standard output. Credentials come from files only.
+`--json` an error is printed as `{"error": …}` on standard output. Credentials come from files only. Where
+standard output is no terminal nothing is broken into lines or cut: what reads it may be a program.
 """
 
 import asyncio
 import copy
 import inspect
+import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -24,6 +26,8 @@ from nahtlos.ops.client import OperatorClient
 
 BROKEN, REFUSED, UNAVAILABLE, STALE = 1, 2, 3, 4
 INTERRUPTED = 130
+UNBROKEN = 1000
+"""Columns of what is no terminal."""
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +64,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "lab": (str, {"flag": "--lab", "help": "The lab of this name on this machine (default: demo)."}),
     "socket": (Path, {"flag": "--socket", "help": "An orchestrator's unix socket."}),
     "url": (str, {"flag": "--url", "help": "An orchestrator elsewhere: https://address:port."}),
-    "ca": (Path, {"flag": "--ca", "help": "The cloud's ca.pem, for --url."}),
+    "ca": (Path, {"flag": "--ca-file", "also": "--ca", "help": "The cloud's ca.pem, for --url."}),
     "token_file": (Path, {"flag": "--token-file", "help": "File with an operator's token, for --url."}),
     "pki_dir": (Path, {"flag": "--pki-dir", "help": "Folder with an operator's certificate, for --url."}),
 }
@@ -77,7 +81,7 @@ def place_parameters(*, from_environment: bool) -> list[inspect.Parameter]:
             annotation=Annotated[
                 kind | None,
                 typer.Option(
-                    known["flag"],
+                    *(known[name] for name in ("flag", "also") if name in known),
                     help=known["help"],
                     show_default=False,
                     envvar=f"NAHTLOS_{name.upper()}" if from_environment and name != "json" else None,
@@ -101,8 +105,8 @@ class Cli:
         self.place = place
         self.json = bool(place.json)
         self.surroundings = surroundings
-        self.out = Console(highlight=False, soft_wrap=False)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = _console(sys.stdout.isatty(), stderr=False)
+        self.err = _console(sys.stderr.isatty(), stderr=True)
 
     @property
     def lab(self) -> str:
@@ -120,20 +124,26 @@ class Cli:
         place = self.place
         if place.url is not None:
             if place.ca is None:
-                raise Refused("--url needs --ca", field="ca", remedy="name the file with the cloud's ca.pem")
+                raise Refused(
+                    "--url needs --ca-file", field="ca", remedy="name the file with the cloud's ca.pem"
+                )
             return OperatorClient.tls(
                 place.url, ca_file=place.ca, token_file=place.token_file, pki_dir=place.pki_dir
             )
         if place.socket is not None:
             return OperatorClient.unix(place.socket)
         socket = self.surroundings.socket_of_lab(self.lab)
-        if not socket.exists():
+        if not _exists(socket):
             raise Unavailable(
                 f"lab {self.lab} is not up",
                 field="lab",
                 remedy=f"`nahtlos lab up --lab {self.lab}`, or name another cloud with --lab or --url",
             )
         return OperatorClient.unix(socket)
+
+    def warn(self, text: str) -> None:
+        """What must not be overlooked, also by who reads JSON."""
+        self.err.print(Text(text, style="yellow"))
 
     def show(self, value: Any, picture: RenderableType) -> None:
         """The command's result: as JSON, or as a picture for people."""
@@ -161,6 +171,11 @@ class Cli:
             self.err.print(error_text(record))
 
 
+def _console(terminal: bool, *, stderr: bool) -> Console:
+    width = None if terminal or "COLUMNS" in os.environ else UNBROKEN
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
 def error_text(record: ErrorRecord) -> Text:
     """Field, message, remedy: what is wrong, and what to do about it."""
     text = Text.assemble(("Error: ", "bold red"))
@@ -170,6 +185,17 @@ def error_text(record: ErrorRecord) -> Text:
     if record.remedy:
         text.append(f"\n  → {record.remedy}", style="cyan")
     return text
+
+
+def _exists(socket: Path) -> bool:
+    try:
+        return socket.exists()
+    except PermissionError as error:
+        raise Refused(
+            f"{socket} is for root alone",
+            field="user",
+            remedy="run it as root, or reach the cloud over TLS with an operator's credential",
+        ) from error
 
 
 def exit_code_of(error: Error) -> int:
@@ -287,7 +313,17 @@ async def _release_names(client: OperatorClient) -> list[str]:
     return [r.id for r in await client.releases()]
 
 
-NAMES = {"host": _host_names, "to": _host_names, "server": _server_names, "release": _release_names}
+async def _operator_names(client: OperatorClient) -> list[str]:
+    return [o.name for o in await client.operators()]
+
+
+NAMES = {
+    "host": _host_names,
+    "to": _host_names,
+    "server": _server_names,
+    "release": _release_names,
+    "operator": _operator_names,
+}
 """What a command's argument or option of this name is completed with."""
 
 

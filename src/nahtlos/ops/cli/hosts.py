@@ -9,7 +9,9 @@ from nahtlos.model.ids import HostId
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.waiting import wait_until
+from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import HostView
+from nahtlos.runtime.evidence.figures import count_of
 
 Host = Annotated[str, typer.Argument(metavar="HOST")]
 
@@ -52,11 +54,11 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
         async with cli.client() as client:
             view = await client.set_host_intent(HostId(host), HostIntent.DRAINED)
             if wait:
-                view = await wait_until(
+                view, _ = await wait_until(
                     cli,
                     f"{host} drains",
-                    lambda: client.host(HostId(host)),
-                    lambda seen: seen.phase is HostPhase.DRAINED,
+                    lambda: _with_waits(client, HostId(host)),
+                    lambda seen: seen[0].phase is HostPhase.DRAINED,
                     _left,
                     deadline=deadline,
                 )
@@ -71,5 +73,14 @@ async def _intend(cli: Cli, host: str, intent: HostIntent) -> None:
     cli.show(view, pictures.host(view))
 
 
-def _left(view: HostView) -> str:
-    return f"{len(view.servers)} servers left" if view.servers else "settling"
+async def _with_waits(client: OperatorClient, host: HostId) -> tuple[HostView, str]:
+    """A host, and what the first of its servers that cannot leave it waits for."""
+    view = await client.host(host)
+    waits = (f"{s.id}: {s.waits_for}" for s in await client.servers() if s.host == host and s.waits_for)
+    return view, next(waits, "")
+
+
+def _left(seen: tuple[HostView, str]) -> str:
+    view, waits = seen
+    left = f"{count_of(len(view.servers), 'server')} left" if view.servers else "settling"
+    return f"{left}; {waits}" if waits else left

@@ -1,11 +1,13 @@
-"""`nahtlos doctor` and `nahtlos status`."""
+"""`nahtlos doctor`, `nahtlos status`, `nahtlos promise`."""
 
 import asyncio
+from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nahtlos.model.nouns import Size
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
 from nahtlos.ops.doctor import Finding, Level, examine, fit
@@ -25,6 +27,18 @@ def machine_commands(app: typer.Typer, surroundings: Surroundings) -> None:
     async def status(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
         """The cloud in short: whether all is as it should be, and what waits for what."""
         async with cli.client() as client:
+            value = await client.status()
+        cli.show(value, pictures.status(value))
+
+    @command(app, "promise", surroundings)
+    async def promise(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        vcpus: Annotated[int, typer.Option(min=0, help="In total.", show_default=False)],
+        memory_mib: Annotated[int, typer.Option(min=0, help="In total.", show_default=False)],
+    ) -> None:
+        """Set what customers are promised in total: servers stay within it, upgrades never withdraw it."""
+        async with cli.client() as client:
+            await client.set_promised(Size(vcpus=vcpus, memory_mib=memory_mib))
             value = await client.status()
         cli.show(value, pictures.status(value))
 

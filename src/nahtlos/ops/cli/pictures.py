@@ -22,6 +22,7 @@ from nahtlos.model.inventory import HostInventory, OperationState, RunState
 from nahtlos.model.nouns import Release, Size
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
+from nahtlos.runtime.identity.operators import Listed
 
 GOOD, WARN, BAD, SOFT = "green", "yellow", "bold red", "dim"
 NOTHING = "–"
@@ -175,7 +176,7 @@ def release(value: Release) -> RenderableType:
 
 
 def servers(views: Sequence[ServerView]) -> RenderableType:
-    columns = ("Server", "State", "Host", "Address", "VMM", "Size", "Volume on", "Waits for")
+    columns = ("Server", "State", "Host", "Address", "VMM", ">vCPU", ">MiB", "Volume on", "Waits for")
     return table(columns, (_server_row(v) for v in views), "no servers yet; `nahtlos server create NAME`")
 
 
@@ -187,7 +188,8 @@ def _server_row(view: ServerView) -> tuple[str | Text, ...]:
         f"{where} → {view.moving_to}" if view.moving_to else where,
         view.ip,
         short(view.release),
-        size(view.size),
+        str(view.size.vcpus),
+        str(view.size.memory_mib),
         view.volume_host,
         view.waits_for,
     )
@@ -327,6 +329,16 @@ def _operation_row(record: OperationRecord) -> tuple[str | Text, ...]:
         record.destination or "",
         took,
         why,
+    )
+
+
+# --- operators ---------------------------------------------------------------------------------------
+
+
+def operators(listed: Sequence[Listed]) -> RenderableType:
+    rows = ((operator.name, str(operator.tokens)) for operator in listed)
+    return table(
+        ("Operator", ">Tokens"), rows, "no operator elsewhere; `nahtlos operator add NAME --out FILE`"
     )
 
 

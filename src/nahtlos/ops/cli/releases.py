@@ -30,7 +30,7 @@ def release_commands(surroundings: Surroundings) -> typer.Typer:
             folder = surroundings.build_dir / "releases"
             values = list_releases(folder)
             for problem in broken_releases(folder):
-                cli.say(str(problem))
+                cli.warn(str(problem))
         else:
             async with cli.client() as client:
                 values = await client.releases()

@@ -324,7 +324,7 @@ class CloudService:
                 raise NotFound(
                     f"no campaign '{wanted}'" if wanted else "there was no campaign yet",
                     field="campaign",
-                    remedy=f"campaigns: {requests.listed(rows)}",
+                    remedy=f"campaigns: {requests.listed(rows)}" if rows else "nahtlos upgrade start RELEASE",
                 )
             records = await operations.of_campaign(tx, wanted)
         return views.campaign_view(look.state, look.inventory, look.report, rows[wanted], records)
@@ -342,7 +342,9 @@ class CloudService:
         async with self._looks.changing() as tx:
             row = await campaigns.current(tx)
             if row is None:
-                raise Conflict("no campaign is going on", field="campaign", remedy="start one first")
+                raise Conflict(
+                    "no campaign is going on", field="campaign", remedy="nahtlos upgrade start RELEASE"
+                )
             if row.campaign.state not in of:
                 raise Conflict(
                     f"{row.campaign.id} is {row.campaign.state}",

@@ -224,7 +224,7 @@ def check_promise(state: State, size: Size) -> None:
         raise Conflict(
             f"all servers together would need {words(total)}, promised are {words(state.promised)}",
             field="vcpus" if total.vcpus > state.promised.vcpus else "memory_mib",
-            remedy="delete servers, ask for less, or promise more if the hosts can hold it",
+            remedy="delete servers, ask for less, or promise more: nahtlos promise",
         )
 
 

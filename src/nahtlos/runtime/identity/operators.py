@@ -3,6 +3,7 @@
 Three ways: being root on the orchestrator's machine (the unix socket), a client certificate of the cloud's
 CA that names an operator, or a bearer token. Tokens are kept as sha256 digests in a JSON file of mode 0600
 (`operators.json`); a certificate counts only while its operator is listed there, so both can be withdrawn.
+Nobody can be listed as `root`, which is who comes over the unix socket.
 Never decides what an operator may do.
 """
 
@@ -33,6 +34,13 @@ class Presented(msgspec.Struct, frozen=True, kw_only=True):
         return f"Presented(peer_uid={self.peer_uid}, party={self.party}, bearer={bearer})"
 
 
+class Listed(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator, and by how many tokens it can prove itself. Tokens are not kept, only their digests."""
+
+    name: str
+    tokens: int
+
+
 class _Operator(msgspec.Struct, frozen=True, kw_only=True):
     token_digests: tuple[str, ...] = ()
 
@@ -45,13 +53,13 @@ class Operators:
 
     def add(self, name: str) -> None:
         """List an operator, who can then use a certificate. Repeatable."""
-        checked_name(name, "operator")
+        _checked(name)
         listed = self._read()
         self._write({name: _Operator(), **listed})
 
     def add_token(self, name: str) -> str:
         """A further token for `name`, who is listed if new. Shown here and never again."""
-        checked_name(name, "operator")
+        _checked(name)
         token = new_token()
         listed = self._read()
         digests = listed.get(name, _Operator()).token_digests
@@ -62,11 +70,15 @@ class Operators:
         """Withdraw all that `name` could prove itself with."""
         listed = self._read()
         if name not in listed:
-            raise NotFound(f"no operator '{name}'", field="operator")
+            names = ", ".join(sorted(listed)) or "none"
+            raise NotFound(f"no operator '{name}'", field="operator", remedy=f"operators: {names}")
         self._write({n: o for n, o in listed.items() if n != name})
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._read()))
+
+    def listed(self) -> tuple[Listed, ...]:
+        return tuple(Listed(name=n, tokens=len(o.token_digests)) for n, o in sorted(self._read().items()))
 
     async def authenticate(self, presented: Presented) -> str | None:
         """The operator's name, or None if nothing that was shown proves one."""
@@ -89,6 +101,14 @@ class Operators:
     def _write(self, listed: dict[str, _Operator]) -> None:
         self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(self._file, msgspec.json.encode(listed), mode=0o600)
+
+
+def _checked(name: str) -> None:
+    checked_name(name, "operator")
+    if name == ROOT:
+        raise Refused(
+            f"'{ROOT}' is who comes over the unix socket", field="operator", remedy="choose another name"
+        )
 
 
 def _bearer(token: str, listed: dict[str, _Operator]) -> str | None:
