@@ -43,6 +43,9 @@ from nahtlos.runtime.releases import list_releases
 
 SERVER_SIZE = Size(vcpus=1, memory_mib=256)
 MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 10.0, 20.0
+PACKETS_PER_SECOND = 220
+HTTP_SECONDS = 0.2
+"""Between two requests to one server."""
 UP_SECONDS = 90.0
 CAMPAIGN_SECONDS = 240.0
 WARM_UP_SECONDS = 4.0
@@ -187,7 +190,12 @@ class Demo:
     # --- probes ---
 
     def _write_plan(self) -> None:
-        plan = {"servers": self._probed, "api_socket": str(self._datacentre.paths.operator_socket)}
+        plan = {
+            "servers": self._probed,
+            "udp_pps": PACKETS_PER_SECOND,
+            "http_interval": HTTP_SECONDS,
+            "api_socket": str(self._datacentre.paths.operator_socket),
+        }
         write_whole(self._plan, json.dumps(plan).encode())
 
     @asynccontextmanager
