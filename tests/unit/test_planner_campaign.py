@@ -1,14 +1,16 @@
 """Campaigns: which host, which moves, and what happens when people or the world step in."""
 
+import msgspec
 import pytest
 from planner_world import NEW, OLD, REFUSED, UNAVAILABLE, Cloud, at_most, host_id, running_cloud, server_id
 
 from nahtlos.model.blueprint import CampaignState, HostIntent, HostPhase, WaitKind
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.inventory import OperationState, RunState, ServerStatus
+from nahtlos.model.inventory import OperationKind, OperationState, OperationStatus, RunState, ServerStatus
 from nahtlos.model.nouns import Size
 from nahtlos.planner.draft import Observed
 from nahtlos.planner.outcome import ended
+from nahtlos.planner.plan import plan
 from nahtlos.planner.upgrade import campaign_over, upgraded_hosts
 
 FAILED = (OperationState.UNDONE, UNAVAILABLE)
@@ -435,3 +437,29 @@ def test_a_crashed_server_is_named() -> None:
     cloud.settle()
     assert "vm-1 has crashed on host-1" in cloud.reasons("vm-1")
     assert cloud.release(2) == NEW or cloud.phase(1) is HostPhase.EMPTYING
+
+
+def test_what_a_move_waits_for_is_said() -> None:
+    """Both agents are connected to the orchestrator, but not to each other: the move must not wait in
+    silence."""
+    cloud = running_cloud((1, 0))
+    cloud.request(1, 2)
+    cloud.plan()
+    [move] = cloud.now.moves
+    look = cloud.world.look()
+    _, report = plan(cloud.policy, look, cloud.now)
+    assert [w.reason for w in report.waiting] == [f"{move.id} of vm-1 to host-2 has not begun yet"]
+
+    waits = OperationStatus(
+        id=move.id,
+        kind=OperationKind.MOVE,
+        state=OperationState.RUNNING,
+        step="stopped",
+        waits_for="host-2 to say whether it owns vm-1",
+    )
+    source = msgspec.structs.replace(look.hosts[host_id(1)], operations=(waits,))
+    look = msgspec.structs.replace(look, hosts={**look.hosts, host_id(1): source})
+    _, report = plan(cloud.policy, look, cloud.now)
+    assert [w.reason for w in report.waiting] == [
+        f"{move.id} of vm-1 to host-2: host-1 waits for host-2 to say whether it owns vm-1"
+    ]

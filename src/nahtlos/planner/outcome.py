@@ -68,6 +68,21 @@ def _wait_for_agents(draft: Draft, move: PlannedMove) -> None:
                 WaitKind.HOST,
                 f"{move.id} of {move.server} to {move.destination}: the agent of {host} is not connected",
             )
+    told = draft.observed.operations.get(move.id, ())
+    for host, status in told:
+        if status.waits_for:
+            draft.wait(
+                move.server,
+                WaitKind.HOST,
+                f"{move.id} of {move.server} to {move.destination}: {host} waits for {status.waits_for}",
+            )
+    if not told:
+        again = f" (tried again after {move.patience_seconds:g} s)" if move.patience_seconds else ""
+        draft.wait(
+            move.server,
+            WaitKind.MOVE,
+            f"{move.id} of {move.server} to {move.destination} has not begun yet{again}",
+        )
 
 
 def _hand_over(draft: Draft, move: PlannedMove) -> None:
