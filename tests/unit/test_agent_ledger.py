@@ -1,5 +1,7 @@
 """The ledger refuses what is older, remembers what was decided, and every write is all or nothing."""
 
+import sqlite3
+
 import msgspec
 import pytest
 
@@ -172,3 +174,54 @@ def test_killed_at_a_write_the_file_holds_all_of_it_or_nothing(path, moment, nam
     assert seen[name] is written
     if not written:
         assert reopened.owner(VM) is None
+
+
+class DiskFull:
+    """A database whose next commit fails, as on a full disk."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self.armed = True
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._db.in_transaction
+
+    def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        if self.armed and statement == "commit":
+            self.armed = False
+            raise sqlite3.OperationalError("disk I/O error")
+        return self._db.execute(statement, *values)
+
+
+def test_what_could_not_be_committed_is_not_read_back_and_can_be_tried_again(path):
+    ledger = Ledger(path)
+    ledger.begin(move(Role.DESTINATION))
+    ledger._db = DiskFull(ledger._db)
+    with pytest.raises(Unavailable, match="cannot be written"):
+        ledger.take(MOVE, at=1.0)
+    assert ledger.owner(VM) is None
+    assert ledger.operation(MOVE).decision is Decision.UNDECIDED
+    assert ledger.take(MOVE, at=2.0).decision is Decision.COMMITTED
+    assert Ledger(path).owner(VM) is not None
+
+
+def test_a_late_move_does_not_take_what_has_gone_on_since(path):
+    """An order that arrives (again) after the server was here and left by a later epoch."""
+    ledger = Ledger(path)
+    later = ledger.begin(move(Role.SOURCE, OperationId("op-7"), epoch=4))
+    ledger.hand_over(msgspec.structs.replace(later, state=OperationState.DONE))
+    ledger.begin(move(Role.DESTINATION, epoch=1))
+    with pytest.raises(Stale, match="past epoch 1"):
+        ledger.take(MOVE, at=1.0)
+    held = ledger.owner(VM)
+    assert held is not None
+    assert (held.hold, held.epoch) == (Hold.YIELDED, 5)
+
+
+def test_a_server_with_a_stuck_operation_is_given_no_other(path):
+    ledger = Ledger(path)
+    first = ledger.begin(move(Role.SOURCE))
+    ledger.note(msgspec.structs.replace(first, state=OperationState.STUCK))
+    with pytest.raises(Conflict, match="op-1"):
+        ledger.begin(move(Role.SOURCE, OperationId("op-2")))

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from nahtlos.model.config import HostConfig, ServerConfig
-from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale
+from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale, Unavailable
 from nahtlos.model.ids import OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
 from nahtlos.model.nouns import Value
@@ -79,6 +79,11 @@ class Journal(Value, frozen=True, kw_only=True):
     def running(self) -> bool:
         return self.state is OperationState.RUNNING
 
+    @property
+    def unended(self) -> bool:
+        """Runs, or is stuck: nothing but the operation itself may decide about its server."""
+        return self.state in (OperationState.RUNNING, OperationState.STUCK)
+
     def move(self) -> MoveOrder:
         assert self.order is not None, f"operation {self.id} is no move"
         return self.order
@@ -93,6 +98,7 @@ class Ledger:
         self._db.execute("pragma synchronous=full")
         self._db.executescript(SCHEMA)
         self._on_write: Callable[[str], None] = on_write or _ignore
+        self._config: HostConfig | None = None
         self._encode = msgspec.msgpack.encode
 
     def close(self) -> None:
@@ -101,13 +107,17 @@ class Ledger:
     @contextmanager
     def _write(self, name: str) -> Generator[sqlite3.Connection]:
         self._on_write(f"before {name}")
-        self._db.execute("begin immediate")
         try:
+            self._db.execute("begin immediate")
             yield self._db
-        except BaseException:
-            self._db.execute("rollback")
+            self._db.execute("commit")
+        except BaseException as error:
+            # Also after a commit that failed: what is not on disk must not be read back as if it were.
+            if self._db.in_transaction:
+                self._db.execute("rollback")
+            if isinstance(error, sqlite3.Error):
+                raise Unavailable(f"the ledger cannot be written: {error}", field="state_dir") from error
             raise
-        self._db.execute("commit")
         self._on_write(f"after {name}")
 
     # --- orchestrator and configuration ---
@@ -127,8 +137,11 @@ class Ledger:
                 self._set_meta(db, "orchestrator_epoch", str(epoch).encode())
 
     def config(self) -> HostConfig | None:
-        row = self._db.execute("select body from config").fetchone()
-        return msgspec.msgpack.decode(row[0], type=HostConfig) if row else None
+        """Kept decoded: it is asked for while a path is switched."""
+        if self._config is None:
+            row = self._db.execute("select body from config").fetchone()
+            self._config = msgspec.msgpack.decode(row[0], type=HostConfig) if row else None
+        return self._config
 
     def accept(self, config: HostConfig) -> bool:
         """Take up a configuration; False if it is the one held already. Raises Stale for an older
@@ -146,6 +159,7 @@ class Ledger:
             return False
         with self._write("config") as db:
             db.execute("replace into config values (1, ?, ?, ?)", (config.generation, digest, body))
+        self._config = config
         return True
 
     def verified(self) -> Accelerator | None:
@@ -187,7 +201,7 @@ class Ledger:
         return tuple(msgspec.msgpack.decode(b, type=Journal) for (b,) in rows.fetchall())
 
     def running(self, server: ServerId) -> Journal | None:
-        return next((j for j in self.operations() if j.running and j.server == server), None)
+        return next((j for j in self.operations() if j.unended and j.server == server), None)
 
     def begin(self, journal: Journal) -> Journal:
         """Write an operation down before anything is done for it. The one held already if it is known.
@@ -215,13 +229,17 @@ class Ledger:
 
     def take(self, operation: OperationId, at: float) -> Journal:
         """Destination: own the server from now on. The point of no return of a move.
-        Conflict if the operation was abandoned; repeating it changes nothing."""
+        Conflict if the operation was abandoned, Stale if this host knows a later owner of the server;
+        repeating it changes nothing."""
         journal = self._known(operation)
         if journal.decision is Decision.COMMITTED:
             return journal
         if journal.decision is Decision.ABANDONED:
             raise Conflict(f"operation {operation} was abandoned", field="operation")
         order = journal.move()
+        known = self.owner(order.server.spec.id)
+        if known is not None and known.epoch >= order.epoch:
+            raise Stale(f"{order.server.spec.id} is past epoch {order.server.epoch}", field="epoch")
         server = msgspec.structs.replace(order.server, epoch=order.epoch)
         journal = _replace(
             journal, decision=Decision.COMMITTED, step="committed", times={**journal.times, "committed": at}
@@ -256,7 +274,7 @@ class Ledger:
 
     def acknowledge(self, ids: tuple[OperationId, ...]) -> None:
         """The runtime has recorded these; only ended ones are put aside."""
-        ended = [(j.id,) for j in self.operations() if j.id in ids and not j.running]
+        ended = [(j.id,) for j in self.operations() if j.id in ids and not j.unended]
         if ended:
             with self._write("acknowledge") as db:
                 db.executemany("update operations set acknowledged = 1 where id = ?", ended)
