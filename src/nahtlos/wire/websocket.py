@@ -6,6 +6,7 @@ Unavailable (a channel that did not come about). A peer that falls silent is not
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -198,5 +199,6 @@ def _host(address: str) -> str:
 def _no_delay(connection: Connection) -> None:
     """Answers are small and waited for; and a peer that vanished must not hold frames for minutes."""
     raw: socket.socket = connection.transport.get_extra_info("socket")
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_TIMEOUT * 1000))
+    with contextlib.suppress(OSError):  # closed by the other side already: the first use will say so
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_TIMEOUT * 1000))

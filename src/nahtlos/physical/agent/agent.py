@@ -93,6 +93,7 @@ class Agent:
             now=now,
             emit=self._emit,
             changed=self._note_change,
+            on_bug=on_bug or _ignore,
         )
         self._converger = Converger(self._context)
         self._boot_id = boot_id
@@ -132,9 +133,13 @@ class Agent:
     # --- operations ---
 
     def _resume_operations(self) -> None:
-        """What an earlier process of this agent began and did not end."""
+        """What an earlier process of this agent began and did not end. A stuck move, too, is taken up: to
+        recover is to look at what runs, and starting the agent again is what an operator can do about it."""
         for journal in self._context.ledger.operations():
-            if journal.running:
+            if journal.state is OperationState.STUCK and journal.kind is OperationKind.MOVE:
+                anew = msgspec.structs.replace(journal, state=OperationState.RUNNING, error=None)
+                self._start_operation(self._context.ledger.note(anew, "again"), recovering=True)
+            elif journal.running:
                 self._start_operation(journal, recovering=True)
 
     def _start_operation(self, journal: Journal, *, recovering: bool) -> None:
@@ -155,18 +160,29 @@ class Agent:
         try:
             await work
         except Exception as error:
-            if self._on_bug:
-                self._on_bug(error)
-            held = self._context.ledger.operation(journal.id) or journal
-            self._context.ledger.note(
-                msgspec.structs.replace(held, state=OperationState.STUCK, error=ErrorRecord.of(error)),
-                "stuck",
-            )
-            self._context.say("operation.stuck", journal.id, f"{type(error).__name__}: {error}")
+            self._note_stuck(journal, error)
         finally:
             self._sources.pop(journal.id, None)
             self._destinations.pop(journal.id, None)
+            self._context.switched(journal.id)
             self._note_change()
+
+    def _note_stuck(self, journal: Journal, error: Exception) -> None:
+        record = ErrorRecord(
+            kind="bug",
+            message=f"{type(error).__name__}: {error}",
+            remedy=f"read the log of the agent of {self._context.settings.host}, then restart that agent: "
+            "it looks at what runs and goes on from there",
+        )
+        self._context.on_bug(error)
+        self._context.say("operation.stuck", journal.id, record.message)
+        held = self._context.ledger.operation(journal.id) or journal
+        try:
+            self._context.ledger.note(
+                msgspec.structs.replace(held, state=OperationState.STUCK, error=record), "stuck"
+            )
+        except Error as unwritten:  # it stays RUNNING, with nobody at it, until this agent is restarted
+            self._context.waits[journal.id] = f"{record.remedy} ({unwritten.message})"
 
     async def _verify(self, journal: Journal) -> Journal:
         """Boot a probe under the release. Interrupted, it is simply done again."""
@@ -203,6 +219,7 @@ class Agent:
 
     async def _converge_loop(self) -> None:
         while True:
+            await self._context.calm()
             self._changed.clear()
             await self._converge_once()
             self._dirty.set()
@@ -236,8 +253,10 @@ class Agent:
                     timeout=DIAL_SECONDS,
                 )
                 await self._converse(channel)
-            except Error as error:
-                self._context.say("agent.unconnected", settings.host, str(error))
+            except Exception as error:
+                # Whatever it was, it is about this line: operations and convergence go on.
+                why = self._context.error_of(error)
+                self._context.say("agent.unconnected", settings.host, str(why))
             await asyncio.sleep(REDIAL_SECONDS)
 
     async def _converse(self, channel: Channel) -> None:
@@ -270,7 +289,10 @@ class Agent:
 
     async def _speak(self, session: Session) -> None:
         """Reports: at once after a change (but bundled), and regularly; events in between."""
+        # Files are checked anew when an agent starts; a report before that would say there is no release.
+        self._releases = await self._context.drivers.hypervisor.releases()
         while True:
+            await self._context.calm()
             self._dirty.clear()
             while not self._events.empty():
                 await session.notify(self._events.get_nowait())
@@ -386,6 +408,10 @@ class Agent:
             raise Refused(f"{peer} is not the source of {body.id}", field="peer")
         move = self._destinations.get(body.id) or DestinationMove(self._context, journal)
         return await move.answer(body)
+
+
+def _ignore(error: BaseException) -> None:
+    """Nobody wants to hear of bugs."""
 
 
 def _welcome(hello: PeerHello, peer: str) -> Welcome:

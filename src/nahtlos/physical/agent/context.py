@@ -5,12 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
-from nahtlos.model.errors import Refused
+from nahtlos.model.errors import Error, ErrorRecord, Refused
+from nahtlos.model.ids import OperationId
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.wire.messages import Event
 from nahtlos.wire.transport import Transport
+
+QUIET_SECONDS = 1.0
+"""The longest that what can wait does wait for a switch."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Context:
     emit: Callable[[Event], None]
     changed: Callable[[], None]
     """Something worth a report, and a look at whether the host still is as configured."""
+    on_bug: Callable[[BaseException], None]
+    """Hears of exceptions that are none of `model.errors`."""
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])
@@ -32,9 +38,36 @@ class Context:
     """Held while the network is brought to the configuration. An operation passes through it once after
     its journal began, so that no older decision about its ports is still being carried out."""
 
+    switching: set[OperationId] = field(default_factory=set[OperationId])
+    """Operations between the switch of the path and the end of the blackout."""
+    _calmed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def switched(self, operation: OperationId) -> None:
+        """No frame of `operation` waits any more."""
+        self.switching.discard(operation)
+        self._calmed.set()
+
+    async def calm(self) -> None:
+        """What can wait (reports, convergence) passes here before each piece of work: this process has one
+        thread, and while a path is switched a guest waits for every message through it."""
+        try:
+            async with asyncio.timeout(QUIET_SECONDS):
+                while self.switching:
+                    self._calmed.clear()
+                    await self._calmed.wait()
+        except TimeoutError:
+            return
+
     async def pass_paths(self) -> None:
         async with self.paths:
             pass
+
+    def error_of(self, exception: Exception) -> Error:
+        """`exception` as an error of the contract; one that is none is a bug, and told as such."""
+        if isinstance(exception, Error):
+            return exception
+        self.on_bug(exception)
+        return ErrorRecord.of(exception).raised()
 
     def say(self, kind: str, subject: str, text: str, **data: str | int | float) -> None:
         self.emit(

@@ -115,22 +115,22 @@ class Converger:
         if config is None:
             return
         problems: list[ErrorRecord] = []
-        drift = [
-            *await self._collect(problems, self._volumes(config)),
-            *await self._collect(problems, self._network(config)),
-        ]
+        drift = [*await self._collect(problems, self._volumes(config))]
+        await self._context.calm()
+        drift += await self._collect(problems, self._network(config))
+        await self._context.calm()
         await self._servers(config, problems)
         if drift and self.generation == config.generation:
             for text in drift:
                 self._context.say("drift", self._context.settings.host, text)
             self.drift = (*self.drift, *drift)[-50:]
         self.problems = tuple(problems)
-        running = [j.order for j in self._context.ledger.operations() if j.running and j.order]
+        running = [j.order for j in self._context.ledger.operations() if j.unended and j.order]
         if not problems and not outdated(config, running):
             self.generation = config.generation
 
     def busy(self) -> frozenset[ServerId]:
-        return frozenset(j.server for j in self._context.ledger.operations() if j.running and j.server)
+        return frozenset(j.server for j in self._context.ledger.operations() if j.unended and j.server)
 
     async def _collect(self, problems: list[ErrorRecord], act: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
         try:

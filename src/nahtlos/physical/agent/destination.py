@@ -74,8 +74,8 @@ class DestinationMove:
             try:
                 await self._recover()
                 recovered = True
-            except Error as error:
-                self._context.say("move.waits", self._vmm.server, str(error), id=self._order.id)
+            except Exception as error:
+                self._say_waits(error)
                 await asyncio.sleep(CLEAR_AGAIN_SECONDS)
         while not self._ended.is_set():
             await self._listen_for_source()
@@ -94,8 +94,12 @@ class DestinationMove:
         except TimeoutError:
             try:
                 await self._after_silence()
-            except Error as error:
-                self._context.say("move.waits", self._vmm.server, str(error), id=self._order.id)
+            except Exception as error:
+                self._say_waits(error)
+
+    def _say_waits(self, error: Exception) -> None:
+        why = str(self._context.error_of(error))
+        self._context.say("move.waits", self._vmm.server, why, id=self._order.id)
 
     def _patience(self) -> float:
         """Seconds of silence after which this host acts alone."""
@@ -134,7 +138,11 @@ class DestinationMove:
         return next((v for v in vmms if v.id == self._vmm), None)
 
     async def _take(self) -> None:
-        self._context.ledger.take(self._order.id, self._context.now())
+        try:
+            self._context.ledger.take(self._order.id, self._context.now())
+        except Stale as error:
+            self._abandon(error)
+            raise
         await self._make_run()
 
     # --- messages ---
@@ -207,6 +215,7 @@ class DestinationMove:
         self._check_undecided()
         if self._ready is None:
             raise Conflict("nothing was prepared since this agent started", field="operation")
+        self._context.switching.add(self._order.id)
         for port in self._order.ports:
             await self._context.drivers.network.move_switch(
                 port, self._context.network_of(port), MoveRole.DESTINATION
@@ -262,6 +271,7 @@ class DestinationMove:
             self._context.say("move.resume", self._vmm.server, f"not resumed yet: {error}")
             return await self._beyond_resuming()
         self._marks.setdefault("running", self._context.now())
+        self._context.switched(self._order.id)
         return True
 
     async def _beyond_resuming(self) -> bool:
@@ -273,6 +283,7 @@ class DestinationMove:
 
     def _abandon(self, error: Error) -> None:
         before = self.journal.decision
+        self._context.switched(self._order.id)
         journal = self._context.ledger.abandon(self._order.id, ErrorRecord.of(error))
         if before is Decision.UNDECIDED and journal.decision is Decision.ABANDONED:
             self._context.say("move.abandoned", self._vmm.server, str(error), id=self._order.id)

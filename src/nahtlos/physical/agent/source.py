@@ -85,8 +85,8 @@ class SourceMove:
             await self._prepare()
             await self._precopy()
             outcome = await self._hand_over()
-        except Error as error:
-            await self._fail(error)
+        except Exception as error:
+            await self._fail(self._context.error_of(error))
             return
         await self._conclude(outcome)
 
@@ -153,6 +153,13 @@ class SourceMove:
             raise Unavailable(f"{self._order.destination} gave the move up")
 
     async def _hand_over(self) -> MoveOutcome:
+        self._context.switching.add(self._order.id)
+        try:
+            return await self._switch_and_stop()
+        finally:
+            self._context.switched(self._order.id)
+
+    async def _switch_and_stop(self) -> MoveOutcome:
         """The path, then the stop, then the ownership. What is done here is paid for in blackout."""
         network, order = self._context.drivers.network, self._order
         self._switched = True
@@ -199,8 +206,9 @@ class SourceMove:
         while True:
             try:
                 return await self._observed()
-            except Error as error:
-                self._context.waits[self._order.id] = f"the hypervisor to say what runs ({error.message})"
+            except Exception as error:
+                why = self._context.error_of(error).message
+                self._context.waits[self._order.id] = f"the hypervisor to say what runs ({why})"
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def _undo(self, error: Error) -> None:
@@ -231,8 +239,9 @@ class SourceMove:
             decision = (await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 3.0)).decision
             if decision is Decision.ABANDONED:
                 await self._peer.tell(MoveReturnFrames(id=self._order.id), 3.0)
-        except Error as error:
-            self._context.say("move.undo", self._vmm.server, f"{self._order.destination} not told: {error}")
+        except Exception as error:
+            why = self._context.error_of(error)
+            self._context.say("move.undo", self._vmm.server, f"{self._order.destination} not told: {why}")
         return decision
 
     async def _resolve(self, error: Error) -> MoveOutcome:
@@ -244,8 +253,9 @@ class SourceMove:
             self._context.changed()
             try:
                 outcome = await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 5.0)
-            except Error as again:
-                self._context.say("move.waits", self._vmm.server, f"{self._order.destination}: {again}")
+            except Exception as again:
+                why = self._context.error_of(again)
+                self._context.say("move.waits", self._vmm.server, f"{self._order.destination}: {why}")
             else:
                 if outcome.decision is not Decision.UNDECIDED:
                     self._context.waits.pop(self._order.id, None)
@@ -266,8 +276,9 @@ class SourceMove:
         await self._until_done("the hypervisor to resume the server", self._resume_here)
         try:
             await self._peer.tell(MoveReturnFrames(id=self._order.id), 5.0)
-        except Error as late:
-            self._context.say("move.undo", self._vmm.server, f"parked frames not returned: {late}")
+        except Exception as late:
+            why = self._context.error_of(late)
+            self._context.say("move.undo", self._vmm.server, f"parked frames not returned: {why}")
         reason = error.raised() if error else Unavailable("the destination gave it up")
         self._end(OperationState.UNDONE, reason)
 
@@ -294,15 +305,19 @@ class SourceMove:
         """Forward only: the server is the destination's."""
         if self._journal.step != "committed":
             self._mark("committed")
-            self._context.ledger.hand_over(self._journal)
+            await self._until_done("the ledger to be written", self._yield)
             self._context.changed()
             await asyncio.sleep(KILL_AFTER_SECONDS)
         await self._until_done("the old VMM to end", self._kill_old)
         try:
             await self._peer.tell(MoveFinished(id=self._order.id), 5.0)
-        except Error as error:
-            self._context.say("move.finish", self._vmm.server, f"{self._order.destination} not told: {error}")
+        except Exception as error:
+            why = self._context.error_of(error)
+            self._context.say("move.finish", self._vmm.server, f"{self._order.destination} not told: {why}")
         self._end(OperationState.DONE, None)
+
+    async def _yield(self) -> None:
+        self._context.ledger.hand_over(self._journal)
 
     async def _kill_old(self) -> None:
         if not self._switched:  # the server left before its path did, or an earlier process switched it
@@ -321,8 +336,8 @@ class SourceMove:
         while True:
             try:
                 await act()
-            except Error as error:
-                self._context.waits[self._order.id] = f"{what} ({error.message})"
+            except Exception as error:
+                self._context.waits[self._order.id] = f"{what} ({self._context.error_of(error).message})"
                 self._context.changed()
                 await asyncio.sleep(ASK_AGAIN_SECONDS)
             else:

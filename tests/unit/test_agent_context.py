@@ -1,0 +1,86 @@
+"""What can wait waits while a path is switched, and never for long."""
+
+import asyncio
+import socket
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nahtlos.model.config import HostConfig
+from nahtlos.model.errors import Error, Unavailable
+from nahtlos.model.ids import HostId, OperationId
+from nahtlos.physical.agent import context as module
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.converge import Converger
+from nahtlos.physical.agent.ledger import Ledger
+from nahtlos.wire import websocket
+
+MOVE = OperationId("op-1")
+
+
+def context(**parts: Any) -> Context:
+    given: dict[str, Any] = {
+        "settings": None,
+        "drivers": None,
+        "ledger": None,
+        "transport": None,
+        "now": lambda: 0.0,
+        "emit": lambda _: None,
+        "changed": lambda: None,
+        "on_bug": lambda _: None,
+    }
+    return Context(**{**given, **parts})
+
+
+async def test_convergence_takes_no_step_while_a_path_is_switched() -> None:
+    taken: list[str] = []
+
+    class Driver:
+        async def reconcile(self, *_: object) -> tuple[str, ...]:
+            taken.append("reconcile")
+            ctx.switching.add(MOVE)  # the path is switched while this step is under way
+            return ()
+
+        async def observe(self) -> tuple[object, ...]:
+            taken.append("observe")
+            return ()
+
+    ledger = Ledger(":memory:")
+    ledger.accept(HostConfig(host=HostId("host-1"), generation=1, release=None))
+    drivers = SimpleNamespace(storage=Driver(), network=Driver(), hypervisor=Driver())
+    ctx = context(drivers=drivers, ledger=ledger)
+    attempt = asyncio.create_task(Converger(ctx).attempt())
+    await asyncio.sleep(0.02)
+    assert taken == ["reconcile"]
+    ctx.switched(MOVE)
+    await asyncio.sleep(0.02)
+    assert taken == ["reconcile", "reconcile"]
+    ctx.switched(MOVE)
+    await attempt
+    assert taken == ["reconcile", "reconcile", "observe"]
+
+
+async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.02)
+    ctx = context()
+    ctx.switching.add(MOVE)
+    async with asyncio.timeout(1.0):
+        await ctx.calm()
+
+
+def test_what_no_contract_names_becomes_an_error_and_is_told() -> None:
+    told: list[BaseException] = []
+    ctx = context(on_bug=told.append)
+    known, odd = Unavailable("later"), OSError(5, "disk")
+    assert ctx.error_of(known) is known
+    assert isinstance(ctx.error_of(odd), Error)
+    assert told == [odd]
+
+
+def test_a_peer_that_closes_at_once_is_no_surprise() -> None:
+    """A standby orchestrator closes what it accepts: the socket may be gone before it is tuned."""
+    closed = socket.socket()
+    closed.close()
+    transport = SimpleNamespace(get_extra_info=lambda _: closed)
+    websocket._no_delay(cast("Any", SimpleNamespace(transport=transport)))
