@@ -25,7 +25,7 @@ from nahtlos.runtime.controllers.cloud import HostView, Status
 from nahtlos.runtime.releases import broken_releases, list_releases, load_release
 
 ANSWER_SECONDS = 5.0
-SERVICE_SECONDS = 120.0
+SERVICE_SECONDS = 300.0
 
 
 class LabStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -226,7 +226,9 @@ def forecast(plan: Forecast) -> RenderableType:
     """A dry run: what would be done in which order, how long it takes, what is in the way."""
     columns = (">", "Host", "From", "To", "Moves", ">Seconds", ">Gap ms", ">Worst")
     parts: list[RenderableType] = [
-        table(columns, _forecast_rows(plan), "nothing to do: every host has this release"),
+        table(
+            columns, _forecast_rows(plan), "no host could be upgraded" if plan.blockers else "nothing to do"
+        ),
         Text(),
         Text.assemble(
             ("Predicted: ", "bold"),
