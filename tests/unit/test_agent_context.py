@@ -61,6 +61,33 @@ async def test_convergence_takes_no_step_while_a_path_is_switched() -> None:
     assert taken == ["reconcile", "reconcile", "observe"]
 
 
+async def test_a_bug_in_one_part_does_not_keep_the_others_from_being_put_right() -> None:
+    taken: list[str] = []
+
+    class Driver:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def reconcile(self, *_: object) -> tuple[str, ...]:
+            taken.append(self.name)
+            raise ProcessLookupError("dnsmasq ended a moment ago")
+
+        async def observe(self) -> tuple[object, ...]:
+            taken.append("servers")
+            return ()
+
+    ledger = Ledger(":memory:")
+    ledger.accept(HostConfig(host=HostId("host-1"), generation=1, release=None))
+    drivers = SimpleNamespace(
+        storage=Driver("volumes"), network=Driver("network"), hypervisor=Driver("servers")
+    )
+    converger = Converger(context(drivers=drivers, ledger=ledger))
+    await converger.attempt()
+    assert taken == ["volumes", "network", "servers"]
+    assert [problem.kind for problem in converger.problems] == ["bug", "bug"]
+    assert converger.generation == 0
+
+
 async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.02)
     ctx = context()

@@ -67,7 +67,10 @@ class Context:
         if isinstance(exception, Error):
             return exception
         self.on_bug(exception)
-        return ErrorRecord.of(exception).raised()
+        record = ErrorRecord.of(exception)
+        error = record.raised()
+        error.kind = record.kind
+        return error
 
     def say(self, kind: str, subject: str, text: str, **data: str | int | float) -> None:
         self.emit(

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterable, Mapping
 from enum import StrEnum
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
-from nahtlos.model.errors import Error, ErrorRecord, Refused
+from nahtlos.model.errors import ErrorRecord, Refused
 from nahtlos.model.ids import PortId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Value
@@ -135,8 +135,8 @@ class Converger:
     async def _collect(self, problems: list[ErrorRecord], act: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
         try:
             return await act
-        except Error as error:
-            problems.append(ErrorRecord.of(error))
+        except Exception as error:  # a bug in one part must not keep the others from being put right
+            problems.append(ErrorRecord.of(self._context.error_of(error)))
             return ()
 
     async def _volumes(self, config: HostConfig) -> tuple[str, ...]:
@@ -152,7 +152,8 @@ class Converger:
         for step in server_steps(config, self._context.ledger.ownership(), vmms, self.busy()):
             try:
                 await self._take_step(config, step)
-            except Error as error:
+            except Exception as raised:  # nor one server's the other servers
+                error = self._context.error_of(raised)
                 problems.append(ErrorRecord.of(error))
                 self._context.say("server.problem", step.server.spec.id, f"{step.act}: {error}")
 
