@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +11,9 @@ import pytest
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Error, Unavailable
 from nahtlos.model.ids import HostId, OperationId
+from nahtlos.physical.agent import agent as agent_module
 from nahtlos.physical.agent import context as module
+from nahtlos.physical.agent.agent import Agent
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.ledger import Ledger
@@ -86,6 +89,31 @@ async def test_a_bug_in_one_part_does_not_keep_the_others_from_being_put_right()
     assert taken == ["volumes", "network", "servers"]
     assert [problem.kind for problem in converger.problems] == ["bug", "bug"]
     assert converger.generation == 0
+
+
+async def test_an_orchestrator_that_stays_away_does_not_drown_what_happened_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dialled = 0
+
+    class Nobody:
+        async def dial(self, *_: object, **__: object) -> None:
+            nonlocal dialled
+            dialled += 1
+            raise Unavailable("orchestrator cannot be reached")
+
+    monkeypatch.setattr(agent_module, "REDIAL_SECONDS", 0.001)
+    settings = SimpleNamespace(
+        host=HostId("host-1"), orchestrator_address="10.99.0.1", orchestrator_port=7443
+    )
+    agent = Agent(
+        cast("Any", settings), cast("Any", None), cast("Any", Nobody()), tmp_path / "ledger", boot_id="b"
+    )
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await agent._orchestrator_loop()
+    assert dialled > 5
+    assert agent._events.qsize() == 1
 
 
 async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,7 @@ class Agent:
 
     async def _orchestrator_loop(self) -> None:
         settings = self._context.settings
+        said = ""
         while True:
             try:
                 channel = await self._context.transport.dial(
@@ -252,11 +253,12 @@ class Agent:
                     expect="orchestrator",
                     timeout=DIAL_SECONDS,
                 )
+                said = ""
                 await self._converse(channel)
             except Exception as error:
                 # Whatever it was, it is about this line: operations and convergence go on.
                 why = self._context.error_of(error)
-                self._context.say("agent.unconnected", settings.host, str(why))
+                said = self._context.say_anew("agent.unconnected", settings.host, str(why), last=said)
             await asyncio.sleep(REDIAL_SECONDS)
 
     async def _converse(self, channel: Channel) -> None:

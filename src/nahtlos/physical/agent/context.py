@@ -72,6 +72,13 @@ class Context:
         error.kind = record.kind
         return error
 
+    def say_anew(self, kind: str, subject: str, text: str, *, last: str) -> str:
+        """Says `text` unless it is what was said `last`; returns it. What is tried again and again must not
+        push everything else out of the events that wait for the orchestrator."""
+        if text != last:
+            self.say(kind, subject, text)
+        return text
+
     def say(self, kind: str, subject: str, text: str, **data: str | int | float) -> None:
         self.emit(
             Event(

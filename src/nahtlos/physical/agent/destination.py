@@ -60,6 +60,7 @@ class DestinationMove:
         """The source has asked for its frames: nothing more is to be waited for before clearing away."""
         self._ready: MoveReady | None = None
         self._marks: dict[str, float] = {}
+        self._said = ""
 
     @property
     def journal(self) -> Journal:
@@ -268,7 +269,8 @@ class DestinationMove:
             await self._context.drivers.hypervisor.resume(self._vmm)
         except Error as error:
             self._context.waits[self._order.id] = f"the hypervisor to resume the server ({error.message})"
-            self._context.say("move.resume", self._vmm.server, f"not resumed yet: {error}")
+            text = f"not resumed yet: {error}"
+            self._said = self._context.say_anew("move.resume", self._vmm.server, text, last=self._said)
             return await self._beyond_resuming()
         self._marks.setdefault("running", self._context.now())
         self._context.switched(self._order.id)

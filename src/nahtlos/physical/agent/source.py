@@ -246,6 +246,7 @@ class SourceMove:
 
     async def _resolve(self, error: Error) -> MoveOutcome:
         """The guest stands still here and may run there: ask until there is an answer, however long."""
+        said = ""
         while True:
             self._context.waits[self._order.id] = (
                 f"{self._order.destination} to say whether it owns {self._vmm.server} ({error.message})"
@@ -254,8 +255,8 @@ class SourceMove:
             try:
                 outcome = await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 5.0)
             except Exception as again:
-                why = self._context.error_of(again)
-                self._context.say("move.waits", self._vmm.server, f"{self._order.destination}: {why}")
+                text = f"{self._order.destination}: {self._context.error_of(again)}"
+                said = self._context.say_anew("move.waits", self._vmm.server, text, last=said)
             else:
                 if outcome.decision is not Decision.UNDECIDED:
                     self._context.waits.pop(self._order.id, None)
