@@ -322,7 +322,7 @@ def _how(report: Report) -> str:
         "TCP session that exchanges numbered lines, and HTTP requests on new connections. A datagram is lost "
         "if it has not come back 3 seconds after the last one was sent. The probe itself never paused for "
         f"longer than {milliseconds(send)} ({probe.scheduling} scheduling), which is how exact the gaps are. "
-        "Written blocks were looked for in the volumes themselves after guests had stopped writing. Guests ran "
+        "Written blocks were looked for in the volumes after guests had stopped writing. Guests ran "
         f"under {report.machine.accelerator}.{cut}"
     )
     return f"<footer><p>{escape(text)}</p></footer>"
