@@ -191,10 +191,12 @@ class Monitors:
                 monitor.begins(time.time())
         self._changed.set()
 
-    async def until(self, what: str, found: Callable[[Monitor], bool]) -> Monitor:
+    async def until(
+        self, what: str, found: Callable[[Monitor], bool], within: float = STEP_SECONDS
+    ) -> Monitor:
         """The first VMM of which this is true. Looks whenever one of them says something."""
         try:
-            async with asyncio.timeout(STEP_SECONDS):
+            async with asyncio.timeout(within):
                 while True:
                     self._changed.clear()
                     if match := next((m for m in reversed(self.all) if found(m)), None):
