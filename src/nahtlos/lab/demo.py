@@ -42,8 +42,8 @@ from nahtlos.runtime.evidence.text import render_text
 from nahtlos.runtime.releases import list_releases
 
 SERVER_SIZE = Size(vcpus=1, memory_mib=256)
-MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 10.0, 20.0
-PACKETS_PER_SECOND = 220
+MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 5.0, 10.0
+PACKETS_PER_SECOND = 210
 HTTP_SECONDS = 0.2
 """Between two requests to one server."""
 UP_SECONDS = 90.0
