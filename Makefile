@@ -6,7 +6,7 @@ TRACKS := 10.0 11.1
 CODE := src tests benchmarks packaging
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format lock releases image clean distclean
+.PHONY: help setup demo test test-fast test-live check format lock releases image clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -29,6 +29,9 @@ test: releases image ## run all tests, also those with real QEMU, packets and di
 
 test-fast: setup ## run the tests that need neither root nor QEMU
 	@$(PYTHON) -m pytest -q -m "not live" $(ARGS)
+
+test-live: releases image ## run the tests with real QEMU, packets and disks (needs root)
+	@$(PYTHON) -m pytest -q -m live $(ARGS)
 
 check: setup ## format, lint, types and import contracts
 	@.venv/bin/ruff format --check $(CODE)

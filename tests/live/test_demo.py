@@ -101,7 +101,7 @@ async def test_a_demo_interrupted_anywhere_leaves_a_name_that_can_be_opened_agai
             async with opened(name, SHAPE) as again, again.client as client:
                 assert len(await client.hosts()) == 2  # an edge and the one host this lab has
             assert not left_of(name)
-            assert processes_of(beside) == theirs
+            assert set(theirs) <= set(processes_of(beside)), "a process of the other lab was ended"
             assert (await asked(beside)).leader
     assert not left_of(beside)
     for lab in (name, beside):
