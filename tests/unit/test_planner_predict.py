@@ -127,7 +127,7 @@ def test_measured_moves_make_the_forecast() -> None:
     cloud = running_cloud((1, 1))
     samples = [MoveSample(memory_mib=256, seconds=2.0, gap_ms=40.0)]
     said = forecast(cloud.policy, cloud.world.look(), cloud.now, NEW, None, samples, verify_seconds=1.0)
-    assert said.basis == "1 measured moves of this cloud"
+    assert said.basis == "1 measured move of this cloud"
     assert said.gap_ms_p50 == 40.0
     assert said.seconds == pytest.approx(3 * 2.0 + 2 * 1.0)
 

@@ -62,7 +62,7 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
     ) -> None:
         """Open a lab and leave it open: namespaces, an orchestrator, hosts that are in service."""
         # Loaded here: no other command needs all of it.
-        from nahtlos.lab.datacentre import Datacentre, LabShape
+        from nahtlos.lab.datacentre import Datacentre, LabShape, promisable
 
         checked_name(cli.lab, "lab")
         _root()
@@ -74,7 +74,7 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
         shape = LabShape(
             hosts=hosts,
             capacity=capacity,
-            promised=_promised(hosts, capacity),
+            promised=promisable(hosts, capacity),
             parallel_moves=parallel_moves,
         )
         datacentre = Datacentre(cli.lab, shape, build, lasting=True)
@@ -141,12 +141,6 @@ def _runs_already(lab: str) -> Conflict:
         field="lab",
         remedy=f"`nahtlos lab down --lab {lab}`, or choose another name",
     )
-
-
-def _promised(hosts: int, capacity: Size) -> Size:
-    """What customers can be promised while any one host may be empty."""
-    spare = max(hosts - 1, 1)
-    return Size(vcpus=capacity.vcpus * spare, memory_mib=capacity.memory_mib * spare)
 
 
 async def _answers(cli: Cli) -> Status | None:

@@ -46,6 +46,12 @@ TENANT = NetworkId("tenant")
 Say = Callable[[str], None]
 
 
+def promisable(hosts: int, capacity: Size) -> Size:
+    """What customers can be promised while any one host may be empty."""
+    spare = max(hosts - 1, 1)
+    return Size(vcpus=capacity.vcpus * spare, memory_mib=capacity.memory_mib * spare)
+
+
 class LabShape(msgspec.Struct, frozen=True, kw_only=True):
     """What a lab is opened with."""
 

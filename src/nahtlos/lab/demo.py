@@ -19,10 +19,11 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 from nahtlos import __version__
-from nahtlos.lab.datacentre import Datacentre, LabShape
+from nahtlos.lab.datacentre import Datacentre, LabShape, promisable
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.lab.outside import Outside
 from nahtlos.lab.paths import LAB_VARIABLE, BuildPaths
@@ -290,7 +291,9 @@ async def hold(arguments: argparse.Namespace, console: Console) -> int:
     out = Path(arguments.out)
     shutil.rmtree(out, ignore_errors=True)
     (out / "probe").mkdir(parents=True)
-    datacentre = Datacentre(arguments.name, LabShape(hosts=arguments.hosts), BuildPaths.default())
+    shape = LabShape(hosts=arguments.hosts)
+    shape = msgspec.structs.replace(shape, promised=promisable(shape.hosts, shape.capacity))
+    datacentre = Datacentre(arguments.name, shape, BuildPaths.default())
     demo = Demo(datacentre, out, arguments.servers, console)
     began = time.monotonic()
     await datacentre.open(demo.say)
