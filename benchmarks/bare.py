@@ -82,7 +82,9 @@ class BareLab:
         if node == "client":
             _run("ip", "-n", ns, "addr", "add", f"{SUBNET}.1/24", "dev", "eth0")
             return
-        _run("ip", "-n", ns, "link", "add", "br0", "type", "bridge", "forward_delay", "0")
+        # A fixed address: a bridge's own changes with its ports, and then the stream finds nobody.
+        address = f"02:00:00:00:01:{number:02x}"
+        _run("ip", "-n", ns, "link", "add", "br0", "address", address, "type", "bridge", "forward_delay", "0")
         _run("ip", "-n", ns, "link", "set", "br0", "up")
         _run("ip", "-n", ns, "link", "set", "eth0", "master", "br0")
         _run("ip", "-n", ns, "addr", "add", f"{SUBNET}.{200 + number}/24", "dev", "br0")
