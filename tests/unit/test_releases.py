@@ -22,19 +22,19 @@ from nahtlos.wire import bundle
 DEB822 = """
 Types: deb
 # a comment
-URIs: http://mirror.example/debian
+URIs: ftp://mirror.example/debian
 Suites: bookworm bookworm-updates
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 
 Types: deb
-URIs: http://mirror.example/debian-security
+URIs: ftp://mirror.example/debian-security
 Suites: bookworm-security
 Components: main
 
 Types: deb
 Enabled: no
-URIs: http://elsewhere.example/debian
+URIs: ftp://elsewhere.example/debian
 Suites: bookworm
 Components: main
 """
@@ -44,11 +44,11 @@ def test_deb822_and_one_line_sources_say_the_same() -> None:
     stanzas = list(apt.parse_deb822(DEB822))
     lines = list(
         apt.parse_one_line(
-            "# deb http://old.example/debian bookworm main\n"
-            "deb [arch=amd64 signed-by=/x.gpg] http://mirror.example/debian bookworm main # note\n"
-            "deb-src http://mirror.example/debian bookworm main\n"
-            "deb http://mirror.example/debian bookworm-updates main\n"
-            "deb http://mirror.example/debian-security bookworm-security main\n"
+            "# deb ftp://old.example/debian bookworm main\n"
+            "deb [arch=amd64 signed-by=/x.gpg] ftp://mirror.example/debian bookworm main # note\n"
+            "deb-src ftp://mirror.example/debian bookworm main\n"
+            "deb ftp://mirror.example/debian bookworm-updates main\n"
+            "deb ftp://mirror.example/debian-security bookworm-security main\n"
         )
     )
     assert stanzas == lines
@@ -57,19 +57,19 @@ def test_deb822_and_one_line_sources_say_the_same() -> None:
 
 def test_sources_are_read_from_both_places(tmp_path: Path) -> None:
     (tmp_path / "sources.list.d").mkdir()
-    (tmp_path / "sources.list").write_text("deb http://a.example/debian bookworm main\n")
+    (tmp_path / "sources.list").write_text("deb ftp://a.example/debian bookworm main\n")
     (tmp_path / "sources.list.d/b.sources").write_text(DEB822)
-    (tmp_path / "sources.list.d/c.list.disabled").write_text("deb http://c.example/debian bookworm main\n")
+    (tmp_path / "sources.list.d/c.list.disabled").write_text("deb ftp://c.example/debian bookworm main\n")
     uris = [source.uri for source in apt.machine_sources(tmp_path)]
-    assert uris[0] == "http://a.example/debian"
-    assert "http://c.example/debian" not in uris
+    assert uris[0] == "ftp://a.example/debian"
+    assert "ftp://c.example/debian" not in uris
 
 
 @pytest.mark.parametrize(
     ("lines", "mirror"),
     [
-        ("deb http://m.example/debian/ bookworm main", "http://m.example/debian"),
-        ("deb http://s.example/s bookworm-security main\ndeb http://m.example/d bookworm main", "http://m.example/d"),
+        ("deb ftp://m.example/debian/ bookworm main", "ftp://m.example/debian"),
+        ("deb ftp://s.example/s bookworm-security main\ndeb ftp://m.example/d bookworm main", "ftp://m.example/d"),
         ("deb cdrom:[Debian]/ bookworm main\ndeb https://m.example/d stable main contrib", "https://m.example/d"),
     ],
 )  # fmt: skip
@@ -78,7 +78,7 @@ def test_mirror_is_where_the_machine_gets_debian(lines: str, mirror: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "lines", ["", "deb http://x.example/tools nodistro main", "deb http://s.example bookworm-security main"]
+    "lines", ["", "deb ftp://x.example/tools nodistro main", "deb ftp://s.example bookworm-security main"]
 )
 def test_no_mirror_is_refused_with_a_remedy(lines: str) -> None:
     with pytest.raises(Refused) as refused:
