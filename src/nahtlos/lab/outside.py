@@ -34,12 +34,6 @@ class GuestStatus(msgspec.Struct, frozen=True, kw_only=True):
     disk: GuestDisk
 
 
-class GuestDiskVerdict(msgspec.Struct, frozen=True, kw_only=True):
-    checked: int
-    wrong: int
-    acknowledged: int
-
-
 class Outside:
     """A customer's machine in front of the cloud."""
 
@@ -64,10 +58,6 @@ class Outside:
         named = {"memory_mib": memory_mib, "memory_mb_per_s": memory_mb_per_s, "disk_per_s": disk_per_s}
         query = "&".join(f"{name}={value:g}" for name, value in named.items() if value is not None)
         return msgspec.json.decode(await self.get(ip, f"/set?{query}"), type=GuestStatus)
-
-    async def verify_disk(self, ip: str) -> GuestDiskVerdict:
-        """The guest reads back every block it wrote."""
-        return msgspec.json.decode(await self.get(ip, "/disk/verify", timeout=60.0), type=GuestDiskVerdict)
 
     async def until_up(self, ip: str, *, timeout: float) -> float:
         """Seconds until the server answered HTTP."""
