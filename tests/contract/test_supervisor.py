@@ -114,6 +114,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+async def killed(pid: int) -> None:
+    """Gone, not only signalled: a process told to die may still take one connection out of the queue with it."""
+    os.kill(pid, 9)
+    async with asyncio.timeout(10):
+        while alive(pid):
+            await asyncio.sleep(0.001)
+
+
 async def fetched(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -223,7 +231,7 @@ async def test_listening_socket_outlives_the_unit_that_serves_it(host: Host) -> 
     status = await host.client.start(unit)
     assert await fetched(port) == b"served\n"
     assert status.pid is not None
-    os.kill(status.pid, 9)
+    await killed(status.pid)
     assert await fetched(port) == b"served\n"
 
 
@@ -258,7 +266,7 @@ async def test_successor_adopts_running_units_and_takes_descriptors_back_from_th
     assert after.pid == before.pid
     assert await host.client.stored() == {"web"}
     assert before.pid is not None
-    os.kill(before.pid, 9)  # now the successor must hold the socket and start the unit again
+    await killed(before.pid)  # now the successor must hold the socket and start the unit again
     assert await fetched(port) == b"served\n"
     assert await host.until_pid_other_than("web", before.pid) != before.pid
 
