@@ -115,7 +115,7 @@ def alive(pid: int) -> bool:
 
 
 async def killed(pid: int) -> None:
-    """Gone, not only signalled: a process told to die may still take one connection out of the queue with it."""
+    """Gone, not only signalled: dying, it may still take one connection out of the queue with it."""
     os.kill(pid, 9)
     async with asyncio.timeout(10):
         while alive(pid):

@@ -24,7 +24,8 @@ from nahtlos.model.inventory import (
     ServerStatus,
     VolumeStatus,
 )
-from nahtlos.model.nouns import Component, HostRole, NetworkSpec, Release, Size
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import Component, HostRole, Release, Size
 from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.cloud_service import CloudService

@@ -23,7 +23,8 @@ from typing import TypeVar
 from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
-from nahtlos.model.nouns import HostRole, NetworkSpec, Size
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import HostRole, Size
 from nahtlos.physical.network import links, tap
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.network.netlink import Netlink

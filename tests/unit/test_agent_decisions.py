@@ -6,7 +6,8 @@ from test_agent_ledger import VM, order, server
 from nahtlos.model.config import HostConfig, NetworkConfig
 from nahtlos.model.ids import HostId, NetworkId, PortId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import NetworkSpec, Size
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import Size
 from nahtlos.physical.agent.converge import Act, pinned_ports, server_steps
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.precopy import Sync, Verdict, fraction, seen, verdict

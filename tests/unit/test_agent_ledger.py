@@ -9,7 +9,8 @@ from nahtlos.model.config import HostConfig, PortConfig, ServerConfig, VolumeAtt
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, NetworkId, OperationId, PortId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationKind, OperationState
-from nahtlos.model.nouns import PortSpec, ServerSpec, Size
+from nahtlos.model.networking import PortSpec
+from nahtlos.model.nouns import ServerSpec, Size
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.wire.messages import Decision, MoveOrder
 

@@ -32,16 +32,8 @@ from nahtlos.model.inventory import (
     OperationState,
     OperationStatus,
 )
-from nahtlos.model.nouns import (
-    Assignment,
-    HostRole,
-    HostSpec,
-    NetworkSpec,
-    PortSpec,
-    ServerSpec,
-    Size,
-    VolumeSpec,
-)
+from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size, VolumeSpec
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.messages import BeginMove, BeginVerify

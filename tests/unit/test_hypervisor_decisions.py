@@ -14,7 +14,8 @@ from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import NetworkId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifest, digest_of
-from nahtlos.model.nouns import Component, PortSpec, Release, ServerSpec, Size
+from nahtlos.model.networking import PortSpec
+from nahtlos.model.nouns import Component, Release, ServerSpec, Size
 from nahtlos.physical.hypervisor.bundle import Bundles
 from nahtlos.physical.hypervisor.commandline import VmmPaths, VmmShape, server_arguments
 from nahtlos.physical.hypervisor.migration import progress_of

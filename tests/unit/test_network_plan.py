@@ -7,7 +7,8 @@ import pytest
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
-from nahtlos.model.nouns import HostRole, NetworkSpec
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import netlink, nft, packet, plan
 from nahtlos.physical.network.dhcp import arguments, hosts_text
 from nahtlos.physical.network.plan import (

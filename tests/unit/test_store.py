@@ -25,7 +25,8 @@ from nahtlos.model.ids import (
     ServerId,
     VolumeId,
 )
-from nahtlos.model.nouns import HostRole, NetworkSpec, PortSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.nouns import HostRole, ServerSpec, Size, VolumeSpec
 from nahtlos.runtime.store import blueprints, campaigns, events, intent, leases, operations
 from nahtlos.runtime.store.migrate import upgrade_to_head
 from nahtlos.runtime.store.schema import metadata

@@ -20,7 +20,8 @@ from nahtlos.lab.paths import LAB_VARIABLE, BuildPaths, LabPaths, NodePaths
 from nahtlos.lab.topology import Node, Topology, create
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, NetworkId
-from nahtlos.model.nouns import HostRole, NetworkSpec, Size
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import HostRole, Size
 from nahtlos.ops.client import OperatorClient
 from nahtlos.physical import settings as agent_settings
 from nahtlos.physical.ports import Unit

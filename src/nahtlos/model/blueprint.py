@@ -17,7 +17,9 @@ from nahtlos.model.ids import (
     ServerId,
     VolumeId,
 )
-from nahtlos.model.nouns import Assignment, HostSpec, NetworkSpec, ServerSpec, Size, Value, VolumeSpec
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import Assignment, HostSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.values import Value
 
 
 class HostIntent(StrEnum):

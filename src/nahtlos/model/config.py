@@ -7,8 +7,18 @@ does not mention is reported as drift and left alone.
 
 import ipaddress
 
-from nahtlos.model.ids import HostId, NetworkId, PortId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import HostSpec, NetworkSpec, ServerSpec, Value, VolumeSpec
+from nahtlos.model.ids import HostId, NetworkId, PortId, ReleaseId, SecurityGroupId, ServerId, VolumeId
+from nahtlos.model.networking import (
+    AddressPair,
+    FloatingIpSpec,
+    LoadBalancerSpec,
+    NetworkSpec,
+    PortBandwidth,
+    RouterSpec,
+    SecurityGroupSpec,
+)
+from nahtlos.model.nouns import HostSpec, ServerSpec, VolumeSpec
+from nahtlos.model.values import Value
 
 
 class VolumeAttachment(Value, frozen=True, kw_only=True):
@@ -39,6 +49,15 @@ class PortConfig(Value, frozen=True, kw_only=True):
     ip: str
     host: HostId
     vtep: str
+    addresses: tuple[str, ...] = ()
+    """Further ones; see `PortSpec`."""
+    allowed_pairs: tuple[AddressPair, ...] = ()
+    security_groups: tuple[SecurityGroupId, ...] = ()
+    bandwidth: PortBandwidth = PortBandwidth()
+
+    @property
+    def all_addresses(self) -> tuple[str, ...]:
+        return (self.ip, *self.addresses)
 
 
 class NetworkConfig(Value, frozen=True, kw_only=True):
@@ -60,6 +79,33 @@ class Uplink(Value, frozen=True, kw_only=True):
     interface: str
 
 
+class RouterConfig(Value, frozen=True, kw_only=True):
+    """A router as every host needs it: `gateway_vtep` is the tunnel end of the host that holds its way out
+    (empty: none). `interface` is that host's interface to the outside, told to that host only."""
+
+    spec: RouterSpec
+    gateway_vtep: str = ""
+    interface: str = ""
+    floating_ips: tuple[FloatingIpSpec, ...] = ()
+
+
+class LoadBalancerConfig(Value, frozen=True, kw_only=True):
+    spec: LoadBalancerSpec
+    vtep: str
+    """Tunnel end of the host that carries it."""
+
+
+class UnderlayShares(Value, frozen=True, kw_only=True):
+    """How a host's underlay interface is divided when it is full, in percent of `bits_per_second`; what one
+    does not use the others may."""
+
+    bits_per_second: int
+    control: int = 10
+    """Agents, orchestrator, volumes."""
+    moves: int = 30
+    tenants: int = 60
+
+
 class HostConfig(Value, frozen=True, kw_only=True):
     host: HostId
     generation: int
@@ -75,5 +121,11 @@ class HostConfig(Value, frozen=True, kw_only=True):
     reflect: tuple[PortId, ...] = ()
     """Ports that left this host and whose frames it must still pass on, because some host has not
     yet converged to their new place."""
+    security_groups: tuple[SecurityGroupSpec, ...] = ()
+    """Every group that a port of `networks` is in or a rule of such a group names."""
+    routers: tuple[RouterConfig, ...] = ()
+    load_balancers: tuple[LoadBalancerConfig, ...] = ()
+    underlay: UnderlayShares | None = None
+    """None: the underlay interface is left alone."""
     hosts: tuple[HostSpec, ...] = ()
     """Every host of the cloud, so that agents can check who is speaking to them."""

@@ -4,7 +4,8 @@ from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import HostRole, Size, Value
+from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.values import Value
 
 
 class RunState(StrEnum):

@@ -9,7 +9,8 @@ import hashlib
 
 import msgspec
 
-from nahtlos.model.nouns import Release, Value
+from nahtlos.model.nouns import Release
+from nahtlos.model.values import Value
 
 MANIFEST_NAME = "manifest.json"
 ROOT_NAME = "root"

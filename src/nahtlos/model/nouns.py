@@ -1,17 +1,13 @@
-"""What the cloud consists of, as frozen values: servers, volumes, networks, releases, hosts.
+"""What the cloud consists of, as frozen values: servers, volumes, releases, hosts. Networks are beside it.
 
 Values only. Sizes are in MiB unless the name says otherwise; addresses are strings as people write them.
 """
 
 from enum import StrEnum
 
-import msgspec
-
-from nahtlos.model.ids import HostId, ImageId, NetworkId, PortId, ReleaseId, ServerId, VolumeId
-
-
-class Value(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of the nouns: immutable, compared by content, unknown fields ignored when decoded."""
+from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
+from nahtlos.model.values import Value
 
 
 class Size(Value, frozen=True, kw_only=True):
@@ -30,20 +26,12 @@ class Size(Value, frozen=True, kw_only=True):
         return self.vcpus <= room.vcpus and self.memory_mib <= room.memory_mib
 
 
-class PortSpec(Value, frozen=True, kw_only=True):
-    """A server's connection to a network. `mac` and `ip` are fixed for its life."""
-
-    id: PortId
-    network: NetworkId
-    mac: str
-    ip: str
-
-
 class ServerSpec(Value, frozen=True, kw_only=True):
     """A server as its owner asked for it, plus what must never change under it while it lives
     (machine type and CPU model are the guest's hardware)."""
 
     id: ServerId
+    project: ProjectId = DEFAULT_PROJECT
     size: Size
     volume: VolumeId
     ports: tuple[PortSpec, ...]
@@ -61,22 +49,6 @@ class VolumeSpec(Value, frozen=True, kw_only=True):
     image: ImageId | None
     host: HostId
     epoch: int = 1
-
-
-class NetworkSpec(Value, frozen=True, kw_only=True):
-    """A tenant network: one bridge and one VXLAN device on every host that takes part."""
-
-    id: NetworkId
-    vni: int
-    cidr: str
-    mtu: int = 1500
-    gateway_ip: str
-    """Address of the uplink's router port in this network."""
-    gateway_mac: str
-    gateway_host: HostId
-    """The host (role edge) that holds the uplink."""
-    dhcp_ip: str
-    """Answered by every host for its own servers: the same address and MAC everywhere."""
 
 
 class HostRole(StrEnum):

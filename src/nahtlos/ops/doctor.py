@@ -17,7 +17,8 @@ import msgspec
 
 from nahtlos.model.errors import Error, Refused
 from nahtlos.model.inventory import Accelerator
-from nahtlos.model.nouns import Release, Value
+from nahtlos.model.nouns import Release
+from nahtlos.model.values import Value
 from nahtlos.runtime.releases import TRACKS, broken_releases, list_images, list_releases, load_release
 
 MIB = 1 << 20

@@ -26,7 +26,8 @@ from nahtlos.model.blueprint import CampaignState, HostPhase, Waiting, WaitKind
 from nahtlos.model.errors import NotFound, Stale, Unavailable
 from nahtlos.model.ids import CampaignId
 from nahtlos.model.inventory import OperationKind, OperationStatus
-from nahtlos.model.nouns import HostRole, Value
+from nahtlos.model.nouns import HostRole
+from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.cloud import CampaignView, CloudEvent, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import clock, count_of, milliseconds, number, release
 from nahtlos.runtime.evidence.records import ProbeSummary, ServerProbe

@@ -271,6 +271,21 @@ class Network(Protocol):
         go back through the tunnel; returns their number. Call at the source first."""
         ...
 
+    async def move_state_begin(self, port: PortId) -> bytes:
+        """Source, before pre-copy ends: what the firewall remembers of this port's connections, whole, in a
+        form only drivers read; changes are noted from here on. Empty if there is nothing to carry. Called
+        again, it begins anew."""
+        ...
+
+    async def move_state_changes(self, port: PortId) -> bytes:
+        """Source: what has changed since the last call of this or of `move_state_begin`. Empty: nothing.
+        What could not be noted in full is sent whole."""
+        ...
+
+    async def move_state_load(self, port: PortId, state: bytes) -> None:
+        """Destination: take it up, over what may be there. Repeatable; in the order in which it was made."""
+        ...
+
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
         stays while the configuration says `reflect`."""

@@ -9,7 +9,8 @@ import msgspec
 from nahtlos.model.blueprint import Blueprint, Policy, WaitKind
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import Assignment, ServerSpec, Size, Value
+from nahtlos.model.nouns import Assignment, ServerSpec, Size
+from nahtlos.model.values import Value
 from nahtlos.planner.capacity import count_rooms
 from nahtlos.planner.destinations import choose, heaviest_first, no_room, open_hosts, pack, why_closed
 from nahtlos.planner.draft import Draft

@@ -31,7 +31,8 @@ from nahtlos.model.inventory import (
     RunState,
     ServerStatus,
 )
-from nahtlos.model.nouns import HostRole, Size, Value
+from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.values import Value
 from nahtlos.planner.plan import plan
 from nahtlos.planner.rooms import amount
 from nahtlos.planner.upgrade import campaign_over, to_upgrade

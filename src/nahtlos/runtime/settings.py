@@ -6,7 +6,8 @@ import msgspec
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import NetworkId
-from nahtlos.model.nouns import NetworkSpec, Size
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import Size
 
 
 class CloudSettings(msgspec.Struct, frozen=True, kw_only=True):

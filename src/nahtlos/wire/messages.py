@@ -6,7 +6,7 @@ kind `refused`), so two neighbouring releases can talk. A message is carried in 
     agent -> orchestrator   Hello, Report, Event           answers to commands
     orchestrator -> agent   Configure, BeginMove, BeginVerify, Acknowledge, CancelOperation, ConsoleRead,
                             ConsoleWrite, Ping
-    agent -> agent          PeerHello, MovePrepare, MoveArriving, MoveCommit, MoveAbandon, MoveOutcome
+    agent -> agent          PeerHello, MovePrepare, MoveState, MoveSwitch, MoveCommit, MoveAbandon, …
 """
 
 from enum import StrEnum
@@ -15,7 +15,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId
+from nahtlos.model.ids import HostId, OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.model.nouns import HostRole
 
@@ -179,10 +179,19 @@ class MoveReady(Message, frozen=True, kw_only=True):
     uri: str
 
 
+class MoveState(Message, frozen=True, kw_only=True):
+    """Source to destination, during pre-copy: what the firewall remembers, by port, in order."""
+
+    id: OperationId
+    states: dict[PortId, bytes]
+
+
 class MoveSwitch(Message, frozen=True, kw_only=True):
     """Source to destination, before the source flips its own path: deliver to your taps from now on."""
 
     id: OperationId
+    states: dict[PortId, bytes] = {}
+    """Changes to what `MoveState` sent; loaded before anything is delivered."""
 
 
 class MoveCommit(Message, frozen=True, kw_only=True):
@@ -190,6 +199,8 @@ class MoveCommit(Message, frozen=True, kw_only=True):
     Answered when the destination owns the server durably and runs it."""
 
     id: OperationId
+    states: dict[PortId, bytes] = {}
+    """The last changes to what `MoveState` sent; loaded before the guest runs."""
 
 
 class MoveAbandon(Message, frozen=True, kw_only=True):
@@ -239,6 +250,7 @@ ToOrchestrator = Hello | Report | Event | Ping
 ToPeer = (
     PeerHello
     | MovePrepare
+    | MoveState
     | MoveSwitch
     | MoveCommit
     | MoveAbandon

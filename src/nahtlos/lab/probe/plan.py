@@ -5,7 +5,7 @@ import re
 import msgspec
 
 from nahtlos.model.errors import Refused
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 SAFE_NAME = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
 

@@ -14,7 +14,7 @@ from nahtlos.lab.probe.heartbeats import Heartbeats
 from nahtlos.lab.probe.lines import LineSession
 from nahtlos.lab.probe.loop import Loop
 from nahtlos.lab.probe.plan import PlannedServer
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.runtime.evidence.records import DRAIN_SECONDS, ServerProbe
 
 HTTP_PORT = 80

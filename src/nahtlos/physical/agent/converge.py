@@ -11,7 +11,7 @@ from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
 from nahtlos.model.errors import ErrorRecord, Refused
 from nahtlos.model.ids import PortId, ServerId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.ports import NetworkDesired, VmmId, VmmStatus

@@ -22,7 +22,7 @@ from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale, Unavailable
 from nahtlos.model.ids import OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.wire.messages import Decision, MoveOrder
 
 KEPT_OPERATIONS = 2000

@@ -7,7 +7,7 @@ move that trusted it had 969 ms left to send), so a fresh sync is asked for.
 
 from enum import StrEnum
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 MIN_PASSES = 2

@@ -15,7 +15,7 @@ import msgspec
 
 from nahtlos.model.config import PortConfig, ServerConfig, VolumeAttachment
 from nahtlos.model.errors import Refused
-from nahtlos.model.nouns import PortSpec
+from nahtlos.model.networking import PortSpec
 
 DISK_ADDRESS = 0x3
 FIRST_NIC_ADDRESS = 0x4

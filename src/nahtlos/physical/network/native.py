@@ -22,6 +22,8 @@ import socket
 import time
 from collections.abc import Iterable
 
+import msgspec
+
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.model.ids import PortId
@@ -30,6 +32,7 @@ from nahtlos.physical.network import doctor, kernel, links, netlink, nft, packet
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.dhcp import Dhcp
 from nahtlos.physical.network.netlink import Netlink
+from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.ports import (
     MoveRole,
@@ -65,6 +68,7 @@ class NativeNetwork:
         self._in_motion: set[PortId] = set()
         """Ports changed by a verb since the running reconcile began: it must not put them back."""
         self._capabilities: NetworkCapabilities | None = None
+        self._parts: tuple[Part, ...] = ()
 
     # --- sockets -------------------------------------------------------------------------------------
 
@@ -99,7 +103,10 @@ class NativeNetwork:
 
     async def capabilities(self) -> NetworkCapabilities:
         if self._capabilities is None:
-            self._capabilities = await doctor.examine(self._fast_socket())
+            found = await doctor.examine(self._fast_socket())
+            for part in self._parts:
+                found = msgspec.structs.replace(found, details={**found.details, **await part.capabilities()})
+            self._capabilities = found
         return self._capabilities
 
     async def host_init(self) -> None:
@@ -110,6 +117,8 @@ class NativeNetwork:
                 field="network",
                 remedy="see `nahtlos doctor`",
             )
+        for part in self._parts:
+            await part.init()
 
     async def observe(self) -> NetworkObservation:
         async with self._reconciling:
@@ -146,12 +155,25 @@ class NativeNetwork:
         reborn = frozenset(c.item.name for c in births if isinstance(c.item, Device))
         served = config.networks if self._place.role is HostRole.COMPUTE else ()
         words += await self._dhcp.serve(served, reborn)
+        local = self._local_ports(config)
+        for part in self._parts:
+            words += await part.reconcile(config, local)
         applied = self._baseline.applied
         applied.items = {str(item) for item in wanted}
         applied.touched &= self._held_names(pinned, config, found)
         self._baseline.save()
         _check_uplinks(config, found)
         return tuple(words)
+
+    def _local_ports(self, config: HostConfig) -> dict[PortId, LocalPort]:
+        """Ports of `config` that have a tap here now."""
+        taps = kernel.taps_of(links.read_links(self._bulk_socket()))
+        return {
+            port.id: LocalPort(port, network, taps[port.id][0])
+            for network in config.networks
+            for port in network.ports
+            if port.id in taps
+        }
 
     async def _compare(
         self, config: HostConfig, pinned: frozenset[PortId]
@@ -248,6 +270,8 @@ class NativeNetwork:
             fd = await self._new_tap(port, network)
         assert fd is not None
         self._attach(port, network)
+        for part in self._parts:
+            await part.port_created(_local(port, network))
         entry = self._fast_socket().forwarding_of(_index(plan.bridge_name(network.spec.vni)), port.mac)
         if entry != _index(name):
             tap.drain(fd)
@@ -293,6 +317,8 @@ class NativeNetwork:
             socket.if_nametoindex(name)
             self._fast_socket().change([links.delete(name)])
         await self._drop_descriptor(port)
+        for part in self._parts:
+            await part.port_deleted(port, name)
 
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
@@ -344,6 +370,8 @@ class NativeNetwork:
             await nft.apply(nft.gate_commands([gate], []))
             self._baseline.applied.gates.add((gate.vni, gate.mac, gate.port))
             self._baseline.save()
+        for part in self._parts:
+            await part.move_prepared(_local(port, network), role)
 
     async def move_sacrifice(self, port: PortId) -> bool:
         fd = await self._descriptor(port)
@@ -384,12 +412,25 @@ class NativeNetwork:
         tunnel = plan.tunnel_name(network.spec.vni)
         if role is MoveRole.SOURCE:
             self._flip(port, plan.tap_name(port.id))
-            return 0
-        fd = await self._descriptor(port.id)
-        returned = self._send_back(fd, tunnel)
-        self._flip(port, tunnel)
-        time.sleep(FLIGHT_SECONDS)  # noqa: ASYNC251 - half a millisecond, and the loop would round it up
-        return returned + self._send_back(fd, tunnel)
+            returned = 0
+        else:
+            fd = await self._descriptor(port.id)
+            returned = self._send_back(fd, tunnel)
+            self._flip(port, tunnel)
+            time.sleep(FLIGHT_SECONDS)  # noqa: ASYNC251 - half a millisecond, and the loop would round it up
+            returned += self._send_back(fd, tunnel)
+        for part in self._parts:
+            await part.move_reverted(_local(port, network), role)
+        return returned
+
+    async def move_state_begin(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_changes(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_load(self, port: PortId, state: bytes) -> None:
+        pass
 
     def _send_back(self, fd: int | None, tunnel: str) -> int:
         frames = tap.drain(fd) if fd is not None else []
@@ -397,6 +438,8 @@ class NativeNetwork:
 
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         self._touch(port)
+        for part in self._parts:
+            await part.move_settled(_local(port, network), role)
         if role is MoveRole.SOURCE:
             await self.port_delete(port.id)
             return
@@ -418,6 +461,10 @@ def _ring_stays_empty(fd: int) -> bool:
         if attempt < EMPTY_POLLS - 1:
             time.sleep(EMPTY_POLL_SECONDS)
     return True
+
+
+def _local(port: PortConfig, network: NetworkConfig) -> LocalPort:
+    return LocalPort(port, network, plan.tap_name(port.id))
 
 
 def _stored(port: PortId) -> str:

@@ -55,6 +55,12 @@ def anycast_mac(vni: int) -> str:
     return f"02:6e:6c:{vni >> 16 & 0xFF:02x}:{vni >> 8 & 0xFF:02x}:{vni & 0xFF:02x}"
 
 
+def tracking_zone(vni: int) -> int:
+    """Connection-tracking zone of a network (1 to 65535): the same on every host, so that what one host
+    remembers of a connection means the same on another."""
+    return 1 + (vni - 1) % 0xFFFF
+
+
 def network_alias(network: str) -> str:
     return f"{OWNED}network/{network}"
 

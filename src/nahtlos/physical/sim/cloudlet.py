@@ -17,7 +17,8 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, ServerCo
 from nahtlos.model.errors import Error
 from nahtlos.model.ids import HostId, NetworkId, OperationId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import HostInventory, OperationState, OperationStatus, RunState
-from nahtlos.model.nouns import HostRole, HostSpec, NetworkSpec, PortSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size, VolumeSpec
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.sim.faults import Life, Troubles
 from nahtlos.physical.sim.world import World

@@ -126,6 +126,15 @@ class SimNetwork(SimDriver):
             paths.lead(host, port.mac, TO_TUNNEL)
             return returned + paths.reinject(tap)
 
+    async def move_state_begin(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_changes(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_load(self, port: PortId, state: bytes) -> None:
+        pass
+
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         async with self.verb("move_settle", f"{port.id} {role}"):
             if role is MoveRole.SOURCE:

@@ -18,7 +18,8 @@ from nahtlos.model.blueprint import (
 )
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
-from nahtlos.model.nouns import HostRole, Release, Size, Value
+from nahtlos.model.nouns import HostRole, Release, Size
+from nahtlos.model.values import Value
 
 
 class HostView(Value, frozen=True, kw_only=True):

@@ -15,15 +15,8 @@ from nahtlos.model.ids import (
     checked_name,
 )
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import (
-    HostRole,
-    NetworkSpec,
-    PortSpec,
-    Release,
-    ServerSpec,
-    Size,
-    VolumeSpec,
-)
+from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.nouns import HostRole, Release, ServerSpec, Size, VolumeSpec
 from nahtlos.planner.place import room_for
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.state import State

@@ -17,7 +17,8 @@ from nahtlos.model.inventory import (
     OperationState,
     OperationStatus,
 )
-from nahtlos.model.nouns import NetworkSpec, Size, VolumeSpec
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import Size, VolumeSpec
 from nahtlos.runtime.executor.world import World
 from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, operations
 from nahtlos.runtime.store.campaigns import CampaignRow

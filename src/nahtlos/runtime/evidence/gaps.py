@@ -8,7 +8,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 BEFORE_SWITCH_SECONDS = 0.5
 AFTER_END_SECONDS = 1.0

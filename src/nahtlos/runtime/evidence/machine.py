@@ -5,7 +5,7 @@ import platform
 import re
 from pathlib import Path
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 
 class Machine(Value, frozen=True, kw_only=True):

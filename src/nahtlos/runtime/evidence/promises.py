@@ -7,7 +7,7 @@ kept, and the figure says what evidence is missing.
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 if TYPE_CHECKING:
     from nahtlos.runtime.evidence.report import Report, ServerFigures

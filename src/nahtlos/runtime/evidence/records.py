@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 SUMMARY_NAME = "probe.json"
 DRAIN_SECONDS = 3.0

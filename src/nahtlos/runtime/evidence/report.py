@@ -20,7 +20,8 @@ import msgspec
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import OperationKind, OperationState
-from nahtlos.model.nouns import Size, Value
+from nahtlos.model.nouns import Size
+from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
 from nahtlos.runtime.evidence.gaps import arrivals_around, longest_silence, move_window, percentile
 from nahtlos.runtime.evidence.machine import Machine

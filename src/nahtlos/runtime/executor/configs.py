@@ -18,7 +18,8 @@ from nahtlos.model.config import (
     VolumeAttachment,
 )
 from nahtlos.model.ids import HostId, PortId, ServerId
-from nahtlos.model.nouns import HostRole, NetworkSpec
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import HostRole
 from nahtlos.runtime.executor.world import World
 
 NBD_PORT = 10809
@@ -53,7 +54,18 @@ def port_configs(world: World, server: ServerId, host: HostId) -> tuple[PortConf
     spec = world.policy.servers[server]
     vtep = world.policy.hosts[host].address
     return tuple(
-        PortConfig(id=port.id, server=server, mac=port.mac, ip=port.ip, host=host, vtep=vtep)
+        PortConfig(
+            id=port.id,
+            server=server,
+            mac=port.mac,
+            ip=port.ip,
+            host=host,
+            vtep=vtep,
+            addresses=port.addresses,
+            allowed_pairs=port.allowed_pairs,
+            security_groups=port.security_groups,
+            bandwidth=port.bandwidth,
+        )
         for port in spec.ports
     )
 

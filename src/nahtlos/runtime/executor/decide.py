@@ -11,7 +11,7 @@ from nahtlos.model.blueprint import PlannedMove
 from nahtlos.model.config import HostConfig
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.runtime.executor.configs import next_config, port_configs, server_config
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder

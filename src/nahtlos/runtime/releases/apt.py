@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Self
 
 from nahtlos.model.errors import Refused, Unavailable
-from nahtlos.model.nouns import Artifact, Value
+from nahtlos.model.nouns import Artifact
+from nahtlos.model.values import Value
 from nahtlos.runtime.releases.commands import run
 from nahtlos.runtime.releases.lock import exclusive
 from nahtlos.runtime.releases.progress import OnProgress, Progress

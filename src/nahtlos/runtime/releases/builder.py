@@ -17,7 +17,8 @@ import msgspec
 
 from nahtlos.model.errors import Error, Refused
 from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifest, digest_of
-from nahtlos.model.nouns import Component, Release, Value
+from nahtlos.model.nouns import Component, Release
+from nahtlos.model.values import Value
 from nahtlos.runtime.releases import selection
 from nahtlos.runtime.releases.apt import Package, PrivateApt
 from nahtlos.runtime.releases.commands import run

@@ -18,7 +18,7 @@ import msgspec
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ImageId
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 from nahtlos.runtime.releases import guest_layout as layout
 from nahtlos.runtime.releases.apt import PrivateApt
 from nahtlos.runtime.releases.commands import run

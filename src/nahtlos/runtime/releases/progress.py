@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from nahtlos.model.nouns import Value
+from nahtlos.model.values import Value
 
 
 class Progress(Value, frozen=True, kw_only=True):

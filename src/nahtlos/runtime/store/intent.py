@@ -14,7 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import HostRole, HostSpec, NetworkSpec, Release, ServerSpec, Size, VolumeSpec
+from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.nouns import HostRole, HostSpec, Release, ServerSpec, Size, VolumeSpec
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import T, text_of, value_of
 

@@ -1,0 +1,7 @@
+"""The base of all nouns."""
+
+import msgspec
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True):
+    """Immutable, compared by content, unknown fields ignored when decoded."""

@@ -1,0 +1,58 @@
+"""What the native driver is put together from, besides paths: firewall, shaping, addressing, routing.
+
+A part owns one subject on this host and says so in its module. The driver calls all of them in their order
+at the same moments; a part that has nothing to do at one leaves it out. Everything is repeatable, and a part
+of an agent that was started a moment ago knows only what the kernel and its own files tell.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
+from nahtlos.model.ids import PortId
+from nahtlos.physical.ports import MoveRole
+
+
+class LocalPort(msgspec.Struct, frozen=True):
+    """A port that has a tap on this host."""
+
+    port: PortConfig
+    network: NetworkConfig
+    tap: str
+    """Its device."""
+
+
+class Part:
+    """Base: does nothing at every moment."""
+
+    name = ""
+
+    async def init(self) -> None:
+        """Once per agent start, before anything else: sysctls and the like."""
+
+    async def capabilities(self) -> dict[str, str]:
+        """What is used and what is missing on this kernel: subject to words, which begin with `used` or
+        `missing`. Changes nothing."""
+        return {}
+
+    async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
+        """Make this part's share of `config` true, after devices and paths are. What is right is not
+        touched, and nothing is removed that a move needs. Returns what was different without having been
+        asked for, in words."""
+        return ()
+
+    async def port_created(self, port: LocalPort) -> None:
+        """Its tap exists and is enslaved; nothing is delivered to it yet."""
+
+    async def port_deleted(self, port: PortId, tap: str) -> None:
+        """Its tap is gone."""
+
+    async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
+        """The path will be switched. At the destination `port_created` came before."""
+
+    async def move_settled(self, port: LocalPort, role: MoveRole) -> None:
+        """The move has ended well, here at its `role`."""
+
+    async def move_reverted(self, port: LocalPort, role: MoveRole) -> None:
+        """The move has ended as if it had never begun."""
