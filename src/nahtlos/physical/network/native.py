@@ -16,24 +16,23 @@ kernel or in the supervisor's store, so an agent that was started a moment ago c
 """
 
 import asyncio
-import contextlib
-import os
-import socket
-import time
 from collections.abc import Iterable
 
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
-from nahtlos.model.errors import Conflict, Unavailable
+from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import doctor, kernel, links, netlink, nft, packet, plan, tap
+from nahtlos.physical.network import doctor, kernel, links, nft, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.dhcp import Dhcp
+from nahtlos.physical.network.endpoints import Endpoints
+from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.shared import Shared
 from nahtlos.physical.ports import (
     MoveRole,
     NetworkCapabilities,
@@ -43,11 +42,6 @@ from nahtlos.physical.ports import (
 )
 from nahtlos.physical.settings import AgentSettings
 
-SACRIFICE_SECONDS = 0.3
-POLL_SECONDS = 0.002
-FLIGHT_SECONDS = 0.0005
-"""Frames that had passed the old entry when it was flipped are in the ring after this."""
-EMPTY_POLLS, EMPTY_POLL_SECONDS = 3, 0.0002
 CHUNK = 100
 """Entries changed before other work of the agent gets a turn."""
 
@@ -57,31 +51,22 @@ class NativeNetwork:
 
     def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
         self._place = plan.Place(settings.host, settings.role, settings.address)
-        self._supervisor = supervisor
         self._dhcp = Dhcp(settings.run_dir, settings.state_dir / "log", supervisor)
         self._baseline = Baseline(settings.run_dir / "network.json")
         self._reconciling = asyncio.Lock()
-        self._filtering = asyncio.Lock()
-        self._fast: Netlink | None = None
         self._bulk: Netlink | None = None
-        self._descriptors: dict[PortId, int] = {}
-        self._in_motion: set[PortId] = set()
-        """Ports changed by a verb since the running reconcile began: it must not put them back."""
         self._capabilities: NetworkCapabilities | None = None
         self._parts: tuple[Part, ...] = ()
+        self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
+        self._endpoints = Endpoints(self._shared)
+        self._handover = Handover(self._shared, self._endpoints)
 
     # --- sockets -------------------------------------------------------------------------------------
 
     @property
     def writes(self) -> int:
         """Netlink requests so far that could change something."""
-        return sum(s.writes for s in (self._fast, self._bulk) if s is not None)
-
-    def _fast_socket(self) -> Netlink:
-        """For verbs: used on the event loop's thread only."""
-        if self._fast is None:
-            self._fast = Netlink()
-        return self._fast
+        return self._shared.writes + (self._bulk.writes if self._bulk is not None else 0)
 
     def _bulk_socket(self) -> Netlink:
         """For reconcile and observe: used under `_reconciling` only, also from worker threads."""
@@ -91,19 +76,17 @@ class NativeNetwork:
 
     def close(self) -> None:
         """Lets go of sockets and duplicates. The host's network stays as it is."""
-        for open_ in (self._fast, self._bulk):
-            if open_ is not None:
-                open_.close()
-        self._fast = self._bulk = None
-        for fd in self._descriptors.values():
-            os.close(fd)
-        self._descriptors.clear()
+        self._shared.close()
+        self._endpoints.close()
+        if self._bulk is not None:
+            self._bulk.close()
+            self._bulk = None
 
     # --- what there is -------------------------------------------------------------------------------
 
     async def capabilities(self) -> NetworkCapabilities:
         if self._capabilities is None:
-            found = await doctor.examine(self._fast_socket())
+            found = await doctor.examine(self._shared.fast())
             for part in self._parts:
                 found = msgspec.structs.replace(found, details={**found.details, **await part.capabilities()})
             self._capabilities = found
@@ -137,7 +120,7 @@ class NativeNetwork:
 
     async def reconcile(self, desired: NetworkDesired) -> tuple[str, ...]:
         async with self._reconciling:
-            self._in_motion.clear()
+            self._shared.in_motion.clear()
             return await self._reconcile(desired.config, desired.pinned)
 
     async def _reconcile(self, config: HostConfig, pinned: frozenset[PortId]) -> tuple[str, ...]:
@@ -183,7 +166,7 @@ class NativeNetwork:
         found = await asyncio.to_thread(kernel.observe, self._bulk_socket(), settings)
         taps = {port: mac for port, (_, mac) in found.taps.items()}
         wanted = plan.desired_items(config, self._place, taps)
-        held = self._held_names(pinned | self._in_motion, config, found)
+        held = self._held_names(pinned | self._shared.in_motion, config, found)
         present = {item.key for item in found.items}
         wanted = frozenset(i for i in wanted if not isinstance(i, Setting) or i.key in present)
         todo = plan.changes(plan.without(wanted, held, held), plan.without(found.items, held, held))
@@ -211,7 +194,7 @@ class NativeNetwork:
     async def _put(self, todo: tuple[Change, ...], found: kernel.Observed, config: HostConfig) -> None:
         rest = [c for c in todo if not isinstance(c.item, Setting) and (c.remove or c.item.rank > 0)]
         for start in range(0, len(rest), CHUNK):
-            held = self._held_names(self._in_motion, config, found)
+            held = self._held_names(self._shared.in_motion, config, found)
             part = [c for c in rest[start : start + CHUNK] if plan.concerns(c.item) not in held]
             self._bulk_socket().change(kernel.requests_of(part, found.links))
             await asyncio.sleep(0)
@@ -221,9 +204,9 @@ class NativeNetwork:
     ) -> list[str]:
         networks = [_filtered(network, config) for network in config.networks]
         applied, digest = self._baseline.applied, nft.digest(networks)
-        async with self._filtering:
+        async with self._shared.filtering:
             present = await nft.listing()
-            gates = self._gates(config, pinned | self._in_motion, present)
+            gates = self._gates(config, pinned | self._shared.in_motion, present)
             if digest != applied.rules or present.fingerprint != applied.listed:
                 drift = digest == applied.rules and not quiet
                 await nft.apply(nft.compose(networks, gates))
@@ -251,79 +234,45 @@ class NativeNetwork:
         }
         return frozenset(keep | reflect)
 
-    # --- ports ---------------------------------------------------------------------------------------
+    # --- verbs ---------------------------------------------------------------------------------------
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
-        self._touch(port)
-        await self._ensure_network(network)
-        name = plan.tap_name(port.id)
-        fd = await self._descriptor(port.id)
-        there = links.read_links(self._fast_socket()).get(name)
-        if there is not None and fd is None:
-            raise Conflict(
-                f"tap {name} of port {port.id} exists, but its descriptor is not in the supervisor's store",
-                field="port",
-                remedy="end the process that holds it (its server's VMM), then try again",
-            )
-        if there is None:
-            await self._drop_descriptor(port.id)
-            fd = await self._new_tap(port, network)
-        assert fd is not None
-        self._attach(port, network)
-        for part in self._parts:
-            await part.port_created(_local(port, network))
-        entry = self._fast_socket().forwarding_of(_index(plan.bridge_name(network.spec.vni)), port.mac)
-        if entry != _index(name):
-            tap.drain(fd)
-        if deliver:
-            self._deliver(port, network)
-
-    async def _new_tap(self, port: PortConfig, network: NetworkConfig) -> int:
-        """Stored before anything can reach it: from here on it outlives this process."""
-        name = plan.tap_name(port.id)
-        fd = tap.open_tap(name)
-        self._descriptors[port.id] = fd
-        kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
-        alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
-        self._fast_socket().change([links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE)])
-        await self._supervisor.store_fd(_stored(port.id), fd)
-        return fd
-
-    def _attach(self, port: PortConfig, network: NetworkConfig) -> None:
-        """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
-        sock, name = self._fast_socket(), plan.tap_name(port.id)
-        devices = links.read_links(sock)
-        link, bridge = devices[name], devices[plan.bridge_name(network.spec.vni)]
-        if link.master != bridge.index:
-            sock.change(
-                [links.configure(name, master=bridge.index), links.set_flood(link.index, plan.SILENT, name)]
-            )
-        if not link.up:
-            sock.change([links.configure(name, up=True)])
-
-    def _deliver(self, port: PortConfig, network: NetworkConfig) -> None:
-        sock, name = self._fast_socket(), plan.tap_name(port.id)
-        link = links.read_links(sock)[name]
-        bridge = _index(plan.bridge_name(network.spec.vni))
-        if link.flood != plan.DELIVERING:
-            sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
-        if sock.forwarding_of(bridge, port.mac) != link.index:
-            sock.change([netlink.forward_to_port(link.index, port.mac)])
+        await self._endpoints.create(port, network, deliver=deliver)
 
     async def port_delete(self, port: PortId) -> None:
-        self._in_motion.add(port)
-        name = plan.tap_name(port)
-        with contextlib.suppress(OSError):
-            socket.if_nametoindex(name)
-            self._fast_socket().change([links.delete(name)])
-        await self._drop_descriptor(port)
-        for part in self._parts:
-            await part.port_deleted(port, name)
+        await self._endpoints.delete(port)
+
+    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+        await self._handover.prepare(port, network, role, vtep)
+
+    async def move_sacrifice(self, port: PortId) -> bool:
+        return await self._handover.sacrifice(port)
+
+    async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        await self._handover.switch(port, network, role)
+
+    async def move_drain(self, port: PortId, *, timeout: float) -> bool:
+        return await self._handover.drain(port, timeout=timeout)
+
+    async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
+        return await self._handover.revert(port, network, role)
+
+    async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        await self._handover.settle(port, network, role)
+
+    async def move_state_begin(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_changes(self, port: PortId) -> bytes:
+        return b""
+
+    async def move_state_load(self, port: PortId, state: bytes) -> None:
+        pass
 
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
         async with self._reconciling:
-            devices = links.read_links(self._fast_socket())
+            devices = links.read_links(self._shared.fast())
             names = (plan.bridge_name(network.spec.vni), plan.tunnel_name(network.spec.vni))
             if all(name in devices and devices[name].alias.startswith(plan.OWNED) for name in names):
                 return
@@ -335,151 +284,6 @@ class NativeNetwork:
             todo = plan.changes(wanted, found.items & wanted)
             kernel.write_settings(todo)
             sock.change(kernel.requests_of(todo, found.links))
-
-    # --- descriptors ---------------------------------------------------------------------------------
-
-    async def _descriptor(self, port: PortId) -> int | None:
-        """This process's duplicate of a tap's descriptor; an agent that was restarted fetches one."""
-        if port not in self._descriptors:
-            fd = await self._supervisor.fetch_fd(_stored(port))
-            if fd is None:
-                return None
-            self._descriptors[port] = fd
-        return self._descriptors[port]
-
-    async def _drop_descriptor(self, port: PortId) -> None:
-        fd = self._descriptors.pop(port, None)
-        if fd is not None:
-            os.close(fd)
-        await self._supervisor.drop_fd(_stored(port))
-
-    def _touch(self, port: PortConfig) -> None:
-        self._in_motion.add(port.id)
-        self._baseline.touch((port.mac.lower(), plan.tap_name(port.id)))
-
-    # --- moves ---------------------------------------------------------------------------------------
-
-    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
-        self._touch(port)
-        await self._ensure_network(network)
-        tunnel = _index(plan.tunnel_name(network.spec.vni))
-        self._fast_socket().change([netlink.tunnel_entry(tunnel, port.mac, vtep)])
-        await self._descriptor(port.id)
-        gate = nft.Gate(network.spec.vni, port.mac.lower(), port.id)
-        async with self._filtering:
-            await nft.apply(nft.gate_commands([gate], []))
-            self._baseline.applied.gates.add((gate.vni, gate.mac, gate.port))
-            self._baseline.save()
-        for part in self._parts:
-            await part.move_prepared(_local(port, network), role)
-
-    async def move_sacrifice(self, port: PortId) -> bool:
-        fd = await self._descriptor(port)
-        found = kernel.taps_of(links.read_links(self._fast_socket())).get(port)
-        if fd is None or found is None:
-            raise Unavailable(f"port {port} has no tap on this host", field="port")
-        packet.sacrifice(*found)
-        deadline = time.monotonic() + SACRIFICE_SECONDS
-        await asyncio.sleep(POLL_SECONDS)
-        while tap.has_frames(fd):
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(POLL_SECONDS)
-        return True
-
-    async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
-        """Nothing here waits for another task, a process or a file."""
-        self._in_motion.add(port.id)
-        here = role is MoveRole.DESTINATION
-        self._flip(port, plan.tap_name(port.id) if here else plan.tunnel_name(network.spec.vni))
-
-    def _flip(self, port: PortConfig, device: str) -> None:
-        self._fast_socket().change([netlink.forward_to_port(_index(device), port.mac)])
-
-    async def move_drain(self, port: PortId, *, timeout: float) -> bool:
-        fd = await self._descriptor(port)
-        if fd is None:
-            raise Unavailable(f"port {port} has no tap on this host", field="port")
-        deadline = time.monotonic() + timeout
-        while not _ring_stays_empty(fd):
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(0)
-        return True
-
-    async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
-        self._in_motion.add(port.id)
-        tunnel = plan.tunnel_name(network.spec.vni)
-        if role is MoveRole.SOURCE:
-            self._flip(port, plan.tap_name(port.id))
-            returned = 0
-        else:
-            fd = await self._descriptor(port.id)
-            returned = self._send_back(fd, tunnel)
-            self._flip(port, tunnel)
-            time.sleep(FLIGHT_SECONDS)  # noqa: ASYNC251 - half a millisecond, and the loop would round it up
-            returned += self._send_back(fd, tunnel)
-        for part in self._parts:
-            await part.move_reverted(_local(port, network), role)
-        return returned
-
-    async def move_state_begin(self, port: PortId) -> bytes:
-        return b""
-
-    async def move_state_changes(self, port: PortId) -> bytes:
-        return b""
-
-    async def move_state_load(self, port: PortId, state: bytes) -> None:
-        pass
-
-    def _send_back(self, fd: int | None, tunnel: str) -> int:
-        frames = tap.drain(fd) if fd is not None else []
-        return packet.send_again(tunnel, frames, tap.header_size(fd)) if fd is not None and frames else 0
-
-    async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
-        self._touch(port)
-        for part in self._parts:
-            await part.move_settled(_local(port, network), role)
-        if role is MoveRole.SOURCE:
-            await self.port_delete(port.id)
-            return
-        sock, name = self._fast_socket(), plan.tap_name(port.id)
-        link = links.read_links(sock).get(name)
-        if link is None:
-            raise Unavailable(f"port {port.id} has no tap on this host", field="port")
-        if link.flood != plan.DELIVERING:
-            sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
-
-
-def _ring_stays_empty(fd: int) -> bool:
-    """Blocks the loop for about a millisecond on purpose: it would round each wait up to as much, and
-    frames are held up at the destination meanwhile."""
-    time.sleep(FLIGHT_SECONDS)
-    for attempt in range(EMPTY_POLLS):
-        if tap.has_frames(fd):
-            return False
-        if attempt < EMPTY_POLLS - 1:
-            time.sleep(EMPTY_POLL_SECONDS)
-    return True
-
-
-def _local(port: PortConfig, network: NetworkConfig) -> LocalPort:
-    return LocalPort(port, network, plan.tap_name(port.id))
-
-
-def _stored(port: PortId) -> str:
-    return f"tap.{port}"
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError as error:
-        raise Unavailable(
-            f"interface {name} does not exist on this host",
-            field="network",
-            remedy="wait for the next reconcile",
-        ) from error
 
 
 def _is_network(device: links.LinkInfo) -> bool:
