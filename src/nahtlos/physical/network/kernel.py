@@ -111,13 +111,14 @@ def _forwarding(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
 
 
 def _neighbours(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
-    header = struct.pack(NEIGHBOUR_HEADER, socket.AF_INET, 0, 0, 0, 0)
-    for body in socket_.dump(netlink.RTM_GETNEIGH, header):
-        _, index, state, _, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
-        values = netlink.attributes(body[12:])
-        if index in owned and state == netlink.NUD_PERMANENT and 1 in values and 2 in values:
-            ip = socket.inet_ntoa(values[1])
-            yield Neighbour(owned[index].name, ip, netlink.mac_text(values[2]))
+    for family in (socket.AF_INET, socket.AF_INET6):
+        header = struct.pack(NEIGHBOUR_HEADER, family, 0, 0, 0, 0)
+        for body in socket_.dump(netlink.RTM_GETNEIGH, header):
+            _, index, state, flags, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
+            values = netlink.attributes(body[12:])
+            if index in owned and state == netlink.NUD_PERMANENT and 1 in values and 2 in values:
+                ip, router = socket.inet_ntop(family, values[1]), bool(flags & netlink.NTF_ROUTER)
+                yield Neighbour(owned[index].name, ip, netlink.mac_text(values[2]), router)
 
 
 def _addresses(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
@@ -259,7 +260,7 @@ def _putting(item: Item, devices: dict[str, LinkInfo]) -> Request | None:
         case Address():
             return netlink.address(index, item.cidr, routed=item.routed)
         case Neighbour():
-            return netlink.neighbour(index, item.ip, item.mac)
+            return netlink.neighbour(index, item.ip, item.mac, router=item.router)
         case TunnelEntry():
             return netlink.tunnel_entry(index, item.mac, item.vtep)
         case Forward():

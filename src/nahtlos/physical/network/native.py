@@ -166,6 +166,7 @@ class NativeNetwork:
         found = await asyncio.to_thread(kernel.observe, self._bulk_socket(), settings)
         taps = {port: mac for port, (_, mac) in found.taps.items()}
         wanted = plan.desired_items(config, self._place, taps)
+        wanted |= {item for part in self._parts for item in part.items(config)}
         held = self._held_names(pinned | self._shared.in_motion, config, found)
         present = {item.key for item in found.items}
         wanted = frozenset(i for i in wanted if not isinstance(i, Setting) or i.key in present)

@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from typing import Self
 
 import msgspec
@@ -32,10 +32,10 @@ REPLACE, EXCL, CREATE, APPEND = 0x100, 0x200, 0x400, 0x800
 NESTED = 0x8000
 
 NUD_NOARP, NUD_PERMANENT = 0x40, 0x80
-NTF_SELF, NTF_MASTER = 0x02, 0x04
+NTF_SELF, NTF_MASTER, NTF_ROUTER = 0x02, 0x04, 0x80
 AF_BRIDGE = 7
 IFF_UP = 0x1
-NO_PREFIX_ROUTE = 0x200
+NO_PREFIX_ROUTE, NO_DUPLICATE_DETECTION = 0x200, 0x02
 
 SOL_NETLINK = 270
 NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_STRICT = 10, 11, 12
@@ -103,6 +103,15 @@ def ipv4(value: str) -> bytes:
     return IPv4Address(value).packed
 
 
+def ip(value: str) -> bytes:
+    """Of either family."""
+    return ip_address(value).packed
+
+
+def family(value: str) -> int:
+    return socket.AF_INET6 if ":" in value else socket.AF_INET
+
+
 def attributes(data: bytes) -> dict[int, bytes]:
     """Attributes of one message by number (flags of the number removed; the last of a kind wins)."""
     found: dict[int, bytes] = {}
@@ -157,14 +166,19 @@ def remove_tunnel_entry(device: int, mac: str, vtep: str) -> Request:
     )
 
 
-def neighbour(device: int, ip: str, mac: str) -> Request:
-    """A permanent ARP entry."""
-    body = _neighbour(socket.AF_INET, device, NUD_PERMANENT, 0, mac, ipv4(ip))
+def family_of(ip: str) -> int:
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
+def neighbour(device: int, ip: str, mac: str, *, router: bool = False) -> Request:
+    """A permanent ARP or neighbour-discovery entry. `router` (IPv6): it is said to route."""
+    flags = NTF_ROUTER if router else 0
+    body = _neighbour(family_of(ip), device, NUD_PERMANENT, flags, mac, ip_address(ip).packed)
     return Request(RTM_NEWNEIGH, CREATE | REPLACE, body, f"neighbour {ip} at {mac}")
 
 
 def remove_neighbour(device: int, ip: str) -> Request:
-    body = _neighbour(socket.AF_INET, device, 0, 0, "", ipv4(ip))
+    body = _neighbour(family_of(ip), device, 0, 0, "", ip_address(ip).packed)
     return Request(RTM_DELNEIGH, 0, body, f"remove neighbour {ip}", frozenset({errno.ENOENT, errno.ENODEV}))
 
 
@@ -188,6 +202,14 @@ def remove_address(device: int, cidr: str) -> Request:
         f"remove address {cidr}",
         frozenset({errno.EADDRNOTAVAIL, errno.ENODEV}),
     )
+
+
+def link_route(device: int, subnet: str, source: str) -> Request:
+    """What is for `subnet` (IPv4) is on the link of `device`, and asked for from `source`."""
+    network, prefix = subnet.split("/")
+    body = struct.pack("BBBBBBBBI", socket.AF_INET, int(prefix), 0, 0, 254, 4, 253, 1, 0)
+    body += attribute(1, ipv4(network)) + u32(4, device) + attribute(7, ipv4(source))
+    return Request(RTM_NEWROUTE, CREATE | REPLACE, body, f"route to {subnet}")
 
 
 def default_route(gateway: str) -> Request:

@@ -5,12 +5,13 @@ at the same moments; a part that has nothing to do at one leaves it out. Everyth
 of an agent that was started a moment ago knows only what the kernel and its own files tell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import PortId
+from nahtlos.physical.network.plan import Item
 from nahtlos.physical.ports import MoveRole
 
 
@@ -35,6 +36,11 @@ class Part:
         """What is used and what is missing on this kernel: subject to words, which begin with `used` or
         `missing`. Changes nothing."""
         return {}
+
+    def items(self, config: HostConfig) -> Iterable[Item]:
+        """Entries on the driver's own bridges and tunnels that this part needs besides those of servers:
+        put right, removed and reported with them. Pure."""
+        return ()
 
     async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
         """Make this part's share of `config` true, after devices and paths are. What is right is not

@@ -11,12 +11,14 @@ through a tunnel entry that is there already, and one that came is delivered bef
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
 from typing import ClassVar
 
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, PortId
+from nahtlos.model.networking import Family
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
@@ -151,6 +153,8 @@ class Neighbour(msgspec.Struct, frozen=True):
     device: str
     ip: str
     mac: str
+    router: bool = False
+    """IPv6: what answers for it says that it routes; a server would drop its default route otherwise."""
 
     rank: ClassVar[int] = 4
 
@@ -276,12 +280,12 @@ def _entries(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -
     for vtep in network.vteps:
         if vtep != place.address:
             yield TunnelEntry(tunnel, ANY_MAC, vtep)
-    if not _is_gateway(network, place):
+    if spec.gateway_mac and not _is_gateway(network, place):
         yield Neighbour(bridge, spec.gateway_ip, spec.gateway_mac)
         yield TunnelEntry(tunnel, spec.gateway_mac, network.gateway_vtep)
         yield Forward(bridge, spec.gateway_mac, tunnel)
     for port in network.ports:
-        yield Neighbour(bridge, port.ip, port.mac)
+        yield from (Neighbour(bridge, str(ip_address(ip)), port.mac) for ip in port.all_addresses)
         if port.host != place.host:
             yield TunnelEntry(tunnel, port.mac, port.vtep)
             yield Forward(bridge, port.mac, tunnel)
@@ -305,8 +309,13 @@ def tap_device(port: PortConfig, network: NetworkConfig) -> Device:
 def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Item]:
     vni = network.spec.vni
     bridge = bridge_name(vni)
-    for name in (bridge, tunnel_name(vni), gate_name(vni), gate_port_name(vni)):
+    for name in (tunnel_name(vni), gate_name(vni), gate_port_name(vni)):
         yield Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+    # With IPv6 the bridge knows neighbours, so that it can answer for them; no address is its own by itself.
+    ipv6 = any(subnet.family is Family.IPV6 for subnet in network.spec.all_subnets)
+    yield Setting(f"net/ipv6/conf/{bridge}/accept_ra", "0")
+    yield Setting(f"net/ipv6/conf/{bridge}/addr_gen_mode", "1")
+    yield Setting(f"net/ipv6/conf/{bridge}/disable_ipv6", "0" if ipv6 else "1")
     # The bridge answers ARP for its own address only, and never lets the host's other ones out.
     yield Setting(f"net/ipv4/conf/{bridge}/arp_ignore", "1")
     yield Setting(f"net/ipv4/conf/{bridge}/arp_announce", "2")
