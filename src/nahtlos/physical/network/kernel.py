@@ -122,13 +122,21 @@ def _neighbours(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
 
 
 def _addresses(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
-    for body in socket_.dump(netlink.RTM_GETADDR, struct.pack("BBBBI", socket.AF_INET, 0, 0, 0, 0)):
-        _, prefix, _, _, index = struct.unpack_from("BBBBI", body)
-        values = netlink.attributes(body[8:])
-        if index in owned and 2 in values:
-            flags = int.from_bytes(values.get(8, b""), "little")
-            cidr = f"{socket.inet_ntoa(values[2])}/{prefix}"
+    for index, cidr, flags in addresses(socket_):
+        # A link-local address is the kernel's own doing and goes with the setting that allows it.
+        if index in owned and not cidr.startswith("fe80:"):
             yield Address(owned[index].name, cidr, routed=not flags & netlink.NO_PREFIX_ROUTE)
+
+
+def addresses(socket_: Netlink) -> Iterable[tuple[int, str, int]]:
+    """Device, address with its prefix length, and flags of every address in the namespace."""
+    for family, own in ((socket.AF_INET, 2), (socket.AF_INET6, 1)):
+        for body in socket_.dump(netlink.RTM_GETADDR, struct.pack("BBBBI", family, 0, 0, 0, 0)):
+            _, prefix, _, _, index = struct.unpack_from("BBBBI", body)
+            values = netlink.attributes(body[8:])
+            if own in values:
+                flags = int.from_bytes(values.get(8, b""), "little")
+                yield index, f"{socket.inet_ntop(family, values[own])}/{prefix}", flags
 
 
 def _setting(path: str) -> Setting | None:

@@ -103,15 +103,6 @@ def ipv4(value: str) -> bytes:
     return IPv4Address(value).packed
 
 
-def ip(value: str) -> bytes:
-    """Of either family."""
-    return ip_address(value).packed
-
-
-def family(value: str) -> int:
-    return socket.AF_INET6 if ":" in value else socket.AF_INET
-
-
 def attributes(data: bytes) -> dict[int, bytes]:
     """Attributes of one message by number (flags of the number removed; the last of a kind wins)."""
     found: dict[int, bytes] = {}
@@ -184,13 +175,15 @@ def remove_neighbour(device: int, ip: str) -> Request:
 
 def _address(device: int, address: str) -> bytes:
     ip, prefix = address.split("/")
-    body = struct.pack("BBBBI", socket.AF_INET, int(prefix), 0, 0, device)
-    return body + attribute(2, ipv4(ip)) + attribute(1, ipv4(ip))
+    body = struct.pack("BBBBI", family_of(ip), int(prefix), 0, 0, device)
+    return body + attribute(2, ip_address(ip).packed) + attribute(1, ip_address(ip).packed)
 
 
 def address(device: int, cidr: str, *, routed: bool = True) -> Request:
-    """`routed`: the kernel sends what is for this subnet out of this device."""
-    body = _address(device, cidr) + (b"" if routed else u32(8, NO_PREFIX_ROUTE))
+    """`routed`: the kernel sends what is for this subnet out of this device. An IPv6 address is there at
+    once: nobody is asked whether it is taken, because it may be the same on every host."""
+    flags = (0 if routed else NO_PREFIX_ROUTE) | (NO_DUPLICATE_DETECTION if ":" in cidr else 0)
+    body = _address(device, cidr) + (u32(8, flags) if flags else b"")
     return Request(RTM_NEWADDR, CREATE | EXCL, body, f"address {cidr}", frozenset({errno.EEXIST}))
 
 
