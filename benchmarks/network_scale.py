@@ -1,0 +1,146 @@
+"""How long programming a host takes, against the kernel's own batch tools in the same run.
+
+The floor does what has to be done for the same ports and nothing else: `ip -batch` makes taps, enslaves them
+and brings them up and sets neighbours, `bridge -batch` sets port flags and forwarding entries, `nft -f` loads
+the very rules the driver made, all with everything known in advance, in another namespace of the same lab.
+The driver, besides, compares with what is there, stores every tap's descriptor, serves DHCP, and remembers
+what it did.
+"""
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+from benchmarks.figures import Figures, Goal
+from benchmarks.network_hosts import Host, World, server_port
+from nahtlos.model.config import PortConfig
+from nahtlos.physical.network import plan, tap
+
+PORTS = 1000
+MORE_PORTS = 10
+FLOOR_GOAL = Goal(at_most=1.5, of_ratio=True)
+ADD_GOAL = Goal(at_most=20.0)
+NOTHING = "nothing to do"
+
+
+async def timed_ms(act: Callable[[], Awaitable[object]]) -> float:
+    began = time.perf_counter()
+    await act()
+    return (time.perf_counter() - began) * 1000
+
+
+async def measure(figures: Figures, ports: int = PORTS) -> None:
+    """Ports that live on host-1, as host-1 and as host-2 have to be told of them; the floor of each in
+    the namespaces of host-3 and host-4, which have no driver's devices."""
+    with World(4) as world:
+        here, there, bare_here, bare_there = (world.compute[n] for n in range(4))
+        for host in world.compute:
+            await host.call(lambda d: d.host_init())
+        for host in (here, there):
+            await world.reconcile_host(host.name)
+        placed = [world.place(server_port(n + 1), here.name) for n in range(ports)]
+
+        remote = await timed_ms(lambda: world.reconcile_host(there.name))
+        remote_floor = floor(bare_there, placed, rules(there), local=False)
+        figures.add(
+            f"{ports} ports of another host, programmed",
+            remote,
+            "ms",
+            baseline=remote_floor,
+            goal=FLOOR_GOAL,
+        )
+
+        local = await timed_ms(lambda: program(world, here, placed))
+        local_floor = floor(bare_here, placed, rules(here), local=True)
+        figures.add(
+            f"{ports} ports of this host, programmed", local, "ms", baseline=local_floor, goal=FLOOR_GOAL
+        )
+        await again(figures, world, here, there, ports)
+
+
+async def program(world: World, host: Host, placed: list[PortConfig]) -> None:
+    """As an agent does: the host's configuration, then a tap for every server that starts."""
+    await world.reconcile_host(host.name)
+    network = world.network
+    for port in placed:
+        await host.call(lambda d, port=port: d.port_create(port, network, deliver=True))
+    await world.reconcile_host(host.name)
+
+
+async def again(figures: Figures, world: World, here: Host, there: Host, ports: int) -> None:
+    """One port more, and nothing at all."""
+    idle_here, idle_there, more = [], [], []
+    for extra in range(MORE_PORTS):
+        idle_here.append(await timed_ms(lambda: world.reconcile_host(here.name)))
+        idle_there.append(await timed_ms(lambda: world.reconcile_host(there.name)))
+        world.place(server_port(ports + extra + 1), here.name)
+        more.append(await timed_ms(lambda: world.reconcile_host(there.name)))
+    figures.add(
+        f"another host is told of one more port of {ports}, median",
+        statistics.median(more),
+        "ms",
+        goal=ADD_GOAL,
+        samples=MORE_PORTS,
+    )
+    figures.add("the same, longest", max(more), "ms", samples=MORE_PORTS)
+    for where, times in (("of this host", idle_here), ("of another host", idle_there)):
+        figures.add(
+            f"reconcile with {NOTHING}, {ports} ports {where}",
+            statistics.median(times),
+            "ms",
+            samples=MORE_PORTS,
+        )
+
+
+def rules(host: Host) -> str:
+    """The packet filter the driver made, to be loaded elsewhere."""
+    return host.command("nft", "list", "ruleset")
+
+
+def floor(host: Host, placed: list[PortConfig], ruleset: str, *, local: bool) -> float:
+    """The same with batch tools, in ms. Names of devices are those of the driver."""
+    vni = 100
+    bridge, tunnel, gate = plan.bridge_name(vni), plan.tunnel_name(vni), plan.gate_name(vni)
+    before = [
+        f"link add {bridge} type bridge forward_delay 0 mcast_snooping 0",
+        f"link add {tunnel} type vxlan id {vni} local {host.node.address} dstport 4789 nolearning",
+        f"link add {gate} type veth peer name {plan.gate_port_name(vni)}",
+        f"link set {tunnel} master {bridge} up",
+        f"link set {bridge} up",
+    ]
+    host.command("ip", "-batch", "-", text="\n".join(before))
+    devices, entries, neighbours = batches(placed, bridge, tunnel, local=local)
+    began = time.perf_counter()
+    if devices:
+        host.command("ip", "-batch", "-", text="\n".join(devices))
+    host.command("bridge", "-batch", "-", text="\n".join(entries))
+    host.command("ip", "-batch", "-", text="\n".join(neighbours))
+    host.command("nft", "-f", "-", text=ruleset)
+    return (time.perf_counter() - began) * 1000
+
+
+def batches(
+    placed: list[PortConfig], bridge: str, tunnel: str, *, local: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Lines for `ip` (devices), `bridge`, and `ip` (neighbours)."""
+    devices: list[str] = []
+    entries: list[str] = []
+    neighbours = [f"neigh replace {p.ip} lladdr {p.mac} dev {bridge} nud permanent" for p in placed]
+    for port in placed:
+        if local:
+            name = plan.tap_name(port.id)
+            devices += [
+                f"tuntap add {name} mode tap vnet_hdr",
+                f"link set {name} alias {plan.port_alias(port.id, port.mac)} txqueuelen {tap.QUEUE}"
+                f" master {bridge} up",
+            ]
+            entries += [
+                f"link set dev {name} learning off flood off neigh_suppress off",
+                f"fdb replace {port.mac} dev {name} master static",
+            ]
+        else:
+            entries += [
+                f"fdb replace {port.mac} dev {tunnel} self permanent dst {port.vtep}",
+                f"fdb replace {port.mac} dev {tunnel} master static",
+            ]
+    return devices, entries, neighbours
