@@ -54,6 +54,8 @@ class PortConfig(Value, frozen=True, kw_only=True):
     allowed_pairs: tuple[AddressPair, ...] = ()
     security_groups: tuple[SecurityGroupId, ...] = ()
     bandwidth: PortBandwidth = PortBandwidth()
+    queues: int = 1
+    """See `PortSpec`."""
 
     @property
     def all_addresses(self) -> tuple[str, ...]:

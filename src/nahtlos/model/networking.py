@@ -106,6 +106,8 @@ class PortSpec(Value, frozen=True, kw_only=True):
     security_groups: tuple[SecurityGroupId, ...] = ()
     """None: everything may come and go but what is spoofed. With groups: only what one of them allows."""
     bandwidth: PortBandwidth = PortBandwidth()
+    queues: int = 1
+    """Pairs of queues of the server's interface, for servers with several processors. Fixed for its life."""
 
     @property
     def all_addresses(self) -> tuple[str, ...]:

@@ -21,6 +21,10 @@ class Applied(msgspec.Struct):
     """Digest of the packet filter as composed."""
     listed: str = ""
     """Fingerprint of what the kernel listed after that."""
+    dropped: dict[str, int] = {}
+    """By port: frames that its ring had no room for, as last told."""
+    notes: list[str] = []
+    """What happened to frames in moves that the next reconcile is to say."""
 
 
 class Baseline:
@@ -48,6 +52,15 @@ class Baseline:
         if new:
             self.applied.touched |= new
             self.save()
+
+    def note(self, text: str) -> None:
+        self.applied.notes.append(text)
+        self.save()
+
+    def take_notes(self) -> list[str]:
+        """Each is said once; the next `save` makes that last."""
+        notes, self.applied.notes = self.applied.notes, []
+        return notes
 
     def save(self) -> None:
         data = msgspec.json.encode(self.applied, order="deterministic")

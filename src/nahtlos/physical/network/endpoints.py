@@ -1,6 +1,7 @@
 """Where servers are plugged in: taps on this host, and their descriptors in the supervisor's store.
 
-Owns the devices `tp*` and the stored descriptors `tap.*`. Never decides where a port belongs.
+Owns the devices `tp*` and the stored descriptors: `tap.<port>`, and `tap.<port>/1` onwards for further
+queues. Never decides where a port belongs.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import os
 import socket
 
 from nahtlos.model.config import NetworkConfig, PortConfig
-from nahtlos.model.errors import Conflict
+from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.physical.network import kernel, links, netlink, plan, tap
 from nahtlos.physical.network.plan import Change, Setting
@@ -18,49 +19,57 @@ from nahtlos.physical.network.shared import Shared, index_of, local
 class Endpoints:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._descriptors: dict[PortId, int] = {}
+        self._descriptors: dict[PortId, list[int]] = {}
 
     def close(self) -> None:
         """Lets go of this process's duplicates. The taps stay."""
-        for fd in self._descriptors.values():
-            os.close(fd)
+        for fds in self._descriptors.values():
+            for fd in fds:
+                os.close(fd)
         self._descriptors.clear()
 
     async def create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
         self._shared.touch(port)
         await self._shared.ensure_network(network)
         name = plan.tap_name(port.id)
-        fd = await self.descriptor(port.id)
+        fds = await self.descriptors(port.id)
         there = links.read_links(self._shared.fast()).get(name)
-        if there is not None and fd is None:
+        if there is not None and not fds:
             raise Conflict(
                 f"tap {name} of port {port.id} exists, but its descriptor is not in the supervisor's store",
                 field="port",
                 remedy="end the process that holds it (its server's VMM), then try again",
             )
         if there is None:
-            await self._drop_descriptor(port.id)
-            fd = await self._new_tap(port, network)
-        assert fd is not None
+            await self._drop_descriptors(port.id)
+            fds = await self._new_tap(port, network)
+        await self._add_queues(port, fds)
+        tap.refuse_own(fds[0], netlink.mac_bytes(port.mac))
         self._attach(port, network)
         for part in self._shared.parts:
             await part.port_created(local(port, network))
-        entry = self._shared.fast().forwarding_of(index_of(plan.bridge_name(network.spec.vni)), port.mac)
-        if entry != index_of(name):
-            tap.drain(fd)
+        self._empty_unless_in_use(port, network, fds)
         if deliver:
             self._deliver(port, network)
 
-    async def _new_tap(self, port: PortConfig, network: NetworkConfig) -> int:
+    async def _new_tap(self, port: PortConfig, network: NetworkConfig) -> list[int]:
         """Stored before anything can reach it: from here on it outlives this process."""
         name = plan.tap_name(port.id)
-        fd = tap.open_tap(name)
-        self._descriptors[port.id] = fd
+        fd = tap.open_tap(name, many_queues=port.queues > 1)
+        self._descriptors[port.id] = [fd]
         kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
         alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
         self._shared.fast().change([links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE)])
-        await self._shared.supervisor.store_fd(_stored(port.id), fd)
-        return fd
+        await self._shared.supervisor.store_fd(stored_name(port.id, 0), fd)
+        return self._descriptors[port.id]
+
+    async def _add_queues(self, port: PortConfig, fds: list[int]) -> None:
+        """Those that are missing. A tap that was made for one queue keeps to it: its server knows no more."""
+        if not tap.takes_queues(fds[0]):
+            return
+        for number in range(len(fds), port.queues):
+            fds.append(tap.open_tap(plan.tap_name(port.id), many_queues=True))
+            await self._shared.supervisor.store_fd(stored_name(port.id, number), fds[number])
 
     def _attach(self, port: PortConfig, network: NetworkConfig) -> None:
         """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
@@ -73,6 +82,17 @@ class Endpoints:
             )
         if not link.up:
             sock.change([links.configure(name, up=True)])
+
+    def _empty_unless_in_use(self, port: PortConfig, network: NetworkConfig, fds: list[int]) -> None:
+        """Nothing that an earlier attempt left behind is ever delivered."""
+        sock, name = self._shared.fast(), plan.tap_name(port.id)
+        index = index_of(name)
+        if sock.forwarding_of(index_of(plan.bridge_name(network.spec.vni)), port.mac) == index:
+            return
+        link = links.read_links(sock)[name]
+        if link.flood != plan.SILENT:
+            sock.change([links.set_flood(index, plan.SILENT, name)])
+        tap.empty(fds)
 
     def _deliver(self, port: PortConfig, network: NetworkConfig) -> None:
         sock, name = self._shared.fast(), plan.tap_name(port.id)
@@ -89,27 +109,40 @@ class Endpoints:
         with contextlib.suppress(OSError):
             socket.if_nametoindex(name)
             self._shared.fast().change([links.delete(name)])
-        await self._drop_descriptor(port)
+        await self._drop_descriptors(port)
+        self._shared.baseline.applied.dropped.pop(port, None)
         for part in self._shared.parts:
             await part.port_deleted(port, name)
 
     # --- descriptors ---------------------------------------------------------------------------------
 
-    async def descriptor(self, port: PortId) -> int | None:
-        """This process's duplicate of a tap's descriptor; an agent that was restarted fetches one."""
+    async def descriptors(self, port: PortId) -> list[int]:
+        """This process's duplicates of a tap's descriptors, one per queue; an agent that was restarted
+        fetches them. Empty: there is no tap."""
         if port not in self._descriptors:
-            fd = await self._shared.supervisor.fetch_fd(_stored(port))
-            if fd is None:
-                return None
-            self._descriptors[port] = fd
+            fds: list[int] = []
+            while (fd := await self._shared.supervisor.fetch_fd(stored_name(port, len(fds)))) is not None:
+                fds.append(fd)
+            if not fds:
+                return []
+            self._descriptors[port] = fds
         return self._descriptors[port]
 
-    async def _drop_descriptor(self, port: PortId) -> None:
-        fd = self._descriptors.pop(port, None)
-        if fd is not None:
+    async def required(self, port: PortId) -> list[int]:
+        fds = await self.descriptors(port)
+        if not fds:
+            raise Unavailable(f"port {port} has no tap on this host", field="port")
+        return fds
+
+    async def _drop_descriptors(self, port: PortId) -> None:
+        for fd in self._descriptors.pop(port, ()):
             os.close(fd)
-        await self._shared.supervisor.drop_fd(_stored(port))
+        first = stored_name(port, 0)
+        for name in await self._shared.supervisor.stored():
+            if name == first or name.startswith(f"{first}/"):
+                await self._shared.supervisor.drop_fd(name)
 
 
-def _stored(port: PortId) -> str:
-    return f"tap.{port}"
+def stored_name(port: PortId, queue: int) -> str:
+    """Under which the supervisor holds a descriptor. No port's name has a `/`."""
+    return f"tap.{port}/{queue}" if queue else f"tap.{port}"

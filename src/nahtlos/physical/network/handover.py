@@ -1,16 +1,38 @@
 """The move verbs: frames for a port change the host on which they are delivered, and none is lost.
 
-Owns nothing that lasts: entries are in the kernel, descriptors in the supervisor's store.
+Owns nothing that lasts: entries are in the kernel, descriptors in the supervisor's store. A verb may be
+repeated, also by an agent that was started a moment ago, and may have been cut off anywhere.
+
+                        source                             destination
+    prepare             gate, tunnel entry ->              gate, tunnel entry <-      tap silent
+    switch (dest.)                                         entry -> tap, flooding on
+    switch (source)     entry -> tunnel, flooding off
+    drain               rings and shaper empty
+    stop, resume
+    settle              what is left is passed on, tap goes                           tap as any other
+
+Frames for the port alone reach it exactly once. Flooded ones do at least once: every host sends a copy to
+both hosts, and the destination begins to keep its copies before the source ceases to deliver its own, so
+those that fall between the two switches (one message between the agents) come twice and none is missed.
+What the port itself sent is not kept (see `tap.refuse_own`).
+
+A revert is the same backwards, at the source first; the destination then returns what it has kept.
 """
 
 import asyncio
+import errno
 import time
+from collections.abc import Sequence
+
+import msgspec
 
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.physical.network import kernel, links, netlink, nft, packet, plan, tap
 from nahtlos.physical.network.endpoints import Endpoints
+from nahtlos.physical.network.netlink import Request
+from nahtlos.physical.network.packet import Returned
 from nahtlos.physical.network.shared import Shared, index_of, local
 from nahtlos.physical.ports import MoveRole
 
@@ -19,19 +41,26 @@ POLL_SECONDS = 0.002
 FLIGHT_SECONDS = 0.0005
 """Frames that had passed the old entry when it was flipped are in the ring after this."""
 EMPTY_POLLS, EMPTY_POLL_SECONDS = 3, 0.0002
+HASTE_SECONDS = 0.01
+"""A guest that has not taken its frames by then will need longer than a millisecond more."""
+RELEASE_SECONDS = 1.0
+"""The longest that a shaper may hold frames back that are to be returned."""
 
 
 class Handover:
     def __init__(self, shared: Shared, endpoints: Endpoints) -> None:
         self._shared = shared
         self._endpoints = endpoints
+        self._flipped: dict[PortId, float] = {}
+
+    # --- before --------------------------------------------------------------------------------------
 
     async def prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
         self._shared.touch(port)
         await self._shared.ensure_network(network)
         tunnel = index_of(plan.tunnel_name(network.spec.vni))
         self._shared.fast().change([netlink.tunnel_entry(tunnel, port.mac, vtep)])
-        await self._endpoints.descriptor(port.id)
+        await self._endpoints.descriptors(port.id)
         gate = nft.Gate(network.spec.vni, port.mac.lower(), port.id)
         async with self._shared.filtering:
             await nft.apply(nft.gate_commands([gate], []))
@@ -41,81 +70,163 @@ class Handover:
             await part.move_prepared(local(port, network), role)
 
     async def sacrifice(self, port: PortId) -> bool:
-        fd = await self._endpoints.descriptor(port)
+        fds = await self._endpoints.required(port)
         found = kernel.taps_of(links.read_links(self._shared.fast())).get(port)
-        if fd is None or found is None:
+        if found is None:
             raise Unavailable(f"port {port} has no tap on this host", field="port")
-        packet.sacrifice(*found)
+        packet.sacrifice(*found, fds)
         deadline = time.monotonic() + SACRIFICE_SECONDS
         await asyncio.sleep(POLL_SECONDS)
-        while tap.has_frames(fd):
+        while tap.has_frames(fds):
             if time.monotonic() >= deadline:
                 return False
             await asyncio.sleep(POLL_SECONDS)
         return True
 
-    async def switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
-        """Nothing here waits for another task, a process or a file."""
-        self._shared.in_motion.add(port.id)
-        here = role is MoveRole.DESTINATION
-        self._flip(port, plan.tap_name(port.id) if here else plan.tunnel_name(network.spec.vni))
+    # --- the switch ----------------------------------------------------------------------------------
 
-    def _flip(self, port: PortConfig, device: str) -> None:
-        self._shared.fast().change([netlink.forward_to_port(index_of(device), port.mac)])
+    async def switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
+        """One message to the kernel. Nothing here waits for another task, a process or a file."""
+        if role is MoveRole.DESTINATION:
+            self._lead_to_tap(port)
+        else:
+            self._lead_to_tunnel(port, network)
+
+    def _lead_to_tap(self, port: PortConfig) -> None:
+        index = index_of(plan.tap_name(port.id))
+        self._flip(port, netlink.forward_to_port(index, port.mac), _flooding(index, plan.DELIVERING))
+
+    def _lead_to_tunnel(self, port: PortConfig, network: NetworkConfig) -> None:
+        flip = netlink.forward_to_port(index_of(plan.tunnel_name(network.spec.vni)), port.mac)
+        try:
+            index = index_of(plan.tap_name(port.id))
+        except Unavailable:
+            self._flip(port, flip)  # the host was restarted, or this is a repetition after the end
+            return
+        self._flip(port, flip, _flooding(index, plan.SILENT))
+
+    def _flip(self, port: PortConfig, *requests: Request) -> None:
+        self._shared.in_motion.add(port.id)
+        self._shared.fast().change(requests)
+        self._flipped[port.id] = time.monotonic()
+
+    def _let_land(self, port: PortId) -> None:
+        """Blocks the loop for half a millisecond at most, and once for all ports that were flipped
+        together: it would round the wait up to more, and frames are held up meanwhile."""
+        since = time.monotonic() - self._flipped.pop(port, time.monotonic())
+        if since < FLIGHT_SECONDS:
+            time.sleep(FLIGHT_SECONDS - since)
 
     async def drain(self, port: PortId, *, timeout: float) -> bool:
-        fd = await self._endpoints.descriptor(port)
-        if fd is None:
-            raise Unavailable(f"port {port} has no tap on this host", field="port")
-        deadline = time.monotonic() + timeout
-        while not _ring_stays_empty(fd):
-            if time.monotonic() >= deadline:
+        fds = await self._endpoints.required(port)
+        index = index_of(plan.tap_name(port))
+        began = time.monotonic()
+        self._let_land(port)
+        while not self._stays_empty(fds, index):
+            waited = time.monotonic() - began
+            if waited >= timeout:
                 return False
-            await asyncio.sleep(0)
+            await asyncio.sleep(0 if waited < HASTE_SECONDS else POLL_SECONDS)
         return True
 
+    def _stays_empty(self, fds: Sequence[int], index: int) -> bool:
+        """Nothing in the rings, and nothing on its way to them in a shaper."""
+        for attempt in range(EMPTY_POLLS):
+            if attempt:
+                time.sleep(EMPTY_POLL_SECONDS)
+            if tap.has_frames(fds):
+                return False
+        return links.waiting(self._shared.fast(), index) == 0
+
+    # --- after ---------------------------------------------------------------------------------------
+
     async def revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
-        self._shared.in_motion.add(port.id)
-        tunnel = plan.tunnel_name(network.spec.vni)
+        returned = Returned()
         if role is MoveRole.SOURCE:
-            self._flip(port, plan.tap_name(port.id))
-            returned = 0
+            self._lead_to_tap(port)
         else:
-            fd = await self._endpoints.descriptor(port.id)
-            returned = self._send_back(fd, tunnel)
-            self._flip(port, tunnel)
-            time.sleep(FLIGHT_SECONDS)  # noqa: ASYNC251 - half a millisecond, and the loop would round it up
-            returned += self._send_back(fd, tunnel)
+            fds = await self._endpoints.descriptors(port.id)
+            returned = self._pass_on(port, network, fds)
+            self._lead_to_tunnel(port, network)
+            self._let_land(port.id)
+            returned += await self._pass_on_all(port, network, fds)
+            self._note_refused(port, returned)
         for part in self._shared.parts:
             await part.move_reverted(local(port, network), role)
-        return returned
-
-    def _send_back(self, fd: int | None, tunnel: str) -> int:
-        frames = tap.drain(fd) if fd is not None else []
-        return packet.send_again(tunnel, frames, tap.header_size(fd)) if fd is not None and frames else 0
+        return returned.sent
 
     async def settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         self._shared.touch(port)
         for part in self._shared.parts:
             await part.move_settled(local(port, network), role)
         if role is MoveRole.SOURCE:
-            await self._endpoints.delete(port.id)
-            return
+            await self._leave(port, network)
+        else:
+            self._stay(port)
+
+    async def _leave(self, port: PortConfig, network: NetworkConfig) -> None:
+        """What came to the old host so late that its guest did not take it is passed on late."""
+        fds = await self._endpoints.descriptors(port.id)
+        if fds:
+            late = await self._pass_on_all(port, network, fds)
+            self._note_refused(port, late)
+            if late.sent:
+                self._shared.baseline.note(
+                    f"{late.sent} frames for port {port.id} came after its server had stopped: passed on"
+                )
+        await self._endpoints.delete(port.id)
+
+    def _stay(self, port: PortConfig) -> None:
         sock, name = self._shared.fast(), plan.tap_name(port.id)
         link = links.read_links(sock).get(name)
         if link is None:
             raise Unavailable(f"port {port.id} has no tap on this host", field="port")
         if link.flood != plan.DELIVERING:
             sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
+        self._note_dropped(port.id, link.stats.tx_dropped)
+
+    # --- frames that were kept -----------------------------------------------------------------------
+
+    def _pass_on(self, port: PortConfig, network: NetworkConfig, fds: Sequence[int]) -> Returned:
+        """To the other host, by the tunnel, without asking this host's entry."""
+        tunnel, returned = plan.tunnel_name(network.spec.vni), Returned()
+        for fd in fds:
+            if tap.has_frames([fd]):
+                size = tap.header_size(fd)
+                returned += packet.send_again(tunnel, tap.frames(fd), size, port.mac)
+        return returned
+
+    async def _pass_on_all(self, port: PortConfig, network: NetworkConfig, fds: Sequence[int]) -> Returned:
+        """Also what a shaper lets go of only little by little."""
+        returned, deadline = self._pass_on(port, network, fds), time.monotonic() + RELEASE_SECONDS
+        try:
+            index = index_of(plan.tap_name(port.id))
+        except Unavailable:
+            return returned
+        while not self._stays_empty(fds, index) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+            returned += self._pass_on(port, network, fds)
+        return returned
+
+    # --- what is to be told --------------------------------------------------------------------------
+
+    def _note_refused(self, port: PortConfig, returned: Returned) -> None:
+        if returned.refused:
+            self._shared.baseline.note(
+                f"{returned.refused} frames for port {port.id} could not be passed on: {returned.why}"
+            )
+
+    def _note_dropped(self, port: PortId, dropped: int) -> None:
+        """A ring that was full while its server stood still is not silent about it."""
+        known = self._shared.baseline.applied.dropped
+        if dropped > known.get(port, 0):
+            known[port] = dropped
+            self._shared.baseline.note(
+                f"{dropped} frames for port {port} were dropped while it moved: its ring holds {tap.QUEUE}"
+            )
 
 
-def _ring_stays_empty(fd: int) -> bool:
-    """Blocks the loop for about a millisecond on purpose: it would round each wait up to as much, and
-    frames are held up at the destination meanwhile."""
-    time.sleep(FLIGHT_SECONDS)
-    for attempt in range(EMPTY_POLLS):
-        if tap.has_frames(fd):
-            return False
-        if attempt < EMPTY_POLLS - 1:
-            time.sleep(EMPTY_POLL_SECONDS)
-    return True
+def _flooding(index: int, flood: links.Flood) -> Request:
+    """Of a tap that may have gone in the moment since its index was asked for."""
+    request = links.set_flood(index, flood, "a tap")
+    return msgspec.structs.replace(request, tolerated=frozenset({errno.ENODEV}))

@@ -38,6 +38,7 @@ BRIDGE_FORWARD_DELAY, BRIDGE_STP, BRIDGE_SNOOPING = 1, 5, 23
 PORT_HAIRPIN, PORT_LEARNING, PORT_UNICAST, PORT_MULTICAST, PORT_BROADCAST, PORT_SUPPRESS = 4, 8, 9, 27, 30, 32
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PORT = 1, 4, 7, 15
 VETH_PEER = 1
+RTM_GETQDISC, TC_ROOT, TCA_STATS2, TCA_STATS_QUEUE = 38, 0xFFFFFFFF, 7, 3
 STATE_UP = 6
 
 HEADER = "BxHiII"
@@ -142,6 +143,11 @@ def create_veth(
     return _create(name, mtu, "veth", attribute(VETH_PEER, other), index=index)
 
 
+def create_ifb(name: str) -> Request:
+    """A device whose frames come in again by the device that they were redirected from."""
+    return _create(name, 1500, "ifb")
+
+
 def impossible(kind: str) -> Request:
     """A device with a group address: refused by every kernel, for its kind if that is unknown."""
     return _create("nahtlos-probe", 1500, kind, mac="01:00:00:00:00:01")
@@ -199,6 +205,15 @@ def read_links(netlink: Netlink) -> dict[str, LinkInfo]:
     """Every device of the namespace, by name."""
     found = (_decode(body) for body in netlink.dump(RTM_GETLINK, _header()))
     return {link.name: link for link in found}
+
+
+def waiting(netlink: Netlink, index: int) -> int:
+    """Frames that wait in the queueing discipline of a device, not yet handed to it."""
+    found = netlink.query(RTM_GETQDISC, struct.pack("BxxxiIII", 0, index, 0, TC_ROOT, 0))
+    if found is None:
+        return 0
+    stats = attributes(attributes(found[20:]).get(TCA_STATS2, b"")).get(TCA_STATS_QUEUE, b"")
+    return int(struct.unpack_from("I", stats)[0]) if stats else 0
 
 
 def _decode(body: bytes) -> LinkInfo:

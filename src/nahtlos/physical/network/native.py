@@ -32,6 +32,7 @@ from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
 from nahtlos.physical.ports import (
     MoveRole,
@@ -56,7 +57,8 @@ class NativeNetwork:
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
         self._capabilities: NetworkCapabilities | None = None
-        self._parts: tuple[Part, ...] = ()
+        shaping = Shaping(settings.run_dir / "shaping.json", lambda: self._shared.fast(), self._bulk_socket)
+        self._parts: tuple[Part, ...] = (shaping,)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
@@ -89,7 +91,8 @@ class NativeNetwork:
             found = await doctor.examine(self._shared.fast())
             for part in self._parts:
                 found = msgspec.structs.replace(found, details={**found.details, **await part.capabilities()})
-            self._capabilities = found
+            shaper = found.details["bandwidth of ports"].startswith("used")
+            self._capabilities = msgspec.structs.replace(found, shaper=shaper)
         return self._capabilities
 
     async def host_init(self) -> None:
@@ -144,6 +147,7 @@ class NativeNetwork:
         applied = self._baseline.applied
         applied.items = {str(item) for item in wanted}
         applied.touched &= self._held_names(pinned, config, found)
+        words += self._baseline.take_notes()
         self._baseline.save()
         _check_uplinks(config, found)
         return tuple(words)

@@ -301,9 +301,11 @@ class Netlink:
                 bodies.append(body)
 
     def query(self, kind: int, body: bytes) -> bytes | None:
-        """Body of the one object asked for; None if the kernel knows none such."""
+        """Body of the one object asked for; None if the kernel knows none such. Some kinds are then not
+        even refused, so an acknowledgement is asked for; it is skipped later if an answer came first."""
         self._sequence += 1
-        self._send(struct.pack("IHHII", 16 + len(body), kind, REQUEST, self._sequence, 0) + body)
+        flags = REQUEST | ACK
+        self._send(struct.pack("IHHII", 16 + len(body), kind, flags, self._sequence, 0) + body)
         while True:
             for answer, sequence, _, found in self._receive():
                 if sequence == self._sequence:

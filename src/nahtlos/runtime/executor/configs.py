@@ -9,17 +9,16 @@ from collections.abc import Mapping
 
 import msgspec
 
-from nahtlos.model.config import (
-    HostConfig,
-    NetworkConfig,
-    PortConfig,
-    ServerConfig,
-    Uplink,
-    VolumeAttachment,
-)
-from nahtlos.model.ids import HostId, PortId, ServerId
-from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.config import HostConfig, ServerConfig, VolumeAttachment
+from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.nouns import HostRole
+from nahtlos.runtime.executor.networks import (
+    load_balancers,
+    network_configs,
+    routers,
+    security_groups,
+    uplinks,
+)
 from nahtlos.runtime.executor.world import World
 
 NBD_PORT = 10809
@@ -49,72 +48,27 @@ def server_config(world: World, server: ServerId, epoch: int) -> ServerConfig | 
     return ServerConfig(spec=spec, epoch=epoch, volume=attachment)
 
 
-def port_configs(world: World, server: ServerId, host: HostId) -> tuple[PortConfig, ...]:
-    """The ports of `server`, placed at `host`."""
-    spec = world.policy.servers[server]
-    vtep = world.policy.hosts[host].address
-    return tuple(
-        PortConfig(
-            id=port.id,
-            server=server,
-            mac=port.mac,
-            ip=port.ip,
-            host=host,
-            vtep=vtep,
-            addresses=port.addresses,
-            allowed_pairs=port.allowed_pairs,
-            security_groups=port.security_groups,
-            bandwidth=port.bandwidth,
-        )
-        for port in spec.ports
-    )
-
-
 def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
     policy = world.policy
+    networks = network_configs(world, host)
     compute = policy.hosts[host].role is HostRole.COMPUTE
     plan = world.blueprint.hosts.get(host)
     return HostConfig(
         host=host,
         generation=0,
         release=plan.release if plan and compute else None,
-        networks=tuple(_network(world, spec) for spec in sorted(policy.networks, key=lambda n: n.id)),
-        uplinks=_uplinks(world, host),
+        networks=networks,
+        uplinks=uplinks(world, host),
         servers=_servers(world, host),
         removed_servers=tuple(sorted(policy.removed_servers)) if compute else (),
         volumes=tuple(v for _, v in sorted(policy.volumes.items()) if v.host == host),
         removed_volumes=tuple(sorted(v.id for v in world.removed_volumes if v.host == host)),
         reflect=_reflect(world, host, last),
+        security_groups=security_groups(world, networks),
+        routers=routers(world, host, networks),
+        load_balancers=load_balancers(world, networks),
+        underlay=world.topology.underlay.shares,
         hosts=tuple(spec for _, spec in sorted(policy.hosts.items())),
-    )
-
-
-def _network(world: World, spec: NetworkSpec) -> NetworkConfig:
-    hosts = world.policy.hosts
-    gateway = hosts.get(spec.gateway_host)
-    return NetworkConfig(
-        spec=spec,
-        ports=_ports(world, spec),
-        gateway_vtep=gateway.address if gateway else "",
-        vteps=tuple(hosts[h].address for h in sorted(hosts)),
-    )
-
-
-def _ports(world: World, network: NetworkSpec) -> tuple[PortConfig, ...]:
-    found: list[PortConfig] = []
-    for server, spec in sorted(world.policy.servers.items()):
-        host = world.place_of(server)
-        if host is not None:
-            here = {p.id for p in spec.ports if p.network == network.id}
-            found += [p for p in port_configs(world, server, host) if p.id in here]
-    return tuple(found)
-
-
-def _uplinks(world: World, host: HostId) -> tuple[Uplink, ...]:
-    return tuple(
-        Uplink(network=spec.id, interface=world.uplinks[spec.id])
-        for spec in sorted(world.policy.networks, key=lambda n: n.id)
-        if spec.gateway_host == host and spec.id in world.uplinks
     )
 
 
@@ -149,21 +103,28 @@ def _reflect(world: World, host: HostId, last: HostConfig | None) -> tuple[PortI
 def _all_know(world: World, port: PortId, place: HostId, *, except_for: HostId) -> bool:
     """Whether every other host has converged to a configuration that has `port` at `place`. Hosts out of
     reach count, too: what they send still goes to the old place."""
+    network = next(p.network for s in world.policy.servers.values() for p in s.ports if p.id == port)
     return all(
-        _knows(world, host, port, place)
+        _knows(world, host, port, network, place)
         for host in world.policy.hosts
         if host != except_for and host in world.configs
     )
 
 
-def _knows(world: World, host: HostId, port: PortId, place: HostId) -> bool:
+def _knows(world: World, host: HostId, port: PortId, network: NetworkId, place: HostId) -> bool:
     """Converged is not enough: a host leaves the ports of a server as they are while it has an operation
     of that server, for instance one that was undone without its knowing. Ended ones count until they are
-    acknowledged, which gives the host time to put its ports right."""
+    acknowledged, which gives the host time to put its ports right. Who has no part in the network sends
+    nothing there."""
     config = world.configs[host]
-    told = next((p for network in config.networks for p in network.ports if p.id == port), None)
     seen = world.inventory.hosts.get(host)
-    if told is None or seen is None or told.host != place or seen.generation < config.generation:
+    if seen is None or seen.generation < config.generation:
+        return False
+    part = next((n for n in config.networks if n.spec.id == network), None)
+    if part is None:
+        return True
+    told = next((p for p in part.ports if p.id == port), None)
+    if told is None or told.host != place:
         return False
     return all(operation.server != told.server for operation in seen.operations)
 
