@@ -26,7 +26,6 @@ from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import doctor, kernel, links, nft, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
-from nahtlos.physical.network.dhcp import Dhcp
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
@@ -52,12 +51,11 @@ class NativeNetwork:
 
     def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
         self._place = plan.Place(settings.host, settings.role, settings.address)
-        self._dhcp = Dhcp(settings.run_dir, settings.state_dir / "log", supervisor)
         self._baseline = Baseline(settings.run_dir / "network.json")
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
         self._capabilities: NetworkCapabilities | None = None
-        shaping = Shaping(settings.run_dir / "shaping.json", lambda: self._shared.fast(), self._bulk_socket)
+        shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
         self._parts: tuple[Part, ...] = (shaping,)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
@@ -69,6 +67,10 @@ class NativeNetwork:
     def writes(self) -> int:
         """Netlink requests so far that could change something."""
         return self._shared.writes + (self._bulk.writes if self._bulk is not None else 0)
+
+    def _fast_socket(self) -> Netlink:
+        """For verbs, also those of parts, which are made before what is shared."""
+        return self._shared.fast()
 
     def _bulk_socket(self) -> Netlink:
         """For reconcile and observe: used under `_reconciling` only, also from worker threads."""
@@ -138,9 +140,6 @@ class NativeNetwork:
         kernel.write_settings(todo)
         words += await self._filter(config, pinned, found, quiet=bool(births))
         await self._put(todo, found, config)
-        reborn = frozenset(c.item.name for c in births if isinstance(c.item, Device))
-        served = config.networks if self._place.role is HostRole.COMPUTE else ()
-        words += await self._dhcp.serve(served, reborn)
         local = self._local_ports(config)
         for part in self._parts:
             words += await part.reconcile(config, local)

@@ -1,0 +1,413 @@
+"""Bandwidth of ports: what a server receives waits at its tap, what it sends waits at a device of its own.
+
+    to the server     bridge -> tap [tbf] -> ring -> server
+    from the server   server -> tap [ingress: everything to the ifb] -> ifb [tbf] -> tap -> bridge
+
+Owns the root and ingress qdiscs of taps and the devices `ib*` (alias `nahtlos/shaper/<port>`), one for each
+port that is limited in what it sends. A port without limits has none of them. Everything is in the kernel;
+the file beside it only tells drift from a change of configuration.
+
+A token bucket and not a class of HTB, because the limit is then one entry that one reading of all qdiscs
+tells, and frames longer than the burst are cut into segments instead of being dropped by a short queue.
+
+A tap with an ifb shows no frame to a netdev ingress chain of nftables: what comes again from the ifb has
+passed that point. Bridge and inet chains see everything.
+
+A limit that changes is changed in place: what waits goes on waiting, at the new rate. One that goes is
+lifted first and removed when nothing waits. Before a server is stopped at its source everything that waits
+is let go (`release`), in both directions, so that nothing is left behind; the destination limits from the
+port's birth, and what passes its bucket is parked in its tap's ring.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
+from nahtlos.model.ids import PortId
+from nahtlos.model.networking import Rate
+from nahtlos.physical.network import kernel, links, shaping_probe
+from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network.links import LinkInfo
+from nahtlos.physical.network.netlink import Netlink, Request
+from nahtlos.physical.network.parts import LocalPort, Part
+from nahtlos.physical.network.plan import OWNED, Change, Setting
+from nahtlos.physical.ports import MoveRole
+
+ALIAS = f"{OWNED}shaper/"
+ENOUGH_BURST = 6000
+BURST_SHARE, QUEUE_SHARE = 100, 20
+"""Parts of a second: 10 ms of the rate may pass at once, 50 ms of it may wait."""
+ENOUGH_FRAMES = 16
+FRAMING = 18
+"""Bytes of an Ethernet header with a tag."""
+UNLIMITED = 4_000_000_000
+EMPTIED_WITHIN, POLL_SECONDS = 0.2, 0.002
+
+
+# --- what should be there ----------------------------------------------------------------------------
+
+
+class Limits(msgspec.Struct, frozen=True):
+    received: tc.Bucket | None = None
+    sent: tc.Bucket | None = None
+
+    @property
+    def any(self) -> bool:
+        return self.received is not None or self.sent is not None
+
+
+def limits_of(port: PortConfig, network: NetworkConfig) -> Limits:
+    return Limits(
+        received=bucket(port.bandwidth.ingress, network.spec.mtu),
+        sent=bucket(port.bandwidth.egress, network.spec.mtu),
+    )
+
+
+def bucket(rate: Rate | None, mtu: int) -> tc.Bucket | None:
+    """A burst below one frame would let nothing pass."""
+    if rate is None:
+        return None
+    per_second, frame = max(1, rate.bits_per_second // 8), mtu + FRAMING
+    burst = rate.burst_bytes or max(per_second // BURST_SHARE, ENOUGH_BURST)
+    return tc.Bucket(
+        rate=per_second,
+        burst=max(burst, frame),
+        limit=max(per_second // QUEUE_SHARE, ENOUGH_FRAMES * frame),
+    )
+
+
+def lifted(present: tc.Bucket) -> tc.Bucket:
+    """As good as no limit, for a queue that is to become empty."""
+    return tc.Bucket(rate=UNLIMITED, burst=max(present.burst, 1 << 20), limit=present.limit)
+
+
+def shaper_name(tap: str) -> str:
+    return "ib" + tap.removeprefix("tp")
+
+
+# --- what is there, and what to change ---------------------------------------------------------------
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What the kernel has for one tap."""
+
+    tap: str
+    index: int
+    root: tc.Qdisc | None = None
+    """None: nobody has put one there."""
+    ingress: bool = False
+    leads_to: int = 0
+    """Device that its ingress sends everything to."""
+    shaper: LinkInfo | None = None
+    shaper_root: tc.Qdisc | None = None
+
+
+class Todo(msgspec.Struct):
+    """For any number of ports; the lists are carried out in this order."""
+
+    puts: list[Request]
+    lifts: list[Request]
+    emptying: list[int]
+    """Devices whose queue is to be empty before the removals."""
+    removals: list[Request]
+
+    @classmethod
+    def nothing(cls) -> "Todo":
+        return cls([], [], [], [])
+
+
+def differences(wanted: Limits, found: Found, port: PortId) -> list[str]:
+    """In words; nothing if all is right."""
+    words: list[str] = []
+    if not _root_is(wanted.received, found.root):
+        words.append(_word(f"limit of what {port} receives", wanted.received, found.root is not None))
+    if not _sending_is(wanted.sent, found, port):
+        there = found.ingress or found.shaper_root is not None
+        words.append(_word(f"limit of what {port} sends", wanted.sent, there))
+    return words
+
+
+def _word(what: str, wanted: tc.Bucket | None, there: bool) -> str:
+    if wanted is None:
+        return f"{what} was not asked for: removed"
+    return f"{what} was {'different' if there else 'missing'}: put right"
+
+
+def _root_is(wanted: tc.Bucket | None, root: tc.Qdisc | None) -> bool:
+    if wanted is None:
+        return root is None
+    return root is not None and root.ours and wanted.like(root.bucket)
+
+
+def _sending_is(wanted: tc.Bucket | None, found: Found, port: PortId) -> bool:
+    if wanted is None:
+        return not found.ingress and found.shaper is None
+    return (
+        _device_is(found, port)
+        and found.shaper is not None
+        and found.leads_to == found.shaper.index
+        and _root_is(wanted, found.shaper_root)
+    )
+
+
+def _device_is(found: Found, port: PortId) -> bool:
+    return found.shaper is not None and found.shaper.up and found.shaper.alias == ALIAS + port
+
+
+def plan_port(todo: Todo, wanted: Limits, found: Found) -> None:
+    """Its ifb is there if one is needed."""
+    _plan_root(todo, wanted.received, found.index, found.root, found.tap)
+    shaper = found.shaper
+    if wanted.sent is not None and shaper is not None:
+        _plan_root(todo, wanted.sent, shaper.index, found.shaper_root, shaper.name)
+        if found.leads_to != shaper.index:
+            if found.ingress:
+                todo.puts.append(tc.remove_ingress(found.index, found.tap))
+            todo.puts += [
+                tc.put_ingress(found.index, found.tap),
+                tc.redirect(found.index, shaper.index, found.tap),
+            ]
+    if wanted.sent is None:
+        if shaper is not None:
+            _lift(todo, shaper.index, found.shaper_root, shaper.name)
+        if found.ingress:
+            todo.removals.append(tc.remove_ingress(found.index, found.tap))
+        if shaper is not None:
+            todo.removals.append(links.delete(shaper.name))
+
+
+def _plan_root(todo: Todo, wanted: tc.Bucket | None, index: int, root: tc.Qdisc | None, what: str) -> None:
+    if _root_is(wanted, root):
+        return
+    if wanted is None:
+        _lift(todo, index, root, what)
+        todo.removals.append(tc.remove_root(index, what))
+    elif root is not None and root.ours and root.kind == "tbf":
+        todo.puts.append(tc.change_bucket(index, wanted, what))
+    else:
+        if root is not None and root.ours:
+            todo.puts.append(tc.remove_root(index, what))  # of another kind under our handle
+        todo.puts.append(tc.put_bucket(index, wanted, what))
+
+
+def _lift(todo: Todo, index: int, root: tc.Qdisc | None, what: str) -> None:
+    if root is not None and root.ours and root.bucket is not None:
+        todo.lifts.append(tc.change_bucket(index, lifted(root.bucket), what))
+        todo.emptying.append(index)
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def observe(netlink: Netlink, taps: Iterable[str]) -> tuple[dict[str, Found], tuple[str, ...]]:
+    """What there is for each of `taps`, and shapers whose tap is gone."""
+    devices = links.read_links(netlink)
+    qdiscs = tc.read_qdiscs(netlink)
+    roots, ingresses = tc.roots(qdiscs), tc.ingresses(qdiscs)
+    found: dict[str, Found] = {}
+    for tap in taps:
+        device, shaper = devices.get(tap), devices.get(shaper_name(tap))
+        if device is not None:
+            ingress = device.index in ingresses
+            found[tap] = Found(
+                tap,
+                device.index,
+                roots.get(device.index),
+                ingress,
+                _leads_to(netlink, device.index) if ingress else 0,
+                shaper,
+                roots.get(shaper.index) if shaper else None,
+            )
+    alive = {shaper_name(device) for device, _ in kernel.taps_of(devices).values()}
+    orphans = [d.name for d in devices.values() if d.alias.startswith(ALIAS) and d.name not in alive]
+    return found, tuple(sorted(orphans))
+
+
+def observe_one(netlink: Netlink, tap: str) -> Found | None:
+    """The same for one tap; costs nothing that grows with the number of ports unless it has a shaper."""
+    index = _index(tap)
+    if not index:
+        return None
+    shaper = links.read_links(netlink).get(shaper_name(tap)) if _index(shaper_name(tap)) else None
+    ingress = tc.read_ingress(netlink, index) is not None
+    return Found(
+        tap,
+        index,
+        _put_root(netlink, index),
+        ingress,
+        _leads_to(netlink, index) if ingress else 0,
+        shaper,
+        _put_root(netlink, shaper.index) if shaper else None,
+    )
+
+
+def _put_root(netlink: Netlink, index: int) -> tc.Qdisc | None:
+    root = tc.read_root(netlink, index)
+    return root if root is not None and root.handle else None
+
+
+def _leads_to(netlink: Netlink, index: int) -> int:
+    entries = tc.read_filters(netlink, index, tc.INGRESS_HANDLE)
+    if len(entries) != 1 or entries[0].protocol != tc.ANY_PROTOCOL:
+        return 0
+    return entries[0].to_device if tc.matches_everything(entries[0]) else 0
+
+
+def _index(name: str) -> int:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+# --- the part ----------------------------------------------------------------------------------------
+
+
+class Applied:
+    """What was last made true, in a file of the run directory: port to its limits in words."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self.limits = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.DecodeError):
+            self.limits: dict[str, str] = {}
+        self._written = dict(self.limits)
+
+    def note(self, port: PortId, limits: Limits) -> None:
+        if limits.any:
+            self.limits[port] = str(limits)
+        else:
+            self.limits.pop(port, None)
+
+    def agrees(self, port: PortId, limits: Limits) -> bool:
+        """Nothing else was asked for last time."""
+        return self.limits.get(port, "") == (str(limits) if limits.any else "")
+
+    def save(self) -> None:
+        if self.limits == self._written:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = self._path.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(self.limits))
+        new.replace(self._path)
+        self._written = dict(self.limits)
+
+
+class Shaping(Part):
+    name = "shaping"
+
+    def __init__(self, record: Path, fast: Callable[[], Netlink], bulk: Callable[[], Netlink]) -> None:
+        """`fast` is the socket for verbs, `bulk` that of reconcile."""
+        self._applied = Applied(record)
+        self._fast = fast
+        self._bulk = bulk
+
+    async def capabilities(self) -> dict[str, str]:
+        return (await asyncio.to_thread(shaping_probe.examine)).words()
+
+    async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
+        sock = self._bulk()
+        taps = [port.tap for port in local.values()]
+        found, orphans = await asyncio.to_thread(observe, sock, taps)
+        wrong: list[LocalPort] = []
+        words: list[str] = []
+        for port in local.values():
+            wanted = limits_of(port.port, port.network)
+            different = differences(wanted, found[port.tap], port.port.id) if port.tap in found else []
+            if different:
+                wrong.append(port)
+                words += different if self._applied.agrees(port.port.id, wanted) else []
+        await self._put_right(sock, wrong, found)
+        if orphans:
+            sock.change([links.delete(name) for name in orphans])
+        for port in local.values():
+            self._applied.note(port.port.id, limits_of(port.port, port.network))
+        self._applied.save()
+        return tuple(words)
+
+    async def port_created(self, port: LocalPort) -> None:
+        wanted = limits_of(port.port, port.network)
+        if not wanted.any and port.port.id not in self._applied.limits:
+            return  # never had one: reconcile will see what somebody else may have put there
+        await self._shape(port, wanted)
+
+    async def _shape(self, port: LocalPort, wanted: Limits) -> None:
+        sock = self._fast()
+        found = observe_one(sock, port.tap)
+        if found is not None and differences(wanted, found, port.port.id):
+            await self._put_right(sock, [port], {port.tap: found})
+        self._applied.note(port.port.id, wanted)
+        self._applied.save()
+
+    async def port_deleted(self, port: PortId, tap: str) -> None:
+        name = shaper_name(tap)
+        if _index(name):
+            self._fast().change([links.delete(name)])
+        self._applied.limits.pop(port, None)
+        self._applied.save()
+
+    async def move_reverted(self, port: LocalPort, role: MoveRole) -> None:
+        if role is MoveRole.SOURCE:
+            await self._shape(port, limits_of(port.port, port.network))
+
+    def release(self, port: PortId, tap: str) -> None:
+        sock, todo = self._fast(), Todo.nothing()
+        for name in (tap, shaper_name(tap)):
+            index = _index(name)
+            if index:
+                _lift(todo, index, tc.read_root(sock, index), name)
+        if todo.lifts:
+            sock.change(todo.lifts)
+            self._applied.limits[port] = "lifted"
+
+    def holding(self, tap: str) -> bool:
+        return tc.waiting(self._fast(), [i for i in map(_index, (tap, shaper_name(tap))) if i]) > 0
+
+    # --- acting ---
+
+    async def _put_right(self, sock: Netlink, ports: Sequence[LocalPort], found: Mapping[str, Found]) -> None:
+        """In a few batches, however many ports."""
+        seen = dict(found)
+        self._give_birth(sock, ports, seen)
+        todo = Todo.nothing()
+        for port in ports:
+            plan_port(todo, limits_of(port.port, port.network), seen[port.tap])
+        for batch in (todo.puts, todo.lifts):
+            if batch:
+                sock.change(batch)
+        if todo.removals:
+            await _emptied(sock, todo.emptying)
+            sock.change(todo.removals)
+
+    def _give_birth(self, sock: Netlink, ports: Sequence[LocalPort], seen: dict[str, Found]) -> None:
+        """Shapers that are needed and missing, or not as they should be."""
+        missing = [
+            port
+            for port in ports
+            if limits_of(port.port, port.network).sent is not None
+            and not _device_is(seen[port.tap], port.port.id)
+        ]
+        if not missing:
+            return
+        names = {port.tap: shaper_name(port.tap) for port in missing}
+        sock.change([links.create_ifb(name) for name in names.values()])
+        kernel.write_settings(
+            [Change(Setting(f"net/ipv6/conf/{n}/disable_ipv6", "1")) for n in names.values()]
+        )
+        sock.change([links.configure(names[p.tap], up=True, alias=ALIAS + p.port.id) for p in missing])
+        devices = links.read_links(sock)
+        for tap, name in names.items():
+            seen[tap] = msgspec.structs.replace(seen[tap], shaper=devices.get(name))
+
+
+async def _emptied(sock: Netlink, indexes: Sequence[int]) -> None:
+    """Waits until nothing waits there, or long enough: what was lifted needs a moment."""
+    deadline = time.monotonic() + EMPTIED_WITHIN
+    while tc.waiting(sock, indexes) and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_SECONDS)
