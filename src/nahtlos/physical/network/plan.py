@@ -354,9 +354,9 @@ def changes(desired: frozenset[Item], observed: frozenset[Item]) -> tuple[Change
 
 
 def _kept(item: Item) -> bool:
-    """Not removed by being left out: a tap holds frames and a running server; the rest of these go with
-    their device."""
-    return isinstance(item, PortFlood | Setting) or (isinstance(item, Device) and item.kind == "tun")
+    """Not removed by being left out: a tap holds frames and a running server, an ifb is looked after by
+    `shaping`; the rest of these go with their device."""
+    return isinstance(item, PortFlood | Setting) or (isinstance(item, Device) and item.kind in ("tun", "ifb"))
 
 
 def _birth(item: Item) -> int:
