@@ -122,6 +122,7 @@ class Handover:
         index = index_of(plan.tap_name(port))
         began = time.monotonic()
         self._let_land(port)
+        self._release(port)
         while not self._stays_empty(fds, index):
             waited = time.monotonic() - began
             if waited >= timeout:
@@ -130,13 +131,19 @@ class Handover:
         return True
 
     def _stays_empty(self, fds: Sequence[int], index: int) -> bool:
-        """Nothing in the rings, and nothing on its way to them in a shaper."""
+        """Nothing on its way to the rings in a shaper, and then nothing in them."""
+        if links.waiting(self._shared.fast(), index):
+            return False
         for attempt in range(EMPTY_POLLS):
             if attempt:
                 time.sleep(EMPTY_POLL_SECONDS)
             if tap.has_frames(fds):
                 return False
-        return links.waiting(self._shared.fast(), index) == 0
+        return True
+
+    def _release(self, port: PortId) -> None:
+        for part in self._shared.parts:
+            part.release(port, plan.tap_name(port))
 
     # --- after ---------------------------------------------------------------------------------------
 
@@ -197,7 +204,8 @@ class Handover:
         return returned
 
     async def _pass_on_all(self, port: PortConfig, network: NetworkConfig, fds: Sequence[int]) -> Returned:
-        """Also what a shaper lets go of only little by little."""
+        """Also what a shaper has held back."""
+        self._release(port.id)
         returned, deadline = self._pass_on(port, network, fds), time.monotonic() + RELEASE_SECONDS
         try:
             index = index_of(plan.tap_name(port.id))

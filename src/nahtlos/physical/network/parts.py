@@ -57,6 +57,10 @@ class Part:
     async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
         """The path will be switched. At the destination `port_created` came before."""
 
+    def release(self, port: PortId, tap: str) -> None:
+        """Frames of this port that are held back go on at once: at the source its server is about to be
+        stopped, at the destination what came for it is about to be returned. Waits for nothing."""
+
     async def move_settled(self, port: LocalPort, role: MoveRole) -> None:
         """The move has ended well, here at its `role`."""
 
