@@ -272,9 +272,10 @@ class Network(Protocol):
         ...
 
     async def move_state_begin(self, port: PortId) -> bytes:
-        """Source, before pre-copy ends: what the firewall remembers of this port's connections, whole, in a
-        form only drivers read; changes are noted from here on. Empty if there is nothing to carry. Called
-        again, it begins anew."""
+        """Source, after `move_prepare`: what the firewall remembers of this port's connections, whole, in a
+        form only drivers read; changes are noted from here on, until the move is settled or reverted. Empty
+        for a port of which no firewall remembers anything, and where that cannot be carried (see
+        `NetworkCapabilities.ct_transfer`). Called again, it begins anew."""
         ...
 
     async def move_state_changes(self, port: PortId) -> bytes:
@@ -282,8 +283,10 @@ class Network(Protocol):
         What could not be noted in full is sent whole."""
         ...
 
-    async def move_state_load(self, port: PortId, state: bytes) -> None:
-        """Destination: take it up, over what may be there. Repeatable; in the order in which it was made."""
+    async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
+        """Destination: take it up, over what may be there. What arrives twice or late is left out. Returns
+        what could not be taken up, in words. Refused if this host cannot take up any, or not in this form;
+        Unavailable if it has no room. `port_delete` forgets it again."""
         ...
 
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
