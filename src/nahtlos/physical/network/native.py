@@ -33,6 +33,7 @@ from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
+from nahtlos.physical.network.tracking import ConnectionTracking
 from nahtlos.physical.ports import (
     MoveRole,
     NetworkCapabilities,
@@ -56,7 +57,8 @@ class NativeNetwork:
         self._bulk: Netlink | None = None
         self._capabilities: NetworkCapabilities | None = None
         shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
-        self._parts: tuple[Part, ...] = (shaping,)
+        self._tracking = ConnectionTracking(settings.run_dir)
+        self._parts: tuple[Part, ...] = (shaping, self._tracking)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
@@ -82,6 +84,7 @@ class NativeNetwork:
         """Lets go of sockets and duplicates. The host's network stays as it is."""
         self._shared.close()
         self._endpoints.close()
+        self._tracking.close()
         if self._bulk is not None:
             self._bulk.close()
             self._bulk = None
@@ -94,7 +97,8 @@ class NativeNetwork:
             for part in self._parts:
                 found = msgspec.structs.replace(found, details={**found.details, **await part.capabilities()})
             shaper = found.details["bandwidth of ports"].startswith("used")
-            self._capabilities = msgspec.structs.replace(found, shaper=shaper)
+            carried = found.details[self._tracking.name].startswith("used")
+            self._capabilities = msgspec.structs.replace(found, shaper=shaper, ct_transfer=carried)
         return self._capabilities
 
     async def host_init(self) -> None:
@@ -265,13 +269,13 @@ class NativeNetwork:
         await self._handover.settle(port, network, role)
 
     async def move_state_begin(self, port: PortId) -> bytes:
-        return b""
+        return await self._tracking.begin(port)
 
     async def move_state_changes(self, port: PortId) -> bytes:
-        return b""
+        return await self._tracking.changes(port)
 
-    async def move_state_load(self, port: PortId, state: bytes) -> None:
-        pass
+    async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
+        return await self._tracking.load(port, state)
 
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
