@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -71,8 +72,16 @@ class MemorySupervisor:
 
     async def start(self, unit: Unit) -> UnitStatus:
         if unit.name not in self.processes:
+            handed = {f"{{fd:{name}}}": str(self.fds[name]) for name in unit.fds}
+            argv = [reduce(lambda text, fd: text.replace(*fd), handed.items(), a) for a in unit.argv]
             with unit.log.open("ab") as log:
-                self.processes[unit.name] = subprocess.Popen(unit.argv, stdout=log, stderr=log)
+                self.processes[unit.name] = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[*map(int, handed.values())],
+                )
         return UnitStatus(name=unit.name, pid=self.processes[unit.name].pid)
 
     async def stop(self, name: str, *, grace: float = 5.0) -> None:

@@ -1,134 +1,117 @@
-"""DHCP for the servers of a network: one dnsmasq per network and compute host, kept by the supervisor.
+"""What dnsmasq is told: DHCP, DHCPv6, router advertisements and names for the servers of one network.
 
-Owns the unit `dnsmasq.<network>`, its list of servers and its leases. Every host's dnsmasq knows all
-ports of the network, so nothing changes for it when a server moves; the filter keeps each question on the
-host of the server that asks (see nft). Gives addresses only to MACs it has been told. Serves no DNS.
+Composes arguments and files; `services` runs them. Every host's dnsmasq knows all ports of the network and
+has the same identity, so nothing changes for it when a server moves, and a lease that one host gave is
+renewed by another; the filter keeps each question on the host of the server that asks (see nft). Gives
+addresses only to MACs it has been told, takes no names from servers, and asks no other name server: what it
+does not know it refuses, so nothing of one project reaches another by it.
 """
 
 import hashlib
 import ipaddress
-import os
 import shutil
-import signal
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from nahtlos.model.config import NetworkConfig
 from nahtlos.model.errors import Unavailable
-from nahtlos.model.ids import NetworkId
-from nahtlos.physical.network.plan import bridge_name
-from nahtlos.physical.ports import Supervisor, Unit, UnitStatus
+from nahtlos.model.networking import NetworkSpec, SubnetSpec
+from nahtlos.physical.network import addressing
+from nahtlos.physical.network.addressing import METADATA, advertised, domain, leased, name_servers
 
 LEASE = "30d"
 """Long: a server keeps its address for life, and need not ask while a host is upgraded."""
-PREFIX = "dnsmasq."
+INTERFACE = "eth0"
+"""Inside the namespace of the network's services."""
+ADVERTISEMENT_SECONDS = 600
+ENTERPRISE = 32473
+"""For documentation (RFC 5612): the number before the server's DHCPv6 identity must be somebody's."""
 
 
-def hosts_text(network: NetworkConfig) -> str:
-    """One line per port as `--dhcp-hostsfile` wants it."""
-    lines = sorted(f"{p.mac},{p.ip},{p.server},{LEASE}" for p in network.ports)
-    return "".join(f"{line}\n" for line in lines)
-
-
-def arguments(network: NetworkConfig, directory: Path, *, user: str) -> tuple[str, ...]:
-    """dnsmasq's arguments: only DHCP, only on the network's bridge, nothing from files of the host."""
-    spec = network.spec
-    subnet = ipaddress.ip_network(spec.cidr)
+def arguments(spec: NetworkSpec, *, hosts: Path, names: Path, leases: Path, user: str) -> tuple[str, ...]:
+    """dnsmasq's arguments: only on the network's own interface, nothing from files of the host."""
     return (
         "--conf-file=/dev/null",
         "--keep-in-foreground",
         "--log-facility=-",
-        "--port=0",
         "--bind-interfaces",
-        f"--interface={bridge_name(spec.vni)}",
+        f"--interface={INTERFACE}",
         "--except-interface=lo",
         f"--user={user}",
-        f"--dhcp-range={subnet.network_address},static,{subnet.netmask},{LEASE}",
-        f"--dhcp-hostsfile={_hosts(directory, spec.id)}",
-        f"--dhcp-leasefile={directory / f'{spec.id}.leases'}",
-        "--dhcp-authoritative",
-        "--no-ping",
         "--pid-file=",
-        f"--dhcp-option=option:router,{spec.gateway_ip}",
+        *_names(spec, names),
+        f"--dhcp-hostsfile={hosts}",
+        f"--dhcp-leasefile={leases}",
+        "--dhcp-authoritative",
+        "--dhcp-ignore-names",
+        "--no-ping",
         f"--dhcp-option=option:mtu,{spec.mtu}",
+        *(text for number, subnet in enumerate(leased(spec)) for text in _leased(number, subnet, spec)),
+        *_advertised(spec),
     )
 
 
-def _hosts(directory: Path, network: str) -> Path:
-    return directory / f"{network}.hosts"
+def _names(spec: NetworkSpec, names: Path) -> Iterable[str]:
+    """Its own zone and its own addresses, and nothing else."""
+    zone = domain(spec.id)
+    return (
+        "--no-hosts",
+        "--no-resolv",
+        f"--addn-hosts={names}",
+        f"--domain={zone}",
+        f"--local=/{zone}/",
+        *(f"--local=/{_reverse_zone(s.cidr)}/" for s in spec.all_subnets),
+    )
 
 
-class Dhcp:
-    """The dnsmasq units of one host."""
-
-    def __init__(self, run_dir: Path, log_dir: Path, supervisor: Supervisor) -> None:
-        self._directory = run_dir / "dhcp"
-        self._log_dir = log_dir
-        self._supervisor = supervisor
-
-    async def serve(self, networks: Iterable[NetworkConfig], reborn: frozenset[str]) -> tuple[str, ...]:
-        """Exactly `networks` are served. `reborn` names bridges that were made anew: sockets bound to the
-        old ones are deaf. Returns what was found different without having been asked for."""
-        networks = tuple(networks)
-        units = await self._supervisor.units()
-        found: list[str] = []
-        for network in networks:
-            found += await self._serve(network, units, bridge_name(network.spec.vni) in reborn)
-        wanted = {PREFIX + n.spec.id for n in networks}
-        for name in sorted(n for n in units if n.startswith(PREFIX) and n not in wanted):
-            await self._supervisor.stop(name, grace=1.0)
-            self._forget(NetworkId(name.removeprefix(PREFIX)))
-        return tuple(found)
-
-    async def _serve(self, network: NetworkConfig, units: dict[str, UnitStatus], reborn: bool) -> list[str]:
-        name, id_ = PREFIX + network.spec.id, network.spec.id
-        self._directory.mkdir(parents=True, exist_ok=True)
-        changed = _write_if_different(_hosts(self._directory, id_), hosts_text(network))
-        argv = (_program(), *arguments(network, self._directory, user=self._user()))
-        mark = self._directory / f"{id_}.unit"
-        digest = hashlib.sha256("\0".join(argv).encode()).hexdigest()
-        known = mark.exists()
-        other = _write_if_different(mark, digest)
-        unit = units.get(name)
-        if unit is not None and unit.pid is not None and not other and not reborn:
-            if changed:
-                os.kill(unit.pid, signal.SIGHUP)
-            return []
-        if unit is not None:
-            await self._supervisor.stop(name, grace=1.0)
-        self._log_dir.mkdir(parents=True, exist_ok=True)
-        await self._supervisor.start(
-            Unit(name=name, argv=argv, log=self._log_dir / f"{name}.log", restart=True)
-        )
-        lost = known and not other and not reborn
-        return [f"DHCP of network {id_} was not served: started"] if lost else []
-
-    def _user(self) -> str:
-        """dnsmasq reads the list of servers again after giving up root, if the way there is open."""
-        folders = (self._directory, *self._directory.parents)
-        open_ = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
-        return "nobody" if open_ else "root"
-
-    def _forget(self, network: NetworkId) -> None:
-        for suffix in ("hosts", "leases", "unit"):
-            (self._directory / f"{network}.{suffix}").unlink(missing_ok=True)
+def _reverse_zone(cidr: str) -> str:
+    """The smallest zone of whole labels that holds the subnet."""
+    network = ipaddress.ip_network(cidr)
+    step = 8 if network.version == 4 else 4
+    labels = network.network_address.reverse_pointer.split(".")
+    return ".".join(labels[len(labels) - 2 - network.prefixlen // step :])
 
 
-def _program() -> str:
-    program = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
-    if program is None:
+def _leased(number: int, subnet: SubnetSpec, spec: NetworkSpec) -> Iterable[str]:
+    tag, cidr = f"v4-{number}", ipaddress.IPv4Network(subnet.cidr)
+    if number:
+        yield f"--shared-network={INTERFACE},{cidr.network_address}"
+    yield f"--dhcp-range=set:{tag},{cidr.network_address},static,{cidr.netmask},{LEASE}"
+    yield f"--dhcp-option=tag:{tag},option:router{',' + subnet.gateway_ip if subnet.gateway_ip else ''}"
+    yield f"--dhcp-option=tag:{tag},option:dns-server,{','.join(name_servers(subnet, spec))}"
+    yield f"--dhcp-option=tag:{tag},option:classless-static-route,{_routes(subnet, spec)}"
+
+
+def _routes(subnet: SubnetSpec, spec: NetworkSpec) -> str:
+    """A client that takes these ignores the plain router option, so the way out is named again. From another
+    subnet than the service's own, its addresses are reached over the link."""
+    own = ipaddress.ip_address(spec.dhcp_ip) in ipaddress.ip_network(subnet.cidr)
+    routes = [(f"{METADATA}/32", spec.dhcp_ip if own else "0.0.0.0")]
+    if not own:
+        routes.append((f"{spec.dhcp_ip}/32", "0.0.0.0"))
+    if subnet.gateway_ip:
+        routes.append(("0.0.0.0/0", subnet.gateway_ip))
+    return ",".join(f"{destination},{by}" for destination, by in routes)
+
+
+def _advertised(spec: NetworkSpec) -> Iterable[str]:
+    """No way out is advertised from here: that is the routers' to say."""
+    subnets = advertised(spec)
+    if not subnets:
+        return
+    yield "--enable-ra"
+    yield f"--ra-param={INTERFACE},mtu:{spec.mtu},{ADVERTISEMENT_SECONDS},0"
+    yield "--quiet-ra"
+    yield f"--dhcp-duid={ENTERPRISE},{hashlib.sha256(spec.id.encode()).hexdigest()[:16]}"
+    yield f"--dhcp-option=option6:domain-search,{domain(spec.id)}"
+    for number, subnet in enumerate(subnets):
+        tag, prefix = f"v6-{number}", ipaddress.IPv6Network(subnet.cidr).network_address
+        yield f"--dhcp-range=set:{tag},{prefix},static,slaac,{addressing.SELF_ADDRESSED},{LEASE}"
+        servers = ",".join(f"[{address}]" for address in name_servers(subnet, spec))
+        yield f"--dhcp-option=tag:{tag},option6:dns-server,{servers}"
+
+
+def program() -> str:
+    found = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if found is None:
         raise Unavailable("dnsmasq is not installed", field="network", remedy="apt-get install dnsmasq-base")
-    return program
-
-
-def _write_if_different(path: Path, text: str) -> bool:
-    """In place, so that who reads it by name never finds it missing. Whether it was different."""
-    try:
-        if path.read_text() == text:
-            return False
-    except FileNotFoundError:
-        pass
-    path.write_text(text)
-    path.chmod(0o644)
-    return True
+    return found

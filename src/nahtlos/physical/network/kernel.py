@@ -62,7 +62,7 @@ def observe(socket_: Netlink, settings: Iterable[Setting]) -> Observed:
     items.update(_forwarding(socket_, owned))
     items.update(_neighbours(socket_, owned))
     items.update(_addresses(socket_, owned))
-    items.update(s for s in (_setting(s.path) for s in settings) if s is not None)
+    items.update(s for s in (setting(s.path) for s in settings) if s is not None)
     return Observed(items=frozenset(items), links=devices, taps=taps_of(devices))
 
 
@@ -139,7 +139,7 @@ def addresses(socket_: Netlink) -> Iterable[tuple[int, str, int]]:
                 yield index, f"{socket.inet_ntop(family, values[own])}/{prefix}", flags
 
 
-def _setting(path: str) -> Setting | None:
+def setting(path: str) -> Setting | None:
     try:
         return Setting(path, (SYSCTL / path).read_text().strip())
     except OSError:

@@ -79,6 +79,9 @@ def _gate_lines(vni: int, gates: Sequence[Gate]) -> list[str]:
         f'    type filter hook ingress device "{tunnel_name(vni)}" priority -500; policy accept;',
         # Every host answers DHCP for its own servers; the same question must not reach the others.
         "    ether type ip udp dport 67 drop",
+        "    ether type ip6 udp dport 547 drop",
+        # Nor does one host's advertisement: each tells its own servers.
+        "    icmpv6 type { nd-router-solicit, nd-router-advert } drop",
         f'    ether daddr @{set_name(vni)} fwd to "{gate_name(vni)}"',
         "  }",
     ]

@@ -53,8 +53,17 @@ def tap_name(port: PortId) -> str:
 
 
 def anycast_mac(vni: int) -> str:
-    """The bridge's own address on every compute host: what answers DHCP looks the same everywhere."""
-    return f"02:6e:6c:{vni >> 16 & 0xFF:02x}:{vni >> 8 & 0xFF:02x}:{vni & 0xFF:02x}"
+    """What answers DHCP, names and metadata looks the same on every compute host."""
+    return f"02:6e:6c:{_octets(vni)}"
+
+
+def bridge_mac(vni: int) -> str:
+    """Of the bridge itself where it has no address: nobody sends to it."""
+    return f"02:6e:62:{_octets(vni)}"
+
+
+def _octets(vni: int) -> str:
+    return f"{vni >> 16 & 0xFF:02x}:{vni >> 8 & 0xFF:02x}:{vni & 0xFF:02x}"
 
 
 def tracking_zone(vni: int) -> int:
@@ -252,7 +261,7 @@ def _devices(network: NetworkConfig, place: Place) -> Iterable[Item]:
     spec = network.spec
     bridge, tunnel, alias = bridge_name(spec.vni), tunnel_name(spec.vni), network_alias(spec.id)
     gate, gate_port = gate_name(spec.vni), gate_port_name(spec.vni)
-    mac = spec.gateway_mac if _is_gateway(network, place) else anycast_mac(spec.vni)
+    mac = spec.gateway_mac if _is_gateway(network, place) else bridge_mac(spec.vni)
     yield Device(bridge, "bridge", alias, spec.mtu, mac=mac)
     yield Device(tunnel, "vxlan", alias, spec.mtu, master=bridge, vni=spec.vni, local=place.address)
     yield Device(gate, "veth", alias, spec.mtu)
@@ -270,8 +279,6 @@ def _own_address(network: NetworkConfig, place: Place) -> Iterable[Item]:
     bridge = bridge_name(spec.vni)
     if _is_gateway(network, place):
         yield Address(bridge, f"{spec.gateway_ip}/{network.prefix_length}", routed=True)
-    elif place.role is HostRole.COMPUTE:
-        yield Address(bridge, f"{spec.dhcp_ip}/{network.prefix_length}", routed=False)
 
 
 def _entries(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -> Iterable[Item]:
