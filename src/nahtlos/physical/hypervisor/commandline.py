@@ -61,9 +61,9 @@ class VmmShape(msgspec.Struct, frozen=True, kw_only=True):
     incoming: bool
 
 
-def tap_fd(port: PortSpec | PortConfig) -> str:
-    """The name under which the supervisor holds the descriptor of a port's tap."""
-    return f"tap.{port.id}"
+def tap_fds(port: PortSpec | PortConfig) -> tuple[str, ...]:
+    """The names under which the supervisor holds the descriptors of a port's tap, one per queue."""
+    return (f"tap.{port.id}", *(f"tap.{port.id}/{number}" for number in range(1, port.queues)))
 
 
 def server_arguments(shape: VmmShape) -> tuple[str, ...]:
@@ -232,7 +232,7 @@ def _disk(volume: VolumeAttachment) -> tuple[str, ...]:
 
 
 def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
-    device = {
+    device: dict[str, object] = {
         "driver": "virtio-net-pci",
         "id": f"nic{index}",
         "netdev": f"net{index}",
@@ -243,7 +243,12 @@ def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
         "rx_queue_size": QUEUE_SIZE,
         "tx_queue_size": QUEUE_SIZE,
     }
-    return ("-netdev", f"tap,id=net{index},fd={{fd:{tap_fd(port)}}}", "-device", _json(device))
+    fds = [f"{{fd:{name}}}" for name in tap_fds(port)]
+    if len(fds) == 1:
+        return ("-netdev", f"tap,id=net{index},fd={fds[0]}", "-device", _json(device))
+    # An interrupt for each queue in both directions, one for the control queue, one for changes.
+    device |= {"mq": True, "vectors": 2 * len(fds) + 2}
+    return ("-netdev", f"tap,id=net{index},fds={':'.join(fds)}", "-device", _json(device))
 
 
 def _json(value: Mapping[str, object]) -> str:

@@ -32,7 +32,7 @@ from nahtlos.physical.hypervisor.commandline import (
     TLS_SERVER,
     VmmShape,
     server_arguments,
-    tap_fd,
+    tap_fds,
 )
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
@@ -241,7 +241,7 @@ class QemuHypervisor:
         bundle = await self._bundles.checked(record.release)
         self._check_machine(bundle, record.server)
         self._check_credentials()
-        taps = tuple(tap_fd(port) for port in record.server.spec.ports)
+        taps = tuple(name for port in record.server.spec.ports for name in tap_fds(port))
         missing = set(taps) - await self._supervisor.stored()
         if missing:
             raise Refused(
