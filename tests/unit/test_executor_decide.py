@@ -34,6 +34,7 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.networking import NetworkSpec, PortSpec
 from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.messages import BeginMove, BeginVerify
@@ -138,7 +139,7 @@ def config(seen: World, host: HostId) -> HostConfig:
 
 
 def test_the_first_configuration_holds_everything() -> None:
-    seen = world(uplinks={"tenant": "out0"})
+    seen = world(topology=Topology(uplinks={"tenant": "out0"}))
     orders = decide(seen)
     assert {c.host for c in orders.new_configs} == {H1, H2, H3, EDGE}
     owner = orders.hosts[H1].config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, select
 from sqlalchemy.exc import IntegrityError
 
 from nahtlos.model.blueprint import Blueprint, OperationRecord
@@ -27,7 +27,16 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.networking import NetworkSpec, PortSpec
 from nahtlos.model.nouns import HostRole, ServerSpec, Size, VolumeSpec
-from nahtlos.runtime.store import blueprints, campaigns, events, intent, leases, operations
+from nahtlos.runtime.store import (
+    blueprints,
+    campaigns,
+    events,
+    intent,
+    leases,
+    networking,
+    operations,
+    schema,
+)
 from nahtlos.runtime.store.migrate import upgrade_to_head
 from nahtlos.runtime.store.schema import metadata
 from nahtlos.runtime.store.store import Store
@@ -188,7 +197,7 @@ async def test_a_generation_has_one_content(store: Store) -> None:
 
 async def test_addresses_and_names_are_given_once(store: Store) -> None:
     async with store.writing() as tx:
-        await intent.put_network(tx, NETWORK)
+        await networking.put_network(tx, NETWORK)
         await intent.add_server(tx, *server("web-1", "10.77.0.10", "52:54:00:4d:00:0a"), 0.0)
     with pytest.raises(Conflict):
         async with store.writing() as tx:
@@ -205,7 +214,7 @@ async def test_addresses_and_names_are_given_once(store: Store) -> None:
 async def test_removal_is_in_steps(store: Store) -> None:
     name = ServerId("web-1")
     async with store.writing() as tx:
-        await intent.put_network(tx, NETWORK)
+        await networking.put_network(tx, NETWORK)
         await intent.add_server(tx, *server("web-1", "10.77.0.10", "52:54:00:4d:00:0a"), 0.0)
         await intent.request_move(tx, name, HostId("host-2"))
         await intent.mark_server_removed(tx, name, 7.0)
@@ -213,7 +222,8 @@ async def test_removal_is_in_steps(store: Store) -> None:
         assert (row.removed_at, row.move_requested, row.move_to) == (7.0, False, None)
         await intent.forget_server(tx, name)
         assert (await intent.volumes(tx))[VolumeId("web-1-disk")].removed
-        assert await intent.used_addresses(tx, "tenant") == (frozenset(), frozenset())
+        assert (await tx.execute(select(schema.ports))).all() == []
+        assert (await tx.execute(select(schema.claims).where(schema.claims.c.kind == "address"))).all() == []
         with pytest.raises(Conflict, match="still being deleted"):
             await intent.add_server(tx, *server("web-1", "10.77.0.10", "52:54:00:4d:00:0a"), 0.0)
         await intent.forget_volume(tx, VolumeId("web-1-disk"))

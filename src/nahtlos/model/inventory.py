@@ -102,6 +102,8 @@ class HostInventory(Value, frozen=True, kw_only=True):
     """What was found different from the configuration and put right, or left alone, in words."""
     problems: tuple[ErrorRecord, ...] = ()
     """What keeps this host from converging."""
+    network: dict[str, str] = {}
+    """What the network driver uses here and what is missing: subject to words."""
 
 
 class Inventory(Value, frozen=True, kw_only=True):

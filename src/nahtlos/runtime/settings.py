@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 
 from nahtlos.model.errors import Refused
-from nahtlos.model.ids import NetworkId
+from nahtlos.model.ids import HostId, NetworkId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Size
 
@@ -17,6 +17,9 @@ class CloudSettings(msgspec.Struct, frozen=True, kw_only=True):
     networks: tuple[NetworkSpec, ...] = ()
     uplinks: dict[NetworkId, str] = {}
     """Interface of the way out of each network, at its gateway host."""
+    external: dict[HostId, str] = {}
+    """Interface to the outside of edge hosts, for the gateways of routers. A host that is not named uses
+    that of an uplink it holds."""
     promised: Size = Size()
     parallel_moves: int = 1
 

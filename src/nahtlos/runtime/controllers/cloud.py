@@ -16,10 +16,12 @@ from nahtlos.model.blueprint import (
     OperationRecord,
     Waiting,
 )
-from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
+from nahtlos.model.ids import CampaignId, HostId, ImageId, PortId, ProjectId, ReleaseId, ServerId
 from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
+from nahtlos.model.networking import DEFAULT_PROJECT
 from nahtlos.model.nouns import HostRole, Release, Size
 from nahtlos.model.values import Value
+from nahtlos.runtime.controllers.networks import Networks, PortRequest
 
 
 class HostView(Value, frozen=True, kw_only=True):
@@ -55,11 +57,14 @@ class ServerView(Value, frozen=True, kw_only=True):
     size: Size
     ip: str
     mac: str
+    """These two are of its first port."""
     volume_host: HostId
     moving_to: HostId | None
     waits_for: str
     """Why it is not where it should be; empty if it is."""
     created_at: float
+    project: ProjectId = DEFAULT_PROJECT
+    ports: tuple[PortId, ...] = ()
 
 
 class CampaignView(Value, frozen=True, kw_only=True):
@@ -108,6 +113,9 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     volume_mib: int = 160
     host: HostId | None = None
     """Asks for a host; refused with by how much it lacks and where it would fit."""
+    project: ProjectId = DEFAULT_PROJECT
+    networks: tuple[PortRequest, ...] = ()
+    """One port each. None: one in the project's only network, or the only one with an uplink."""
 
 
 class JoinRequest(Value, frozen=True, kw_only=True):
@@ -125,6 +133,9 @@ class JoinAnswer(Value, frozen=True, kw_only=True):
 
 
 class Cloud(Protocol):
+    @property
+    def networks(self) -> Networks: ...
+
     async def status(self) -> Status: ...
 
     async def hosts(self) -> tuple[HostView, ...]: ...

@@ -35,6 +35,8 @@ from nahtlos.runtime.controllers.cloud import (
 )
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.controllers.look import Look, Looks
+from nahtlos.runtime.controllers.network_requests import checked_project, new_ports
+from nahtlos.runtime.controllers.network_service import NetworkService, let_go
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations
@@ -71,6 +73,7 @@ class CloudService:
         self._identity = identity
         self._releases = releases
         self._images = images
+        self.networks = NetworkService(self._looks, said=self._said)
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -190,6 +193,7 @@ class CloudService:
 
     async def create_server(self, request: ServerRequest) -> ServerView:
         name = ServerId(checked_name(request.name, "name"))
+        project = checked_project(request.project)
         size = requests.server_size(request)
         image = requests.chosen_image(request, await self._images.images())
         async with self._looks.changing() as tx:
@@ -198,16 +202,12 @@ class CloudService:
                 raise Conflict(f"a server '{name}' exists", field="name", remedy="choose another name")
             if request.host is not None:
                 requests.compute_host(state, request.host)
-            if not state.networks:
-                raise Conflict("the cloud has no network", field="network", remedy="add one to its settings")
-            network = state.networks[0]
             spec, volume = requests.server_of(
                 request,
                 size=size,
                 image=image,
                 machine=requests.machine_type((await intents.releases(tx)).values()),
-                network=network,
-                address=requests.free_address(network, *await intents.used_addresses(tx, network.id)),
+                ports=new_ports(state.topology(), name, project, request.networks),
                 volume_host=requests.volume_host(state, inventory),
             )
             requests.check_promise(state, size)
@@ -229,6 +229,7 @@ class CloudService:
             state, _ = await self._read(tx)
             requests.known_server(state, server)
             await intents.mark_server_removed(tx, server, self._store.clock())
+            await let_go(tx, state.topology(), server)
             state, inventory = await self._read(tx)
         self._said("server.deleted", server, f"{server} is to be deleted")
         return views.server_view(state, inventory, views.NOTHING, server)

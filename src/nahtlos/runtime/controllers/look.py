@@ -69,6 +69,14 @@ class Looks:
         finally:
             self._changes += 1
 
+    async def state(self, tx: AsyncConnection) -> State:
+        """As `tx` sees it."""
+        return await read(tx, self._reported.latest)
+
+    def wall(self) -> float:
+        """The store's clock, seconds."""
+        return self._store.clock()
+
     def _is_fresh(self) -> bool:
         return self._last_changes == self._version() and self._time() - self._last_at < FRESH_SECONDS
 
@@ -80,7 +88,7 @@ class Looks:
 
     async def _take(self) -> Look:
         async with self._store.reading() as tx:
-            state = await read(tx, self._reported.latest)
+            state = await self.state(tx)
         inventory = state.inventory(self._reported.connected)
         report = views.NOTHING
         if state.blueprint is not None:

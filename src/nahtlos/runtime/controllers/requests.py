@@ -8,22 +8,18 @@ from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import (
     HostId,
     ImageId,
-    PortId,
     ReleaseId,
     ServerId,
     VolumeId,
     checked_name,
 )
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import HostRole, Release, ServerSpec, Size, VolumeSpec
 from nahtlos.planner.place import room_for
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.state import State
 
-FIRST_ADDRESS = 10
-"""Addresses below are the network's own."""
-MAC_PREFIX = "52:54:00:4d"
 MAX_VCPUS = 64
 MIN_MEMORY_MIB = 32
 MAX_MEMORY_MIB = 1 << 20
@@ -176,36 +172,23 @@ def volume_host(state: State, inventory: Inventory) -> HostId:
     return min(candidates, key=lambda host: (served[host], host))
 
 
-def free_address(
-    network: NetworkSpec, used_ips: Collection[str], used_macs: Collection[str]
-) -> tuple[str, str]:
-    """The lowest free address of the network, and a MAC that says which it is."""
-    subnet = ipaddress.ip_network(network.cidr)
-    reserved = {network.gateway_ip, network.dhcp_ip, *used_ips}
-    for number in range(FIRST_ADDRESS, subnet.num_addresses - 1):
-        ip = str(subnet[number])
-        mac = f"{MAC_PREFIX}:{number >> 8 & 255:02x}:{number & 255:02x}"
-        if ip not in reserved and mac not in used_macs:
-            return ip, mac
-    raise Conflict(f"network {network.id} has no free address", field="network", remedy="delete servers")
-
-
 def server_of(
     request: ServerRequest,
     *,
     size: Size,
     image: ImageId,
     machine: str,
-    network: NetworkSpec,
-    address: tuple[str, str],
+    ports: tuple[PortSpec, ...],
     volume_host: HostId,
 ) -> tuple[ServerSpec, VolumeSpec]:
     name = ServerId(checked_name(request.name, "name"))
     volume = VolumeSpec(
         id=VolumeId(f"{name}-disk"), size_mib=request.volume_mib, image=image, host=volume_host
     )
-    port = PortSpec(id=PortId(f"{name}-eth0"), network=network.id, ip=address[0], mac=address[1])
-    return ServerSpec(id=name, size=size, volume=volume.id, ports=(port,), machine=machine), volume
+    server = ServerSpec(
+        id=name, project=request.project, size=size, volume=volume.id, ports=ports, machine=machine
+    )
+    return server, volume
 
 
 def check_promise(state: State, size: Size) -> None:

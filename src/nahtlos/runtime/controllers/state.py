@@ -19,8 +19,9 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Size, VolumeSpec
+from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.world import World
-from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, operations
+from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
 
@@ -31,7 +32,8 @@ class State:
     servers: dict[ServerId, ServerRow]
     volumes: dict[VolumeId, VolumeRow]
     networks: tuple[NetworkSpec, ...]
-    uplinks: dict[str, str]
+    functions: Topology
+    """What is wanted of the network besides networks and ports."""
     promised: Size
     parallel_moves: int
     release: ReleaseId | None
@@ -90,6 +92,17 @@ class State:
             error=error,
         )
 
+    def topology(self) -> Topology:
+        """The virtual network whole; with ports of servers that are being deleted, which still have their
+        addresses."""
+        ports = [(port, name) for name, row in self.servers.items() for port in row.spec.ports]
+        return msgspec.structs.replace(
+            self.functions,
+            networks={network.id: network for network in self.networks},
+            ports={port.id: port for port, _ in ports},
+            servers={port.id: name for port, name in ports},
+        )
+
     def removed_volumes(self) -> tuple[VolumeSpec, ...]:
         return tuple(row.spec for row in self.volumes.values() if row.removed)
 
@@ -99,7 +112,7 @@ class State:
             inventory=self.inventory(connected),
             blueprint=blueprint,
             configs=self.configs,
-            uplinks=self.uplinks,
+            topology=self.topology(),
             removed_volumes=self.removed_volumes(),
             ended=self.ended,
             refused=frozenset(self.refusals),
@@ -119,8 +132,8 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         hosts=await intent.hosts(tx),
         servers=await intent.servers(tx),
         volumes=await intent.volumes(tx),
-        networks=await intent.networks(tx),
-        uplinks=await intent.uplinks(tx),
+        networks=await networking.networks(tx),
+        functions=await networking.functions(tx),
         promised=await intent.promised(tx),
         parallel_moves=await intent.setting(tx, intent.PARALLEL_MOVES, 1),
         release=await default_release(tx),

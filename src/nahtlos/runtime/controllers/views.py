@@ -75,6 +75,8 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         moving_to=move.destination if move else None,
         waits_for=_waits_for(report, server, removed=row.removed_at is not None),
         created_at=row.created_at,
+        project=row.spec.project,
+        ports=tuple(port.id for port in row.spec.ports),
     )
 
 

@@ -12,7 +12,7 @@ from nahtlos.model.config import HostConfig
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.values import Value
-from nahtlos.runtime.executor.configs import next_config, port_configs, server_config
+from nahtlos.runtime.executor.configs import next_config, server_config
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder
 
@@ -79,7 +79,7 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
     return MoveOrder(
         id=move.id,
         server=server,
-        ports=port_configs(world, move.server, move.source),
+        ports=world.port_configs(move.server, move.source),
         source=move.source,
         destination=move.destination,
         source_address=source.address,

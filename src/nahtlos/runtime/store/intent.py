@@ -1,4 +1,5 @@
-"""What people want: hosts, servers, volumes, networks, settings. Written by requests, read by the planner.
+"""What people want: hosts, servers, volumes, settings. Written by requests, read by the planner. Networks
+are beside it, in `networking`.
 
 Uniqueness (names, addresses, one use of a token) is enforced by the tables, in the transaction that needs
 it. Removal is in steps that other modules confirm: a server's row stays (`removed_at`) until no host runs
@@ -14,10 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole, HostSpec, Release, ServerSpec, Size, VolumeSpec
-from nahtlos.runtime.store import schema
-from nahtlos.runtime.store.documents import T, text_of, value_of
+from nahtlos.runtime.store import networking, schema
+from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.settings import set_setting as set_setting
+from nahtlos.runtime.store.settings import setting as setting
+from nahtlos.runtime.store.settings import setting_of as setting_of
 
 # --- settings ----------------------------------------------------------------------------------------
 
@@ -25,29 +28,6 @@ PROMISED = "promised"
 DEFAULT_RELEASE = "default_release"
 PARALLEL_MOVES = "parallel_moves"
 MACHINE = "machine"
-UPLINKS = "uplinks"
-
-
-async def setting(tx: AsyncConnection, name: str, default: T) -> T:
-    """The setting, of the type of `default`."""
-    return await setting_of(tx, name, type(default)) or default
-
-
-async def setting_of(tx: AsyncConnection, name: str, kind: type[T]) -> T | None:
-    query = select(schema.settings.c.document).where(schema.settings.c.name == name)
-    text = (await tx.execute(query)).scalar_one_or_none()
-    return None if text is None else value_of(text, kind)
-
-
-async def set_setting(tx: AsyncConnection, name: str, value: object) -> None:
-    document = text_of(value)
-    statement = upsert(schema.settings).values(name=name, document=document)
-    await tx.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"document": document}))
-
-
-async def uplinks(tx: AsyncConnection) -> dict[str, str]:
-    """Interface of the way out of each network, at its gateway host."""
-    return await setting_of(tx, UPLINKS, dict[str, str]) or {}
 
 
 # --- hosts -------------------------------------------------------------------------------------------
@@ -124,20 +104,6 @@ async def put_release(tx: AsyncConnection, release: Release, now: float) -> None
     await tx.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"document": document}))
 
 
-# --- networks ----------------------------------------------------------------------------------------
-
-
-async def networks(tx: AsyncConnection) -> tuple[NetworkSpec, ...]:
-    rows = await tx.execute(select(schema.networks).order_by(schema.networks.c.id))
-    return tuple(value_of(row.document, NetworkSpec) for row in rows)
-
-
-async def put_network(tx: AsyncConnection, spec: NetworkSpec) -> None:
-    document = text_of(spec)
-    statement = upsert(schema.networks).values(id=spec.id, document=document)
-    await tx.execute(statement.on_conflict_do_update(index_elements=["id"], set_={"document": document}))
-
-
 # --- servers and volumes -----------------------------------------------------------------------------
 
 
@@ -193,15 +159,7 @@ async def add_server(
             move_requested=False,
         )
     )
-    for port in spec.ports:
-        values = {"id": port.id, "server": spec.id, "network": port.network, "ip": port.ip, "mac": port.mac}
-        await tx.execute(insert(schema.ports).values(values))
-
-
-async def used_addresses(tx: AsyncConnection, network: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Addresses (of this network) and MACs (of all) that are taken."""
-    rows = (await tx.execute(select(schema.ports.c.network, schema.ports.c.ip, schema.ports.c.mac))).all()
-    return frozenset(r.ip for r in rows if r.network == network), frozenset(r.mac for r in rows)
+    await networking.add_ports(tx, spec.id, spec.ports)
 
 
 async def mark_server_removed(tx: AsyncConnection, server: ServerId, now: float) -> None:
@@ -220,7 +178,7 @@ async def forget_server(tx: AsyncConnection, server: ServerId) -> None:
     if row is None:
         raise NotFound(f"no server '{server}'", field="server")
     await tx.execute(update(schema.volumes).where(schema.volumes.c.id == row.volume).values(removed=True))
-    await tx.execute(delete(schema.ports).where(schema.ports.c.server == server))
+    await networking.forget_ports(tx, server)
     await tx.execute(delete(schema.servers).where(schema.servers.c.id == server))
 
 

@@ -98,6 +98,56 @@ ports = Table(
     UniqueConstraint("mac"),
 )
 
+subnets = Table(
+    "subnets",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("network", String, ForeignKey("networks.id"), nullable=False),
+    Column("document", Text, nullable=False),
+)
+"""Those beyond a network's first one, which is in the network's document."""
+
+security_groups = Table(
+    "security_groups",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("document", Text, nullable=False),
+)
+
+routers = Table(
+    "routers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("document", Text, nullable=False),
+)
+
+floating_ips = Table(
+    "floating_ips",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("document", Text, nullable=False),
+)
+
+load_balancers = Table(
+    "load_balancers",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("network", String, ForeignKey("networks.id"), nullable=False),
+    Column("document", Text, nullable=False),
+)
+
+claims = Table(
+    "claims",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("scope", String, primary_key=True),
+    Column("value", String, primary_key=True),
+    Column("holder", String, nullable=False),
+    Index("ix_claims_holder", "holder"),
+)
+"""What only one may have: a number or a name in the cloud, an address in a network, one outside, a subnet's
+gateway. A port's first address and its MAC are unique in `ports`."""
+
 campaigns = Table(
     "campaigns",
     metadata,

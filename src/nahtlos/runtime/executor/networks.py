@@ -1,0 +1,80 @@
+"""What of the virtual network one host is told. Pure, and in an order that depends on nothing but names."""
+
+from collections.abc import Iterable
+
+from nahtlos.model.config import (
+    LoadBalancerConfig,
+    NetworkConfig,
+    RouterConfig,
+    Uplink,
+)
+from nahtlos.model.ids import HostId, SecurityGroupId
+from nahtlos.model.networking import FloatingIpSpec, RouterSpec, SecurityGroupSpec
+from nahtlos.runtime.executor.world import World, touches
+
+
+def network_configs(world: World, host: HostId) -> tuple[NetworkConfig, ...]:
+    spec = world.policy.hosts[host]
+    return tuple(config for config in world.networks if world.takes_part(spec, config.spec))
+
+
+def uplinks(world: World, host: HostId) -> tuple[Uplink, ...]:
+    known = world.topology.uplinks
+    return tuple(
+        Uplink(network=spec.id, interface=known[spec.id])
+        for spec in sorted(world.policy.networks, key=lambda network: network.id)
+        if spec.gateway_host == host and spec.id in known
+    )
+
+
+# --- groups, routers, load balancers -----------------------------------------------------------------
+
+
+def security_groups(world: World, networks: Iterable[NetworkConfig]) -> tuple[SecurityGroupSpec, ...]:
+    """Those that ports of `networks` are in, and those that their rules name."""
+    known = world.topology.groups
+    used = {group for n in networks for port in n.ports for group in port.security_groups if group in known}
+    named: set[SecurityGroupId] = {
+        rule.remote_group
+        for group in used
+        for rule in known[group].rules
+        if rule.remote_group is not None and rule.remote_group in known
+    }
+    return tuple(known[group] for group in sorted(used | named))
+
+
+def routers(world: World, host: HostId, networks: Iterable[NetworkConfig]) -> tuple[RouterConfig, ...]:
+    """Those that route between `networks`. What only the host with the way out needs is told to it alone."""
+    here = {network.spec.id for network in networks}
+    found: list[RouterConfig] = []
+    for _, spec in sorted(world.topology.routers.items()):
+        gateway = spec.gateway
+        at = world.policy.hosts.get(gateway.host) if gateway else None
+        mine = at is not None and at.id == host
+        if mine or any(touches(spec, network) for network in here):
+            found.append(
+                RouterConfig(
+                    spec=spec,
+                    gateway_vtep=at.address if at else "",
+                    interface=world.topology.external_interface(host) if mine else "",
+                    floating_ips=_floating_ips(world, spec) if mine else (),
+                )
+            )
+    return tuple(found)
+
+
+def _floating_ips(world: World, router: RouterSpec) -> tuple[FloatingIpSpec, ...]:
+    """That lead to a port that is there: a server may have been deleted by who knows no floating IPs."""
+    ports = {port.id for spec in world.policy.servers.values() for port in spec.ports}
+    known = sorted(world.topology.floating_ips.items())
+    return tuple(f for _, f in known if f.router == router.id and f.port in ports)
+
+
+def load_balancers(world: World, networks: Iterable[NetworkConfig]) -> tuple[LoadBalancerConfig, ...]:
+    here = {network.spec.id for network in networks}
+    hosts = world.policy.hosts
+    return tuple(
+        LoadBalancerConfig(spec=spec, vtep=hosts[spec.host].address)
+        for _, spec in sorted(world.topology.balancers.items())
+        if spec.network in here and spec.host in hosts
+    )
