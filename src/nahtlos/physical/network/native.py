@@ -1,7 +1,7 @@
 """The native driver: one bridge and one VXLAN device per network and host, every entry programmed.
 
-Owns devices whose alias begins with `nahtlos/`, the nft tables of that name, the units `dnsmasq.*` and the
-stored descriptors `tap.*` of its host. Touches nothing else. Runs inside the host's namespace.
+Owns devices whose alias begins with `nahtlos/`, the nft tables of that name and the stored descriptors
+`tap.*` of its host; what its parts own they say. Touches nothing else. Runs inside the host's namespace.
 
 How frames find a port: learning is off everywhere, so the one forwarding entry for its MAC decides.
 
@@ -16,7 +16,7 @@ kernel or in the supervisor's store, so an agent that was started a moment ago c
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -24,13 +24,14 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import doctor, kernel, links, nft, plan
+from nahtlos.physical.network import addressing, doctor, kernel, links, nft, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.services import Services
 from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
 from nahtlos.physical.network.tracking import ConnectionTracking
@@ -57,8 +58,10 @@ class NativeNetwork:
         self._bulk: Netlink | None = None
         self._capabilities: NetworkCapabilities | None = None
         shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
+        self._underlay = settings.underlay_interface
+        services = Services(settings, supervisor)
         self._tracking = ConnectionTracking(settings.run_dir)
-        self._parts: tuple[Part, ...] = (shaping, self._tracking)
+        self._parts: tuple[Part, ...] = (shaping, self._tracking, services)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
@@ -153,7 +156,15 @@ class NativeNetwork:
         words += self._baseline.take_notes()
         self._baseline.save()
         _check_uplinks(config, found)
+        self._check_addressing(config.networks, found.links)
         return tuple(words)
+
+    def _check_addressing(
+        self, networks: Iterable[NetworkConfig], devices: Mapping[str, links.LinkInfo]
+    ) -> None:
+        underlay = devices.get(self._underlay)
+        for network in networks:
+            addressing.check(network.spec, underlay.mtu if underlay else 0)
 
     def _local_ports(self, config: HostConfig) -> dict[PortId, LocalPort]:
         """Ports of `config` that have a tap here now."""
@@ -245,6 +256,7 @@ class NativeNetwork:
     # --- verbs ---------------------------------------------------------------------------------------
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
+        self._check_addressing([network], links.read_links(self._shared.fast()))
         await self._endpoints.create(port, network, deliver=deliver)
 
     async def port_delete(self, port: PortId) -> None:
