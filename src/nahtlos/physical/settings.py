@@ -7,6 +7,9 @@ import msgspec
 from nahtlos.model.ids import HostId
 from nahtlos.model.nouns import HostRole, Size
 
+MIGRATION_PORTS = (49152, 49215)
+"""First and last TCP port at which streams of servers are received, on the underlay address."""
+
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: HostId

@@ -11,6 +11,8 @@ Never decides who owns a server: whoever calls `resume` has made sure that no ot
 """
 
 import asyncio
+import errno
+import random
 import socket
 import time
 from contextlib import suppress
@@ -37,7 +39,7 @@ from nahtlos.physical.hypervisor.commandline import (
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
 from nahtlos.physical.ports import MigrationProgress, Supervisor, Unit, UnitStatus, VmmId, VmmStatus
-from nahtlos.physical.settings import AgentSettings
+from nahtlos.physical.settings import MIGRATION_PORTS, AgentSettings
 
 MONITOR_WITHIN = 30.0
 OBSERVE_WITHIN = 4.0
@@ -302,14 +304,22 @@ def _bracketed(address: str) -> str:
 
 
 def _free_port(address: str) -> int:
-    """A port that was free a moment ago: not every version reports which one it took for port 0."""
+    """A port of the range for streams that was free a moment ago; not the same one for all who ask at the
+    same time."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError as error:
-            raise Refused(
-                f"{address} is no address of this host: {error.strerror}", field="address"
-            ) from error
-        port: int = probe.getsockname()[1]
-        return port
+    first, last = MIGRATION_PORTS
+    for port in random.sample(range(first, last + 1), last + 1 - first):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as QEMU does: streams that ended
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise Refused(
+                    f"{address} is no address of this host: {error.strerror}", field="address"
+                ) from error
+            return port
+    raise Unavailable(
+        f"every port from {first} to {last} on {address} is in use", remedy="wait for other moves to end"
+    )

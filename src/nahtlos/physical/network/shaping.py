@@ -196,9 +196,9 @@ def _plan_root(todo: Todo, wanted: tc.Bucket | None, index: int, root: tc.Qdisc 
 
 
 def _lift(todo: Todo, index: int, root: tc.Qdisc | None, what: str) -> None:
-    if root is not None and root.ours and root.bucket is not None:
+    if root is not None and root.ours and root.bucket is not None and root.bucket.rate != UNLIMITED:
         todo.lifts.append(tc.change_bucket(index, lifted(root.bucket), what))
-        todo.emptying.append(index)
+    todo.emptying.append(index)
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -366,8 +366,11 @@ class Shaping(Part):
             sock.change(todo.lifts)
             self._applied.limits[port] = "lifted"
 
-    def holding(self, tap: str) -> bool:
-        return tc.waiting(self._fast(), [i for i in map(_index, (tap, shaper_name(tap))) if i]) > 0
+    async def move_settled(self, port: LocalPort, role: MoveRole) -> None:
+        """What the server had sent before it was stopped goes before the device that holds it."""
+        shaper = _index(shaper_name(port.tap)) if role is MoveRole.SOURCE else 0
+        if shaper:
+            await _emptied(self._fast(), [shaper])
 
     # --- acting ---
 
