@@ -34,6 +34,7 @@ from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.network.services import Services
 from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
+from nahtlos.physical.network.shares import Shares
 from nahtlos.physical.network.tracking import ConnectionTracking
 from nahtlos.physical.ports import (
     MoveRole,
@@ -61,7 +62,8 @@ class NativeNetwork:
         self._underlay = settings.underlay_interface
         services = Services(settings, supervisor)
         self._tracking = ConnectionTracking(settings.run_dir)
-        self._parts: tuple[Part, ...] = (shaping, self._tracking, services)
+        shares = Shares(settings, settings.run_dir / "shares.json", self._bulk_socket)
+        self._parts: tuple[Part, ...] = (shaping, shares, self._tracking, services)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
