@@ -5,28 +5,50 @@ alone.
 """
 
 import asyncio
+import itertools
+
+import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
-from nahtlos.model.errors import NotFound
+from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import PortId
 from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
 from nahtlos.physical.sim.driver import SimDriver
+from nahtlos.physical.sim.faults import Life
 from nahtlos.physical.sim.paths import TO_TUNNEL, Frame, Tap
+from nahtlos.physical.sim.world import SimHost, World
 
 POLL_SECONDS = 0.0005
 EMPTY_POLLS = 3
 SACRIFICE_SECONDS = 0.3
+_begins = itertools.count(1)
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What a simulated firewall remembers of a port, on its way."""
+
+    began: int
+    number: int
+    whole: bool
+    opened: tuple[int, ...]
+    closed: tuple[int, ...] = ()
 
 
 class SimNetwork(SimDriver):
     name = "network"
 
+    def __init__(self, world: World, host: SimHost, life: Life) -> None:
+        super().__init__(world, host, life)
+        self._sent: dict[PortId, tuple[int, int]] = {}
+        """By port that leaves: when this agent began to note changes, and how often it sent some."""
+        self._loaded: dict[PortId, tuple[int, int]] = {}
+
     async def capabilities(self) -> NetworkCapabilities:
         async with self.verb("capabilities"):
             return NetworkCapabilities(
                 lossless_move=True,
-                ct_transfer=False,
-                strict_stateful=False,
+                ct_transfer=True,
+                strict_stateful=True,
                 shaper=False,
                 details={"driver": "simulated"},
             )
@@ -82,6 +104,8 @@ class SimNetwork(SimDriver):
         async with self.verb("port_create", port.id):
             known = port.id in self.host.board.taps
             self.world.add_tap(self.host, port)
+            if port.security_groups:
+                self.world.paths.guarded.add(port.mac)
             if deliver:
                 self.world.paths.lead(self.host.id, port.mac, port.id)
             elif not known and self.host.board.entries.get(port.mac) == port.id:
@@ -89,7 +113,15 @@ class SimNetwork(SimDriver):
 
     async def port_delete(self, port: PortId) -> None:
         async with self.verb("port_delete", port):
-            self.world.remove_tap(self.host, port)
+            self._remove(port)
+
+    def _remove(self, port: PortId) -> None:
+        tap = self.host.board.taps.get(port)
+        self.world.remove_tap(self.host, port)
+        self._sent.pop(port, None)
+        self._loaded.pop(port, None)
+        if tap is not None:
+            self.world.paths.forget(self.host.id, tap.mac)
 
     # --- moves ---
 
@@ -119,6 +151,8 @@ class SimNetwork(SimDriver):
             paths, host, tap = self.world.paths, self.host.id, self.host.board.taps.get(port.id)
             if role is MoveRole.SOURCE:
                 paths.lead(host, port.mac, self._tap(port.id).port)
+                self.host.board.noted.pop(port.mac, None)
+                self._sent.pop(port.id, None)
                 return 0
             if tap is None:
                 return 0
@@ -127,18 +161,56 @@ class SimNetwork(SimDriver):
             return returned + paths.reinject(tap)
 
     async def move_state_begin(self, port: PortId) -> bytes:
-        return b""
+        mac = self._guarded(port)
+        if mac is None:
+            return b""
+        async with self.verb("move_state_begin", port):
+            return self._whole(port, mac)
+
+    def _whole(self, port: PortId, mac: str) -> bytes:
+        began = next(_begins)
+        self._sent[port] = (began, 1)
+        known = self.world.paths.note_changes(self.host.id, mac)
+        return msgspec.json.encode(_State(began, 1, whole=True, opened=tuple(sorted(known))))
 
     async def move_state_changes(self, port: PortId) -> bytes:
-        return b""
+        mac = self._guarded(port)
+        if mac is None:
+            return b""
+        async with self.verb("move_state_changes", port):
+            if port not in self._sent or mac not in self.host.board.noted:
+                return self._whole(port, mac)
+            noted = self.world.paths.noted_changes(self.host.id, mac)
+            if not noted.opened and not noted.closed:
+                return b""
+            began, number = self._sent[port]
+            self._sent[port] = (began, number + 1)
+            opened, closed = tuple(sorted(noted.opened)), tuple(sorted(noted.closed))
+            return msgspec.json.encode(_State(began, number + 1, False, opened, closed))
 
-    async def move_state_load(self, port: PortId, state: bytes) -> None:
-        pass
+    async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
+        async with self.verb("move_state_load", port):
+            told = msgspec.json.decode(state, type=_State)
+            began, number = self._loaded.get(port, (0, 0))
+            if began == told.began and told.number <= number:
+                return ()
+            if began == told.began and told.number > number + 1 and not told.whole:
+                raise Refused(f"changes to {port} before number {told.number} are missing", field="state")
+            mac = self._tap(port).mac
+            self.world.paths.carried(self.host.id, mac, told.opened, told.closed, whole=told.whole)
+            self._loaded[port] = (told.began, told.number)
+            return ()
+
+    def _guarded(self, port: PortId) -> str | None:
+        """Its MAC, if a firewall remembers anything of it."""
+        tap = self.host.board.taps.get(port)
+        return tap.mac if tap is not None and tap.mac in self.world.paths.guarded else None
 
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         async with self.verb("move_settle", f"{port.id} {role}"):
+            self._loaded.pop(port.id, None)
             if role is MoveRole.SOURCE:
-                self.world.remove_tap(self.host, port.id)
+                self._remove(port.id)
 
     async def _emptied(self, tap: Tap, timeout: float, *, polls: int) -> bool:
         """True once the ring was seen empty `polls` times in a row."""

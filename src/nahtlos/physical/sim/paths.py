@@ -9,7 +9,13 @@ something on its path changes, as if each frame had been sent in its time. In ad
 preceded by one frame from every host that knows the port, sent in the last instant of the old state: a
 state in which a frame would be lost is found in every run, not only in unlucky ones.
 
-    frame -> FDB of the sender's host -> tunnel -> [gate] -> FDB there -> tap -> ring -> guest
+    frame -> FDB of the sender's host -> tunnel -> [gate] -> FDB there -> firewall -> tap -> ring -> guest
+
+Before the tap of a port with security groups stands a firewall that is strict: a connection's first frame is
+let in and remembered where it passes; what comes later is let in only where that is remembered. Every change
+is therefore accompanied by a new connection, and by a frame of each that is still young, beside the one that
+lasts. What cannot be had is told apart: a connection that was opened in the moment in which its server
+leaves is known at the old host only until the server stops (`turned_away`).
 """
 
 from collections import deque
@@ -24,6 +30,9 @@ INTERVAL = 0.01
 RING = 10_000
 """Frames a tap's ring holds (txqueuelen)."""
 MAX_HOPS = 8
+YOUNG = 4
+"""Connections that were opened by the last changes and still send."""
+LEFT_BEHIND = "opened while its server left, and never carried after it"
 
 
 class Attached(Protocol):
@@ -39,6 +48,26 @@ class Attached(Protocol):
 
 
 @dataclass(eq=False)
+class Connection:
+    number: int
+    origin: HostId
+    accepted: bool = False
+    """Some firewall has let its first frame in."""
+    noted: bool = False
+    """It was opened while changes were noted for a move..."""
+    handed: bool = False
+    """... and was given out to be carried."""
+
+
+@dataclass(eq=False)
+class Noted:
+    """What a firewall has learned about a port since it was last asked (`move_state_changes`)."""
+
+    opened: set[int] = field(default_factory=set[int])
+    closed: set[int] = field(default_factory=set[int])
+
+
+@dataclass(eq=False)
 class Flow:
     """Numbered frames from one place to one port."""
 
@@ -47,12 +76,17 @@ class Flow:
     steady: bool
     """Sent all the time, not only around changes."""
     next_at: float
+    connection: Connection
+    """The one that lasts."""
     sent: int = 0
     delivered: int = 0
     reordered: int = 0
     lost: dict[str, int] = field(default_factory=dict[str, int])
     """By reason."""
     lost_first: tuple[float, str] | None = None
+    turned_away: int = 0
+    """Frames of connections that the new host could not know yet, while nothing ran there. Not lost by a
+    mistake: their senders send them again."""
     last_seq: int = 0
     last_at: float = 0.0
     longest_gap: float = 0.0
@@ -79,6 +113,9 @@ class Frame:
     seq: int
     at: float
     """When it came to the tap."""
+    connection: Connection | None = None
+    opens: bool = False
+    """The first of its connection."""
 
     def lose(self, why: str, at: float) -> None:
         if self.flow:
@@ -148,6 +185,7 @@ class Tap:
 
 
 TO_TUNNEL = "tunnel"
+TURNED_AWAY = "turned away"
 
 
 @dataclass(eq=False)
@@ -163,6 +201,25 @@ class Switchboard:
     gates: set[str] = field(default_factory=set[str])
     """MACs whose frames may come in by the tunnel and leave by it again."""
     taps: dict[PortId, Tap] = field(default_factory=dict[PortId, Tap])
+    remembered: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
+    """By MAC: connections the firewall here lets in."""
+    noted: dict[str, Noted] = field(default_factory=dict[str, Noted])
+    """By MAC, of ports that are leaving."""
+
+    def remember(self, mac: str, connection: Connection) -> None:
+        known = self.remembered.setdefault(mac, set())
+        if connection.number not in known:
+            known.add(connection.number)
+            if mac in self.noted:
+                self.noted[mac].opened.add(connection.number)
+                connection.noted = True
+
+    def close(self, mac: str, number: int) -> None:
+        if number in self.remembered.get(mac, ()):
+            self.remembered[mac].discard(number)
+            if mac in self.noted:
+                self.noted[mac].opened.discard(number)
+                self.noted[mac].closed.add(number)
 
 
 class Paths:
@@ -172,6 +229,10 @@ class Paths:
         self._by_address: dict[str, Switchboard] = {}
         self.flows: dict[tuple[str, HostId], Flow] = {}
         self._steady: dict[str, Flow] = {}
+        self.guarded: set[str] = set()
+        """MACs of ports with security groups."""
+        self.connections: list[Connection] = []
+        self._young: dict[str, deque[Connection]] = {}
 
     def add(self, board: Switchboard) -> None:
         self.boards[board.host] = board
@@ -180,7 +241,8 @@ class Paths:
     def open_flow(self, mac: str, origin: HostId) -> None:
         """The server answers: from now on frames for it are sent from `origin`, and all are counted."""
         if mac not in self._steady:
-            flow = Flow(mac=mac, origin=origin, steady=True, next_at=self._now())
+            connection = self._connection(origin)
+            flow = Flow(mac=mac, origin=origin, steady=True, next_at=self._now(), connection=connection)
             self._steady[mac] = flow
             self.flows[mac, origin] = flow
 
@@ -201,11 +263,30 @@ class Paths:
         if probe:
             for board in self.boards.values():
                 if mac in board.entries:
-                    self._send(self._flow(mac, board.host), now)
+                    probing = self._flow(mac, board.host)
+                    self._send(probing, probing.connection, now)
+            if mac in self.guarded:
+                self._exercise(flow, now)
         for board in self.boards.values():
             for tap in board.taps.values():
                 if tap.mac == mac:
                     tap.drain(now)
+
+    def _exercise(self, flow: Flow, now: float) -> None:
+        """Young connections go on, one is opened, the oldest ends."""
+        young = self._young.setdefault(flow.mac, deque())
+        young.append(self._connection(flow.origin))
+        for connection in young:
+            self._send(flow, connection, now)
+        if len(young) > YOUNG:
+            oldest = young.popleft()
+            place, passed = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+            for host in (*passed, *([place.host] if isinstance(place, Tap) else [])):
+                self.boards[host].close(flow.mac, oldest.number)
+
+    def _connection(self, origin: HostId) -> Connection:
+        self.connections.append(Connection(len(self.connections), origin))
+        return self.connections[-1]
 
     def touch_all(self) -> None:
         for mac in tuple(self._steady):
@@ -257,8 +338,9 @@ class Paths:
         board = self.boards[tap.host]
         target = self._by_address.get(board.tunnels.get(tap.mac, ""))
         for frame in frames:
-            if frame.flow:
-                self._place(frame.flow, frame.seq, now, self._route(target, tap.mac, tunnelled=True))
+            if frame.flow and frame.connection:
+                route = self._route(target, tap.mac, tunnelled=True)
+                self._place(frame.flow, frame.seq, now, frame.connection, route, opens=frame.opens)
         return len(frames)
 
     def power(self, host: HostId, *, on: bool) -> None:
@@ -273,14 +355,58 @@ class Paths:
             board.entries.clear()
             board.tunnels.clear()
             board.gates.clear()
+            board.remembered.clear()
+            board.noted.clear()
         board.up = on
+
+    # --- what firewalls remember ---
+
+    def note_changes(self, host: HostId, mac: str) -> set[int]:
+        """All that is remembered now; from here on, changes are noted."""
+        board = self.boards[host]
+        board.noted[mac] = Noted()
+        known = set(board.remembered.get(mac, ()))
+        self._hand_over(known)
+        return known
+
+    def noted_changes(self, host: HostId, mac: str) -> Noted:
+        """Since the last call, or since `note_changes`."""
+        board = self.boards[host]
+        noted = board.noted[mac]
+        board.noted[mac] = Noted()
+        self._hand_over(noted.opened)
+        return noted
+
+    def _hand_over(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.connections[number].handed = True
+
+    def carried(
+        self, host: HostId, mac: str, opened: Iterable[int], closed: Iterable[int], *, whole: bool
+    ) -> None:
+        """A host takes up what another's firewall remembers."""
+        self.touch(mac)
+        if whole:
+            self.forget(host, mac)
+        known = self.boards[host].remembered.setdefault(mac, set())
+        known.difference_update(closed)
+        known.update(opened)
+
+    def forget(self, host: HostId, mac: str) -> None:
+        """The port is not here (any more). Connections with somebody here are remembered for their sake."""
+        board = self.boards[host]
+        board.noted.pop(mac, None)
+        known = board.remembered.get(mac, set())
+        board.remembered[mac] = {n for n in known if self.connections[n].origin == host}
 
     # --- frames ---
 
     def _flow(self, mac: str, origin: HostId) -> Flow:
         flow = self.flows.get((mac, origin))
         if flow is None:
-            flow = self.flows[mac, origin] = Flow(mac=mac, origin=origin, steady=False, next_at=0.0)
+            connection = self._connection(origin)
+            flow = Flow(mac=mac, origin=origin, steady=False, next_at=0.0, connection=connection)
+            self.flows[mac, origin] = flow
         return flow
 
     def _catch_up(self, flow: Flow, now: float) -> None:
@@ -288,18 +414,21 @@ class Paths:
         count = int((now - flow.next_at) / INTERVAL) + 1 if now >= flow.next_at else 0
         if count <= 0:
             return
-        place = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
-        if isinstance(place, Tap):
-            count = self._deliver_old(flow, place, count, now)
+        place, passed = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+        known = flow.connection.accepted
+        admitted = self._admitted(flow.mac, flow.connection, place, passed, opens=not known)
+        if isinstance(admitted, Tap):
+            count = self._deliver_old(flow, admitted, count, now)
         elif count > 1:
-            flow.lose(place, flow.next_at, count - 1)
+            self._fail(flow, admitted, flow.next_at, count - 1)
             self._skip(flow, count - 1)
             count = 1
         for _ in range(count):
             at = flow.next_at
             flow.next_at += INTERVAL
             flow.sent += 1
-            self._place(flow, flow.sent, at, place)
+            self._place(flow, flow.sent, at, flow.connection, (place, passed), opens=not known)
+            known = flow.connection.accepted
 
     def _deliver_old(self, flow: Flow, tap: Tap, count: int, now: float) -> int:
         """Frames a running guest has long fetched, in one go; returns how many are left to look at."""
@@ -319,35 +448,80 @@ class Paths:
         flow.sent += count
         flow.next_at += count * INTERVAL
 
-    def _send(self, flow: Flow, now: float) -> None:
+    def _send(self, flow: Flow, connection: Connection, now: float) -> None:
         flow.sent += 1
-        place = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
-        self._place(flow, flow.sent, now, place)
+        route = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+        self._place(flow, flow.sent, now, connection, route, opens=not connection.accepted)
 
-    def _place(self, flow: Flow, seq: int, at: float, place: "Tap | str") -> None:
+    def _place(
+        self,
+        flow: Flow,
+        seq: int,
+        at: float,
+        connection: Connection,
+        route: "tuple[Tap | str, tuple[HostId, ...]]",
+        *,
+        opens: bool,
+    ) -> None:
+        place = self._admitted(flow.mac, connection, *route, opens=opens)
         if isinstance(place, Tap):
-            place.put(Frame(flow, seq, at))
+            place.put(Frame(flow, seq, at, connection, opens))
         else:
-            flow.lose(place, at)
+            self._fail(flow, place, at)
 
-    def _route(self, start: Switchboard | None, mac: str, *, tunnelled: bool) -> "Tap | str":
-        """The tap a frame comes to, or why it comes nowhere."""
-        board = start
+    def _admitted(
+        self,
+        mac: str,
+        connection: Connection,
+        place: "Tap | str",
+        passed: tuple[HostId, ...],
+        *,
+        opens: bool,
+    ) -> "Tap | str":
+        """The firewall's word. TURNED_AWAY, or why a frame is lost."""
+        if not isinstance(place, Tap) or mac not in self.guarded:
+            return place
+        board = self.boards[place.host]
+        if opens:
+            connection.accepted = True
+            for host in (*passed, place.host):
+                self.boards[host].remember(mac, connection)
+        if connection.number in board.remembered.get(mac, ()):
+            return place
+        if connection.noted and not connection.handed:
+            runs = place.vmm is not None and place.vmm.running
+            return LEFT_BEHIND if runs else TURNED_AWAY
+        return f"not remembered by the firewall of {place.host}"
+
+    def _fail(self, flow: Flow, why: str, at: float, count: int = 1) -> None:
+        if why == TURNED_AWAY:
+            flow.turned_away += count
+        else:
+            flow.lose(why, at, count)
+
+    def _route(
+        self, start: Switchboard | None, mac: str, *, tunnelled: bool
+    ) -> "tuple[Tap | str, tuple[HostId, ...]]":
+        """The tap a frame comes to, or why it comes nowhere; and hosts with a tap of this port that pass it
+        on: their firewall sees it as well."""
+        board, passed = start, ()
         for _ in range(MAX_HOPS):
             if board is None:
-                return "tunnel to an address nobody has"
+                return "tunnel to an address nobody has", passed
             if not board.up:
-                return f"{board.host} has no power"
+                return f"{board.host} has no power", passed
             entry = board.entries.get(mac)
             if entry is None:
-                return f"no entry at {board.host}"
+                return f"no entry at {board.host}", passed
             if entry != TO_TUNNEL:
-                return board.taps.get(PortId(entry)) or f"no tap at {board.host}"
+                return board.taps.get(PortId(entry)) or f"no tap at {board.host}", passed
             if tunnelled and mac not in board.gates:
-                return f"came to {board.host} by the tunnel and may not leave by it"
+                return f"came to {board.host} by the tunnel and may not leave by it", passed
+            if any(tap.mac == mac for tap in board.taps.values()):
+                passed = (*passed, board.host)
             board = self._by_address.get(board.tunnels.get(mac, ""))
             tunnelled = True
-        return "went round in a circle"
+        return "went round in a circle", passed
 
 
 def lost(flows: Iterable[Flow]) -> int:
