@@ -55,6 +55,8 @@ class Run:
     lasting: float = 0.0
     """Seconds for which the verb at `at` keeps failing once it was struck."""
     seed: int = 1
+    guarded: bool = False
+    """The server has security groups: what their firewall remembers must come along."""
     loss_excused: bool = False
     """Packets may be lost: what was struck is part of their path."""
     struck: bool = False
@@ -121,7 +123,7 @@ class Run:
         for spec in self.cloudlet.specs:
             process = AgentProcess(self.world, self.cloudlet.network, self.cloudlet.settings(spec.id))
             self.agents[spec.id] = process
-        self.conductor.place(server_spec(1), SOURCE)
+        self.conductor.place(server_spec(1, guarded=self.guarded), SOURCE)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self.conductor.run())]
             running += [tasks.create_task(a.run()) for a in self.agents.values()]

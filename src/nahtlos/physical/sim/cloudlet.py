@@ -15,9 +15,18 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, ServerConfig, VolumeAttachment
 from nahtlos.model.errors import Error
-from nahtlos.model.ids import HostId, NetworkId, OperationId, PortId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import (
+    HostId,
+    NetworkId,
+    OperationId,
+    PortId,
+    ReleaseId,
+    SecurityGroupId,
+    ServerId,
+    VolumeId,
+)
 from nahtlos.model.inventory import HostInventory, OperationState, OperationStatus, RunState
-from nahtlos.model.networking import NetworkSpec, PortSpec
+from nahtlos.model.networking import Direction, NetworkSpec, PortSpec, SecurityGroupSpec, SecurityRule
 from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size, VolumeSpec
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.sim.faults import Life, Troubles
@@ -73,13 +82,20 @@ def network_spec() -> NetworkSpec:
     )
 
 
-def server_spec(number: int, memory_mib: int = MEMORY_MIB) -> ServerSpec:
-    """`web-<number>` with one port and one volume."""
+GROUP = SecurityGroupSpec(
+    id=SecurityGroupId("web"),
+    rules=(SecurityRule(direction=Direction.INGRESS), SecurityRule(direction=Direction.EGRESS)),
+)
+
+
+def server_spec(number: int, memory_mib: int = MEMORY_MIB, *, guarded: bool = False) -> ServerSpec:
+    """`web-<number>` with one port and one volume. `guarded`: by a firewall that remembers."""
     port = PortSpec(
         id=PortId(f"web-{number}-p"),
         network=NETWORK,
         mac=f"52:54:00:4d:00:{9 + number:02x}",
         ip=f"10.77.0.{9 + number}",
+        security_groups=(GROUP.id,) if guarded else (),
     )
     return ServerSpec(
         id=ServerId(f"web-{number}"),
@@ -324,7 +340,15 @@ class Conductor:
     def _ports(self, server: ServerId, host: HostId) -> tuple[PortConfig, ...]:
         vtep = self.cloudlet.spec(host).address
         return tuple(
-            PortConfig(id=p.id, server=server, mac=p.mac, ip=p.ip, host=host, vtep=vtep)
+            PortConfig(
+                id=p.id,
+                server=server,
+                mac=p.mac,
+                ip=p.ip,
+                host=host,
+                vtep=vtep,
+                security_groups=p.security_groups,
+            )
             for p in self.servers[server].ports
         )
 
@@ -363,8 +387,12 @@ class Conductor:
                 if host == self.storage_host
             ),
             reflect=self._reflect(host, last),
+            security_groups=(GROUP,) if self._guards() else (),
             hosts=self.cloudlet.specs,
         )
+
+    def _guards(self) -> bool:
+        return any(port.security_groups for spec in self.servers.values() for port in spec.ports)
 
     def _reflect(self, host: HostId, last: HostConfig | None) -> tuple[PortId, ...]:
         if last is None:
