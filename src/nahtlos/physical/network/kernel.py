@@ -48,24 +48,6 @@ class Observed(msgspec.Struct, frozen=True):
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def observe(socket_: Netlink, settings: Iterable[Setting]) -> Observed:
-    """Everything that is ours, and the present values of `settings`."""
-    devices = links.read_links(socket_)
-    owned = {link.index: link for link in devices.values() if link.alias.startswith(OWNED)}
-    by_index = {link.index: link for link in devices.values()}
-    items: set[Item] = set()
-    for link in owned.values():
-        master = by_index.get(link.master)
-        items.add(_device(link, master.name if master else ""))
-        if link.flood is not None and link.kind != "bridge":
-            items.add(PortFlood(link.name, link.flood))
-    items.update(_forwarding(socket_, owned))
-    items.update(_neighbours(socket_, owned))
-    items.update(_addresses(socket_, owned))
-    items.update(s for s in (setting(s.path) for s in settings) if s is not None)
-    return Observed(items=frozenset(items), links=devices, taps=taps_of(devices))
-
-
 def taps_of(devices: dict[str, LinkInfo]) -> dict[PortId, tuple[str, str]]:
     """Device and MAC of each port that has a tap among `devices`."""
     found: dict[PortId, tuple[str, str]] = {}
@@ -76,7 +58,7 @@ def taps_of(devices: dict[str, LinkInfo]) -> dict[PortId, tuple[str, str]]:
     return found
 
 
-def _device(link: LinkInfo, master: str) -> Device:
+def device_of(link: LinkInfo, master: str) -> Device:
     return Device(
         name=link.name,
         kind=link.kind,
@@ -89,43 +71,6 @@ def _device(link: LinkInfo, master: str) -> Device:
         up=link.up,
         snooping=link.snooping,
     )
-
-
-def _forwarding(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
-    names = {index: link.name for index, link in owned.items()}
-    for body in socket_.dump(
-        netlink.RTM_GETNEIGH, struct.pack(NEIGHBOUR_HEADER, netlink.AF_BRIDGE, 0, 0, 0, 0)
-    ):
-        _, index, state, flags, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
-        if index not in names:
-            continue
-        values = netlink.attributes(body[12:])
-        mac = netlink.mac_text(values.get(2, b""))
-        if flags & netlink.NTF_SELF:
-            if 1 in values and len(values[1]) == 4:
-                yield TunnelEntry(names[index], mac, socket.inet_ntoa(values[1]))
-        elif state == netlink.NUD_NOARP and 9 in values:
-            master = struct.unpack("I", values[9])[0]
-            if master in names:
-                yield Forward(names[master], mac, names[index])
-
-
-def _neighbours(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        header = struct.pack(NEIGHBOUR_HEADER, family, 0, 0, 0, 0)
-        for body in socket_.dump(netlink.RTM_GETNEIGH, header):
-            _, index, state, flags, _ = struct.unpack_from(NEIGHBOUR_HEADER, body)
-            values = netlink.attributes(body[12:])
-            if index in owned and state == netlink.NUD_PERMANENT and 1 in values and 2 in values:
-                ip, router = socket.inet_ntop(family, values[1]), bool(flags & netlink.NTF_ROUTER)
-                yield Neighbour(owned[index].name, ip, netlink.mac_text(values[2]), router)
-
-
-def _addresses(socket_: Netlink, owned: dict[int, LinkInfo]) -> Iterable[Item]:
-    for index, cidr, flags in addresses(socket_):
-        # A link-local address is the kernel's own doing and goes with the setting that allows it.
-        if index in owned and not cidr.startswith("fe80:"):
-            yield Address(owned[index].name, cidr, routed=not flags & netlink.NO_PREFIX_ROUTE)
 
 
 def addresses(socket_: Netlink) -> Iterable[tuple[int, str, int]]:

@@ -207,6 +207,13 @@ def read_links(netlink: Netlink) -> dict[str, LinkInfo]:
     return {link.name: link for link in found}
 
 
+def read_link(netlink: Netlink, which: int | str) -> LinkInfo | None:
+    """One device, by index or name."""
+    body = _header(which) if isinstance(which, int) else _header() + text(IFLA_NAME, which)
+    found = netlink.query(RTM_GETLINK, body)
+    return None if found is None else _decode(found)
+
+
 def waiting(netlink: Netlink, index: int) -> int:
     """Frames that wait in the queueing discipline of a device, not yet handed to it."""
     found = netlink.query(RTM_GETQDISC, struct.pack("BxxxiIII", 0, index, 0, TC_ROOT, 0))

@@ -31,11 +31,13 @@ from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.routing.part import Routing
 from nahtlos.physical.network.services import Services
 from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
 from nahtlos.physical.network.shares import Shares
 from nahtlos.physical.network.tracking import ConnectionTracking
+from nahtlos.physical.network.view import View
 from nahtlos.physical.ports import (
     MoveRole,
     NetworkCapabilities,
@@ -57,13 +59,15 @@ class NativeNetwork:
         self._baseline = Baseline(settings.run_dir / "network.json")
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
+        self._view: View | None = None
         self._capabilities: NetworkCapabilities | None = None
         shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
         self._underlay = settings.underlay_interface
         services = Services(settings, supervisor)
         self._tracking = ConnectionTracking(settings.run_dir)
         shares = Shares(settings, settings.run_dir / "shares.json", self._bulk_socket)
-        self._parts: tuple[Part, ...] = (shaping, shares, self._tracking, services)
+        self.routing = Routing(settings, supervisor)
+        self._parts: tuple[Part, ...] = (shaping, shares, self._tracking, services, self.routing)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
@@ -85,8 +89,17 @@ class NativeNetwork:
             self._bulk = Netlink()
         return self._bulk
 
+    def _see(self) -> View:
+        """The kernel's tables, likewise."""
+        if self._view is None:
+            self._view = View()
+        return self._view
+
     def close(self) -> None:
         """Lets go of sockets and duplicates. The host's network stays as it is."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
         self._shared.close()
         self._endpoints.close()
         self._tracking.close()
@@ -170,7 +183,7 @@ class NativeNetwork:
 
     def _local_ports(self, config: HostConfig) -> dict[PortId, LocalPort]:
         """Ports of `config` that have a tap here now."""
-        taps = kernel.taps_of(links.read_links(self._bulk_socket()))
+        taps = self._see().look().taps
         return {
             port.id: LocalPort(port, network, taps[port.id][0])
             for network in config.networks
@@ -181,17 +194,16 @@ class NativeNetwork:
     async def _compare(
         self, config: HostConfig, pinned: frozenset[PortId]
     ) -> tuple[tuple[Change, ...], frozenset[Item], kernel.Observed]:
-        bare = plan.desired_items(config, self._place, {})
-        settings = [item for item in bare if isinstance(item, Setting)]
-        found = await asyncio.to_thread(kernel.observe, self._bulk_socket(), settings)
+        settings = plan.desired_settings(config)
+        found = await asyncio.to_thread(self._see().look, settings)
         taps = {port: mac for port, (_, mac) in found.taps.items()}
         wanted = plan.desired_items(config, self._place, taps)
         wanted |= {item for part in self._parts for item in part.items(config)}
         held = self._held_names(pinned | self._shared.in_motion, config, found)
-        present = {item.key for item in found.items}
-        wanted = frozenset(i for i in wanted if not isinstance(i, Setting) or i.key in present)
-        todo = plan.changes(plan.without(wanted, held, held), plan.without(found.items, held, held))
-        return todo, wanted, found
+        # A kernel that does not know a setting is not asked for it again and again.
+        present = {item.key for item in found.items if isinstance(item, Setting)}
+        wanted -= {item for item in settings if item.key not in present}
+        return plan.without(plan.changes(wanted, found.items), held), wanted, found
 
     def _held_names(
         self, ports: Iterable[PortId], config: HostConfig, found: kernel.Observed
@@ -258,7 +270,8 @@ class NativeNetwork:
     # --- verbs ---------------------------------------------------------------------------------------
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
-        self._check_addressing([network], links.read_links(self._shared.fast()))
+        underlay = links.read_link(self._shared.fast(), self._underlay)
+        self._check_addressing([network], {self._underlay: underlay} if underlay else {})
         await self._endpoints.create(port, network, deliver=deliver)
 
     async def port_delete(self, port: PortId) -> None:
@@ -294,15 +307,16 @@ class NativeNetwork:
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
         async with self._reconciling:
-            devices = links.read_links(self._shared.fast())
             names = (plan.bridge_name(network.spec.vni), plan.tunnel_name(network.spec.vni))
-            if all(name in devices and devices[name].alias.startswith(plan.OWNED) for name in names):
+            there = [links.read_link(self._shared.fast(), name) for name in names]
+            if all(link is not None and link.alias.startswith(plan.OWNED) for link in there):
                 return
+            devices = {link.name: link for link in there if link is not None}
             wanted = plan.network_items(network, self._place)
             kernel.refuse_foreign(wanted, devices)
             sock = self._bulk_socket()
-            kernel.create_devices(sock, plan.changes(wanted, kernel.observe(sock, ()).items & wanted))
-            found = kernel.observe(sock, ())
+            kernel.create_devices(sock, plan.changes(wanted, self._see().look().items & wanted))
+            found = self._see().look()
             todo = plan.changes(wanted, found.items & wanted)
             kernel.write_settings(todo)
             sock.change(kernel.requests_of(todo, found.links))

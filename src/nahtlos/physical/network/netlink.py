@@ -329,11 +329,16 @@ class Netlink:
             data = self._socket.recv(1 << 18)
         except OSError as error:
             raise Unavailable(f"rtnetlink did not answer: {error}", field="network") from error
-        offset = 0
-        while offset + 16 <= len(data):
-            length, kind, flags, sequence, _ = struct.unpack_from("IHHII", data, offset)
-            yield kind, sequence, flags, data[offset + 16 : offset + length]
-            offset += (length + 3) & ~3
+        return messages(data)
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Kind, sequence, flags and body of each message received."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, flags, sequence, _ = struct.unpack_from("IHHII", data, offset)
+        yield kind, sequence, flags, data[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
 
 
 def _explanation(flags: int, body: bytes) -> str:

@@ -9,6 +9,7 @@ decides where frames go; what is to be removed goes last, the other way round. S
 through a tunnel entry that is there already, and one that came is delivered before its tunnel entry goes.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
@@ -18,11 +19,12 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, PortId
-from nahtlos.model.networking import Family
+from nahtlos.model.networking import Family, NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
 
+REMEMBERED_PORTS = 1 << 15
 OWNED = "nahtlos/"
 """How the alias of every device of this driver begins: `nahtlos/network/<id>`, `nahtlos/port/<id>/<mac>`."""
 
@@ -88,7 +90,7 @@ def port_of_alias(alias: str) -> tuple[PortId, str] | None:
 # --- items -------------------------------------------------------------------------------------------
 
 
-class Device(msgspec.Struct, frozen=True):
+class Device(msgspec.Struct, frozen=True, cache_hash=True):
     """A device and its settings. A gate's enslaved end is listed for itself and born with the other."""
 
     name: str
@@ -113,7 +115,7 @@ class Device(msgspec.Struct, frozen=True):
         return f"{self.kind} {self.name}"
 
 
-class PortFlood(msgspec.Struct, frozen=True):
+class PortFlood(msgspec.Struct, frozen=True, cache_hash=True):
     device: str
     flood: Flood
 
@@ -127,7 +129,7 @@ class PortFlood(msgspec.Struct, frozen=True):
         return f"flooding settings of {self.device}"
 
 
-class Setting(msgspec.Struct, frozen=True):
+class Setting(msgspec.Struct, frozen=True, cache_hash=True):
     """A sysctl below /proc/sys."""
 
     path: str
@@ -143,7 +145,7 @@ class Setting(msgspec.Struct, frozen=True):
         return f"sysctl {self.path.replace('/', '.')} = {self.value}"
 
 
-class Address(msgspec.Struct, frozen=True):
+class Address(msgspec.Struct, frozen=True, cache_hash=True):
     device: str
     cidr: str
     routed: bool
@@ -158,7 +160,7 @@ class Address(msgspec.Struct, frozen=True):
         return f"address {self.cidr} on {self.device}"
 
 
-class Neighbour(msgspec.Struct, frozen=True):
+class Neighbour(msgspec.Struct, frozen=True, cache_hash=True):
     device: str
     ip: str
     mac: str
@@ -175,7 +177,7 @@ class Neighbour(msgspec.Struct, frozen=True):
         return f"neighbour {self.ip} at {self.mac} on {self.device}"
 
 
-class TunnelEntry(msgspec.Struct, frozen=True):
+class TunnelEntry(msgspec.Struct, frozen=True, cache_hash=True):
     """Frames for `mac` that leave by tunnel `device` go to `vtep`; ANY_MAC: broadcasts go there, too."""
 
     device: str
@@ -193,7 +195,7 @@ class TunnelEntry(msgspec.Struct, frozen=True):
         return f"tunnel entry for {what} to {self.vtep} on {self.device}"
 
 
-class Forward(msgspec.Struct, frozen=True):
+class Forward(msgspec.Struct, frozen=True, cache_hash=True):
     """The one entry that decides: frames for `mac` leave `bridge` by `device`."""
 
     bridge: str
@@ -233,35 +235,54 @@ def desired_items(config: HostConfig, place: Place, taps: Mapping[PortId, str]) 
     """`taps` are the ports that have a tap here, with their MAC. Taps themselves come and go by
     `port_create` and `port_delete`; one that is there is kept enslaved and, if its port belongs here,
     delivered to."""
-    items: set[Item] = set()
-    for network in map(normal, config.networks):
-        uplinks = [u for u in config.uplinks if u.network == network.spec.id]
-        items.update(_devices(network, place), _entries(network, place, taps))
-        items.update(_own_address(network, place), _settings(network, uplinks))
-        items.update(_taps(network, place, taps))
+    items: set[Item] = set(desired_settings(config))
+    for network in config.networks:
+        spec = _normal_spec(network.spec)
+        items.update(_devices(spec, place), _own_address(network, place), _paths(network, spec, place))
+        for port in network.ports:
+            items.update(_port_items(port, spec.vni, spec.mtu, place, port.id in taps))
     return frozenset(items)
+
+
+def desired_settings(config: HostConfig) -> frozenset[Setting]:
+    return frozenset(
+        setting
+        for network in config.networks
+        for setting in _settings(network, [u for u in config.uplinks if u.network == network.spec.id])
+    )
 
 
 def normal(network: NetworkConfig) -> NetworkConfig:
     """MACs as the kernel writes them, so that comparing finds no difference where there is none."""
-    spec = msgspec.structs.replace(network.spec, gateway_mac=network.spec.gateway_mac.lower())
-    ports = tuple(msgspec.structs.replace(p, mac=p.mac.lower()) for p in network.ports)
-    return msgspec.structs.replace(network, spec=spec, ports=ports)
+    ports = tuple(map(_normal_port, network.ports))
+    return msgspec.structs.replace(network, spec=_normal_spec(network.spec), ports=ports)
+
+
+def _normal_spec(spec: NetworkSpec) -> NetworkSpec:
+    return msgspec.structs.replace(spec, gateway_mac=spec.gateway_mac.lower())
+
+
+def _normal_port(port: PortConfig) -> PortConfig:
+    return port if port.mac.islower() else msgspec.structs.replace(port, mac=port.mac.lower())
 
 
 def network_items(network: NetworkConfig, place: Place) -> frozenset[Item]:
     """One network without its ports: enough to attach a tap to."""
-    bare = NetworkConfig(spec=network.spec, ports=(), gateway_vtep=network.gateway_vtep, vteps=network.vteps)
+    spec = _normal_spec(network.spec)
     return frozenset(
-        (*_devices(bare, place), *_own_address(bare, place), *_entries(bare, place, {}), *_settings(bare, ()))
+        (
+            *_devices(spec, place),
+            *_own_address(network, place),
+            *_paths(network, spec, place),
+            *_settings(network, ()),
+        )
     )
 
 
-def _devices(network: NetworkConfig, place: Place) -> Iterable[Item]:
-    spec = network.spec
+def _devices(spec: NetworkSpec, place: Place) -> Iterable[Item]:
     bridge, tunnel, alias = bridge_name(spec.vni), tunnel_name(spec.vni), network_alias(spec.id)
     gate, gate_port = gate_name(spec.vni), gate_port_name(spec.vni)
-    mac = spec.gateway_mac if _is_gateway(network, place) else bridge_mac(spec.vni)
+    mac = spec.gateway_mac if _is_gateway(spec, place) else bridge_mac(spec.vni)
     yield Device(bridge, "bridge", alias, spec.mtu, mac=mac)
     yield Device(tunnel, "vxlan", alias, spec.mtu, master=bridge, vni=spec.vni, local=place.address)
     yield Device(gate, "veth", alias, spec.mtu)
@@ -270,50 +291,50 @@ def _devices(network: NetworkConfig, place: Place) -> Iterable[Item]:
     yield PortFlood(gate_port, SILENT)
 
 
-def _is_gateway(network: NetworkConfig, place: Place) -> bool:
-    return network.spec.gateway_host == place.host
+def _is_gateway(spec: NetworkSpec, place: Place) -> bool:
+    return spec.gateway_host == place.host
 
 
 def _own_address(network: NetworkConfig, place: Place) -> Iterable[Item]:
     spec = network.spec
     bridge = bridge_name(spec.vni)
-    if _is_gateway(network, place):
+    if _is_gateway(spec, place):
         yield Address(bridge, f"{spec.gateway_ip}/{network.prefix_length}", routed=True)
 
 
-def _entries(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -> Iterable[Item]:
-    spec = network.spec
+def _paths(network: NetworkConfig, spec: NetworkSpec, place: Place) -> Iterable[Item]:
+    """What leads to other hosts, whatever ports there are."""
     bridge, tunnel = bridge_name(spec.vni), tunnel_name(spec.vni)
     for vtep in network.vteps:
         if vtep != place.address:
             yield TunnelEntry(tunnel, ANY_MAC, vtep)
-    if spec.gateway_mac and not _is_gateway(network, place):
+    if spec.gateway_mac and not _is_gateway(spec, place):
         yield Neighbour(bridge, spec.gateway_ip, spec.gateway_mac)
         yield TunnelEntry(tunnel, spec.gateway_mac, network.gateway_vtep)
         yield Forward(bridge, spec.gateway_mac, tunnel)
-    for port in network.ports:
-        yield from (Neighbour(bridge, str(ip_address(ip)), port.mac) for ip in port.all_addresses)
-        if port.host != place.host:
-            yield TunnelEntry(tunnel, port.mac, port.vtep)
-            yield Forward(bridge, port.mac, tunnel)
-        elif port.id in taps:
-            yield Forward(bridge, port.mac, tap_name(port.id))
 
 
-def _taps(network: NetworkConfig, place: Place, taps: Mapping[PortId, str]) -> Iterable[Item]:
-    for port in network.ports:
-        if port.id in taps:
-            name = tap_name(port.id)
-            yield tap_device(port, network)
-            yield PortFlood(name, DELIVERING if port.host == place.host else SILENT)
+@functools.lru_cache(maxsize=REMEMBERED_PORTS)
+def _port_items(port: PortConfig, vni: int, mtu: int, place: Place, has_tap: bool) -> tuple[Item, ...]:
+    """Of a port that has not changed they are the very same objects, which compare at once."""
+    port = _normal_port(port)
+    bridge, tunnel, name = bridge_name(vni), tunnel_name(vni), tap_name(port.id)
+    items: list[Item] = [Neighbour(bridge, str(ip_address(ip)), port.mac) for ip in port.all_addresses]
+    here = port.host == place.host
+    if not here:
+        items += [TunnelEntry(tunnel, port.mac, port.vtep), Forward(bridge, port.mac, tunnel)]
+    elif has_tap:
+        items.append(Forward(bridge, port.mac, name))
+    if has_tap:
+        items += [tap_device(port, vni, mtu), PortFlood(name, DELIVERING if here else SILENT)]
+    return tuple(items)
 
 
-def tap_device(port: PortConfig, network: NetworkConfig) -> Device:
-    alias = port_alias(port.id, port.mac)
-    return Device(tap_name(port.id), "tun", alias, network.spec.mtu, master=bridge_name(network.spec.vni))
+def tap_device(port: PortConfig, vni: int, mtu: int) -> Device:
+    return Device(tap_name(port.id), "tun", port_alias(port.id, port.mac), mtu, master=bridge_name(vni))
 
 
-def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Item]:
+def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Setting]:
     vni = network.spec.vni
     bridge = bridge_name(vni)
     for name in (tunnel_name(vni), gate_name(vni), gate_port_name(vni)):
@@ -351,10 +372,11 @@ class Change(msgspec.Struct, frozen=True):
 
 def changes(desired: frozenset[Item], observed: frozenset[Item]) -> tuple[Change, ...]:
     """In the order in which to make them. Nothing if the two agree."""
-    before = {item.key: item for item in observed}
-    wanted = {item.key for item in desired}
-    put = [Change(i, before=before.get(i.key)) for i in desired - observed]
-    gone = [Change(i, remove=True) for i in observed if i.key not in wanted and not _kept(i)]
+    missing, surplus = desired - observed, observed - desired
+    before = {item.key: item for item in surplus}
+    wanted = {item.key for item in missing}
+    put = [Change(i, before=before.get(i.key)) for i in missing]
+    gone = [Change(i, remove=True) for i in surplus if i.key not in wanted and not _kept(i)]
     put.sort(key=lambda c: (c.item.rank, _birth(c.item), c.item.key))
     gone.sort(key=lambda c: (-c.item.rank, -_birth(c.item), c.item.key))
     return (*put, *gone)
@@ -371,13 +393,13 @@ def _birth(item: Item) -> int:
     return 0 if isinstance(item, Device) and item.kind == "bridge" else 1
 
 
-def without(items: frozenset[Item], macs: frozenset[str], devices: frozenset[str]) -> frozenset[Item]:
-    """Leaves out what decides about ports that take part in a move. Their taps stay enslaved."""
-    return frozenset(
-        i
-        for i in items
-        if not (isinstance(i, Forward | TunnelEntry) and i.mac in macs)
-        and not (isinstance(i, PortFlood) and i.device in devices)
+def without(todo: Iterable[Change], held: frozenset[str]) -> tuple[Change, ...]:
+    """Leaves out what decides about ports that take part in a move (`held`: their MACs and taps). Their taps
+    stay enslaved, their addresses known."""
+    return tuple(
+        c
+        for c in todo
+        if not (isinstance(c.item, Forward | TunnelEntry | PortFlood) and concerns(c.item) in held)
     )
 
 
