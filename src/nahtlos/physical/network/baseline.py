@@ -1,9 +1,11 @@
 """What this driver last made true, so that drift can be told from a change of configuration.
 
 Owns one JSON file in the host's run directory (gone after a restart of the host, like the devices it is
-about). Losing it costs words in a report and nothing else.
+about), and beside it a list of what verbs have changed since it was written, because a verb must not wait
+for all that is known to be written again. Losing them costs words in a report and nothing else.
 """
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,16 +44,25 @@ class Baseline:
     def _read(self) -> Applied:
         try:
             self._written = self._path.read_bytes()
-            return msgspec.json.decode(self._written, type=Applied)
+            applied = msgspec.json.decode(self._written, type=Applied)
         except (OSError, msgspec.DecodeError):
-            return Applied()
+            applied = Applied()
+        with contextlib.suppress(OSError):
+            applied.touched |= set(self._touched_path.read_text().split())
+        return applied
+
+    @property
+    def _touched_path(self) -> Path:
+        return self._path.with_suffix(".touched")
 
     def touch(self, names: Iterable[str]) -> None:
         """These differ from now on because a verb changed them."""
         new = set(names) - self.applied.touched
         if new:
             self.applied.touched |= new
-            self.save()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._touched_path.open("a") as file:
+                file.write("".join(f"{name}\n" for name in sorted(new)))
 
     def note(self, text: str) -> None:
         self.applied.notes.append(text)
@@ -64,10 +75,10 @@ class Baseline:
 
     def save(self) -> None:
         data = msgspec.json.encode(self.applied, order="deterministic")
-        if data == self._written:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        new = self._path.with_suffix(".new")
-        new.write_bytes(data)
-        new.replace(self._path)
-        self._written = data
+        if data != self._written:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            new = self._path.with_suffix(".new")
+            new.write_bytes(data)
+            new.replace(self._path)
+            self._written = data
+        self._touched_path.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.physical.network import kernel, links, netlink, plan, tap
+from nahtlos.physical.network.links import LinkInfo
+from nahtlos.physical.network.netlink import Request
 from nahtlos.physical.network.plan import Change, Setting
 from nahtlos.physical.network.shared import Shared, index_of, local
 
@@ -33,7 +35,7 @@ class Endpoints:
         await self._shared.ensure_network(network)
         name = plan.tap_name(port.id)
         fds = await self.descriptors(port.id)
-        there = links.read_links(self._shared.fast()).get(name)
+        there = links.read_link(self._shared.fast(), name)
         if there is not None and not fds:
             raise Conflict(
                 f"tap {name} of port {port.id} exists, but its descriptor is not in the supervisor's store",
@@ -74,14 +76,22 @@ class Endpoints:
     def _attach(self, port: PortConfig, network: NetworkConfig) -> None:
         """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
         sock, name = self._shared.fast(), plan.tap_name(port.id)
-        devices = links.read_links(sock)
-        link, bridge = devices[name], devices[plan.bridge_name(network.spec.vni)]
-        if link.master != bridge.index:
-            sock.change(
-                [links.configure(name, master=bridge.index), links.set_flood(link.index, plan.SILENT, name)]
-            )
+        link, bridge = self._link(port), index_of(plan.bridge_name(network.spec.vni))
+        requests: list[Request] = []
+        if link.master != bridge:
+            requests.append(links.configure(name, master=bridge))
+            requests.append(links.set_flood(link.index, plan.SILENT, name))
         if not link.up:
-            sock.change([links.configure(name, up=True)])
+            requests.append(links.configure(name, up=True))
+        sock.change(requests)
+
+    def _link(self, port: PortConfig) -> LinkInfo:
+        """Its tap."""
+        name = plan.tap_name(port.id)
+        link = links.read_link(self._shared.fast(), name)
+        if link is None:
+            raise Unavailable(f"tap {name} of port {port.id} has gone", field="port", remedy="try again")
+        return link
 
     def _empty_unless_in_use(self, port: PortConfig, network: NetworkConfig, fds: list[int]) -> None:
         """Nothing that an earlier attempt left behind is ever delivered."""
@@ -89,14 +99,13 @@ class Endpoints:
         index = index_of(name)
         if sock.forwarding_of(index_of(plan.bridge_name(network.spec.vni)), port.mac) == index:
             return
-        link = links.read_links(sock)[name]
-        if link.flood != plan.SILENT:
+        if self._link(port).flood != plan.SILENT:
             sock.change([links.set_flood(index, plan.SILENT, name)])
         tap.empty(fds)
 
     def _deliver(self, port: PortConfig, network: NetworkConfig) -> None:
         sock, name = self._shared.fast(), plan.tap_name(port.id)
-        link = links.read_links(sock)[name]
+        link = self._link(port)
         bridge = index_of(plan.bridge_name(network.spec.vni))
         if link.flood != plan.DELIVERING:
             sock.change([links.set_flood(link.index, plan.DELIVERING, name)])

@@ -71,7 +71,8 @@ class Handover:
 
     async def sacrifice(self, port: PortId) -> bool:
         fds = await self._endpoints.required(port)
-        found = kernel.taps_of(links.read_links(self._shared.fast())).get(port)
+        link = links.read_link(self._shared.fast(), plan.tap_name(port))
+        found = kernel.taps_of({link.name: link}).get(port) if link is not None else None
         if found is None:
             raise Unavailable(f"port {port} has no tap on this host", field="port")
         packet.sacrifice(*found, fds)
@@ -185,7 +186,7 @@ class Handover:
 
     def _stay(self, port: PortConfig) -> None:
         sock, name = self._shared.fast(), plan.tap_name(port.id)
-        link = links.read_links(sock).get(name)
+        link = links.read_link(sock, name)
         if link is None:
             raise Unavailable(f"port {port.id} has no tap on this host", field="port")
         if link.flood != plan.DELIVERING:
