@@ -1,4 +1,4 @@
-"""The firewall of a host as tables: anti-spoofing of every tap, and security groups of the ports that have any.
+"""The firewall of a host as tables: anti-spoofing of every tap, security groups of the ports that have any.
 
 Pure: from configuration, local ports and moves to `firewall_tables.Table`s. Owns the layout of the tables
 `nahtlos-firewall` (bridge and inet); what a group's rule means is in `firewall_rules`. Never acts.
@@ -9,8 +9,8 @@ Pure: from configuration, local ports and moves to `firewall_tables.Table`s. Own
     bridge forward      egress     by the tap it comes from: the port's groups
                         ingress    by the tap it goes to: the port's groups
 
-What nothing says is a tap's is not looked at: the network's own devices (gateways, tunnels) are trusted. Frames
-that the host itself sends to a tap (DHCP, ARP) do not pass `forward`.
+What does not come from a tap is not looked at: the network's own devices (gateways, tunnels) are trusted.
+Frames that the host itself sends to a tap do not pass `forward`: hosts with taps route nothing into networks.
 
 Ports in the same groups share a chain per direction, that chain asks one chain per group, and a verdict map
 leads from the tap to it. So a changed rule is one rewritten chain however many ports have it, and a port is a
@@ -97,7 +97,7 @@ def tables(
     local, moving = tuple(local), tuple(moving)
     filtered = [p for p in local if p.port.security_groups]
     chains: dict[str, Chain] = dict(guard.CHAINS)
-    sets = {name: _filled(name, guard.DECLARATIONS[name], local) for name in guard.DECLARATIONS}
+    sets = _guarded(local)
     if filtered:
         chains.update(JUDGING)
         chains.update(_profiles(held, filtered, moving))
@@ -115,8 +115,12 @@ def tables(
     return (*found, Table(INET, TRACKED_BY_INET, {"zones": _zones(zones), "bridges": _bridges(zones)}))
 
 
-def _filled(name: str, declaration: str, local: Iterable[LocalPort]) -> Elements:
-    return Elements(declaration, {k: "" for p in local for k in guard.elements(p).get(name, ())})
+def _guarded(local: Iterable[LocalPort]) -> dict[str, Elements]:
+    items: dict[str, dict[str, str]] = {name: {} for name in guard.DECLARATIONS}
+    for port in local:
+        for name, keys in guard.elements(port).items():
+            items[name].update(dict.fromkeys(keys, ""))
+    return {name: Elements(guard.DECLARATIONS[name], found) for name, found in items.items()}
 
 
 def zones_of(filtered: Iterable[LocalPort], held: Policy) -> dict[str, int]:
@@ -170,9 +174,7 @@ TRACKED_BY_BRIDGE = {
 # --- security groups ---------------------------------------------------------------------------------
 
 JUDGING = {
-    "egress": Chain(
-        ("iifname vmap @egress",), "type filter hook forward priority 10; policy accept;"
-    ),
+    "egress": Chain(("iifname vmap @egress",), "type filter hook forward priority 10; policy accept;"),
     "ingress": Chain(
         (
             "iifname . oifname . ether daddr @arriving accept",
@@ -307,9 +309,9 @@ class Judge:
         for port in filtered:
             zone = plan.tracking_zone(port.network.spec.vni)
             for cidr in (*rules.sources(port.port), *guard.link_locals(port.port)):
-                network = ip_network(cidr, strict=False)
-                if network.prefixlen == network.max_prefixlen:
-                    self._single.setdefault((zone, str(network.network_address)), []).append(port.port)
+                address = rules.single(cidr)
+                if address is not None:
+                    self._single.setdefault((zone, address), []).append(port.port)
                 else:
                     self._wide.setdefault(zone, []).append((cidr, port.port))
 

@@ -1,13 +1,14 @@
 """Anti-spoofing: what a server may say it is.
 
 Pure. Owns the chains that every frame from a tap passes first, and the sets in which each port has a handful
-of elements: its MAC, its addresses with it, the link-local address of its MAC, and what its allowed pairs add.
-A tap that has no elements yet sends nothing. Servers answer no DHCP, advertise no routers and redirect nobody,
-whatever their groups say.
+of elements: its MAC, its addresses with it, the link-local address of its MAC, and what its allowed pairs
+add. A tap that has no elements yet sends nothing. Servers answer no DHCP, advertise no routers and redirect
+nobody, whatever their groups say.
 """
 
+import socket
 from collections.abc import Iterable
-from ipaddress import IPv6Address, ip_network
+from ipaddress import ip_network
 
 from nahtlos.model.config import PortConfig
 from nahtlos.model.networking import Family
@@ -141,12 +142,10 @@ def _addresses(tap: str, mac: str, cidrs: Iterable[str]) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
     wide: list[str] = []
     for cidr in dict.fromkeys(cidrs):
-        network = ip_network(cidr, strict=False)
-        if network.prefixlen < network.max_prefixlen:
+        address = rules.single(cidr)
+        if address is None:
             wide.append(cidr)
-            continue
-        address = rules.canonical(str(network.network_address))
-        if network.version == 4:
+        elif ":" not in address:
             found.setdefault("ipv4", []).append(key(tap, mac, address))
         else:
             found.setdefault("ipv6", []).append(key(tap, mac, address))
@@ -174,4 +173,4 @@ def link_local(mac: str) -> str:
     """RFC 4291, appendix A."""
     b = bytes.fromhex(mac.replace(":", ""))
     tail = bytes((b[0] ^ 2, b[1], b[2], 0xFF, 0xFE, b[3], b[4], b[5]))
-    return str(IPv6Address(b"\xfe\x80" + bytes(6) + tail))
+    return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + tail)

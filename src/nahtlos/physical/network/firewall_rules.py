@@ -6,11 +6,10 @@ without a protocol that has ports) allows nothing. Never knows ports, taps or ho
 """
 
 import hashlib
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import (
-    IPv4Address,
     IPv4Network,
-    IPv6Address,
     IPv6Network,
     collapse_addresses,
     ip_address,
@@ -65,17 +64,10 @@ def sources(port: PortConfig) -> list[str]:
 
 
 def _members(cidrs: Iterable[str], family: Family) -> Members:
-    single: set[str] = set()
-    wide: list[str] = []
-    for cidr in cidrs:
-        network = ip_network(cidr, strict=False)
-        if family_of(cidr) is not family:
-            continue
-        if network.prefixlen == network.max_prefixlen:
-            single.add(str(network.network_address))
-        else:
-            wide.append(cidr)
-    return Members(frozenset(single), collapsed(wide))
+    own = [cidr for cidr in cidrs if family_of(cidr) is family]
+    found = {cidr: single(cidr) for cidr in own}
+    wide = [cidr for cidr, address in found.items() if address is None]
+    return Members(frozenset(address for address in found.values() if address is not None), collapsed(wide))
 
 
 def collapsed(cidrs: Iterable[str]) -> tuple[str, ...]:
@@ -84,6 +76,23 @@ def collapsed(cidrs: Iterable[str]) -> tuple[str, ...]:
     four = [n for n in networks if n.version == 4]
     six = [n for n in networks if n.version == 6]
     return tuple(str(n) for n in (*collapse_addresses(four), *collapse_addresses(six)))
+
+
+def single(cidr: str) -> str | None:
+    """The one address that is meant, as the kernel writes it; None for a prefix of several."""
+    address, slash, length = cidr.partition("/")
+    if slash and length != ("128" if ":" in address else "32"):
+        return None
+    return canonical(address)
+
+
+def canonical(address: str) -> str:
+    """As the kernel writes it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.inet_ntop(family, socket.inet_pton(family, address))
+    except OSError as error:
+        raise ValueError(f"'{address}' is no address") from error
 
 
 def family_of(cidr: str) -> Family:
@@ -240,10 +249,3 @@ def _means(rule: SecurityRule, flow: Flow) -> bool:
     if low is None and high is None:
         return True
     return number in WITH_PORTS and (low or 0) <= flow.port <= (65535 if high is None else high)
-
-
-def canonical(address: str) -> str:
-    """As the kernel writes it."""
-    found: IPv4Address | IPv6Address = ip_address(address)
-    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
-    return f"::ffff:{mapped}" if mapped is not None else str(found)

@@ -8,8 +8,8 @@ rules mean.
 """
 
 import hashlib
+import socket
 from collections.abc import Iterable, Iterator, Mapping
-from ipaddress import IPv6Address
 from typing import Any, cast
 
 import msgspec
@@ -193,7 +193,7 @@ def mac_number(mac: str) -> str:
 
 def address_number(address: str) -> str:
     """An IPv6 address as raw payload compares it."""
-    return hex(int(IPv6Address(address)))
+    return hex(int.from_bytes(socket.inet_pton(socket.AF_INET6, address), "big"))
 
 
 # --- comparing ---------------------------------------------------------------------------------------
@@ -268,7 +268,9 @@ class Comparison:
     def _surplus(self, table: Table, there: ObservedTable) -> Iterator[str]:
         for name, elements in table.sets.items():
             held = there.sets.get(name, {})
-            gone = [k for k, v in held.items() if elements.items.get(k, None) != v and self._goes(k, elements)]
+            gone = [
+                k for k, v in held.items() if elements.items.get(k, None) != v and self._goes(k, elements)
+            ]
             if gone:
                 self._tell(table, name, gone, "not asked for or different")
                 yield f"delete element {table.family} {TABLE} {name} {{ {', '.join(gone)} }}"

@@ -27,6 +27,7 @@ from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import addressing, doctor, kernel, links, nft, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.endpoints import Endpoints
+from nahtlos.physical.network.firewall_part import Firewall
 from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
@@ -67,7 +68,8 @@ class NativeNetwork:
         self._tracking = ConnectionTracking(settings.run_dir)
         shares = Shares(settings, settings.run_dir / "shares.json", self._bulk_socket)
         self.routing = Routing(settings, supervisor)
-        self._parts: tuple[Part, ...] = (shaping, shares, self._tracking, services, self.routing)
+        firewall = Firewall(settings.role, settings.run_dir / "firewall.json")
+        self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
         self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)

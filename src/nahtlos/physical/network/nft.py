@@ -12,6 +12,8 @@ compared apart.
 import asyncio
 import hashlib
 import shutil
+import socket
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -19,10 +21,13 @@ import msgspec
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
+from nahtlos.physical.network.netlink import REQUEST, attributes
 from nahtlos.physical.network.plan import bridge_name, gate_name, tunnel_name
 
 TABLE = "nahtlos"
 DEADLINE = 10.0
+NETLINK_NETFILTER = 12
+NEW_GENERATION, GET_GENERATION = 0xA0F, 0xA10
 
 
 class Gate(msgspec.Struct, frozen=True, order=True):
@@ -124,11 +129,12 @@ def _element(verb: str, gate: Gate, comment: str) -> str:
 
 
 def decode(listing: bytes) -> Ruleset:
-    """From `nft -j list ruleset`."""
-    objects = cast("list[dict[str, dict[str, Any]]]", msgspec.json.decode(listing).get("nftables", []))
+    """From one or several `nft -j list ruleset ...`, one document a line."""
+    documents = [msgspec.json.decode(line) for line in listing.splitlines() if line.strip()]
+    objects = [entry for document in documents for entry in document.get("nftables", [])]
     gates: set[Gate] = set()
     rules: list[dict[str, Any]] = []
-    for entry in objects:
+    for entry in cast("list[dict[str, dict[str, Any]]]", objects):
         for kind, value in entry.items():
             if _ours(kind, value):
                 gates.update(_gates(value) if kind == "set" else ())
@@ -154,12 +160,14 @@ def _gates(value: dict[str, Any]) -> Iterable[Gate]:
 # --- acting ------------------------------------------------------------------------------------------
 
 
-async def run(arguments: Sequence[str], text: str = "") -> bytes:
-    """nft's output. Unavailable with its words if it refuses, is missing or does not end in time."""
+async def run(arguments: Sequence[str], text: str = "", *, enter: Sequence[str] = ()) -> bytes:
+    """nft's output; `enter` is what to put before it to run it elsewhere. Unavailable with its words if it
+    refuses, is missing or does not end in time."""
     program = shutil.which("nft", path="/usr/sbin:/usr/bin:/sbin:/bin")
     if program is None:
         raise Unavailable("nft is not installed", field="network", remedy="apt-get install nftables")
     process = await asyncio.create_subprocess_exec(
+        *enter,
         program,
         *arguments,
         stdin=asyncio.subprocess.PIPE,
@@ -195,4 +203,24 @@ async def check(text: str) -> str:
 
 
 async def listing() -> Ruleset:
-    return decode(await run(("-j", "list", "ruleset")))
+    return decode(await list_families("netdev", "inet"))
+
+
+async def list_families(*families: str) -> bytes:
+    """One JSON document per line: every table of each family. What is not asked for costs nothing."""
+    return await run(("-j", "; ".join(f"list ruleset {family}" for family in families)))
+
+
+def generation() -> int:
+    """Number of the last transaction in this namespace, whoever made it. Every one raises it by one."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as asking:
+        asking.settimeout(DEADLINE)
+        try:
+            asking.send(struct.pack("IHHIIBBH", 20, GET_GENERATION, REQUEST, 1, 0, 0, 0, 0))
+            answer = asking.recv(1 << 12)
+        except OSError as error:
+            raise Unavailable(f"nftables did not answer: {error}", field="network") from error
+    _, kind = struct.unpack_from("IH", answer)
+    if kind != NEW_GENERATION:
+        raise Unavailable("this kernel has no nftables", field="network", remedy="load the module nf_tables")
+    return int.from_bytes(attributes(answer[20:])[1], "big")
