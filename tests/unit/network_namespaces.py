@@ -78,6 +78,7 @@ class MemorySupervisor:
                 self.processes[unit.name] = subprocess.Popen(
                     argv,
                     stdin=subprocess.DEVNULL,
+                    env={**os.environ, **unit.environment},
                     stdout=log,
                     stderr=log,
                     pass_fds=[*map(int, handed.values())],

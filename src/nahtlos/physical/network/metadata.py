@@ -7,13 +7,14 @@ alone, not of what a host knows of its own servers.
 import json
 from collections.abc import Iterable, Mapping
 
-from nahtlos.model.config import NetworkConfig, PortConfig
+from nahtlos.model.config import NetworkConfig, PortConfig, RouterConfig
 from nahtlos.model.ids import NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortSpec
 from nahtlos.model.nouns import ServerSpec
-from nahtlos.physical.network import metadata_server
-from nahtlos.physical.network.addressing import domain, name_servers, subnet_of
-from nahtlos.physical.network.metadata_server import Record
+from nahtlos.physical.network.addressing import advertised, domain, link_local, name_servers, subnet_of
+from nahtlos.physical.network.metadata_pages import Record
+from nahtlos.physical.network.metadata_pages import seed as seed_of
+from nahtlos.physical.network.routing.plan import router_mac
 
 
 def seed(
@@ -22,20 +23,31 @@ def seed(
     """The files of a NoCloud seed (`meta-data`, `user-data`, `vendor-data`, `network-config`), by name.
     Interfaces in the order of the server's ports."""
     nics = [nic(port, networks[port.network]) for port in server.ports]
-    return metadata_server.seed(_record(server.id, nics, user_data))
+    return seed_of(_record(server.id, nics, user_data))
 
 
-def directory(network: NetworkConfig, networks: Iterable[NetworkConfig]) -> str:
+def directory(
+    network: NetworkConfig, networks: Iterable[NetworkConfig], routers: Iterable[RouterConfig]
+) -> str:
     """The file of `network` for its metadata server: every server that has a port in it, with all the ports
-    that `networks` tell of it."""
+    that `networks` of the same project tell of it, and the routers of its IPv6 subnets."""
     servers = {port.server for port in network.ports}
     nics: dict[ServerId, dict[PortId, Record]] = {server: {} for server in servers}
     for other in networks:
         for port in other.ports:
-            if port.server in servers:
+            if port.server in servers and other.spec.project == network.spec.project:
                 nics[port.server][port.id] = nic(port, other.spec)
     records = [_record(server, [n for _, n in sorted(nics[server].items())]) for server in sorted(servers)]
-    return json.dumps({"network": network.spec.id, "servers": records}, indent=0)
+    content = {"network": network.spec.id, "servers": records, "routers": routers_of(network, routers)}
+    return json.dumps(content, indent=0)
+
+
+def routers_of(network: NetworkConfig, routers: Iterable[RouterConfig]) -> list[Record]:
+    """Those that servers of the network's IPv6 subnets send by: each once, by MAC."""
+    told = {subnet.id for subnet in advertised(network.spec)}
+    numbers = {r.spec.number for r in routers for i in r.spec.interfaces if i.subnet in told}
+    macs = (router_mac(number) for number in sorted(numbers))
+    return [{"mac": mac, "address": link_local(mac), "mtu": network.spec.mtu} for mac in macs]
 
 
 def _record(server: ServerId, nics: list[Record], user_data: str = "") -> Record:

@@ -1,126 +1,49 @@
-"""Tells servers of one network about themselves: HTTP at 169.254.169.254 and fe80::a9fe:a9fe, port 80.
+"""Tells servers of one network about themselves: HTTP at 169.254.169.254 and fe80::a9fe:a9fe, port 80; and
+advertises their IPv6 routers.
 
 A program of its own that outlives the agent, run inside the namespace of a network's services. It knows the
-network's servers from one file, read again when it is another one, and who asks from the sender's address,
-which a server cannot forge; from an IPv6 address it has not been told of (link-local, made by other rules)
-by the MAC that the kernel spoke to. Uses nothing but Python's own library, to be small and quick to start.
-Never writes, and answers GET only.
+network from one file, read again when it is another one, and who asks from the sender's address, which a
+server cannot forge; from an IPv6 address it has not been told of by the MAC that the kernel spoke to. Uses
+nothing but Python's own library, to be small and quick to start. Never writes, and answers GET only.
 
-    python metadata_server.py FILE ADDRESS...
+    python -m nahtlos.physical.network.metadata_server FILE ADDRESS...
 """
 
-import asyncio
-import ipaddress
 import json
 import os
+import selectors
 import socket
 import struct
 import sys
-from typing import Any
+import time
+
+from nahtlos.physical.network.advertiser import Advertiser
+from nahtlos.physical.network.metadata_pages import Record, page, pages
 
 PORT = 80
-DEADLINE = 10.0
+DEADLINE = 5.0
+LOOK_SECONDS = 2.0
+"""How often the file is looked at though nobody asks."""
 LARGEST_REQUEST = 8192
 CONNECTIONS = 256
 INTERFACE = "eth0"
-VERSIONS = ("latest", "2009-04-04")
-Record = dict[str, Any]
-
-
-# --- what there is to tell ---------------------------------------------------------------------------
-
-
-def pages(record: Record, nic: Record) -> dict[str, str]:
-    """Every page of one server by its path, seen from interface `nic`."""
-    facts = meta_data(record, nic)
-    config = network_config(record["nics"])
-    found: dict[str, str] = {}
-    for version in VERSIONS:
-        found |= {f"/{version}/meta-data/{name}": value for name, value in facts.items()}
-        found[f"/{version}/network-config"] = config
-        if record.get("user_data"):
-            found[f"/{version}/user-data"] = record["user_data"]
-    found |= {f"/nocloud/{name}": text for name, text in seed(record).items()}
-    return found
-
-
-def meta_data(record: Record, nic: Record) -> dict[str, str]:
-    """EC2's names for what is known of a server."""
-    addresses = [a.split("/")[0] for a in nic["addresses"]]
-    first = {family: next((a for a in addresses if (":" in a) == (family == 6)), "") for family in (4, 6)}
-    named = {"local-ipv4": first[4], "ipv6": first[6]}
-    return {
-        "instance-id": record["server"],
-        "hostname": record["server"],
-        "local-hostname": record["server"],
-        "mac": nic["mac"],
-        **{name: value for name, value in named.items() if value},
-        "public-keys": "",
-    }
-
-
-def seed(record: Record) -> dict[str, str]:
-    """The files of a NoCloud seed. JSON is YAML."""
-    name = record["server"]
-    return {
-        "meta-data": json.dumps({"instance-id": name, "local-hostname": name}, indent=1) + "\n",
-        "user-data": record.get("user_data") or "#cloud-config\n{}\n",
-        "vendor-data": "",
-        "network-config": network_config(record["nics"]),
-    }
-
-
-def network_config(nics: list[Record]) -> str:
-    """Version 2, interfaces named by their MAC. The first one's way out is preferred."""
-    ethernets = {f"nic{number}": _ethernet(nic, 100 * (number + 1)) for number, nic in enumerate(nics)}
-    return json.dumps({"version": 2, "ethernets": ethernets}, indent=1) + "\n"
-
-
-def _ethernet(nic: Record, metric: int) -> Record:
-    routes = [
-        {"to": "::/0" if ":" in gateway else "0.0.0.0/0", "via": gateway, "metric": metric}
-        for gateway in nic["gateways"]
-    ]
-    return {
-        "match": {"macaddress": nic["mac"]},
-        "mtu": nic["mtu"],
-        "dhcp4": False,
-        "dhcp6": False,
-        "addresses": nic["addresses"],
-        "nameservers": {"addresses": nic["name_servers"], "search": [nic["domain"]]},
-        **({"routes": routes} if routes else {}),
-    }
-
-
-def page(found: dict[str, str], path: str) -> str | None:
-    """A page, or the list of what is below `path`; None if there is neither."""
-    path = "/" + path.strip("/")
-    if path in found and not (path.endswith("/public-keys") and not found[path]):
-        return found[path]
-    if path in found:
-        return ""
-    below = path.rstrip("/") + "/"
-    names = {name[len(below) :] for name in found if name.startswith(below)}
-    if not names:
-        return None
-    entries = sorted({first + ("/" if rest else "") for first, _, rest in (n.partition("/") for n in names)})
-    return "\n".join(entries)
 
 
 # --- who asks ----------------------------------------------------------------------------------------
 
 
 class Directory:
-    """The network's servers by address and by MAC, as the file has them now."""
+    """The network's servers by address and by MAC, and its routers, as the file has them now."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._seen: tuple[int, int] | None = None
         self._by_address: dict[str, tuple[Record, Record]] = {}
         self._by_mac: dict[str, tuple[Record, Record]] = {}
+        self.routers: list[Record] = []
 
-    def _refresh(self) -> None:
-        state = os.stat(self._path)  # noqa: PTH116 - pathlib would double what this process takes
+    def refresh(self) -> None:
+        state = os.stat(self._path)  # noqa: PTH116 - pathlib would add to what this process takes
         if (state.st_ino, state.st_mtime_ns) == self._seen:
             return
         with open(self._path, encoding="utf-8") as file:  # noqa: PTH123
@@ -128,10 +51,11 @@ class Directory:
         here = [(r, n) for r in content["servers"] for n in r["nics"] if n["network"] == content["network"]]
         self._by_address = {a.split("/")[0]: (r, n) for r, n in here for a in n["addresses"]}
         self._by_mac = {n["mac"]: (r, n) for r, n in here}
+        self.routers = content["routers"]
         self._seen = (state.st_ino, state.st_mtime_ns)
 
     def find(self, address: str) -> tuple[Record, Record] | None:
-        self._refresh()
+        self.refresh()
         known = self._by_address.get(address)
         if known is None and ":" in address:
             known = self._by_mac.get(neighbour_mac(address))
@@ -140,7 +64,7 @@ class Directory:
 
 def neighbour_mac(address: str) -> str:
     """MAC of a neighbour the kernel has just spoken to (IPv6); empty if it knows none."""
-    destination = ipaddress.IPv6Address(address).packed
+    destination = socket.inet_pton(socket.AF_INET6, address)
     index = socket.if_nametoindex(INTERFACE)
     body = struct.pack("BxxxiHBB", socket.AF_INET6, index, 0, 0, 0) + struct.pack("HH", 20, 1) + destination
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
@@ -160,33 +84,41 @@ def neighbour_mac(address: str) -> str:
 # --- HTTP --------------------------------------------------------------------------------------------
 
 
-class Server:
-    def __init__(self, directory: Directory) -> None:
-        self._directory = directory
-        self._room = asyncio.Semaphore(CONNECTIONS)
+class Connection:
+    """One question and its answer."""
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with self._room, asyncio.timeout(DEADLINE):
-                writer.write(self.answer(await reader.readuntil(b"\r\n\r\n"), writer))
-                await writer.drain()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # who asks and does not go on is let go
-        finally:
-            writer.close()
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.socket, self.peer = sock, peer
+        self.deadline = time.monotonic() + DEADLINE
+        self.request, self.answer = b"", b""
 
-    def answer(self, request: bytes, writer: asyncio.StreamWriter) -> bytes:
-        method, _, rest = request.partition(b" ")
-        path = rest.split(b" ", 1)[0].split(b"?", 1)[0].decode("latin-1")
-        if method != b"GET":
-            return _response(405, "only GET\n")
-        peer = str(writer.get_extra_info("peername")[0]).partition("%")[0]
-        try:
-            found = self._directory.find(peer)
-        except (OSError, ValueError) as error:
-            return _response(503, f"{error}\n")
-        text = page(pages(*found), path) if found is not None else None
-        return _response(404, "not found\n") if text is None else _response(200, text)
+    def take(self, directory: Directory) -> bool:
+        """Reads on. Whether there is an answer now."""
+        data = self.socket.recv(LARGEST_REQUEST)
+        self.request += data
+        if not data or len(self.request) > LARGEST_REQUEST:
+            raise ConnectionError("it ends without a question")
+        if b"\r\n\r\n" in self.request:
+            self.answer = answer(directory, self.request, self.peer)
+        return bool(self.answer)
+
+    def give(self) -> bool:
+        """Sends on. Whether all is sent."""
+        self.answer = self.answer[self.socket.send(self.answer) :]
+        return not self.answer
+
+
+def answer(directory: Directory, request: bytes, peer: str) -> bytes:
+    method, _, rest = request.partition(b" ")
+    path = rest.split(b" ", 1)[0].split(b"?", 1)[0].decode("latin-1")
+    if method != b"GET":
+        return _response(405, "only GET\n")
+    try:
+        found = directory.find(peer)
+    except (OSError, ValueError, KeyError) as error:
+        return _response(503, f"{error}\n")
+    text = page(pages(*found), path) if found is not None else None
+    return _response(404, "not found\n") if text is None else _response(200, text)
 
 
 def _response(code: int, text: str) -> bytes:
@@ -196,16 +128,96 @@ def _response(code: int, text: str) -> bytes:
     return (head + "Connection: close\r\n\r\n").encode() + body
 
 
-async def run(path: str, addresses: list[str]) -> None:
-    server = Server(Directory(path))
-    async with asyncio.TaskGroup() as listening:
-        for address in addresses:
-            scoped = f"{address}%{INTERFACE}" if address.startswith("fe80:") else address
-            listener = await asyncio.start_server(
-                server.serve, scoped, PORT, limit=LARGEST_REQUEST, reuse_address=True
-            )
-            listening.create_task(listener.serve_forever())
+# --- the loop ----------------------------------------------------------------------------------------
+
+
+class Server:
+    def __init__(self, directory: Directory, advertiser: Advertiser | None) -> None:
+        self._directory = directory
+        self._advertiser = advertiser
+        self._selector = selectors.DefaultSelector()
+        self._connections: dict[int, Connection] = {}
+
+    def listen(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        scope = socket.if_nametoindex(INTERFACE) if address.startswith("fe80:") else 0
+        listener.bind((address, PORT, 0, scope) if family == socket.AF_INET6 else (address, PORT))
+        listener.listen(128)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        if self._advertiser is not None:
+            self._selector.register(self._advertiser.socket, selectors.EVENT_READ)
+        while True:
+            events = self._selector.select(LOOK_SECONDS)
+            for key, _ in events:
+                self._ready(key.fileobj)
+            self._end_late()
+            if self._advertiser is not None:
+                self._advertise(self._advertiser)
+
+    def _advertise(self, advertiser: Advertiser) -> None:
+        try:
+            self._directory.refresh()
+            advertiser.advertise(self._directory.routers)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"routers are not advertised: {error}", file=sys.stderr, flush=True)
+
+    def _ready(self, ready: object) -> None:
+        if not isinstance(ready, socket.socket):
+            return
+        if self._advertiser is not None and ready is self._advertiser.socket:
+            self._advertiser.heard()
+        elif ready.fileno() in self._connections:
+            self._go_on(self._connections[ready.fileno()])
+        else:
+            self._accept(ready)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, peer = listener.accept()
+        except OSError:
+            return  # it has gone again
+        if len(self._connections) >= CONNECTIONS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._connections[sock.fileno()] = Connection(sock, str(peer[0]).partition("%")[0])
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _go_on(self, connection: Connection) -> None:
+        try:
+            if not connection.answer:
+                if connection.take(self._directory):
+                    self._selector.modify(connection.socket, selectors.EVENT_WRITE)
+            elif connection.give():
+                self._end(connection)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        self._selector.unregister(connection.socket)
+        del self._connections[connection.socket.fileno()]
+        connection.socket.close()
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        for connection in [c for c in self._connections.values() if c.deadline < now]:
+            self._end(connection)
+
+
+def main(path: str, addresses: list[str]) -> None:
+    with_ipv6 = any(":" in address for address in addresses)
+    server = Server(Directory(path), Advertiser(INTERFACE) if with_ipv6 else None)
+    for address in addresses:
+        server.listen(address)
+    server.run()
 
 
 if __name__ == "__main__":
-    asyncio.run(run(sys.argv[1], sys.argv[2:]))
+    main(sys.argv[1], sys.argv[2:])

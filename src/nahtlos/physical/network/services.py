@@ -48,6 +48,7 @@ DHCP, METADATA, NAMESPACE = "dnsmasq.", "metadata.", "netns."
 INDEX_GAP = 100
 """The near end of a pair takes an index the far one cannot have: the kernel mistakes equal ones for one
 device and takes a second to note the carrier."""
+SOURCES = Path(metadata_server.__file__).parents[3]
 SETTINGS = {"accept_ra": "0", "autoconf": "0", "accept_dad": "0", "disable_ipv6": "0"}
 
 
@@ -73,7 +74,7 @@ class Services(Part):
         failed: Error | None = None
         for network in networks:
             try:
-                words += await self._serve(network, networks, units)
+                words += await self._serve(network, networks, config, units)
             except Error as error:
                 failed = failed or error
         await self._retire(frozenset(n.spec.id for n in networks), units)
@@ -84,7 +85,11 @@ class Services(Part):
     # --- one network ---------------------------------------------------------------------------------
 
     async def _serve(
-        self, network: NetworkConfig, networks: tuple[NetworkConfig, ...], units: dict[str, UnitStatus]
+        self,
+        network: NetworkConfig,
+        networks: tuple[NetworkConfig, ...],
+        config: HostConfig,
+        units: dict[str, UnitStatus],
     ) -> list[str]:
         fd = await self._namespace(network.spec.id, units)
         try:
@@ -96,7 +101,7 @@ class Services(Part):
         spec = network.spec
         changed = _write_if_different(files.hosts, addressing.dhcp_hosts(network, dhcp.LEASE))
         changed |= _write_if_different(files.names, addressing.dns_names(network))
-        _write_if_different(files.metadata, metadata.directory(network, networks), mode=0o600)
+        _write_if_different(files.metadata, metadata.directory(network, networks, config.routers), mode=0o600)
         told = dhcp.arguments(
             spec, hosts=files.hosts, names=files.names, leases=files.leases, user=self._user()
         )
@@ -144,7 +149,16 @@ class Services(Part):
         self._log_dir.mkdir(parents=True, exist_ok=True)
         entered = (_program("nsenter"), f"--net=/proc/self/fd/{{fd:{stored}}}", "--", *argv)
         log = self._log_dir / f"{name}.log"
-        await self._supervisor.start(Unit(name=name, argv=entered, fds=(stored,), log=log, restart=True))
+        await self._supervisor.start(
+            Unit(
+                name=name,
+                argv=entered,
+                environment={"PYTHONPATH": str(SOURCES)},
+                fds=(stored,),
+                log=log,
+                restart=True,
+            )
+        )
         what = "DHCP" if prefix == DHCP else "metadata"
         return [f"{what} of network {id_} was not served: started"] if known and not other else []
 
@@ -196,13 +210,13 @@ class _Files(msgspec.Struct, frozen=True):
 
 
 def _metadata_argv(network: NetworkConfig, files: _Files) -> tuple[str, ...]:
-    """Root without root's rights, but to listen where web servers do."""
+    """Root without root's rights, but to listen where web servers do and to speak for routers."""
     addresses = [addressing.METADATA]
     if addressing.has_ipv6(network.spec):
         addresses.append(addressing.METADATA_IPV6)
-    server = (sys.executable, "-I", "-S", metadata_server.__file__, str(files.metadata), *addresses)
-    rights = ("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_bind_service")
-    return (_program("setpriv"), *rights, *server)
+    rights = ("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_bind_service,+net_raw")
+    program = (sys.executable, "-S", "-s", "-m", metadata_server.__name__)
+    return (_program("setpriv"), *rights, "--", *program, str(files.metadata), *addresses)
 
 
 # --- devices -----------------------------------------------------------------------------------------
