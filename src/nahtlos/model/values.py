@@ -3,5 +3,5 @@
 import msgspec
 
 
-class Value(msgspec.Struct, frozen=True, kw_only=True):
+class Value(msgspec.Struct, frozen=True, kw_only=True, cache_hash=True):
     """Immutable, compared by content, unknown fields ignored when decoded."""

@@ -6,6 +6,7 @@ stack has no address in any tenant's network: tenants may use the same addresses
 hosts.
 """
 
+import functools
 import ipaddress
 from collections.abc import Iterable
 
@@ -14,7 +15,7 @@ import msgspec
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.networking import Family, NetworkSpec, SubnetSpec
-from nahtlos.physical.network.plan import Neighbour, anycast_mac, bridge_name
+from nahtlos.physical.network.plan import REMEMBERED_PORTS, Neighbour, anycast_mac, bridge_name
 
 METADATA = "169.254.169.254"
 METADATA_IPV6 = "fe80::a9fe:a9fe"
@@ -114,6 +115,7 @@ def service_neighbours(spec: NetworkSpec) -> Iterable[Neighbour]:
 # --- what a port is told -----------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=REMEMBERED_PORTS)
 def subnet_of(address: str, spec: NetworkSpec) -> SubnetSpec | None:
     ip = ipaddress.ip_address(address)
     return next((s for s in spec.all_subnets if ip in ipaddress.ip_network(s.cidr)), None)
@@ -129,6 +131,7 @@ def dhcp_hosts(network: NetworkConfig, lease: str) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+@functools.lru_cache(maxsize=REMEMBERED_PORTS)
 def _dhcp_host(port: PortConfig, spec: NetworkSpec, lease: str) -> str:
     told = {s.cidr for s in advertised(spec)}
     fixed = [a for a in port.all_addresses if ":" in a and (s := subnet_of(a, spec)) and s.cidr in told]
@@ -137,14 +140,15 @@ def _dhcp_host(port: PortConfig, spec: NetworkSpec, lease: str) -> str:
 
 def dns_names(network: NetworkConfig) -> str:
     """Names of the network's servers as a hosts file: full name first, which is what an address leads to."""
-    zone = domain(network.spec.id)
-    lines = sorted(
-        (port.server, address)
-        for port in network.ports
-        for address in port.all_addresses
-        if subnet_of(address, network.spec) is not None
-    )
-    return "".join(f"{address} {server}.{zone} {server}\n" for server, address in lines)
+    ports = sorted(network.ports, key=lambda port: (port.server, port.id))
+    return "".join(_dns_lines(port, network.spec) for port in ports)
+
+
+@functools.lru_cache(maxsize=REMEMBERED_PORTS)
+def _dns_lines(port: PortConfig, spec: NetworkSpec) -> str:
+    zone, server = domain(spec.id), port.server
+    known = sorted(a for a in port.all_addresses if subnet_of(a, spec) is not None)
+    return "".join(f"{address} {server}.{zone} {server}\n" for address in known)
 
 
 # --- what cannot be ----------------------------------------------------------------------------------
