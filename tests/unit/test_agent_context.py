@@ -36,7 +36,8 @@ def context(**parts: Any) -> Context:
     return Context(**{**given, **parts})
 
 
-async def test_convergence_takes_no_step_while_a_path_is_switched() -> None:
+async def test_convergence_takes_no_step_while_a_path_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BREATH_SECONDS", 0.0)
     taken: list[str] = []
 
     class Driver:
@@ -122,6 +123,19 @@ async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch:
     ctx.switching.add(MOVE)
     async with asyncio.timeout(1.0):
         await ctx.calm()
+
+
+async def test_a_guest_that_was_just_resumed_gets_a_breath(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BREATH_SECONDS", 0.02)
+    ctx = context()
+    ctx.switching.add(MOVE)
+    ctx.switched(MOVE)
+    waiting = asyncio.create_task(ctx.calm())
+    await asyncio.sleep(0.005)
+    assert not waiting.done()
+    async with asyncio.timeout(0.5):
+        await waiting
+    assert not ctx.switching
 
 
 def test_what_no_contract_names_becomes_an_error_and_is_told() -> None:

@@ -66,7 +66,7 @@ def devices(arguments: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 def test_hardware_is_named_versioned_and_at_fixed_addresses() -> None:
     arguments = server_arguments(shape())
-    assert after(arguments, "-machine") == ["pc-q35-10.0,memory-backend=ram0"]
+    assert after(arguments, "-machine") == ["pc-q35-10.0,memory-backend=ram0,sata=off,smbus=off,vmport=off"]
     assert after(arguments, "-cpu") == ["qemu64"]
     assert after(arguments, "-smp") == ["2"]
     assert {"-nodefaults", "-no-user-config"} <= set(arguments)

@@ -15,6 +15,9 @@ from nahtlos.wire.transport import Transport
 
 QUIET_SECONDS = 1.0
 """The longest that what can wait does wait for a switch."""
+BREATH_SECONDS = 0.25
+"""A guest that was resumed a moment ago has its memory and its code to find again: what agents have to tell
+and to put right would take the CPUs from it just then."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,15 @@ class Context:
     its journal began, so that no older decision about its ports is still being carried out."""
 
     switching: set[OperationId] = field(default_factory=set[OperationId])
-    """Operations between the switch of the path and the end of the blackout."""
+    """Operations between the switch of the path and a breath after the end of the blackout."""
     _calmed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def switched(self, operation: OperationId) -> None:
-        """No frame of `operation` waits any more."""
+        """No frame of `operation` waits any more. Its guest gets a breath before other work is taken up."""
+        if operation in self.switching:
+            asyncio.get_running_loop().call_later(BREATH_SECONDS, self._breathed, operation)
+
+    def _breathed(self, operation: OperationId) -> None:
         self.switching.discard(operation)
         self._calmed.set()
 

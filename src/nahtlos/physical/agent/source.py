@@ -40,7 +40,7 @@ from nahtlos.wire.messages import (
 
 POLL_SECONDS = 0.002
 DRAIN_SECONDS = 0.5
-KILL_AFTER_SECONDS = 0.2
+KILL_AFTER_SECONDS = 0.3
 """The old VMM is kept that long after the destination has answered: what it still sends is reflected."""
 ASK_AGAIN_SECONDS = 0.25
 TELL_SECONDS = 5.0
