@@ -4,8 +4,10 @@ Pure. The same record on every host, whichever of them the server runs on: it is
 alone, not of what a host knows of its own servers.
 """
 
-import json
+import functools
 from collections.abc import Iterable, Mapping
+
+import msgspec
 
 from nahtlos.model.config import NetworkConfig, PortConfig, RouterConfig
 from nahtlos.model.ids import NetworkId, PortId, ServerId
@@ -14,6 +16,7 @@ from nahtlos.model.nouns import ServerSpec
 from nahtlos.physical.network.addressing import advertised, domain, link_local, name_servers, subnet_of
 from nahtlos.physical.network.metadata_pages import Record
 from nahtlos.physical.network.metadata_pages import seed as seed_of
+from nahtlos.physical.network.plan import REMEMBERED_PORTS
 from nahtlos.physical.network.routing.plan import router_mac
 
 
@@ -39,7 +42,7 @@ def directory(
                 nics[port.server][port.id] = nic(port, other.spec)
     records = [_record(server, [n for _, n in sorted(nics[server].items())]) for server in sorted(servers)]
     content = {"network": network.spec.id, "servers": records, "routers": routers_of(network, routers)}
-    return json.dumps(content, indent=0)
+    return msgspec.json.encode(content).decode()
 
 
 def routers_of(network: NetworkConfig, routers: Iterable[RouterConfig]) -> list[Record]:
@@ -54,8 +57,9 @@ def _record(server: ServerId, nics: list[Record], user_data: str = "") -> Record
     return {"server": server, "nics": nics, "user_data": user_data}
 
 
+@functools.lru_cache(maxsize=REMEMBERED_PORTS)
 def nic(port: PortSpec | PortConfig, spec: NetworkSpec) -> Record:
-    """One interface as plain data."""
+    """One interface as plain data, which nobody changes."""
     subnets = {a: subnet_of(a, spec) for a in port.all_addresses}
     known = {a: s for a, s in subnets.items() if s is not None}
     return {
