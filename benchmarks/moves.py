@@ -208,20 +208,26 @@ async def run(moves: int, work: Path) -> Figures:
         for memory in MEMORY_SIZES:
             own = await lab.side(memory)
             async with bare(release, memory, work) as other:
-                for turn, rate in enumerate(DIRTY_RATES):
-                    mib = DIRTIED_MIB[memory]
-                    sides = (own, other) if turn % 2 else (other, own)
-                    got = {s.name: await measure(s, moves, rate, mib, work) for s in sides}
-                    print(
-                        f"{memory} MB, {rate} MB/s:",
-                        {n: (round(g.p50, 1), g.lost) for n, g in got.items()},
-                        flush=True,
-                    )
-                    add_case(figures, f"{memory} MB, dirtying {rate} MB/s", got["nahtlos"], got["bare"])
-                    merge(every, got["nahtlos"])
-                    merge(every_bare, got["bare"])
+                for rate in DIRTY_RATES:
+                    got = await by_turns(own, other, moves, rate, DIRTIED_MIB[memory], work)
+                    case = f"{memory} MB, dirtying {rate} MB/s"
+                    say(case, got)
+                    add_case(figures, case, got[own.name], got[other.name])
+                    merge(every, got[own.name])
+                    merge(every_bare, got[other.name])
     add_totals(figures, every, every_bare)
     return figures
+
+
+async def by_turns(
+    own: Side, other: Side, moves: int, rate: int, mib: int, work: Path
+) -> dict[str, Series]:
+    """Half of the moves of each, then the other half the other way round: what else the machine does falls
+    on both alike."""
+    got = {own.name: Series(), other.name: Series()}
+    for side in (other, own, own, other):
+        merge(got[side.name], await measure(side, moves // 2, rate, mib, work))
+    return got
 
 
 def say(case: str, got: dict[str, Series]) -> None:
