@@ -219,9 +219,7 @@ async def run(moves: int, work: Path) -> Figures:
     return figures
 
 
-async def by_turns(
-    own: Side, other: Side, moves: int, rate: int, mib: int, work: Path
-) -> dict[str, Series]:
+async def by_turns(own: Side, other: Side, moves: int, rate: int, mib: int, work: Path) -> dict[str, Series]:
     """Half of the moves of each, then the other half the other way round: what else the machine does falls
     on both alike."""
     got = {own.name: Series(), other.name: Series()}
