@@ -61,6 +61,8 @@ class NativeNetwork:
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
         self._view: View | None = None
+        self._rules: tuple[int, nft.Ruleset] | None = None
+        """The packet filter's generation, and what there was of ours at it."""
         self._capabilities: NetworkCapabilities | None = None
         shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
         self._underlay = settings.underlay_interface
@@ -70,7 +72,9 @@ class NativeNetwork:
         self.routing = Routing(settings, supervisor)
         firewall = Firewall(settings.role, settings.run_dir / "firewall.json")
         self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
-        self._shared = Shared(self._place, supervisor, self._baseline, self._parts, self._ensure_network)
+        self._shared = Shared(
+            self._place, supervisor, self._baseline, self._parts, settings.run_dir, self._ensure_network
+        )
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
 
@@ -167,8 +171,8 @@ class NativeNetwork:
         local = self._local_ports(config)
         for part in self._parts:
             words += await part.reconcile(config, local)
+        self._baseline.record(wanted)
         applied = self._baseline.applied
-        applied.items = {str(item) for item in wanted}
         applied.touched &= self._held_names(pinned, config, found)
         words += self._baseline.take_notes()
         self._baseline.save()
@@ -240,12 +244,12 @@ class NativeNetwork:
         networks = [_filtered(network, config) for network in config.networks]
         applied, digest = self._baseline.applied, nft.digest(networks)
         async with self._shared.filtering:
-            present = await nft.listing()
+            present = await self._listed_rules()
             gates = self._gates(config, pinned | self._shared.in_motion, present)
             if digest != applied.rules or present.fingerprint != applied.listed:
                 drift = digest == applied.rules and not quiet
                 await nft.apply(nft.compose(networks, gates))
-                applied.rules, applied.listed = digest, (await nft.listing()).fingerprint
+                applied.rules, applied.listed = digest, (await self._listed_rules()).fingerprint
             else:
                 drift = False
                 text = nft.gate_commands(gates - present.gates, present.gates - gates)
@@ -253,6 +257,13 @@ class NativeNetwork:
                     await nft.apply(text)
             applied.gates = {(g.vni, g.mac, g.port) for g in gates}
         return ["packet filter rules were different: put right"] if drift else []
+
+    async def _listed_rules(self) -> nft.Ruleset:
+        """What the kernel has of ours; read again only after somebody has changed any rule."""
+        generation = nft.generation()
+        if self._rules is None or self._rules[0] != generation:
+            self._rules = generation, await nft.listing()
+        return self._rules[1]
 
     def _gates(
         self, config: HostConfig, held: frozenset[PortId] | set[PortId], present: nft.Ruleset

@@ -36,6 +36,7 @@ from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink, Request
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import OWNED, Change, Setting
+from nahtlos.physical.network.traffic_watch import Watch
 from nahtlos.physical.ports import MoveRole
 
 ALIAS = f"{OWNED}shaper/"
@@ -229,11 +230,11 @@ def observe(netlink: Netlink, taps: Iterable[str]) -> tuple[dict[str, Found], tu
 
 
 def observe_one(netlink: Netlink, tap: str) -> Found | None:
-    """The same for one tap; costs nothing that grows with the number of ports unless it has a shaper."""
+    """The same for one tap; costs nothing that grows with the number of ports."""
     index = _index(tap)
     if not index:
         return None
-    shaper = links.read_links(netlink).get(shaper_name(tap)) if _index(shaper_name(tap)) else None
+    shaper = links.read_link(netlink, shaper_name(tap))
     ingress = tc.read_ingress(netlink, index) is not None
     return Found(
         tap,
@@ -307,29 +308,47 @@ class Shaping(Part):
         self._applied = Applied(record)
         self._fast = fast
         self._bulk = bulk
+        self._watch = Watch(shaper_name(""))
+        self._settled: dict[PortId, Limits] | None = None
+        """Limits of every port here, as they were when nothing was left to do."""
+
+    def close(self) -> None:
+        self._watch.close()
 
     async def capabilities(self) -> dict[str, str]:
         return (await asyncio.to_thread(shaping_probe.examine)).words()
 
     async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
+        limits = {name: limits_of(port.port, port.network) for name, port in local.items()}
+        looked_at, stirred = time.monotonic(), self._watch.stirred()
+        if not stirred and limits == self._settled:
+            return ()
+        self._settled = None
+        words = await self._look_and_put_right(local, limits)
+        self._settled = limits
+        self._watch.settle(looked_at)
+        return tuple(words)
+
+    async def _look_and_put_right(
+        self, local: Mapping[PortId, LocalPort], limits: Mapping[PortId, Limits]
+    ) -> list[str]:
         sock = self._bulk()
         taps = [port.tap for port in local.values()]
         found, orphans = await asyncio.to_thread(observe, sock, taps)
         wrong: list[LocalPort] = []
         words: list[str] = []
-        for port in local.values():
-            wanted = limits_of(port.port, port.network)
-            different = differences(wanted, found[port.tap], port.port.id) if port.tap in found else []
+        for name, port in local.items():
+            different = differences(limits[name], found[port.tap], name) if port.tap in found else []
             if different:
                 wrong.append(port)
-                words += different if self._applied.agrees(port.port.id, wanted) else []
+                words += different if self._applied.agrees(name, limits[name]) else []
         await self._put_right(sock, wrong, found)
         if orphans:
             sock.change([links.delete(name) for name in orphans])
-        for port in local.values():
-            self._applied.note(port.port.id, limits_of(port.port, port.network))
+        for name, wanted in limits.items():
+            self._applied.note(name, wanted)
         self._applied.save()
-        return tuple(words)
+        return words
 
     async def port_created(self, port: LocalPort) -> None:
         wanted = limits_of(port.port, port.network)
@@ -404,9 +423,8 @@ class Shaping(Part):
             [Change(Setting(f"net/ipv6/conf/{n}/disable_ipv6", "1")) for n in names.values()]
         )
         sock.change([links.configure(names[p.tap], up=True, alias=ALIAS + p.port.id) for p in missing])
-        devices = links.read_links(sock)
         for tap, name in names.items():
-            seen[tap] = msgspec.structs.replace(seen[tap], shaper=devices.get(name))
+            seen[tap] = msgspec.structs.replace(seen[tap], shaper=links.read_link(sock, name))
 
 
 async def _emptied(sock: Netlink, indexes: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ on waiting.
 import asyncio
 import hashlib
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from nahtlos.physical.network import nft
 from nahtlos.physical.network import traffic_control as tc
 from nahtlos.physical.network.netlink import Netlink, Request
 from nahtlos.physical.network.parts import LocalPort, Part
+from nahtlos.physical.network.traffic_watch import Watch
 from nahtlos.physical.settings import MIGRATION_PORTS, AgentSettings
 
 TABLE = "nahtlos-shares"
@@ -205,10 +207,17 @@ class Shares(Part):
         self._record = record
         self._applied = _read(record)
         self._bulk = bulk
+        self._watch = Watch(self._interface)
+        self._settled: UnderlayShares | None = None
+        """As they were when nothing was left to do."""
+
+    def close(self) -> None:
+        self._watch.close()
 
     async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
         shares = config.underlay
         if shares is None:
+            self._settled = None
             await self._leave_alone()
             return ()
         asked_before = self._applied.shares == shares
@@ -217,6 +226,16 @@ class Shares(Part):
         return tuple(words) if asked_before else ()
 
     async def _divide(self, shares: UnderlayShares) -> list[str]:
+        looked_at, stirred = time.monotonic(), self._watch.stirred()
+        if not stirred and self._settled == shares:
+            return []
+        self._settled = None
+        words = await self._look_and_divide(shares)
+        self._settled = shares
+        self._watch.settle(looked_at)
+        return words
+
+    async def _look_and_divide(self, shares: UnderlayShares) -> list[str]:
         sock = self._bulk()
         found = await asyncio.to_thread(observe, sock, self._index())
         requests = changes(tree_of(shares), found, self._interface)
