@@ -77,9 +77,17 @@ class Descriptors:
 
     async def start(self, unit: Unit) -> UnitStatus:
         if unit.name not in self._units:
+            argv = list(unit.argv)
+            for name in unit.fds:
+                argv = [argument.replace(f"{{fd:{name}}}", str(self.fds[name])) for argument in argv]
             with unit.log.open("ab") as log:
                 self._units[unit.name] = subprocess.Popen(
-                    unit.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **unit.environment},
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[self.fds[name] for name in unit.fds],
                 )
         return UnitStatus(name=unit.name, pid=self._units[unit.name].pid)
 
@@ -194,7 +202,9 @@ class World:
     def __init__(self, hosts: int, *, spec: NetworkSpec = TENANT, name: str = "") -> None:
         self.lab = name or f"nlt-m{os.getpid() % 10000}"
         self.spec = spec
-        self._folder = Path(tempfile.mkdtemp(prefix="nlt-network-"))
+        # As on a real host, what a driver keeps until the next boot is in memory.
+        memory = Path("/dev/shm")
+        self._folder = Path(tempfile.mkdtemp(prefix="nlt-network-", dir=memory if memory.is_dir() else None))
         topology.destroy(self.lab)
         self.topology = topology.create(self.lab, hosts)
         nodes = [node for node in self.topology.nodes if node.role is not None]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import msgspec
 
+from nahtlos.physical.network.plan import Item
+
 
 class Applied(msgspec.Struct):
     items: set[str] = set()
@@ -34,6 +36,7 @@ class Baseline:
         self._path = path
         self._applied: Applied | None = None
         self._written = b""
+        self._recorded: frozenset[Item] | None = None
 
     @property
     def applied(self) -> Applied:
@@ -63,6 +66,15 @@ class Baseline:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._touched_path.open("a") as file:
                 file.write("".join(f"{name}\n" for name in sorted(new)))
+
+    def record(self, wanted: frozenset[Item]) -> None:
+        """All of this has been made true."""
+        if self._recorded is None:
+            self.applied.items = {str(item) for item in wanted}
+        else:
+            self.applied.items -= {str(item) for item in self._recorded - wanted}
+            self.applied.items |= {str(item) for item in wanted - self._recorded}
+        self._recorded = wanted
 
     def note(self, text: str) -> None:
         self.applied.notes.append(text)
