@@ -7,6 +7,7 @@ Owns threads that read and write taps. The hosts are those of `network_namespace
 import asyncio
 import os
 import select
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -14,16 +15,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from network_namespaces import TENANT, Cloud, Guest, probe_number
 
+from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import NetworkId, PortId
 from nahtlos.physical.network import tap
 from nahtlos.physical.network.endpoints import stored_name
 from nahtlos.physical.ports import MoveRole
 
+M = TypeVar("M", bound="Machine")
 A, B, C, EDGE = "host-1", "host-2", "host-3", "edge-1"
 STREAM = 1_000_000
 """Numbers of one stream begin at a multiple of this."""
@@ -155,10 +159,29 @@ class Stage(Cloud):
 
     def __init__(self, folder: Path, hosts: int = 2) -> None:
         super().__init__(folder, hosts)
+        self.mtu = TENANT.mtu
         self.talkers: list[Talker] = []
 
+    def widen(self, mtu: int) -> None:
+        """Tenants' frames may be that long, and the underlay takes them with what a tunnel adds."""
+        self.mtu = mtu
+        for node in self.topology.underlay:
+            self.command_in(node, "ip", "link", "set", "eth0", "mtu", str(mtu + 50))
+        for line in self.command_in(self.topology.switch, "ip", "-br", "link").splitlines():
+            name = line.split()[0].split("@")[0]
+            if name != "lo":
+                self.command_in(self.topology.switch, "ip", "link", "set", name, "mtu", str(mtu + 50))
+
+    @staticmethod
+    def command_in(node: topology.Node, *argv: str) -> str:
+        return subprocess.run(
+            [*node.enter, *argv], check=True, capture_output=True, text=True, timeout=10
+        ).stdout
+
     def machine(self, number: int, host: str, *, queues: int = 1, second: bool = False) -> Machine:
-        machine = Machine(number, queues=queues, second=second)
+        return self.add(Machine(number, queues=queues, second=second), host)
+
+    def add(self, machine: M, host: str) -> M:
         self.guests[machine.port], self.places[machine.port] = machine, host
         return machine
 
@@ -173,7 +196,7 @@ class Stage(Cloud):
         there = [g for g in self.guests.values() if (isinstance(g, Machine) and g.second) == second]
         return msgspec.structs.replace(
             super().network,
-            spec=SECOND if second else TENANT,
+            spec=msgspec.structs.replace(SECOND if second else TENANT, mtu=self.mtu),
             ports=tuple(self.port(g) for g in there),
         )
 

@@ -1,6 +1,7 @@
 """The handover's hard cases on real namespaces and real packets: every frame is counted."""
 
 import asyncio
+import fcntl
 import socket
 import struct
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from handover_play import BROADCAST, MULTICAST, STREAM, A, B, C, Machine, Stage, count, counted
+from handover_stream import OFFLOADS, TUNSETOFFLOAD, Stream, StreamMachine
 from network_namespaces import missing_programs
 
 from nahtlos.model.errors import Unavailable
+from nahtlos.physical.network import packet
 
 pytestmark = [
     pytest.mark.live,
@@ -309,11 +312,9 @@ async def test_a_ring_that_overflows_is_counted_and_told(stage: Stage) -> None:
     await move.finish()
     await silence()
     lost = 10_300 - len(mover.received)
-    assert 0 < lost <= 300
-    words = await stage.reconcile(B)
-    assert words == (
-        f"{lost} frames for port {mover.port} were dropped while it moved: its ring holds 10000",
-    )
+    assert 300 <= lost < 320, "what the ring holds is not lost"
+    told = f"{lost} frames for port {mover.port} were dropped while it moved: its ring holds 10000"
+    assert await stage.reconcile(B) == (told,)
     assert await stage.reconcile(B) == ()
     seen = await stage.hosts[B].call(lambda d: d.observe())
     assert seen.counters[mover.port]["tx_dropped"] == lost
@@ -345,3 +346,72 @@ async def test_a_port_without_a_tap_is_named(stage: Stage) -> None:
     await stage.opened(mover)
     with pytest.raises(Unavailable, match=mover.port):
         await stage.hosts[B].call(lambda d: d.move_drain(mover.port, timeout=0.1))
+
+
+# --- long frames -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def streams(stage: Stage) -> AsyncIterator[list[StreamMachine]]:
+    """Where to put machines with a TCP stack, so that they are removed."""
+    machines: list[StreamMachine] = []
+    try:
+        yield machines
+    finally:
+        for machine in machines:
+            await asyncio.to_thread(machine.remove)
+
+
+async def streaming(stage: Stage, streams: list[StreamMachine]) -> tuple[StreamMachine, list[Stream]]:
+    """The one that moves, connections from and to a peer on a third host that are busy."""
+    for number, host in ((10, A), (11, C)):
+        streams.append(stage.add(StreamMachine(number, stage.mtu), host))
+    mover, peer = streams
+    await stage.opened(mover, peer)
+    both = [
+        await asyncio.to_thread(Stream, peer, mover, 7001),
+        await asyncio.to_thread(Stream, mover, peer, 7002),
+    ]
+    await asyncio.sleep(0.3)
+    return mover, both
+
+
+@pytest.mark.parametrize("mtu", [1500, 8000])
+async def test_bulk_streams_of_long_segments_survive(
+    stage: Stage, streams: list[StreamMachine], mtu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, and nearly there and back again: every byte arrives. A handover makes neither side send anything
+    again but for a probe of its timers; an abort turns the order round, which TCP may take for a loss."""
+    if mtu != stage.mtu:
+        stage.widen(mtu)
+    returned: list[int] = []
+    send = packet._send
+
+    def noted(sending: socket.socket, parts: list[bytes | memoryview]) -> None:
+        returned.append(sum(len(p) for p in parts))
+        send(sending, parts)
+
+    monkeypatch.setattr(packet, "_send", noted)
+    mover, both = await streaming(stage, streams)
+    before = sum(stream.again for stream in both)
+    await stage.move(B, mover).whole(hold=0.1)
+    await asyncio.sleep(0.3)
+    assert mover.largest > 2 * mtu, "segments were left whole"
+    moved = sum(stream.again for stream in both)
+    back = stage.move(A, mover)
+    await back.begin()
+    for fd in stage.fds(mover, A):
+        fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOADS)
+    await back.switch()
+    await asyncio.sleep(0.1)
+    assert await back.give_up() == len(returned) > 0
+    await asyncio.sleep(0.3)
+    assert max(returned) > 2 * mtu, "and returned whole"
+    aborted = sum([await asyncio.to_thread(stream.finish) for stream in both])
+    volume = sum(stream.sent for stream in both)
+    assert volume > 20 << 20
+    print(
+        f"mtu {mtu}: {volume >> 20} MiB; segments sent again before {before}, by the move {moved - before}, "
+        f"by the abort {aborted - moved}; {len(returned)} frames returned, up to {max(returned)} bytes"
+    )
+    assert moved - before <= 4, "one probe for each direction and timer"

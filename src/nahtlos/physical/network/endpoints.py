@@ -120,6 +120,7 @@ class Endpoints:
             self._shared.fast().change([links.delete(name)])
         await self._drop_descriptors(port)
         self._shared.baseline.applied.dropped.pop(port, None)
+        self._shared.held_frame(port).unlink(missing_ok=True)
         for part in self._shared.parts:
             await part.port_deleted(port, name)
 

@@ -21,6 +21,7 @@ A revert is the same backwards, at the source first; the destination then return
 
 import asyncio
 import errno
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ from nahtlos.physical.network import kernel, links, netlink, nft, packet, plan, 
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.netlink import Request
 from nahtlos.physical.network.packet import Returned
+from nahtlos.physical.network.parking import Parking
 from nahtlos.physical.network.shared import Shared, index_of, local
 from nahtlos.physical.ports import MoveRole
 
@@ -197,12 +199,13 @@ class Handover:
 
     def _pass_on(self, port: PortConfig, network: NetworkConfig, fds: Sequence[int]) -> Returned:
         """To the other host, by the tunnel, without asking this host's entry."""
-        tunnel, returned = plan.tunnel_name(network.spec.vni), Returned()
-        for fd in fds:
-            if tap.has_frames([fd]):
-                size = tap.header_size(fd)
-                returned += packet.send_again(tunnel, tap.frames(fd), size, port.mac)
-        return returned
+        held = self._shared.held_frame(port.id)
+        if not fds or not (tap.has_frames(fds) or held.exists()):
+            return Returned()
+        tunnel, size = plan.tunnel_name(network.spec.vni), tap.header_size(fds[0])
+        with Parking(held) as parking:
+            frames = (parking.left_behind(size), *(parking.frames(fd) for fd in fds))
+            return packet.send_again(tunnel, itertools.chain(*frames), size, port.mac)
 
     async def _pass_on_all(self, port: PortConfig, network: NetworkConfig, fds: Sequence[int]) -> Returned:
         """Also what a shaper has held back."""
@@ -236,6 +239,6 @@ class Handover:
 
 
 def _flooding(index: int, flood: links.Flood) -> Request:
-    """Of a tap that may have gone in the moment since its index was asked for."""
+    """Of a tap that may have gone in the moment since its index was asked for, or is in no bridge yet."""
     request = links.set_flood(index, flood, "a tap")
-    return msgspec.structs.replace(request, tolerated=frozenset({errno.ENODEV}))
+    return msgspec.structs.replace(request, tolerated=frozenset({errno.ENODEV, errno.EOPNOTSUPP}))

@@ -6,6 +6,7 @@ Owns the netlink socket that verbs use. Never decides anything.
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
@@ -24,12 +25,14 @@ class Shared:
         supervisor: Supervisor,
         baseline: Baseline,
         parts: tuple[Part, ...],
+        run_dir: Path,
         ensure_network: Callable[[NetworkConfig], Awaitable[None]],
     ) -> None:
         self.place = place
         self.supervisor = supervisor
         self.baseline = baseline
         self.parts = parts
+        self.run_dir = run_dir
         self.ensure_network = ensure_network
         """Builds a network's devices if no reconcile has done so yet."""
         self.filtering = asyncio.Lock()
@@ -51,6 +54,10 @@ class Shared:
     def touch(self, port: PortConfig) -> None:
         self.in_motion.add(port.id)
         self.baseline.touch((port.mac.lower(), plan.tap_name(port.id)))
+
+    def held_frame(self, port: PortId) -> Path:
+        """Where a frame on its way from a port's ring is held; see `parking`."""
+        return self.run_dir / f"{plan.tap_name(port)}.frame"
 
     def close(self) -> None:
         if self._fast is not None:
