@@ -18,12 +18,13 @@ from typing import Any
 import aiosqlite.core
 import pytest
 
-from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, operations
+from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations
 
 WRITES = re.compile(r"(?:insert(?: or \w+)? into|replace into|update|delete from)\s+(\w+)", re.IGNORECASE)
 READS = re.compile(r"(?:from|join)\s+(\w+)", re.IGNORECASE)
 LOOKS = (
-    (intent, ("hosts", "servers", "volumes", "networks", "uplinks", "promised", "setting_of", "releases")),
+    (intent, ("hosts", "servers", "volumes", "promised", "setting_of", "releases")),
+    (networking, ("networks", "functions")),
     (inventories, ("all_of", "received")),
     (campaigns, ("current",)),
     (blueprints, ("target", "host_configs")),

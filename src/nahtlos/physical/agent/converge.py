@@ -109,6 +109,8 @@ class Converger:
         self.generation = 0
         self.problems: tuple[ErrorRecord, ...] = ()
         self.drift: tuple[str, ...] = ()
+        self.network: dict[str, str] = {}
+        """What the network driver uses here, once it has said so."""
 
     async def attempt(self) -> None:
         config = self._context.ledger.config()
@@ -125,6 +127,8 @@ class Converger:
                 self._context.say("drift", self._context.settings.host, text)
             self.drift = (*self.drift, *drift)[-50:]
         self.problems = tuple(problems)
+        if not self.network:
+            self.network = await self._used()
         running = [j.order for j in self._context.ledger.operations() if j.unended and j.order]
         if not problems and not outdated(config, running):
             self.generation = config.generation
@@ -146,6 +150,13 @@ class Converger:
         async with self._context.paths:
             pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
             return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
+
+    async def _used(self) -> dict[str, str]:
+        """Only told to people: that it could not be found out keeps nothing from being put right."""
+        try:
+            return (await self._context.drivers.network.capabilities()).details
+        except Exception:
+            return {}
 
     async def _servers(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
         vmms = await self._context.drivers.hypervisor.observe()

@@ -95,5 +95,5 @@ async def inventory(
         ),
         drift=converger.drift,
         problems=converger.problems,
-        network=(await context.drivers.network.capabilities()).details,
+        network=converger.network,
     )
