@@ -29,6 +29,7 @@ from nahtlos.model.nouns import HostRole, Size
 from nahtlos.physical.network import links, tap
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.network.netlink import Netlink
+from nahtlos.physical.network.routing.namespaces import Namespaces
 from nahtlos.physical.ports import MoveRole, NetworkDesired, Unit, UnitStatus
 from nahtlos.physical.settings import AgentSettings
 
@@ -189,6 +190,9 @@ class Host:
         self._loop.call_soon_threadsafe(self.driver.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        held = Namespaces(self.settings.run_dir)
+        for name in held.names():
+            held.destroy(name)
 
 
 class Guest:

@@ -14,6 +14,7 @@ from nahtlos.lab import cleanup as subject
 from nahtlos.lab import topology
 from nahtlos.lab.cleanup import LabLock, Roots, cleanup, lab_is_running, processes_of
 from nahtlos.model.errors import Conflict
+from nahtlos.physical.network.routing.namespaces import Namespaces
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -185,3 +186,19 @@ def test_the_lock_of_a_killed_process_is_free(roots: Roots, started: list[subpro
     started[0].wait()
     assert not lab_is_running(ONE, roots)
     LabLock(ONE, roots).acquire()
+
+
+def test_namespaces_of_its_routers_go_with_it_and_those_of_others_stay(roots: Roots) -> None:
+    folders = [roots.run_dir(lab) / "host-1" / "run" for lab in (ONE, OTHER)]
+    one, other = map(Namespaces, folders)
+    for held, folder in zip((one, other), folders, strict=True):
+        folder.mkdir(parents=True)
+        held.create("router-1")
+    try:
+        removed = cleanup(ONE, roots=roots)
+        assert removed.namespaces == ("router-1 of run",)
+        assert not removed.left
+        assert not one.exists("router-1")
+        assert other.exists("router-1")
+    finally:
+        other.destroy("router-1")

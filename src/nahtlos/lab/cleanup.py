@@ -1,9 +1,9 @@
 """Ends what is left of a lab, however it was interrupted, and tells one that runs from one that is left over.
 
 Owns the rule of what belongs to a lab: processes that carry `NAHTLOS_LAB=<lab>` exactly (and dnsmasq inside
-one of its namespaces), namespaces of its nodes, and its three directories. Never ends a process it has not
-just identified: a signal goes through a descriptor of the process whose start time was read. Labs whose
-names begin alike do not touch each other.
+one of its namespaces), namespaces of its nodes and of its hosts' routers, and its three directories. Never
+ends a process it has not just identified: a signal goes through a descriptor of the process whose start time
+was read. Labs whose names begin alike do not touch each other.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import msgspec
 from nahtlos.lab import paths, topology
 from nahtlos.lab.paths import LAB_VARIABLE
 from nahtlos.model.errors import Conflict
+from nahtlos.physical.network.routing.namespaces import Namespaces
 
 PROC = Path("/proc")
 SUPERVISOR = "nahtlos.entry.supervisor"
@@ -136,7 +137,7 @@ def cleanup(lab: str, *, keep_state: bool = False, roots: Roots = ROOTS) -> Remo
     topology.checked_lab(lab)
     deadline = time.monotonic() + DEADLINE
     ended, surviving = _end_processes(lab, deadline)
-    namespaces = topology.destroy(lab)
+    namespaces = (*topology.destroy(lab), *_let_go(roots.run_dir(lab)))
     directories = [roots.run_dir(lab), roots.ram_dir(lab)]
     if not keep_state:
         directories.append(roots.state_dir(lab))
@@ -147,6 +148,15 @@ def cleanup(lab: str, *, keep_state: bool = False, roots: Roots = ROOTS) -> Remo
         directories=tuple(removed),
         left=(*surviving, *(str(d) for d in directories if d.exists())),
     )
+
+
+def _let_go(folder: Path) -> Iterator[str]:
+    """Ends the namespaces that hosts with their run directory below `folder` hold: cables go with them."""
+    for run_dir in (folder, *(path for path in folder.glob("**") if path.is_dir())):
+        held = Namespaces(run_dir)
+        for name in held.names():
+            held.destroy(name)
+            yield f"{name} of {run_dir.name}"
 
 
 def _remove_tree(path: Path) -> bool:

@@ -1,45 +1,41 @@
-"""Network namespaces of this host's routers, gateways and load balancers.
+"""Network namespaces of this host's routers, gateways and load balancers, by name.
 
-Owns making, entering and ending them, and the folder `netns` of the host's run directory, in which each is
-held by a bind mount: it outlives the agent, is found again by its name, and is unique to the host although
-hosts of a lab share a file system. A namespace is made by a thread of its own that leaves it behind: no
-process is started, and an agent killed in between leaves nothing. Decides nothing.
+Owns `/run/netns/nr-<host>-<name>`, where each is held by a bind mount: it outlives the agent and its
+supervisor, is found again by its name, and is there for `ip netns`. `<host>` is a digest of the host's run
+directory, because hosts of a lab share a file system. An agent killed while it makes one leaves nothing.
+Decides nothing.
 """
 
 import ctypes
+import hashlib
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from nahtlos.model.errors import Unavailable
+from nahtlos.physical.network import namespaces
 
-FOLDER = "netns"
-"""Below the run directory."""
-CLONE_NEWNET = 0x40000000
+FOLDER = Path("/run/netns")
 MS_BIND = 0x1000
 MNT_DETACH = 0x2
-OWN = "/proc/thread-self/ns/net"
 
 T = TypeVar("T")
 
 
 class Namespaces:
-    """Those of one host, by name."""
+    """Those of one host."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / FOLDER
+        self._prefix = f"nr-{hashlib.sha256(bytes(run_dir.absolute())).hexdigest()[:10]}-"
 
     def path(self, name: str) -> Path:
-        return self._folder / name
+        return FOLDER / f"{self._prefix}{name}"
 
     def names(self) -> tuple[str, ...]:
         """Whether they live or are only files left over."""
-        try:
-            return tuple(sorted(entry.name for entry in self._folder.iterdir()))
-        except FileNotFoundError:
-            return ()
+        return tuple(sorted(e.name.removeprefix(self._prefix) for e in FOLDER.glob(f"{self._prefix}*")))
 
     def exists(self, name: str) -> bool:
         return is_namespace(self.path(name))
@@ -49,14 +45,14 @@ class Namespaces:
         path = self.path(name)
         if is_namespace(path):
             return
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        FOLDER.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
-
-        def leave_behind() -> None:
-            _checked(_libc().unshare(CLONE_NEWNET), "unshare")
-            _checked(_libc().mount(OWN.encode(), bytes(path), b"none", MS_BIND, None), f"hold {path}")
-
-        in_thread(leave_behind, f"make {name}")
+        fd = namespaces.create()
+        try:
+            source = f"/proc/self/fd/{fd}".encode()
+            _checked(_libc().mount(source, bytes(path), b"none", MS_BIND, None), f"hold {path}")
+        finally:
+            os.close(fd)
 
     def destroy(self, name: str) -> None:
         """It ends with the last process in it. Nothing if it is not there."""
@@ -65,53 +61,29 @@ class Namespaces:
             _checked(_libc().umount2(bytes(path), MNT_DETACH), f"let go of {path}")
         path.unlink(missing_ok=True)
 
-    def within(self, name: str, act: Callable[[], T]) -> T:
-        """What `act` returns when called inside, by a thread of its own: the caller stays where it is.
-        Blocks."""
+    @contextmanager
+    def opened(self, name: str) -> Generator[int]:
+        """A descriptor of it. Unavailable if it is gone."""
         path = self.path(name)
+        if not is_namespace(path):
+            raise Unavailable(f"network namespace {path} is gone", field="network")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
-        def inside() -> T:
-            enter(path)
-            return act()
-
-        return in_thread(inside, f"in {name}")
-
-
-def enter(path: Path) -> None:
-    """Moves the calling thread, and what it starts from now on."""
-    if not is_namespace(path):
-        raise Unavailable(f"network namespace {path} is gone", field="network")
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _checked(_libc().setns(fd, CLONE_NEWNET), f"enter {path}")
-    finally:
-        os.close(fd)
+    def within(self, name: str, act: Callable[[], T]) -> T:
+        """What `act` returns when called inside, by a thread of its own. Blocks."""
+        with self.opened(name) as fd:
+            return namespaces.within(fd, act)
 
 
 def is_namespace(path: Path) -> bool:
     try:
-        return path.stat().st_dev == Path(OWN).stat().st_dev
+        return path.stat().st_dev == namespaces.OWN.stat().st_dev
     except OSError:
         return False
-
-
-def in_thread(act: Callable[[], T], name: str) -> T:
-    """By a thread that ends with it, because it may be in another namespace afterwards."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(act())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name=name)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def _libc() -> ctypes.CDLL:
@@ -120,5 +92,5 @@ def _libc() -> ctypes.CDLL:
 
 def _checked(result: int, what: str) -> None:
     if result:
-        code = ctypes.get_errno()
-        raise Unavailable(f"{what}: {os.strerror(code)}", field="network", remedy="run as root")
+        reason = os.strerror(ctypes.get_errno())
+        raise Unavailable(f"cannot {what}: {reason}", field="network", remedy="run as root")

@@ -6,7 +6,6 @@ of configuration. Losing it costs words in a report. Blocks; called from a worke
 """
 
 import hashlib
-import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -186,14 +185,11 @@ class Spaces:
             return
         index = INDEX_GAP + max(link.index for link in links.read_links(host).values())
         for number, (cable, space) in enumerate(born):
-            fd = os.open(self.namespaces.path(space.name), os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with self.namespaces.opened(space.name) as fd:
                 create = links.create_veth(
                     cable.outer, cable.inner, cable.mtu, peer_namespace=fd, index=index + number
                 )
                 host.change([create, links.configure(cable.outer, alias=ALIAS + space.name)])
-            finally:
-                os.close(fd)
 
     def _settle(
         self,
