@@ -7,6 +7,7 @@ The driver, besides, compares with what is there, stores every tap's descriptor,
 what it did.
 """
 
+import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -15,8 +16,11 @@ from benchmarks.figures import Figures, Goal
 from benchmarks.network_hosts import Host, World, server_port
 from nahtlos.model.config import PortConfig
 from nahtlos.physical.network import plan, tap
+from nahtlos.physical.network.native import NativeNetwork
 
 PORTS = 1000
+AT_ONCE = 100
+"""Servers that start together."""
 MORE_PORTS = 10
 FLOOR_GOAL = Goal(at_most=1.5, of_ratio=True)
 ADD_GOAL = Goal(at_most=20.0)
@@ -59,11 +63,17 @@ async def measure(figures: Figures, ports: int = PORTS) -> None:
 
 
 async def program(world: World, host: Host, placed: list[PortConfig]) -> None:
-    """As an agent does: the host's configuration, then a tap for every server that starts."""
+    """As an agent does when many servers start together: the host's configuration, taps, and once more what
+    is known of them only when they are there."""
     await world.reconcile_host(host.name)
     network = world.network
-    for port in placed:
-        await host.call(lambda d, port=port: d.port_create(port, network, deliver=True))
+
+    async def taps(driver: NativeNetwork) -> None:
+        for start in range(0, len(placed), AT_ONCE):
+            chunk = placed[start : start + AT_ONCE]
+            await asyncio.gather(*(driver.port_create(port, network, deliver=True) for port in chunk))
+
+    await host.call(taps)
     await world.reconcile_host(host.name)
 
 
