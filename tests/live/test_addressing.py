@@ -25,8 +25,17 @@ from network_namespaces import Host, missing_programs
 from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, RouterConfig
 from nahtlos.model.errors import Refused
-from nahtlos.model.ids import HostId, NetworkId, PortId, ProjectId, RouterId, ServerId, SubnetId
-from nahtlos.model.networking import NetworkSpec, RouterInterface, RouterSpec, SubnetSpec
+from nahtlos.model.ids import (
+    HostId,
+    NetworkId,
+    PortId,
+    ProjectId,
+    RouterId,
+    SecurityGroupId,
+    ServerId,
+    SubnetId,
+)
+from nahtlos.model.networking import NetworkSpec, RouterInterface, RouterSpec, SecurityGroupSpec, SubnetSpec
 from nahtlos.physical.network import tap
 from nahtlos.physical.network.addressing import link_local, made_of_mac
 from nahtlos.physical.network.plan import anycast_mac
@@ -72,7 +81,7 @@ RED = network_spec(
 BLUE = network_spec("blue", 200, mtu=1400, gateway_ip="", subnets=(subnet("blue", PREFIX),))
 RED_SERVICE = made_of_mac(PREFIX, anycast_mac(100))
 ALL_DHCP_SERVERS = "ff02::1:2"
-ROUTER = 7
+ROUTER, STRICT = 7, SecurityGroupId("strict")
 
 
 class Client:
@@ -282,6 +291,7 @@ class Site:
             release=None,
             networks=self.networks if networks else (),
             routers=self.routers if networks else (),
+            security_groups=(SecurityGroupSpec(id=STRICT),),
         )
         return await self.hosts[host].call(lambda d: d.reconcile(NetworkDesired(config=config)))
 
@@ -490,3 +500,16 @@ async def test_routers_are_advertised_and_withdrawn(site: Site) -> None:
     site.routers = ()
     await site.reconcile()
     await until("no default route", lambda: "default" not in client.run("ip", "-6", "route"))
+
+
+async def test_a_group_that_allows_nothing_does_not_keep_a_server_from_its_network(site: Site) -> None:
+    closed, other = site.port("red", 10, security_groups=(STRICT,)), site.port("red", 11)
+    client, open_ = await opened(site, closed, other)
+    for one in (client, open_):
+        one.use(await asyncio.to_thread(one.lease, site.folder))
+    await until("an address made of the MAC", lambda: client.ipv6().get(closed.addresses[0]) == "global")
+    assert client.ask("web-11", A_RECORD, "10.77.0.2") == (0, [other.ip])
+    assert client.ask("web-11", AAAA, RED_SERVICE) == (0, list(other.addresses))
+    assert client.get("/latest/meta-data/instance-id") == (200, "web-10")
+    with pytest.raises(AssertionError):
+        client.run("busybox", "ping", "-c", "1", "-W", "1", other.ip)

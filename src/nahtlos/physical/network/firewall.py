@@ -42,6 +42,8 @@ from nahtlos.physical.ports import MoveRole
 ESTABLISHED, NEW, INVALID = 0x6E6C0001, 0x6E6C0002, 0x6E6C0004
 """Marks of frames. INVALID: of no connection that is known, and not the beginning of one."""
 TUNNEL_PORT = 4789
+SERVICES = "sv*"
+"""Devices of the networks' own services."""
 
 
 class Tracking(StrEnum):
@@ -174,9 +176,14 @@ TRACKED_BY_BRIDGE = {
 # --- security groups ---------------------------------------------------------------------------------
 
 JUDGING = {
-    "egress": Chain(("iifname vmap @egress",), "type filter hook forward priority 10; policy accept;"),
+    # Names and metadata of the network itself are for every server, whatever its groups say (see services).
+    "egress": Chain(
+        (f'oifname "{SERVICES}" accept', "iifname vmap @egress"),
+        "type filter hook forward priority 10; policy accept;",
+    ),
     "ingress": Chain(
         (
+            f'iifname "{SERVICES}" accept',
             "iifname . oifname . ether daddr @arriving accept",
             "oifname vmap @ingress",
             "oifname . ether daddr vmap @passed_on",
