@@ -108,7 +108,8 @@ class NativeNetwork:
             self._view = None
         self._shared.close()
         self._endpoints.close()
-        self._tracking.close()
+        for part in self._parts:
+            part.close()
         if self._bulk is not None:
             self._bulk.close()
             self._bulk = None

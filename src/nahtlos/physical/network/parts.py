@@ -32,6 +32,9 @@ class Part:
     async def init(self) -> None:
         """Once per agent start, before anything else: sysctls and the like."""
 
+    def close(self) -> None:
+        """Lets go of sockets and the like; the driver does, too. The host's network stays as it is."""
+
     async def capabilities(self) -> dict[str, str]:
         """What is used and what is missing on this kernel: subject to words, which begin with `used` or
         `missing`. Changes nothing."""
