@@ -43,25 +43,25 @@ class Endpoints:
                 remedy="end the process that holds it (its server's VMM), then try again",
             )
         if there is None:
-            await self._drop_descriptors(port.id)
-            fds = await self._new_tap(port, network)
+            if fds:
+                await self._drop_descriptors(port.id)
+            fds = await self._new_tap(port)
         await self._add_queues(port, fds)
         tap.refuse_own(fds[0], netlink.mac_bytes(port.mac))
-        self._attach(port, network)
+        self._attach(port, network, there)
         for part in self._shared.parts:
             await part.port_created(local(port, network))
-        self._empty_unless_in_use(port, network, fds)
+        if there is not None:
+            self._empty_unless_in_use(port, network, fds)
         if deliver:
-            self._deliver(port, network)
+            self._deliver(port, network, new=there is None)
 
-    async def _new_tap(self, port: PortConfig, network: NetworkConfig) -> list[int]:
+    async def _new_tap(self, port: PortConfig) -> list[int]:
         """Stored before anything can reach it: from here on it outlives this process."""
         name = plan.tap_name(port.id)
         fd = tap.open_tap(name, many_queues=port.queues > 1)
         self._descriptors[port.id] = [fd]
         kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
-        alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
-        self._shared.fast().change([links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE)])
         await self._shared.supervisor.store_fd(stored_name(port.id, 0), fd)
         return self._descriptors[port.id]
 
@@ -73,17 +73,19 @@ class Endpoints:
             fds.append(tap.open_tap(plan.tap_name(port.id), many_queues=True))
             await self._shared.supervisor.store_fd(stored_name(port.id, number), fds[number])
 
-    def _attach(self, port: PortConfig, network: NetworkConfig) -> None:
+    def _attach(self, port: PortConfig, network: NetworkConfig, there: LinkInfo | None) -> None:
         """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
-        sock, name = self._shared.fast(), plan.tap_name(port.id)
-        link, bridge = self._link(port), index_of(plan.bridge_name(network.spec.vni))
+        name, bridge = plan.tap_name(port.id), index_of(plan.bridge_name(network.spec.vni))
         requests: list[Request] = []
-        if link.master != bridge:
+        alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
+        if there is None or there.alias != alias:
+            requests.append(links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE))
+        if there is None or there.master != bridge:
             requests.append(links.configure(name, master=bridge))
-            requests.append(links.set_flood(link.index, plan.SILENT, name))
-        if not link.up:
+            requests.append(links.set_flood(index_of(name), plan.SILENT, name))
+        if there is None or not there.up:
             requests.append(links.configure(name, up=True))
-        sock.change(requests)
+        self._shared.fast().change(requests)
 
     def _link(self, port: PortConfig) -> LinkInfo:
         """Its tap."""
@@ -103,14 +105,15 @@ class Endpoints:
             sock.change([links.set_flood(index, plan.SILENT, name)])
         tap.empty(fds)
 
-    def _deliver(self, port: PortConfig, network: NetworkConfig) -> None:
+    def _deliver(self, port: PortConfig, network: NetworkConfig, *, new: bool) -> None:
         sock, name = self._shared.fast(), plan.tap_name(port.id)
-        link = self._link(port)
-        bridge = index_of(plan.bridge_name(network.spec.vni))
-        if link.flood != plan.DELIVERING:
-            sock.change([links.set_flood(link.index, plan.DELIVERING, name)])
-        if sock.forwarding_of(bridge, port.mac) != link.index:
-            sock.change([netlink.forward_to_port(link.index, port.mac)])
+        index, bridge = index_of(name), index_of(plan.bridge_name(network.spec.vni))
+        requests: list[Request] = []
+        if new or self._link(port).flood != plan.DELIVERING:
+            requests.append(links.set_flood(index, plan.DELIVERING, name))
+        if new or sock.forwarding_of(bridge, port.mac) != index:
+            requests.append(netlink.forward_to_port(index, port.mac))
+        sock.change(requests)
 
     async def delete(self, port: PortId) -> None:
         self._shared.in_motion.add(port)
@@ -148,9 +151,10 @@ class Endpoints:
         for fd in self._descriptors.pop(port, ()):
             os.close(fd)
         first = stored_name(port, 0)
-        for name in await self._shared.supervisor.stored():
-            if name == first or name.startswith(f"{first}/"):
-                await self._shared.supervisor.drop_fd(name)
+        names = await self._shared.supervisor.stored()
+        ours = [name for name in names if name == first or name.startswith(f"{first}/")]
+        for name in sorted(ours, reverse=True):  # the first goes last: without it there are none
+            await self._shared.supervisor.drop_fd(name)
 
 
 def stored_name(port: PortId, queue: int) -> str:

@@ -16,6 +16,7 @@ kernel or in the supervisor's store, so an agent that was started a moment ago c
 """
 
 import asyncio
+import socket
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -23,6 +24,7 @@ import msgspec
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
+from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import addressing, doctor, kernel, links, nft, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
@@ -36,7 +38,7 @@ from nahtlos.physical.network.routing.part import Routing
 from nahtlos.physical.network.services import Services
 from nahtlos.physical.network.shaping import Shaping
 from nahtlos.physical.network.shared import Shared
-from nahtlos.physical.network.shares import Shares
+from nahtlos.physical.network.shares import Shares, ports_of
 from nahtlos.physical.network.tracking import ConnectionTracking
 from nahtlos.physical.network.view import View
 from nahtlos.physical.ports import (
@@ -61,6 +63,10 @@ class NativeNetwork:
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
         self._view: View | None = None
+        self._built: dict[int, tuple[int, ...]] = {}
+        """By VNI: indices of a network's bridge and tunnel when they were last found to be ours."""
+        self._checked: set[NetworkSpec] = set()
+        """Networks that ports may be created in, as they were described."""
         self._rules: tuple[int, nft.Ruleset] | None = None
         """The packet filter's generation, and what there was of ours at it."""
         self._capabilities: NetworkCapabilities | None = None
@@ -68,7 +74,8 @@ class NativeNetwork:
         self._underlay = settings.underlay_interface
         services = Services(settings, supervisor)
         self._tracking = ConnectionTracking(settings.run_dir)
-        shares = Shares(settings, settings.run_dir / "shares.json", self._bulk_socket)
+        ports, record = ports_of(settings), settings.run_dir / "shares.json"
+        shares = Shares(settings.underlay_interface, ports, record, self._bulk_socket)
         self.routing = Routing(settings, supervisor)
         firewall = Firewall(settings.role, settings.run_dir / "firewall.json")
         self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
@@ -284,8 +291,10 @@ class NativeNetwork:
     # --- verbs ---------------------------------------------------------------------------------------
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
-        underlay = links.read_link(self._shared.fast(), self._underlay)
-        self._check_addressing([network], {self._underlay: underlay} if underlay else {})
+        if network.spec not in self._checked:
+            underlay = links.read_link(self._shared.fast(), self._underlay)
+            self._check_addressing([network], {self._underlay: underlay} if underlay else {})
+            self._checked.add(network.spec)
         await self._endpoints.create(port, network, deliver=deliver)
 
     async def port_delete(self, port: PortId) -> None:
@@ -318,12 +327,22 @@ class NativeNetwork:
     async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
         return await self._tracking.load(port, state)
 
+    def _is_built(self, vni: int, names: tuple[str, ...]) -> bool:
+        """The devices that were there the last time are there still."""
+        try:
+            return self._built.get(vni) == tuple(map(socket.if_nametoindex, names))
+        except OSError:
+            return False
+
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
         async with self._reconciling:
             names = (plan.bridge_name(network.spec.vni), plan.tunnel_name(network.spec.vni))
+            if self._is_built(network.spec.vni, names):
+                return
             there = [links.read_link(self._shared.fast(), name) for name in names]
             if all(link is not None and link.alias.startswith(plan.OWNED) for link in there):
+                self._built[network.spec.vni] = tuple(link.index for link in there if link is not None)
                 return
             devices = {link.name: link for link in there if link is not None}
             wanted = plan.network_items(network, self._place)
