@@ -50,6 +50,11 @@ class Ports(msgspec.Struct, frozen=True):
     """First and last TCP port that streams of moves are received at."""
 
 
+def ports_of(settings: AgentSettings) -> Ports:
+    control = {settings.orchestrator_port, settings.peer_port, settings.nbd_port}
+    return Ports(control=tuple(sorted(control)), moves=MIGRATION_PORTS)
+
+
 # --- what should be there ----------------------------------------------------------------------------
 
 
@@ -197,13 +202,10 @@ class Applied(msgspec.Struct):
 class Shares(Part):
     name = "shares"
 
-    def __init__(self, settings: AgentSettings, record: Path, bulk: Callable[[], Netlink]) -> None:
+    def __init__(self, interface: str, ports: Ports, record: Path, bulk: Callable[[], Netlink]) -> None:
         """`bulk` is the socket for reconcile."""
-        self._interface = settings.underlay_interface
-        self._ports = Ports(
-            control=tuple(sorted({settings.orchestrator_port, settings.peer_port, settings.nbd_port})),
-            moves=MIGRATION_PORTS,
-        )
+        self._interface = interface
+        self._ports = ports
         self._record = record
         self._applied = _read(record)
         self._bulk = bulk
