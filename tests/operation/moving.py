@@ -18,6 +18,7 @@ from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
 from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
 from nahtlos.physical.sim.guests import Vmm
+from nahtlos.physical.sim.paths import LEFT_BEHIND
 from nahtlos.physical.sim.world import World
 from nahtlos.wire.memory import Fate, Faults
 
@@ -55,7 +56,7 @@ class Run:
     lasting: float = 0.0
     """Seconds for which the verb at `at` keeps failing once it was struck."""
     seed: int = 1
-    guarded: bool = False
+    guarded: bool = True
     """The server has security groups: what their firewall remembers must come along."""
     loss_excused: bool = False
     """Packets may be lost: what was struck is part of their path."""
@@ -188,11 +189,16 @@ class Run:
 
     def _judge_packets(self) -> None:
         for flow in self.world.paths.flows.values():
-            if flow.lost:
+            lost = {why: n for why, n in flow.lost.items() if why != LEFT_BEHIND or not self._untold}
+            if lost:
                 assert flow.lost_first is not None
-                self.problems.append(
-                    f"from {flow.origin}: {flow.lost} lost, first at {flow.lost_first[0]:.6f}"
-                )
+                self.problems.append(f"from {flow.origin}: {lost} lost, first at {flow.lost_first[0]:.6f}")
+
+    @property
+    def _untold(self) -> bool:
+        """An agent or a line may have died with the last that the old host's firewall had learned: a server
+        that had arrived completely is then taken without its source's word."""
+        return self.act is Act.CRASH or self.does is not None or self.faults is not None
 
     def story(self) -> str:
         """The trace since the move was ordered, without what is asked all the time."""

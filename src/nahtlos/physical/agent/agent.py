@@ -46,6 +46,7 @@ from nahtlos.wire.messages import (
     MovePrepare,
     MoveQuery,
     MoveReturnFrames,
+    MoveState,
     MoveSwitch,
     PeerHello,
     Ping,
@@ -63,7 +64,16 @@ REDIAL_SECONDS = 0.3
 DIAL_SECONDS = 5.0
 EVENTS_KEPT = 1000
 
-ForMove = MovePrepare | MoveSwitch | MoveCommit | MoveAbandon | MoveQuery | MoveReturnFrames | MoveFinished
+ForMove = (
+    MovePrepare
+    | MoveState
+    | MoveSwitch
+    | MoveCommit
+    | MoveAbandon
+    | MoveQuery
+    | MoveReturnFrames
+    | MoveFinished
+)
 
 
 class Agent:

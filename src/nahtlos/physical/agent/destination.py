@@ -13,7 +13,7 @@ import asyncio
 import msgspec
 
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, Unavailable
-from nahtlos.model.ids import ReleaseId
+from nahtlos.model.ids import PortId, ReleaseId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.agent.context import Context
@@ -31,6 +31,7 @@ from nahtlos.wire.messages import (
     MoveQuery,
     MoveReady,
     MoveReturnFrames,
+    MoveState,
     MoveSwitch,
 )
 
@@ -155,11 +156,16 @@ class DestinationMove:
             case MovePrepare():
                 async with self._lock:
                     return await self._prepare(body)
+            case MoveState():
+                async with self._lock:
+                    self._check_prepared()
+                    await self._take_up(body.states)
+                    return Done()
             case MoveSwitch():
-                return await self._switch()
+                return await self._switch(body)
             case MoveCommit():
                 async with self._lock:
-                    return await self._commit()
+                    return await self._commit(body)
             case MoveAbandon():
                 self._abandon(Unavailable(f"given up by {self._order.source}"))
                 return self._outcome()
@@ -212,10 +218,22 @@ class DestinationMove:
             )
         return config.release
 
-    async def _switch(self) -> Message:
+    def _check_prepared(self) -> None:
         self._check_undecided()
         if self._ready is None:
             raise Conflict("nothing was prepared since this agent started", field="operation")
+
+    async def _take_up(self, states: dict[PortId, bytes]) -> None:
+        """What the source's firewall remembers. If the move is abandoned, it is forgotten with the ports."""
+        for port, state in states.items():
+            if all(port != own.id for own in self._order.ports):
+                raise Refused(f"{port} does not take part in {self._order.id}", field="states")
+            for words in await self._context.drivers.network.move_state_load(port, state):
+                self._context.say("move.state", self._vmm.server, words, id=self._order.id)
+
+    async def _switch(self, body: MoveSwitch) -> Message:
+        self._check_prepared()
+        await self._take_up(body.states)
         self._context.switching.add(self._order.id)
         for port in self._order.ports:
             await self._context.drivers.network.move_switch(
@@ -224,9 +242,10 @@ class DestinationMove:
         self._marks["switch"] = self._context.now()
         return Done()
 
-    async def _commit(self) -> MoveOutcome:
+    async def _commit(self, body: MoveCommit) -> MoveOutcome:
         if self.journal.decision is Decision.UNDECIDED:
             try:
+                await self._take_up(body.states)  # while the rest of the guest's memory is on its way
                 await self._context.drivers.hypervisor.incoming_wait(self._vmm, timeout=INCOMING_SECONDS)
                 await self._take()
                 return self._outcome()

@@ -11,6 +11,10 @@ the destination has durably abandoned it.** So a guest seen RUNNING here proves 
 over, and no write is needed between the decision to switch and the stop. The switch precedes the stop:
 the path leads to the destination's tap while the running guest still drains its own ring, so no frame is
 lost (docs/decisions/0002).
+
+What firewalls remember of the server's connections goes ahead of it: whole before pre-copy begins, changes
+during it, with the switch, and with the commit. A connection that is opened between the last two is known
+to this host alone until the commit, which is a few milliseconds; its next frame may be dropped meanwhile.
 """
 
 import asyncio
@@ -19,6 +23,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
+from nahtlos.model.ids import PortId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Journal
@@ -35,6 +40,7 @@ from nahtlos.wire.messages import (
     MoveQuery,
     MoveReady,
     MoveReturnFrames,
+    MoveState,
     MoveSwitch,
 )
 
@@ -44,6 +50,9 @@ KILL_AFTER_SECONDS = 0.3
 """The old VMM is kept that long after the destination has answered: what it still sends is reflected."""
 ASK_AGAIN_SECONDS = 0.25
 TELL_SECONDS = 5.0
+CARRY_EVERY_SECONDS = 0.05
+"""What firewalls learn during pre-copy is sent so often that little is left for the switch."""
+CARRY_SECONDS = 30.0
 
 
 class SourceMove:
@@ -57,6 +66,8 @@ class SourceMove:
         self._peer = Peer(context, self._order)
         self._pause_asked = False
         self._switched = False
+        self._carried: list[PortId] = []
+        """Ports of which a firewall remembers connections: changes are noted here and follow the server."""
         self._cancelled = asyncio.Event()
 
     @property
@@ -102,10 +113,41 @@ class SourceMove:
             await context.drivers.network.move_prepare(
                 port, context.network_of(port), MoveRole.SOURCE, order.destination_address
             )
+        await self._begin_to_carry()
         self._record("precopy", durable=True)
         await context.drivers.hypervisor.migrate_start(
             self._vmm, ready.uri, peer=order.destination, bandwidth=order.bandwidth
         )
+
+    async def _begin_to_carry(self) -> None:
+        """Before anything is sent: a destination that cannot take connections up says so now."""
+        states: dict[PortId, bytes] = {}
+        for port in self._order.ports:
+            state = await self._context.drivers.network.move_state_begin(port.id)
+            if state:
+                states[port.id] = state
+                self._carried.append(port.id)
+        await self._carry(states)
+
+    async def _changes(self) -> dict[PortId, bytes]:
+        """What firewalls have learned since this was last asked."""
+        states = {p: await self._context.drivers.network.move_state_changes(p) for p in self._carried}
+        return {port: state for port, state in states.items() if state}
+
+    async def _carry(self, states: dict[PortId, bytes]) -> None:
+        if not states:
+            return
+        try:
+            await self._peer.tell(MoveState(id=self._order.id, states=states), CARRY_SECONDS)
+        except Refused as refused:
+            if refused.field != "message":
+                raise
+            raise Refused(
+                f"the agent of {self._order.destination} cannot take up what the firewall remembers of "
+                f"{', '.join(sorted(states))}: their connections would break",
+                field="destination",
+                remedy=f"upgrade the agent of {self._order.destination} first, or move the server elsewhere",
+            ) from refused
 
     def _check_owned(self) -> None:
         held = self._context.ledger.owner(self._order.server.spec.id)
@@ -120,13 +162,16 @@ class SourceMove:
         """Returns at a moment at which stopping is cheap; the guest runs on until it is stopped."""
         loop = asyncio.get_running_loop()
         started, sync = loop.time(), Sync()
-        told = started
+        told = carried = started
         while True:
             if self._cancelled.is_set():
                 raise Refused("cancelled by an operator", field="operation")
             if loop.time() - told > TELL_SECONDS:
                 await self._keep_destination()
                 told = loop.time()
+            if loop.time() - carried > CARRY_EVERY_SECONDS:
+                await self._carry(await self._changes())
+                carried = loop.time()
             progress = await self._context.drivers.hypervisor.migrate_progress(self._vmm)
             if progress.phase is not MigrationPhase.ACTIVE and progress.phase is not MigrationPhase.NONE:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
@@ -164,7 +209,7 @@ class SourceMove:
         network, order = self._context.drivers.network, self._order
         self._switched = True
         self._mark("switch")
-        await self._peer.tell(MoveSwitch(id=order.id), 5.0)
+        await self._peer.tell(MoveSwitch(id=order.id, states=await self._changes()), 5.0)
         for port in order.ports:
             await network.move_switch(port, self._context.network_of(port), MoveRole.SOURCE)
         for port in order.ports:
@@ -173,7 +218,8 @@ class SourceMove:
         self._pause_asked = True
         await self._context.drivers.hypervisor.pause(self._vmm)
         self._mark("stopped")
-        return await self._peer.ask(MoveCommit(id=order.id), MoveOutcome, 30.0)
+        commit = MoveCommit(id=order.id, states=await self._changes())
+        return await self._peer.ask(commit, MoveOutcome, 30.0)
 
     # --- when something failed ---
 
@@ -220,7 +266,7 @@ class SourceMove:
         if vmm is not None and vmm.sent:
             await self._conclude(await self._resolve(error))
             return
-        if self._switched:
+        if self._switched or self._carried:
             await self._until_done("the path to lead back here", self._revert_path)
         if await self._abandon_if_reachable() is Decision.COMMITTED:
             await self._finish_source()

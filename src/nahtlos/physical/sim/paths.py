@@ -56,7 +56,7 @@ class Connection:
     noted: bool = False
     """It was opened while changes were noted for a move..."""
     handed: bool = False
-    """... and was given out to be carried."""
+    """... and was given out to be carried before the path was switched."""
 
 
 @dataclass(eq=False)
@@ -137,6 +137,10 @@ class Tap:
     running_since: float = 0.0
     dropped: int = 0
     received: int = 0
+
+    @property
+    def held(self) -> tuple[Frame, ...]:
+        return (*((self.swallowed,) if self.swallowed else ()), *self.ring)
 
     def put(self, frame: Frame) -> None:
         self.received += 1
@@ -233,6 +237,7 @@ class Paths:
         """MACs of ports with security groups."""
         self.connections: list[Connection] = []
         self._young: dict[str, deque[Connection]] = {}
+        self._ending: dict[str, list[Connection]] = {}
 
     def add(self, board: Switchboard) -> None:
         self.boards[board.host] = board
@@ -279,10 +284,18 @@ class Paths:
         for connection in young:
             self._send(flow, connection, now)
         if len(young) > YOUNG:
-            oldest = young.popleft()
-            place, passed = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
-            for host in (*passed, *([place.host] if isinstance(place, Tap) else [])):
-                self.boards[host].close(flow.mac, oldest.number)
+            self._ending.setdefault(flow.mac, []).append(young.popleft())
+        self._end_idle(flow)
+
+    def _end_idle(self, flow: Flow) -> None:
+        """A connection's end is seen where frames pass now, once none of its own waits anywhere."""
+        waiting = {id(f.connection) for b in self.boards.values() for t in b.taps.values() for f in t.held}
+        place, passed = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
+        for connection in tuple(self._ending.get(flow.mac, ())):
+            if id(connection) not in waiting and isinstance(place, Tap):
+                self._ending[flow.mac].remove(connection)
+                for host in (*passed, place.host):
+                    self.boards[host].close(flow.mac, connection.number)
 
     def _connection(self, origin: HostId) -> Connection:
         self.connections.append(Connection(len(self.connections), origin))
@@ -365,21 +378,17 @@ class Paths:
         """All that is remembered now; from here on, changes are noted."""
         board = self.boards[host]
         board.noted[mac] = Noted()
-        known = set(board.remembered.get(mac, ()))
-        self._hand_over(known)
-        return known
+        return set(board.remembered.get(mac, ()))
 
     def noted_changes(self, host: HostId, mac: str) -> Noted:
         """Since the last call, or since `note_changes`."""
         board = self.boards[host]
         noted = board.noted[mac]
         board.noted[mac] = Noted()
-        self._hand_over(noted.opened)
+        if board.entries.get(mac) != TO_TUNNEL:
+            for number in noted.opened:
+                self.connections[number].handed = True
         return noted
-
-    def _hand_over(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self.connections[number].handed = True
 
     def carried(
         self, host: HostId, mac: str, opened: Iterable[int], closed: Iterable[int], *, whole: bool
