@@ -1,14 +1,11 @@
 """Bandwidth of ports: what a server receives waits at its tap, what it sends waits at a device of its own.
 
-    to the server     bridge -> tap [tbf] -> ring -> server
-    from the server   server -> tap [ingress: everything to the ifb] -> ifb [tbf] -> tap -> bridge
+    to the server     bridge -> tap [bucket] -> ring -> server
+    from the server   server -> tap [ingress: everything to the ifb] -> ifb [bucket] -> tap -> bridge
 
 Owns the root and ingress qdiscs of taps and the devices `ib*` (alias `nahtlos/shaper/<port>`), one for each
 port that is limited in what it sends. A port without limits has none of them. Everything is in the kernel;
 the file beside it only tells drift from a change of configuration.
-
-A token bucket and not a class of HTB, because the limit is then one entry that one reading of all qdiscs
-tells, and frames longer than the burst are cut into segments instead of being dropped by a short queue.
 
 A tap with an ifb shows no frame to a netdev ingress chain of nftables: what comes again from the ifb has
 passed that point. Bridge and inet chains see everything.
@@ -43,10 +40,10 @@ ALIAS = f"{OWNED}shaper/"
 ENOUGH_BURST = 6000
 BURST_SHARE, QUEUE_SHARE = 100, 20
 """Parts of a second: 10 ms of the rate may pass at once, 50 ms of it may wait."""
-ENOUGH_FRAMES = 16
+LONGEST = 70_000
+"""A queue that cannot take what a server sends in one piece (64 KiB, cut later) would lose all of it."""
 FRAMING = 18
 """Bytes of an Ethernet header with a tag."""
-UNLIMITED = 4_000_000_000
 EMPTIED_WITHIN, POLL_SECONDS = 0.2, 0.002
 
 
@@ -78,13 +75,8 @@ def bucket(rate: Rate | None, mtu: int) -> tc.Bucket | None:
     return tc.Bucket(
         rate=per_second,
         burst=max(burst, frame),
-        limit=max(per_second // QUEUE_SHARE, ENOUGH_FRAMES * frame),
+        limit=max(per_second // QUEUE_SHARE, LONGEST),
     )
-
-
-def lifted(present: tc.Bucket) -> tc.Bucket:
-    """As good as no limit, for a queue that is to become empty."""
-    return tc.Bucket(rate=UNLIMITED, burst=max(present.burst, 1 << 20), limit=present.limit)
 
 
 def shaper_name(tap: str) -> str:
@@ -94,18 +86,26 @@ def shaper_name(tap: str) -> str:
 # --- what is there, and what to change ---------------------------------------------------------------
 
 
+class Root(msgspec.Struct, frozen=True):
+    """What somebody has put at the root of a device."""
+
+    qdisc: tc.Qdisc
+    bucket: tc.Bucket | None
+    """None: it is something else."""
+
+
 class Found(msgspec.Struct, frozen=True):
     """What the kernel has for one tap."""
 
     tap: str
     index: int
-    root: tc.Qdisc | None = None
+    root: Root | None = None
     """None: nobody has put one there."""
     ingress: bool = False
     leads_to: int = 0
     """Device that its ingress sends everything to."""
     shaper: LinkInfo | None = None
-    shaper_root: tc.Qdisc | None = None
+    shaper_root: Root | None = None
 
 
 class Todo(msgspec.Struct):
@@ -139,10 +139,10 @@ def _word(what: str, wanted: tc.Bucket | None, there: bool) -> str:
     return f"{what} was {'different' if there else 'missing'}: put right"
 
 
-def _root_is(wanted: tc.Bucket | None, root: tc.Qdisc | None) -> bool:
+def _root_is(wanted: tc.Bucket | None, root: Root | None) -> bool:
     if wanted is None:
         return root is None
-    return root is not None and root.ours and wanted.like(root.bucket)
+    return root is not None and wanted.like(root.bucket)
 
 
 def _sending_is(wanted: tc.Bucket | None, found: Found, port: PortId) -> bool:
@@ -182,24 +182,24 @@ def plan_port(todo: Todo, wanted: Limits, found: Found) -> None:
             todo.removals.append(links.delete(shaper.name))
 
 
-def _plan_root(todo: Todo, wanted: tc.Bucket | None, index: int, root: tc.Qdisc | None, what: str) -> None:
+def _plan_root(todo: Todo, wanted: tc.Bucket | None, index: int, root: Root | None, what: str) -> None:
     if _root_is(wanted, root):
         return
     if wanted is None:
         _lift(todo, index, root, what)
         todo.removals.append(tc.remove_root(index, what))
-    elif root is not None and root.ours and root.kind == "tbf":
-        todo.puts.append(tc.change_bucket(index, wanted, what))
+    elif root is not None and root.qdisc.is_bucket:
+        todo.puts += tc.change_bucket(index, wanted, what)
     else:
-        if root is not None and root.ours:
+        if root is not None and root.qdisc.ours:
             todo.puts.append(tc.remove_root(index, what))  # of another kind under our handle
-        todo.puts.append(tc.put_bucket(index, wanted, what))
+        todo.puts += tc.put_bucket(index, wanted, what)
 
 
-def _lift(todo: Todo, index: int, root: tc.Qdisc | None, what: str) -> None:
-    if root is not None and root.ours and root.bucket is not None and root.bucket.rate != UNLIMITED:
-        todo.lifts.append(tc.change_bucket(index, lifted(root.bucket), what))
-    todo.emptying.append(index)
+def _lift(todo: Todo, index: int, root: Root | None, what: str) -> None:
+    if root is not None and root.qdisc.is_bucket:
+        todo.lifts += tc.lift(index, what)
+        todo.emptying.append(index)
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -209,7 +209,12 @@ def observe(netlink: Netlink, taps: Iterable[str]) -> tuple[dict[str, Found], tu
     """What there is for each of `taps`, and shapers whose tap is gone."""
     devices = links.read_links(netlink)
     qdiscs = tc.read_qdiscs(netlink)
-    roots, ingresses = tc.roots(qdiscs), tc.ingresses(qdiscs)
+    at_root, queues, ingresses = tc.roots(qdiscs), tc.only_queues(qdiscs), tc.ingresses(qdiscs)
+
+    def root_of(index: int) -> Root | None:
+        qdisc = at_root.get(index)
+        return Root(qdisc, tc.read_bucket(netlink, qdisc, queues.get(index, ()))) if qdisc else None
+
     found: dict[str, Found] = {}
     for tap in taps:
         device, shaper = devices.get(tap), devices.get(shaper_name(tap))
@@ -218,11 +223,11 @@ def observe(netlink: Netlink, taps: Iterable[str]) -> tuple[dict[str, Found], tu
             found[tap] = Found(
                 tap,
                 device.index,
-                roots.get(device.index),
+                root_of(device.index),
                 ingress,
                 _leads_to(netlink, device.index) if ingress else 0,
                 shaper,
-                roots.get(shaper.index) if shaper else None,
+                root_of(shaper.index) if shaper else None,
             )
     alive = {shaper_name(device) for device, _ in kernel.taps_of(devices).values()}
     orphans = [d.name for d in devices.values() if d.alias.startswith(ALIAS) and d.name not in alive]
@@ -239,17 +244,20 @@ def observe_one(netlink: Netlink, tap: str) -> Found | None:
     return Found(
         tap,
         index,
-        _put_root(netlink, index),
+        _read_root(netlink, index),
         ingress,
         _leads_to(netlink, index) if ingress else 0,
         shaper,
-        _put_root(netlink, shaper.index) if shaper else None,
+        _read_root(netlink, shaper.index) if shaper else None,
     )
 
 
-def _put_root(netlink: Netlink, index: int) -> tc.Qdisc | None:
-    root = tc.read_root(netlink, index)
-    return root if root is not None and root.handle else None
+def _read_root(netlink: Netlink, index: int) -> Root | None:
+    qdisc = tc.read_root(netlink, index)
+    if qdisc is None or not qdisc.handle:
+        return None
+    queue = tc.read_only_queue(netlink, index) if qdisc.is_bucket else None
+    return Root(qdisc, tc.read_bucket(netlink, qdisc, (queue,) if queue else ()))
 
 
 def _leads_to(netlink: Netlink, index: int) -> int:
@@ -380,7 +388,8 @@ class Shaping(Part):
         for name in (tap, shaper_name(tap)):
             index = _index(name)
             if index:
-                _lift(todo, index, tc.read_root(sock, index), name)
+                root = tc.read_root(sock, index)
+                _lift(todo, index, Root(root, None) if root else None, name)
         if todo.lifts:
             sock.change(todo.lifts)
             self._applied.limits[port] = "lifted"

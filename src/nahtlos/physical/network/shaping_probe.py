@@ -39,7 +39,7 @@ class Offered(msgspec.Struct, frozen=True):
 
     def words(self) -> dict[str, str]:
         limits = (
-            "used: tbf at the tap and, for what a server sends, at an ifb of its own (ingress, u32, mirred)"
+            "used: htb at the tap and, for what a server sends, at an ifb of its own (ingress, u32, mirred)"
         )
         missing = "; ".join(reason for reason in (self.bucket, self.redirect) if reason)
         return {
@@ -98,7 +98,12 @@ def _examine(netlink: Netlink) -> Offered:
         tc.redirect(loopback, index, DEVICE),
     )
     return Offered(
-        bucket=_tried(netlink, "tbf", tc.put_bucket(index, A_BUCKET, DEVICE), tc.remove_root(index, DEVICE)),
+        bucket=_tried(
+            netlink,
+            "htb and bfifo",
+            *tc.put_bucket(index, A_BUCKET, DEVICE),
+            tc.remove_root(index, DEVICE),
+        ),
         redirect=redirected,
         classes=_tried(
             netlink,

@@ -35,10 +35,12 @@ INGRESS_HANDLE = 0xFFFF0000
 OURS = 0x6E61
 """Major number of every root qdisc of this driver ("na"); those the kernel gives devices have 0."""
 HANDLE = OURS << 16
+ONLY, QUANTUM = 1, 10_000
+"""The class of a bucket. It has nobody to take turns with."""
+UNLIMITED, ENDLESS_BURST = 4_000_000_000, 1 << 20
 
 KIND, OPTIONS, STATS, INGRESS_BLOCK = 1, 2, 7, 13
 STATS_QUEUE = 3
-TBF_PARMS, TBF_RATE64, TBF_BURST = 1, 4, 6
 HTB_PARMS, HTB_INIT, HTB_RATE64, HTB_CEIL64 = 1, 2, 6, 7
 U32_CLASSID, U32_SELECTOR, U32_ACTIONS = 1, 5, 7
 ACTION_KIND, ACTION_OPTIONS = 1, 2
@@ -56,7 +58,8 @@ GONE = frozenset({errno.ENOENT, errno.EINVAL, errno.ENODEV})
 
 
 class Bucket(msgspec.Struct, frozen=True):
-    """A token bucket and the queue before it."""
+    """A token bucket and the queue before it: an HTB of one class, whose tokens may be owed. (A `tbf` holds a
+    frame that is longer than its burst for ever, if it was queued before the burst became so short.)"""
 
     rate: int
     burst: int
@@ -75,8 +78,6 @@ class Qdisc(msgspec.Struct, frozen=True):
     kind: str
     handle: int
     parent: int
-    bucket: Bucket | None = None
-    """Of a `tbf`."""
     limit: int = 0
     """Of a `bfifo`."""
     default: int = 0
@@ -87,6 +88,10 @@ class Qdisc(msgspec.Struct, frozen=True):
     @property
     def ours(self) -> bool:
         return self.handle == HANDLE
+
+    @property
+    def is_bucket(self) -> bool:
+        return self.ours and self.kind == "htb" and self.default == ONLY
 
 
 class Class(msgspec.Struct, frozen=True):
@@ -142,25 +147,25 @@ def _ticks(burst: int, rate: int) -> int:
     return min(0xFFFFFFFF, burst * 1_000_000_000 // max(1, rate) // TICK)
 
 
-def _token_bucket(bucket: Bucket) -> bytes:
-    parms = _ratespec(bucket.rate) + bytes(12)
-    parms += struct.pack("III", bucket.limit, _ticks(bucket.burst, bucket.rate), 0)
-    options = [attribute(TBF_PARMS, parms), u32(TBF_BURST, bucket.burst)]
-    if bucket.rate > 0xFFFFFFFF:
-        options.append(attribute(TBF_RATE64, struct.pack("Q", bucket.rate)))
-    return text(KIND, "tbf") + nested(OPTIONS, *options)
+def put_bucket(index: int, bucket: Bucket, what: str) -> list[Request]:
+    """At the root, in the place of what is there. Its queue comes before its rate, so that nothing waits in
+    the one that the kernel gives it meanwhile."""
+    return [put_htb(index, ONLY, what), *lift(index, what), *change_bucket(index, bucket, what)]
 
 
-def put_bucket(index: int, bucket: Bucket, what: str) -> Request:
-    """At the root, in the place of what is there."""
-    body = _header(index, HANDLE, ROOT) + _token_bucket(bucket)
-    return Request(RTM_NEWQDISC, CREATE | REPLACE, body, f"limit the rate of {what}")
-
-
-def change_bucket(index: int, bucket: Bucket, what: str) -> Request:
+def change_bucket(index: int, bucket: Bucket, what: str) -> list[Request]:
     """The one that is there: what waits in it goes on waiting, at the new rate."""
-    body = _header(index, HANDLE, ROOT) + _token_bucket(bucket)
-    return Request(RTM_NEWQDISC, 0, body, f"change the rate of {what}")
+    queue = put_queue(index, (OURS + ONLY) << 16, HANDLE | ONLY, bucket.limit, what)
+    return [queue, put_class(index, _only_class(bucket.rate, bucket.burst), what)]
+
+
+def lift(index: int, what: str) -> list[Request]:
+    """As good as no limit, for a queue that is to become empty."""
+    return [put_class(index, _only_class(UNLIMITED, ENDLESS_BURST), what)]
+
+
+def _only_class(rate: int, burst: int) -> "Class":
+    return Class(HANDLE | ONLY, ROOT, rate, rate, burst, burst, 0, QUANTUM)
 
 
 def remove_root(index: int, what: str) -> Request:
@@ -262,6 +267,12 @@ def read_root(netlink: Netlink, index: int) -> Qdisc | None:
     return _qdisc(body) if body else None
 
 
+def read_only_queue(netlink: Netlink, index: int) -> Qdisc | None:
+    """That of a bucket."""
+    body = netlink.query(RTM_GETQDISC, _header(index, 0, HANDLE | ONLY))
+    return _qdisc(body) if body else None
+
+
 def read_ingress(netlink: Netlink, index: int) -> Qdisc | None:
     body = netlink.query(RTM_GETQDISC, _header(index, 0, INGRESS))
     return _qdisc(body) if body else None
@@ -270,6 +281,19 @@ def read_ingress(netlink: Netlink, index: int) -> Qdisc | None:
 def read_classes(netlink: Netlink, index: int) -> tuple[Class, ...]:
     bodies = netlink.dump(RTM_GETTCLASS, _header(index, 0, 0))
     return tuple(found for found in map(_class, bodies) if found is not None)
+
+
+def read_bucket(netlink: Netlink, root: Qdisc, queues: Iterable[Qdisc]) -> Bucket | None:
+    """What is at `root` and has one of `queues`; None if it is anything else."""
+    if not root.is_bucket:
+        return None
+    queue = next((q for q in queues if q.kind == "bfifo"), None)
+    classes = read_classes(netlink, root.index)
+    if len(classes) != 1 or queue is None:
+        return None
+    found = classes[0]
+    plain = _only_class(found.rate, found.burst)
+    return Bucket(found.rate, found.burst, queue.limit) if plain.like(found) else None
 
 
 def read_filters(netlink: Netlink, index: int, parent: int) -> tuple[Filter, ...]:
@@ -289,21 +313,10 @@ def _qdisc(body: bytes) -> Qdisc:
         kind=kind,
         handle=handle,
         parent=parent,
-        bucket=_bucket(options) if kind == "tbf" else None,
         limit=_number(options[:4]) if kind == "bfifo" else 0,
         default=_number(attributes(options).get(HTB_INIT, b"")[8:12]) if kind == "htb" else 0,
         waiting=_number(queue[4:8]),
     )
-
-
-def _bucket(options: bytes) -> Bucket | None:
-    values = attributes(options)
-    parms = values.get(TBF_PARMS, b"")
-    if len(parms) < 36:
-        return None
-    limit, ticks, _ = struct.unpack_from("III", parms, 24)
-    rate = _number(values.get(TBF_RATE64)) or _number(parms[8:12])
-    return Bucket(rate, _bytes(ticks, rate), limit)
 
 
 def _bytes(ticks: int, rate: int) -> int:
@@ -372,6 +385,11 @@ def matches_everything(found: Filter) -> bool:
 def roots(found: Iterable[Qdisc]) -> dict[int, Qdisc]:
     """Root qdiscs that somebody has put there, by device."""
     return {q.index: q for q in found if q.parent == ROOT and q.handle}
+
+
+def only_queues(found: Iterable[Qdisc]) -> dict[int, tuple[Qdisc, ...]]:
+    """Queues of buckets, by device."""
+    return {q.index: (q,) for q in found if q.parent == HANDLE | ONLY}
 
 
 def ingresses(found: Iterable[Qdisc]) -> frozenset[int]:
