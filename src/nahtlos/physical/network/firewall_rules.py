@@ -1,8 +1,8 @@
 """Security groups as packet-filter rules and as a judgement: what a group allows.
 
 Pure. Owns what a rule means, in both forms: lines of an nftables chain for packets, and `allowed` for
-connections that are remembered already. A rule that cannot be meant (a prefix of the other family, a port
-without a protocol that has ports) allows nothing. Never knows ports, taps or hosts.
+connections that are remembered already. A rule that cannot be meant (a prefix of the other family, ports
+of a protocol that has none, a range that ends before it begins) allows nothing. Never knows ports, taps or hosts.
 """
 
 import hashlib
@@ -183,16 +183,18 @@ def _what(rule: SecurityRule) -> str | None:
         return _icmp(number, low, high)
     if low is None and high is None:
         return "" if number < 0 else f"meta l4proto {number}"
-    if number not in WITH_PORTS:
+    first, last = low or 0, 65535 if high is None else high
+    if number not in WITH_PORTS or not 0 <= first <= last <= 65535:
         return None
-    span = f"{low or 0}-{65535 if high is None else high}"
-    return f"meta l4proto {number} th dport {low if low == high else span}"
+    return f"meta l4proto {number} th dport {first if first == last else f'{first}-{last}'}"
 
 
-def _icmp(number: int, kind: int | None, code: int | None) -> str:
+def _icmp(number: int, kind: int | None, code: int | None) -> str | None:
     word = "icmp" if number == ICMP else "icmpv6"
     if kind is None:
         return f"meta l4proto {number}"
+    if not 0 <= kind <= 255 or not 0 <= (code or 0) <= 255:
+        return None
     return f"{word} type {kind}" + ("" if code is None else f" {word} code {code}")
 
 
