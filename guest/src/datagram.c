@@ -19,9 +19,9 @@
 static struct watch echo, subscriptions, beat;
 static struct mmsghdr messages[BATCH];
 static struct iovec vectors[BATCH];
-static struct sockaddr_in peers[BATCH];
+static struct sockaddr_in6 peers[BATCH]; /* large enough for both families */
 static char data[BATCH][LARGEST];
-static struct { struct sockaddr_in address; uint64_t until; } subscribers[SUBSCRIBERS];
+static struct { struct sockaddr_in6 address; uint64_t until; } subscribers[SUBSCRIBERS];
 static uint64_t beats, last_beat_ns, longest_gap_ns;
 
 uint64_t heartbeat_count(void)
@@ -36,11 +36,9 @@ double heartbeat_longest_gap_ms(void)
 
 static int udp_socket(int port)
 {
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), size = BUFFER;
-    struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(port)};
+    int fd = service_socket(SOCK_DGRAM, port), size = BUFFER;
     setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size);
     setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof size);
-    bind(fd, (struct sockaddr *)&here, sizeof here);
     return fd;
 }
 
@@ -84,13 +82,13 @@ static void echo_ready(struct watch *watch, uint32_t events)
     }
 }
 
-static bool same(const struct sockaddr_in *left, const struct sockaddr_in *right)
+static bool same(const struct sockaddr_in6 *left, const struct sockaddr_in6 *right)
 {
-    return left->sin_addr.s_addr == right->sin_addr.s_addr && left->sin_port == right->sin_port;
+    return memcmp(left, right, sizeof *left) == 0;
 }
 
 /* The place of `who`, else a free one, else the one that would end first. */
-static int place_for(const struct sockaddr_in *who)
+static int place_for(const struct sockaddr_in6 *who)
 {
     int best = 0;
     for (int i = 0; i < SUBSCRIBERS; i++) {
@@ -106,7 +104,7 @@ static void subscription_ready(struct watch *watch, uint32_t events)
 {
     (void)events;
     char word[16];
-    struct sockaddr_in from;
+    struct sockaddr_in6 from = {0};
     socklen_t length = sizeof from;
     ssize_t size;
     while ((size = recvfrom(watch->fd, word, sizeof word, MSG_DONTWAIT, (struct sockaddr *)&from, &length)) >= 0) {
@@ -115,6 +113,7 @@ static void subscription_ready(struct watch *watch, uint32_t events)
             subscribers[place].address = from;
             subscribers[place].until = now_ns() + SUBSCRIPTION_NS;
         }
+        memset(&from, 0, sizeof from);
         length = sizeof from;
     }
 }

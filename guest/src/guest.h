@@ -1,7 +1,9 @@
 /* What the parts of the guest's init share.
  *
  *   main.c      boot: mounts, modules, kernel arguments; the event loop
- *   link.c      the interface and its address (DHCP)
+ *   link.c      the interfaces and their IPv4 addresses (DHCP)
+ *   link6.c     IPv6 addresses by DHCPv6; others are the kernel's business
+ *   service.c   sockets of services, for both families
  *   datagram.c  UDP: echo (7), heartbeats (9)
  *   stream.c    TCP: line echo (7000), HTTP (80)
  *   memory.c    the memory checker, a thread of its own
@@ -21,6 +23,7 @@
 
 #define BLOCK_BYTES 4096
 #define PAGE_BYTES 4096
+#define INTERFACES 8
 #define DATA_PARTITION "/dev/vda2"
 
 /* --- event loop (main.c) --- */
@@ -51,6 +54,11 @@ long available_mib(void);
 
 void link_start(void (*on_address)(struct in_addr address));
 const char *link_address(void); /* "" until there is one */
+void link6_start(const char *name, int index, const uint8_t mac[6]);
+
+/* A socket bound to `port` at every address of both families (IPv4 ones look like ::ffff:192.0.2.1); of IPv4
+ * alone where the kernel has no other. `type` as for socket(). */
+int service_socket(int type, int port);
 
 void datagram_start(void);
 uint64_t heartbeat_count(void);

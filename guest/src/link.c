@@ -1,10 +1,12 @@
-/* The guest's interface: up, and an address by DHCP.
+/* The guest's interfaces: up, and an IPv4 address each by DHCP. The first one's is the guest's name for itself.
  *
  * INIT --discover--> SELECTING --offer/request--> REQUESTING --ack--> BOUND --half the lease--> RENEWING
  *   ^------- nak, or no answer to the request -------'                  ^--------- ack ----------'
  *
  * An address once had is kept even if it cannot be renewed: a server's address is fixed for its life, and a
  * guest that fell silent because nobody renewed its lease would be the worse failure.
+ *
+ * IPv6 is the kernel's: it makes its addresses of what routers advertise; link6.c asks for the rest.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -23,7 +25,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define INTERFACE "eth0"
 #define FIRST_RETRY_MS 250
 #define LAST_RETRY_MS 4000
 #define COOKIE 0x63825363u
@@ -56,20 +57,26 @@ struct answer {
     uint32_t yours, mask, router, server, lease, mtu;
 };
 
-static enum { INIT, SELECTING, REQUESTING, BOUND, RENEWING } state;
-static struct watch packets = {.fd = -1};
-static struct watch retry = {.fd = -1};
-static unsigned retry_ms = FIRST_RETRY_MS;
-static int interface_index;
-static uint8_t mac[6];
-static uint32_t transaction;
-static struct answer offer;
-static char address_text[INET_ADDRSTRLEN];
+struct link {
+    struct watch packets, retry;
+    enum { INIT, SELECTING, REQUESTING, BOUND, RENEWING } state;
+    unsigned retry_ms;
+    int number, index;
+    uint8_t mac[6];
+    char name[IFNAMSIZ];
+    uint32_t transaction;
+    struct answer offer;
+    char address_text[INET_ADDRSTRLEN];
+};
+
+static struct link links[INTERFACES];
 static void (*address_is_there)(struct in_addr);
+
+#define LINK_OF(watch, member) ((struct link *)((char *)(watch) - offsetof(struct link, member)))
 
 const char *link_address(void)
 {
-    return address_text;
+    return links[0].address_text;
 }
 
 static bool interface_up(int control, const char *name)
@@ -100,22 +107,22 @@ static uint8_t *option(uint8_t *at, int code, const void *value, int length)
     return at + length;
 }
 
-static void send_message(int type)
+static void send_message(struct link *link, int type)
 {
     struct message m = {0};
     m.op = 1;
     m.hardware = 1;
-    m.hardware_length = sizeof mac;
-    m.transaction = transaction;
+    m.hardware_length = sizeof link->mac;
+    m.transaction = link->transaction;
     m.cookie = htonl(COOKIE);
-    memcpy(m.address, mac, sizeof mac);
+    memcpy(m.address, link->mac, sizeof link->mac);
     uint8_t kind = type, wishes[] = {OPT_MASK, OPT_ROUTER, OPT_MTU, OPT_LEASE};
     uint8_t *at = option(m.options, OPT_TYPE, &kind, 1);
-    if (state == RENEWING) {
-        m.client = offer.yours;
+    if (link->state == RENEWING) {
+        m.client = link->offer.yours;
     } else if (type == REQUEST) {
-        at = option(at, OPT_WANTED, &offer.yours, 4);
-        at = option(at, OPT_SERVER, &offer.server, 4);
+        at = option(at, OPT_WANTED, &link->offer.yours, 4);
+        at = option(at, OPT_SERVER, &link->offer.server, 4);
     }
     at = option(at, OPT_LIST, wishes, sizeof wishes);
     *at++ = OPT_END;
@@ -133,9 +140,9 @@ static void send_message(int type)
     m.udp.destination = htons(67);
     m.udp.length = htons(size - sizeof m.ip); /* the checksum stays 0: none */
     struct sockaddr_ll to = {.sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_IP),
-                             .sll_ifindex = interface_index, .sll_halen = 6};
+                             .sll_ifindex = link->index, .sll_halen = 6};
     memset(to.sll_addr, 0xff, 6);
-    sendto(packets.fd, &m, size, MSG_DONTWAIT, (struct sockaddr *)&to, sizeof to);
+    sendto(link->packets.fd, &m, size, MSG_DONTWAIT, (struct sockaddr *)&to, sizeof to);
 }
 
 static uint32_t raw32(const uint8_t *at)
@@ -145,10 +152,10 @@ static uint32_t raw32(const uint8_t *at)
     return value;
 }
 
-static bool parse(const struct message *m, size_t size, struct answer *answer)
+static bool parse(const struct link *link, const struct message *m, size_t size, struct answer *answer)
 {
-    if (size < offsetof(struct message, options) || m->op != 2 || m->transaction != transaction ||
-        m->cookie != htonl(COOKIE) || memcmp(m->address, mac, sizeof mac) != 0)
+    if (size < offsetof(struct message, options) || m->op != 2 || m->transaction != link->transaction ||
+        m->cookie != htonl(COOKIE) || memcmp(m->address, link->mac, sizeof link->mac) != 0)
         return false;
     const uint8_t *at = m->options, *end = (const uint8_t *)m + size;
     *answer = (struct answer){.yours = m->yours, .lease = 3600};
@@ -184,11 +191,11 @@ static struct sockaddr inet(uint32_t address)
     return out;
 }
 
-static void use_address(const struct answer *answer)
+static void use_address(struct link *link, const struct answer *answer)
 {
     int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct ifreq request = {0};
-    strncpy(request.ifr_name, INTERFACE, IFNAMSIZ - 1);
+    memcpy(request.ifr_name, link->name, IFNAMSIZ);
     if (answer->mtu >= 576) {
         request.ifr_mtu = answer->mtu;
         ioctl(control, SIOCSIFMTU, &request);
@@ -199,14 +206,15 @@ static void use_address(const struct answer *answer)
     ioctl(control, SIOCSIFNETMASK, &request);
     if (answer->router) {
         struct rtentry route = {.rt_dst = inet(0), .rt_gateway = inet(answer->router),
-                                .rt_genmask = inet(0), .rt_flags = RTF_UP | RTF_GATEWAY};
+                                .rt_genmask = inet(0), .rt_flags = RTF_UP | RTF_GATEWAY,
+                                .rt_dev = link->name, .rt_metric = link->number + 1};
         ioctl(control, SIOCADDRT, &route);
     }
     close(control);
 }
 
 /* Only DHCP answers wake us: without a filter every datagram of a busy server would be copied here. */
-static void open_packets(void)
+static void open_packets(struct link *link)
 {
     static struct sock_filter program[] = {
         BPF_STMT(BPF_LD | BPF_B | BPF_ABS, 9),
@@ -219,74 +227,78 @@ static void open_packets(void)
     };
     struct sock_fprog filter = {.len = sizeof program / sizeof *program, .filter = program};
     struct sockaddr_ll here = {.sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_IP),
-                               .sll_ifindex = interface_index};
-    if (packets.fd >= 0)
+                               .sll_ifindex = link->index};
+    if (link->packets.fd >= 0)
         return;
-    packets.fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    setsockopt(packets.fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter);
-    bind(packets.fd, (struct sockaddr *)&here, sizeof here);
-    loop_add(&packets, EPOLLIN);
+    link->packets.fd = socket(AF_PACKET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    setsockopt(link->packets.fd, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter);
+    bind(link->packets.fd, (struct sockaddr *)&here, sizeof here);
+    loop_add(&link->packets, EPOLLIN);
 }
 
-static void close_packets(void)
+static void close_packets(struct link *link)
 {
-    loop_remove(&packets);
-    close(packets.fd);
-    packets.fd = -1;
+    loop_remove(&link->packets);
+    close(link->packets.fd);
+    link->packets.fd = -1;
 }
 
-static void ask(void)
+static void ask(struct link *link)
 {
-    open_packets();
-    transaction = (uint32_t)(now_ns() >> 10) ^ raw32(mac + 2);
-    state = SELECTING;
-    send_message(DISCOVER);
-    timer_set(retry.fd, retry_ms, 0);
-    retry_ms = retry_ms * 2 > LAST_RETRY_MS ? LAST_RETRY_MS : retry_ms * 2;
+    open_packets(link);
+    link->transaction = (uint32_t)(now_ns() >> 10) ^ raw32(link->mac + 2);
+    link->state = SELECTING;
+    send_message(link, DISCOVER);
+    timer_set(link->retry.fd, link->retry_ms, 0);
+    link->retry_ms = link->retry_ms * 2 > LAST_RETRY_MS ? LAST_RETRY_MS : link->retry_ms * 2;
 }
 
-static void bound(const struct answer *answer)
+static void bound(struct link *link, const struct answer *answer)
 {
-    bool changed = !address_text[0] || answer->yours != offer.yours;
-    offer = *answer;
-    state = BOUND;
-    retry_ms = FIRST_RETRY_MS;
-    close_packets();
+    bool changed = !link->address_text[0] || answer->yours != link->offer.yours;
+    link->offer = *answer;
+    link->state = BOUND;
+    link->retry_ms = FIRST_RETRY_MS;
+    close_packets(link);
     uint64_t half = (uint64_t)answer->lease * 500;
-    timer_set(retry.fd, half < 5000 ? 5000 : half, 0);
+    timer_set(link->retry.fd, half < 5000 ? 5000 : half, 0);
     if (!changed)
         return;
     struct in_addr address = {.s_addr = answer->yours};
-    use_address(answer);
-    inet_ntop(AF_INET, &address, address_text, sizeof address_text);
-    address_is_there(address);
+    use_address(link, answer);
+    inet_ntop(AF_INET, &address, link->address_text, sizeof link->address_text);
+    if (link->number == 0)
+        address_is_there(address);
+    else
+        console_print("address %s on %s\n", link->address_text, link->name);
 }
 
 static void packet_ready(struct watch *watch, uint32_t events)
 {
     (void)events;
+    struct link *link = LINK_OF(watch, packets);
     struct message m;
     for (;;) {
         ssize_t size = recv(watch->fd, &m, sizeof m, MSG_DONTWAIT);
         struct answer answer;
         if (size <= 0)
             return;
-        if (!parse(&m, size, &answer))
+        if (!parse(link, &m, size, &answer))
             continue;
-        if (state == SELECTING && answer.type == OFFER && answer.server) {
-            struct answer chosen = answer;
-            uint32_t had = offer.yours;
-            offer = chosen;
-            state = REQUESTING;
-            send_message(REQUEST);
-            timer_set(retry.fd, 1000, 0);
-            if (address_text[0] && had != chosen.yours)
-                address_text[0] = 0; /* moved to another network: announce the new address */
-        } else if ((state == REQUESTING || state == RENEWING) && answer.type == ACK) {
-            bound(&answer);
+        bool awaited = link->state == REQUESTING || link->state == RENEWING;
+        if (link->state == SELECTING && answer.type == OFFER && answer.server) {
+            uint32_t had = link->offer.yours;
+            link->offer = answer;
+            link->state = REQUESTING;
+            send_message(link, REQUEST);
+            timer_set(link->retry.fd, 1000, 0);
+            if (link->address_text[0] && had != answer.yours)
+                link->address_text[0] = 0; /* moved to another network: announce the new address */
+        } else if (awaited && answer.type == ACK) {
+            bound(link, &answer);
             return;
-        } else if ((state == REQUESTING || state == RENEWING) && answer.type == NAK) {
-            ask();
+        } else if (awaited && answer.type == NAK) {
+            ask(link);
         }
     }
 }
@@ -294,36 +306,51 @@ static void packet_ready(struct watch *watch, uint32_t events)
 static void retry_ready(struct watch *watch, uint32_t events)
 {
     (void)events;
+    struct link *link = LINK_OF(watch, retry);
     timer_read(watch->fd);
-    if (state == BOUND) {
-        state = RENEWING;
-        open_packets();
-        transaction++;
-        send_message(REQUEST);
-        timer_set(retry.fd, 2000, 0);
+    if (link->state == BOUND) {
+        link->state = RENEWING;
+        open_packets(link);
+        link->transaction++;
+        send_message(link, REQUEST);
+        timer_set(link->retry.fd, 2000, 0);
     } else {
-        ask();
+        ask(link);
     }
+}
+
+/* False if there is no such interface. */
+static bool start(int control, int number)
+{
+    struct link *link = &links[number];
+    struct ifreq request = {0};
+    snprintf(link->name, sizeof link->name, "eth%d", number);
+    memcpy(request.ifr_name, link->name, IFNAMSIZ);
+    if (ioctl(control, SIOCGIFHWADDR, &request) != 0)
+        return false;
+    memcpy(link->mac, request.ifr_hwaddr.sa_data, sizeof link->mac);
+    ioctl(control, SIOCGIFINDEX, &request);
+    link->index = request.ifr_ifindex;
+    link->number = number;
+    link->retry_ms = FIRST_RETRY_MS;
+    link6_start(link->name, link->index, link->mac); /* before the kernel asks for routers */
+    if (!interface_up(control, link->name))
+        return false;
+    link->packets = (struct watch){.ready = packet_ready, .fd = -1};
+    link->retry = (struct watch){.ready = retry_ready, .fd = timer_open()};
+    loop_add(&link->retry, EPOLLIN);
+    ask(link);
+    return true;
 }
 
 void link_start(void (*on_address)(struct in_addr address))
 {
     address_is_there = on_address;
-    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct ifreq request = {0};
-    strncpy(request.ifr_name, INTERFACE, IFNAMSIZ - 1);
+    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), number = 0;
     interface_up(control, "lo");
-    if (ioctl(control, SIOCGIFHWADDR, &request) != 0 || !interface_up(control, INTERFACE)) {
+    while (number < INTERFACES && start(control, number))
+        number++;
+    if (number == 0)
         console_print("no network interface\n");
-        close(control);
-        return;
-    }
-    memcpy(mac, request.ifr_hwaddr.sa_data, sizeof mac);
-    ioctl(control, SIOCGIFINDEX, &request);
-    interface_index = request.ifr_ifindex;
     close(control);
-    packets.ready = packet_ready;
-    retry = (struct watch){.ready = retry_ready, .fd = timer_open()};
-    loop_add(&retry, EPOLLIN);
-    ask();
 }

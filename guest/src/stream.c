@@ -321,10 +321,7 @@ static void listener_ready(struct watch *watch, uint32_t events)
 
 static int listener(int port)
 {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
-    struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons(port)};
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    bind(fd, (struct sockaddr *)&here, sizeof here);
+    int fd = service_socket(SOCK_STREAM, port);
     listen(fd, 1024);
     return fd;
 }

@@ -27,7 +27,7 @@ from nahtlos.wire.credentials import write_pki_dir
 
 BUILD = Path(__file__).parents[2] / "build"
 RELEASES = Path(os.environ.get("NAHTLOS_RELEASES", BUILD / "releases"))
-IMAGES = BUILD / "images"
+IMAGES = Path(os.environ.get("NAHTLOS_IMAGES", BUILD / "images"))
 TUNSETIFF = 0x400454CA
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 CLONE_NEWNET = 0x40000000
