@@ -14,7 +14,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Address, ip_address
 from typing import Self
 
 import msgspec
@@ -100,7 +99,11 @@ def mac_text(value: bytes) -> str:
 
 
 def ipv4(value: str) -> bytes:
-    return IPv4Address(value).packed
+    return socket.inet_pton(socket.AF_INET, value)
+
+
+def packed(ip: str) -> bytes:
+    return socket.inet_pton(family_of(ip), ip)
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
@@ -164,19 +167,19 @@ def family_of(ip: str) -> int:
 def neighbour(device: int, ip: str, mac: str, *, router: bool = False) -> Request:
     """A permanent ARP or neighbour-discovery entry. `router` (IPv6): it is said to route."""
     flags = NTF_ROUTER if router else 0
-    body = _neighbour(family_of(ip), device, NUD_PERMANENT, flags, mac, ip_address(ip).packed)
+    body = _neighbour(family_of(ip), device, NUD_PERMANENT, flags, mac, packed(ip))
     return Request(RTM_NEWNEIGH, CREATE | REPLACE, body, f"neighbour {ip} at {mac}")
 
 
 def remove_neighbour(device: int, ip: str) -> Request:
-    body = _neighbour(family_of(ip), device, 0, 0, "", ip_address(ip).packed)
+    body = _neighbour(family_of(ip), device, 0, 0, "", packed(ip))
     return Request(RTM_DELNEIGH, 0, body, f"remove neighbour {ip}", frozenset({errno.ENOENT, errno.ENODEV}))
 
 
 def _address(device: int, address: str) -> bytes:
     ip, prefix = address.split("/")
     body = struct.pack("BBBBI", family_of(ip), int(prefix), 0, 0, device)
-    return body + attribute(2, ip_address(ip).packed) + attribute(1, ip_address(ip).packed)
+    return body + attribute(2, packed(ip)) + attribute(1, packed(ip))
 
 
 def address(device: int, cidr: str, *, routed: bool = True) -> Request:

@@ -11,8 +11,8 @@ through a tunnel entry that is there already, and one that came is delivered bef
 
 import functools
 import hashlib
+import socket
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_address
 from typing import ClassVar
 
 import msgspec
@@ -23,6 +23,7 @@ from nahtlos.model.networking import Family, NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
+from nahtlos.physical.network.tap import QUEUE
 
 REMEMBERED_PORTS = 1 << 15
 OWNED = "nahtlos/"
@@ -104,6 +105,8 @@ class Device(msgspec.Struct, frozen=True, cache_hash=True):
     local: str = ""
     up: bool = True
     snooping: bool = False
+    ring: int = 0
+    """Frames a tap keeps for its server; 0 for what is no tap."""
 
     rank: ClassVar[int] = 0
 
@@ -314,12 +317,18 @@ def _paths(network: NetworkConfig, spec: NetworkSpec, place: Place) -> Iterable[
         yield Forward(bridge, spec.gateway_mac, tunnel)
 
 
+def canonical(address: str) -> str:
+    """As the kernel writes it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_ntop(family, socket.inet_pton(family, address))
+
+
 @functools.lru_cache(maxsize=REMEMBERED_PORTS)
 def _port_items(port: PortConfig, vni: int, mtu: int, place: Place, has_tap: bool) -> tuple[Item, ...]:
     """Of a port that has not changed they are the very same objects, which compare at once."""
     port = _normal_port(port)
     bridge, tunnel, name = bridge_name(vni), tunnel_name(vni), tap_name(port.id)
-    items: list[Item] = [Neighbour(bridge, str(ip_address(ip)), port.mac) for ip in port.all_addresses]
+    items: list[Item] = [Neighbour(bridge, canonical(ip), port.mac) for ip in port.all_addresses]
     here = port.host == place.host
     if not here:
         items += [TunnelEntry(tunnel, port.mac, port.vtep), Forward(bridge, port.mac, tunnel)]
@@ -331,7 +340,8 @@ def _port_items(port: PortConfig, vni: int, mtu: int, place: Place, has_tap: boo
 
 
 def tap_device(port: PortConfig, vni: int, mtu: int) -> Device:
-    return Device(tap_name(port.id), "tun", port_alias(port.id, port.mac), mtu, master=bridge_name(vni))
+    alias = port_alias(port.id, port.mac)
+    return Device(tap_name(port.id), "tun", alias, mtu, master=bridge_name(vni), ring=QUEUE)
 
 
 def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Setting]:
