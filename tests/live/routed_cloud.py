@@ -20,6 +20,7 @@ from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, LoadBalancerConfig, NetworkConfig, PortConfig, RouterConfig
 from nahtlos.model.ids import FloatingIpId, HostId, NetworkId, PortId, ProjectId, RouterId, ServerId, SubnetId
 from nahtlos.model.networking import (
+    AddressPair,
     FloatingIpSpec,
     LoadBalancerSpec,
     NetworkSpec,
@@ -88,6 +89,7 @@ class Server:
 
     def __init__(self, name: str, number: int, spec: NetworkSpec, host: str, *addresses: str) -> None:
         self.name, self.network, self.host = name, spec, host
+        self.allowed: tuple[str, ...] = ()
         self.addresses = addresses
         self.ip = addresses[0]
         self.port = PortId(f"{name}-port")
@@ -216,6 +218,7 @@ class RoutedCloud:
             mac=server.mac,
             ip=server.addresses[0],
             addresses=server.addresses[1:],
+            allowed_pairs=tuple(AddressPair(cidr=cidr) for cidr in server.allowed),
             host=HostId(server.host),
             vtep=self.hosts[server.host].node.address,
         )

@@ -4,6 +4,7 @@ Owns the form in which it travels: a mark and a version, then msgpack of (family
 writes them). A place refuses a version it does not know. Never decides when.
 """
 
+import errno
 import zlib
 
 import msgspec
@@ -26,7 +27,8 @@ class Connections:
         return encode(self._namespaces.within(name, _dump))
 
     def write(self, name: str, state: bytes) -> int:
-        """How many were taken up. Unavailable if the kernel would not take one of them."""
+        """How many are known now. What was known already stays as it is: it is used here, and so later than
+        what was sent. Unavailable if the kernel would not take one of them."""
         entries = decode(state)
         return self._namespaces.within(name, lambda: _load(entries))
 
@@ -54,14 +56,14 @@ def _dump() -> list[Entry]:
 
 
 def _load(entries: list[Entry]) -> int:
-    """Twice what was refused: without what cannot be changed in an entry that is there already."""
     with conntrack.Table() as table:
-        refused = table.put([conntrack.put(e, 0, REMEMBERED_SECONDS) for e in entries])
-        again = [entries[r.index] for r in refused]
-        left = table.put([conntrack.put(e, 0, REMEMBERED_SECONDS, plain=True) for e in again])
-    if left:
+        known = {entry.key for entry in table.dump(0, lambda _: True)}
+        new = [entry for entry in entries if entry.key not in known]
+        refused = table.put([conntrack.put(entry, 0, REMEMBERED_SECONDS) for entry in new])
+    failed = [r for r in refused if r.code not in (errno.EBUSY, errno.EEXIST)]  # known since a moment ago
+    if failed:
         raise Unavailable(
-            f"{len(left)} of {len(entries)} connections could not be taken up (error {left[0].code})",
+            f"{len(failed)} of {len(entries)} connections could not be taken up (error {failed[0].code})",
             field="state",
         )
     return len(entries)
