@@ -40,6 +40,7 @@ from nahtlos.ops.bodies import (
     ReleaseRegistration,
     UpgradeRequest,
 )
+from nahtlos.ops.network_api import NetworkRoutes
 from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
 from nahtlos.runtime.identity import Operators, Presented
 
@@ -90,6 +91,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     _join(open_routes, cloud)
     for add in (_status, _hosts, _releases, _servers, _upgrades, _events):
         add(routes, cloud)
+    NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
     if enrolment is not None:
         _operators(routes, enrolment)
     app.include_router(open_routes)

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -35,6 +35,7 @@ from nahtlos.ops.bodies import (
     ReleaseRegistration,
     UpgradeRequest,
 )
+from nahtlos.ops.network_client import NetworkClient
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
     CloudEvent,
@@ -60,6 +61,7 @@ class OperatorClient:
     def __init__(self, http: httpx.AsyncClient, where: str) -> None:
         self._http = http
         self.where = where
+        self._networks = NetworkClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -95,6 +97,10 @@ class OperatorClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def networks(self) -> NetworkClient:
+        return self._networks
 
     # --- the cloud, hosts, releases
 
@@ -216,6 +222,11 @@ class OperatorClient:
 
     async def _get(self, path: str, kind: type[_T]) -> _T:
         return await self._ask("GET", path, None, kind)
+
+    async def _ask_at(
+        self, method: str, path: tuple[str, ...], body: msgspec.Struct | None, kind: type[Any] | None
+    ) -> Any:
+        return await self._ask(method, "/".join(_part(part) for part in path), body, kind)
 
     async def _ask(self, method: str, path: str, body: msgspec.Struct | None, kind: type[_T] | None) -> _T:
         """The decoded answer; `kind` None if none is expected."""

@@ -2,11 +2,16 @@
 
 import typer
 
+from nahtlos.ops.cli.balancers import load_balancer_commands
 from nahtlos.ops.cli.command import Surroundings, shared_options
 from nahtlos.ops.cli.hosts import host_commands
 from nahtlos.ops.cli.machine import machine_commands
+from nahtlos.ops.cli.networks import network_commands, subnet_commands
 from nahtlos.ops.cli.operators import operator_commands
+from nahtlos.ops.cli.ports import port_commands
 from nahtlos.ops.cli.releases import release_commands
+from nahtlos.ops.cli.routers import floating_ip_commands, router_commands
+from nahtlos.ops.cli.security import security_group_commands
 from nahtlos.ops.cli.servers import server_commands
 from nahtlos.ops.cli.upgrades import upgrade_commands
 
@@ -22,6 +27,13 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(host_commands(surroundings), name="host")
     app.add_typer(release_commands(surroundings), name="release")
     app.add_typer(server_commands(surroundings), name="server")
+    app.add_typer(network_commands(surroundings), name="network")
+    app.add_typer(subnet_commands(surroundings), name="subnet")
+    app.add_typer(port_commands(surroundings), name="port")
+    app.add_typer(security_group_commands(surroundings), name="security-group")
+    app.add_typer(router_commands(surroundings), name="router")
+    app.add_typer(floating_ip_commands(surroundings), name="floating-ip")
+    app.add_typer(load_balancer_commands(surroundings), name="load-balancer")
     app.add_typer(upgrade_commands(surroundings), name="upgrade")
     app.add_typer(operator_commands(surroundings), name="operator")
     machine_commands(app, surroundings)

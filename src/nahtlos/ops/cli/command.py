@@ -317,7 +317,45 @@ async def _operator_names(client: OperatorClient) -> list[str]:
     return [o.name for o in await client.operators()]
 
 
+async def _network_names(client: OperatorClient) -> list[str]:
+    return [n.id for n in await client.networks.networks()]
+
+
+async def _subnet_names(client: OperatorClient) -> list[str]:
+    return [s.spec.id for s in await client.networks.subnets()]
+
+
+async def _port_names(client: OperatorClient) -> list[str]:
+    return [p.id for p in await client.networks.ports()]
+
+
+async def _group_names(client: OperatorClient) -> list[str]:
+    return [g.spec.id for g in await client.networks.security_groups()]
+
+
+async def _router_names(client: OperatorClient) -> list[str]:
+    return [r.id for r in await client.networks.routers()]
+
+
+async def _floating_ip_names(client: OperatorClient) -> list[str]:
+    return [f.id for f in await client.networks.floating_ips()]
+
+
+async def _balancer_names(client: OperatorClient) -> list[str]:
+    return [b.id for b in await client.networks.load_balancers()]
+
+
 NAMES = {
+    "network": _network_names,
+    "subnet": _subnet_names,
+    "subnets": _subnet_names,
+    "port": _port_names,
+    "group": _group_names,
+    "remote_group": _group_names,
+    "security_group": _group_names,
+    "router": _router_names,
+    "floating_ip": _floating_ip_names,
+    "balancer": _balancer_names,
     "host": _host_names,
     "to": _host_names,
     "server": _server_names,

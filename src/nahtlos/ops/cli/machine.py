@@ -7,6 +7,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nahtlos.model.errors import Error
 from nahtlos.model.nouns import Size
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
@@ -20,6 +21,7 @@ def machine_commands(app: typer.Typer, surroundings: Surroundings) -> None:
     async def doctor(cli: Cli) -> int:  # pyright: ignore[reportUnusedFunction]
         """What this machine can and cannot do, with remedies. Exit code 2 if it is not fit for a lab."""
         findings = await asyncio.to_thread(examine, surroundings.build_dir)
+        findings += await _of_hosts(cli)
         cli.show(findings, _picture(findings))
         return 0 if fit(findings) else REFUSED
 
@@ -41,6 +43,25 @@ def machine_commands(app: typer.Typer, surroundings: Surroundings) -> None:
             await client.set_promised(Size(vcpus=vcpus, memory_mib=memory_mib))
             value = await client.status()
         cli.show(value, pictures.status(value))
+
+
+async def _of_hosts(cli: Cli) -> list[Finding]:
+    """What the network drivers of the cloud's hosts use and lack, if a cloud is there to be asked."""
+    try:
+        async with cli.client() as client:
+            hosts = [await client.host(view.id) for view in await client.hosts()]
+    except Error:
+        return []
+    return [
+        Finding(
+            name=f"network of {view.id}: {subject}",
+            ok=not words.startswith("missing"),
+            level=Level.OPTIONAL,
+            detail=words,
+        )
+        for view in hosts
+        for subject, words in sorted((view.inventory.network if view.inventory else {}).items())
+    ]
 
 
 def _picture(findings: list[Finding]) -> RenderableType:

@@ -122,11 +122,20 @@ def host(view: HostView) -> RenderableType:
     return Group(*parts)
 
 
+def _network_lines(inventory: HostInventory) -> list[Text]:
+    """What the network driver of a host uses, and what it lacks."""
+    return [
+        Text(f"network: {subject}: {words}", style=WARN if words.startswith("missing") else SOFT)
+        for subject, words in sorted(inventory.network.items())
+    ]
+
+
 def _observed(inventory: HostInventory) -> list[RenderableType]:
     running = [o for o in inventory.operations if o.state is OperationState.RUNNING]
     lines = [Text(f"{o.kind} {o.server or ''}: {o.step} {o.waits_for}".rstrip()) for o in running]
     lines += [Text(f"drift: {text}", style=WARN) for text in inventory.drift]
     lines += [Text(f"problem: {problem.raised()}", style=BAD) for problem in inventory.problems]
+    lines += _network_lines(inventory)
     return [Text(), *lines] if lines else []
 
 
@@ -210,7 +219,9 @@ def server(view: ServerView) -> RenderableType:
             ("host", view.host or NOTHING),
             ("moves to", view.moving_to or NOTHING),
             ("waits for", view.waits_for or NOTHING),
+            ("project", view.project),
             ("address", f"{view.ip} ({view.mac})"),
+            ("ports", ", ".join(view.ports) or NOTHING),
             ("size", size(view.size)),
             ("VMM", view.release or NOTHING),
             ("volume on", view.volume_host),

@@ -9,10 +9,12 @@ import typer
 from rich.text import Text
 
 from nahtlos.model.errors import NotFound
-from nahtlos.model.ids import HostId, ImageId, ServerId
+from nahtlos.model.ids import HostId, ImageId, ProjectId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.amounts import port_request
 from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.terminal import attach
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
@@ -51,6 +53,14 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         volume_mib: Annotated[int, typer.Option(min=1)] = 160,
         image: Annotated[str | None, typer.Option(help="Needed if there are several.")] = None,
         host: Annotated[str | None, typer.Option(help="Start it on this host.")] = None,
+        network: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="A port in this network (repeat for several): NET[,ip=A][,group=G][,address=A]"
+                "[,pair=CIDR][,mac=M][,ingress=50M][,egress=50M][,queues=2]."
+            ),
+        ] = None,
+        project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = 120.0,
     ) -> None:
@@ -62,6 +72,8 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             volume_mib=volume_mib,
             image=ImageId(image) if image else None,
             host=HostId(host) if host else None,
+            project=ProjectId(project),
+            networks=tuple(port_request(text) for text in network or ()),
         )
         async with cli.client() as client:
             view = await client.create_server(request)

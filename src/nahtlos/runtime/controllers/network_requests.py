@@ -450,9 +450,12 @@ def changed_port(topology: Topology, port: PortId, change: PortChange) -> PortSp
     if change.security_groups is not UNSET:
         groups = checked_groups(topology, project, change.security_groups)
         spec = msgspec.structs.replace(spec, security_groups=groups)
-    if change.bandwidth is not UNSET:
-        spec = msgspec.structs.replace(spec, bandwidth=checked_bandwidth(change.bandwidth))
-    return spec
+    bandwidth = spec.bandwidth
+    if change.ingress is not UNSET:
+        bandwidth = msgspec.structs.replace(bandwidth, ingress=change.ingress)
+    if change.egress is not UNSET:
+        bandwidth = msgspec.structs.replace(bandwidth, egress=change.egress)
+    return msgspec.structs.replace(spec, bandwidth=checked_bandwidth(bandwidth))
 
 
 def checked_pairs(asked: tuple[AddressPair, ...]) -> tuple[AddressPair, ...]:
@@ -487,7 +490,7 @@ def checked_groups(
 def checked_bandwidth(asked: PortBandwidth) -> PortBandwidth:
     for field, rate in (("ingress", asked.ingress), ("egress", asked.egress)):
         if rate is not None:
-            _check_rate(rate, f"bandwidth.{field}")
+            _check_rate(rate, field)
     return asked
 
 

@@ -30,6 +30,7 @@ from nahtlos.model.networking import (
     LoadBalancerSpec,
     Member,
     PortBandwidth,
+    Rate,
     Route,
     RouterGateway,
     RouterSpec,
@@ -92,7 +93,9 @@ class PortRequest(Value, frozen=True, kw_only=True):
 class PortChange(Value, frozen=True, kw_only=True):
     allowed_pairs: tuple[AddressPair, ...] | UnsetType = UNSET
     security_groups: tuple[SecurityGroupId, ...] | UnsetType = UNSET
-    bandwidth: PortBandwidth | UnsetType = UNSET
+    ingress: Rate | UnsetType | None = UNSET
+    """What the server receives; None: not limited."""
+    egress: Rate | UnsetType | None = UNSET
 
 
 class SecurityGroupRequest(Value, frozen=True, kw_only=True):
