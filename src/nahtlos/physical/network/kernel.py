@@ -70,6 +70,7 @@ def device_of(link: LinkInfo, master: str) -> Device:
         local=link.local,
         up=link.up,
         snooping=link.snooping,
+        ring=link.queue if link.kind == "tun" else 0,
     )
 
 
@@ -166,6 +167,7 @@ def _settings(device: Device, devices: dict[str, LinkInfo]) -> list[Request]:
             mac=device.mac if device.mac and device.mac != there.mac else None,
             master=master if master != there.master else None,
             alias=device.alias if device.alias != there.alias else None,
+            queue=device.ring if device.ring and device.ring != there.queue else None,
         )
     )
     if master and master != there.master:
