@@ -1,7 +1,5 @@
 """The network driver's decisions as tables, and its wire formats without a kernel."""
 
-from pathlib import Path
-
 import msgspec
 import pytest
 
@@ -10,7 +8,6 @@ from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import netlink, nft, packet, plan
-from nahtlos.physical.network.dhcp import arguments, hosts_text
 from nahtlos.physical.network.plan import (
     DELIVERING,
     SILENT,
@@ -74,7 +71,6 @@ def items(host: str, *, at: str = "host-1", taps: dict[PortId, str] | None = Non
         ("host-1", "host-1", False, Neighbour("br100", "10.77.0.10", MAC), ""),
         ("host-1", "host-1", False, TunnelEntry("vx100", SPEC.gateway_mac, "10.99.0.5"), ""),
         ("edge-1", "host-1", False, Address("br100", "10.77.0.1/24", routed=True), ""),
-        ("host-2", "host-1", False, Address("br100", "10.77.0.2/24", routed=False), ""),
     ],
 )
 def test_where_frames_go(host: str, at: str, has_tap: bool, expected: Item, absent: str) -> None:
@@ -88,13 +84,14 @@ def test_a_port_without_its_tap_is_sent_nowhere() -> None:
     assert not [i for i in items("host-1") if isinstance(i, Forward) and i.mac == MAC]
 
 
-def test_the_same_address_answers_on_every_host_for_servers_and_the_gateway_has_its_own() -> None:
+def test_a_bridge_has_an_address_of_its_own_only_where_the_gateway_is() -> None:
     macs = {
         host: next(i.mac for i in items(host) if isinstance(i, Device) and i.kind == "bridge")
         for host in ADDRESSES
     }
-    assert macs["host-1"] == macs["host-2"] == plan.anycast_mac(100)
+    assert macs["host-1"] == macs["host-2"] == plan.bridge_mac(100) != plan.anycast_mac(100)
     assert macs["edge-1"] == SPEC.gateway_mac
+    assert [host for host in ADDRESSES if any(isinstance(i, Address) for i in items(host))] == ["edge-1"]
 
 
 def test_no_tunnel_entry_leads_to_oneself() -> None:
@@ -206,15 +203,6 @@ def test_gates_are_added_and_removed_by_element() -> None:
     )
     assert nft.gate_commands([], [GATE]) == f"delete element netdev nahtlos moving100 {{ {MAC} }}\n"
     assert nft.gate_commands([], []) == ""
-
-
-def test_dhcp_knows_every_port_of_the_network() -> None:
-    network = config("host-2").networks[0]
-    assert hosts_text(network) == f"{MAC},10.77.0.10,web,30d\n"
-    argv = arguments(network, Path("/run/x"), user="nobody")
-    assert "--port=0" in argv
-    assert "--dhcp-range=10.77.0.0,static,255.255.255.0,30d" in argv
-    assert "--interface=br100" in argv
 
 
 def test_the_sacrifice_is_told_from_a_servers_frame() -> None:
