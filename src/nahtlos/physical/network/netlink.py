@@ -25,7 +25,7 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE = 24
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 
-REQUEST, ACK = 0x1, 0x4
+REQUEST, ACK, ECHO = 0x1, 0x4, 0x8
 DUMP = 0x300
 REPLACE, EXCL, CREATE, APPEND = 0x100, 0x200, 0x400, 0x800
 NESTED = 0x8000
@@ -305,9 +305,10 @@ class Netlink:
 
     def query(self, kind: int, body: bytes) -> bytes | None:
         """Body of the one object asked for; None if the kernel knows none such. Some kinds are then not
-        even refused, so an acknowledgement is asked for; it is skipped later if an answer came first."""
+        even refused, so an acknowledgement is asked for; it is skipped later if an answer came first. What
+        traffic control is asked for it tells its listeners, and who asked only if that is asked for, too."""
         self._sequence += 1
-        flags = REQUEST | ACK
+        flags = REQUEST | ACK | ECHO
         self._send(struct.pack("IHHII", 16 + len(body), kind, flags, self._sequence, 0) + body)
         while True:
             for answer, sequence, _, found in self._receive():
