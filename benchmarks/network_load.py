@@ -339,11 +339,11 @@ class _Load:
 class Load:
     """The process, from outside."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "benchmarks.network_load") -> None:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.network_load", str(its.fileno())],
+                [sys.executable, "-m", module, str(its.fileno())],
                 pass_fds=(its.fileno(),),
                 stdin=subprocess.DEVNULL,
             )

@@ -10,13 +10,14 @@ import asyncio
 import random
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 from benchmarks import network_load as load
-from benchmarks.network_hosts import GATEWAY_MAC, World, server_port
+from benchmarks.network_hosts import GATEWAY_MAC, Host, World, server_port
 from nahtlos.lab import topology
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import PortId
@@ -65,6 +66,8 @@ class Outcome:
     handovers: int = 0
     switch_ms: list[float] = field(default_factory=list[float])
     """Of each handover: from before the switch until the source's ring was empty."""
+    stood: Counter[str] = field(default_factory=Counter[str])
+    """Seconds in which each server ran nowhere on purpose."""
     counts: load.Counts = field(
         default_factory=lambda: load.Counts(streams={}, strays=0, spoiled=0, seconds=0.0)
     )
@@ -79,10 +82,17 @@ class Outcome:
         )
 
     @property
-    def least_rate(self) -> float:
-        """Frames a second into the least loaded mover, while it ran or not."""
-        into = [self.total("sent", f"to-mover-{n}") for n in range(MOVERS)]
-        return min(into) / self.counts.seconds
+    def least_in(self) -> float:
+        """Frames a second into the least loaded mover, whether it ran or not."""
+        return min(self.total("sent", f"to-mover-{n}") for n in range(MOVERS)) / self.counts.seconds
+
+    @property
+    def least_out(self) -> float:
+        """Frames a second out of the least busy mover while it ran."""
+        return min(
+            self.total("sent", f"from-mover-{n}") / (self.counts.seconds - self.stood[f"mover-{n}"])
+            for n in range(MOVERS)
+        )
 
     def losses(self) -> list[str]:
         """Streams of which something was lost or doubled, in words."""
@@ -112,8 +122,10 @@ class Way(Protocol):
 class Gate:
     """nahtlos' own: the driver's verbs in the order of the agents."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, transfer: bool = True) -> None:
+        """Without `transfer` nothing of what a firewall remembers goes along."""
         self._world = world
+        self._transfer = transfer
         self._ids: dict[str, PortId] = {}
 
     async def open(self, ports: dict[str, PortConfig], places: dict[str, str]) -> dict[str, int]:
@@ -133,20 +145,25 @@ class Gate:
         await load_.tell(load.Wait(leg.server + " (waiting)"), fd)
         if not await destination.call(lambda d: d.move_sacrifice(port)):
             raise RuntimeError(f"nobody took the sacrificial frame of {leg.server}")
-        state = await source.call(lambda d: d.move_state_begin(port))
-        await self._load_state(leg, state)
+        if self._transfer:
+            await self._load_state(leg, await source.call(lambda d: d.move_state_begin(port)))
         began = time.monotonic()
         await world.switch(port, leg.source, leg.destination)
-        await self._load_state(leg, await source.call(lambda d: d.move_state_changes(port)))
+        await self._carry_changes(leg, source)
         if not await source.call(lambda d: d.move_drain(port, timeout=DRAIN_SECONDS)):
             raise RuntimeError(f"the ring of {leg.server} does not become empty")
         took = (time.monotonic() - began) * 1000
         await load_.tell(load.Stop(leg.server))
-        await self._load_state(leg, await source.call(lambda d: d.move_state_changes(port)))
+        await self._carry_changes(leg, source)
         await asyncio.sleep(leg.blackout)
         await load_.tell(load.Run(leg.server), fd)
         await world.settle(port, leg.source, leg.destination)
         return took
+
+    async def _carry_changes(self, leg: Leg, source: Host) -> None:
+        port = self._ids[leg.server]
+        if self._transfer:
+            await self._load_state(leg, await source.call(lambda d: d.move_state_changes(port)))
 
     async def _load_state(self, leg: Leg, state: bytes) -> None:
         port = self._ids[leg.server]
@@ -235,6 +252,7 @@ async def run(way: Way, client: topology.Node, hosts: list[str], plan: list[tupl
             took = await asyncio.gather(*(way.move(leg, process) for leg in round_))
             outcome.switch_ms += took
             outcome.handovers += len(round_)
+            outcome.stood.update({leg.server: leg.blackout for leg in round_})
             await way.settle()
             await asyncio.sleep(REST_SECONDS)
         await process.tell(load.Halt())
