@@ -250,8 +250,8 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lab = f"nlt-ad{os.getpid() % 10000}"
-        nodes = topology.create(self.lab, 2).hosts
-        self.hosts = {node.name: Host(node, folder) for node in nodes}
+        self.topology = topology.create(self.lab, 2)
+        self.hosts = {node.name: Host(node, folder) for node in self.topology.hosts}
         self.ports: dict[str, list[PortConfig]] = {}
         self.specs = {"red": RED, "blue": BLUE}
         self.clients: list[Client] = []
@@ -394,6 +394,8 @@ async def test_ipv6_by_advertisement_and_by_dhcp(site: Site) -> None:
     offered = told.dhcpv6(SOLICIT, struct.pack("!HHIII", IA_NA, 12, 1, 0, 0))
     address = dhcpv6_options(offered[IA_NA][12:])[IA_ADDRESS]
     assert socket.inet_ntop(socket.AF_INET6, address[:16]) == "fd00:77::13"
+    assert "SOLICIT" in site.log("dnsmasq.red")
+    assert "SOLICIT" not in site.log("dnsmasq.red", B), "only the own host answers"
 
 
 async def test_networks_with_the_same_addresses_get_their_own_answers(site: Site) -> None:
@@ -513,3 +515,80 @@ async def test_a_group_that_allows_nothing_does_not_keep_a_server_from_its_netwo
     assert client.get("/latest/meta-data/instance-id") == (200, "web-10")
     with pytest.raises(AssertionError):
         client.run("busybox", "ping", "-c", "1", "-W", "1", other.ip)
+
+
+def received(client: Client, size: int) -> Callable[[], int]:
+    """Listens for one datagram; the length of what came within a few seconds."""
+    found: list[int] = []
+
+    def listen(listener: socket.socket) -> None:
+        with listener, contextlib.suppress(TimeoutError):
+            found.append(len(listener.recv(size + 1)))
+
+    listener = client.within(lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+    listener.settimeout(4)
+    listener.bind(("::", 9000))
+    thread = threading.Thread(target=listen, args=(listener,))
+    thread.start()
+
+    def result() -> int:
+        thread.join()
+        return sum(found)
+
+    return result
+
+
+def send_whole(client: Client, to: str, size: int) -> None:
+    """One datagram that may not be cut into pieces."""
+
+    def act() -> None:
+        family = socket.AF_INET6 if ":" in to else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as sending:
+            if family == socket.AF_INET:
+                sending.setsockopt(socket.IPPROTO_IP, 10, 2)  # IP_MTU_DISCOVER: never fragment
+            else:
+                sending.setsockopt(socket.IPPROTO_IPV6, 62, 1)  # IPV6_DONTFRAG
+            sending.sendto(bytes(size), (to, 9000))
+
+    client.within(act)
+
+
+async def test_jumbo_frames_pass_where_the_underlay_lets_them(site: Site) -> None:
+    for node in (site.topology.switch, *site.topology.hosts):
+        links_of = ["sw0", "p-host-1", "p-host-2"] if node is site.topology.switch else ["eth0"]
+        for link in links_of:
+            subprocess.run([*node.enter, "ip", "link", "set", link, "mtu", "9050"], check=True, timeout=5)
+    site.specs["red"] = network_spec("red", 100, mtu=9000, subnets=(subnet("red", PREFIX),))
+    near, far = site.port("red", 10), site.port("red", 11, B)
+    clients = await opened(site, near, far)
+    for client, port in zip(clients, (near, far), strict=True):
+        lease = await asyncio.to_thread(client.lease, site.folder)
+        assert lease["mtu"] == "9000"
+        client.use(lease)
+        await until("an address", lambda c=client, p=port: c.ipv6().get(p.addresses[0]) == "global")
+    for to, size in ((far.ip, 9000 - 28), (far.addresses[0], 9000 - 48)):
+        listening = received(clients[1], size)
+        send_whole(clients[0], to, size)
+        assert await asyncio.to_thread(listening) == size
+    with pytest.raises(OSError, match="too long"):
+        send_whole(clients[0], far.ip, 9000 - 27)
+
+
+async def test_neighbours_of_ipv6_are_found_without_asking_other_hosts(site: Site) -> None:
+    near, far = site.port("red", 10), site.port("red", 11, B)
+    here, there = await opened(site, near, far)
+    for client, port in ((here, near), (there, far)):
+        await until("an address", lambda c=client, p=port: c.ipv6().get(p.addresses[0]) == "global")
+    sniffer = there.within(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x86DD)))
+    with sniffer:
+        sniffer.setblocking(False)
+        here.run("busybox", "ping6", "-c", "1", "-W", "2", far.addresses[0])
+        frames: list[bytes] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frames.append(sniffer.recv(2000))
+    kinds = [f[54] for f in frames if f[20] == 58 and f[6:12].hex(":") == near.mac]
+    assert 128 in kinds, "the ping itself came"
+    assert [f for f in frames if f[:2] == b"\x33\x33" and f[54] == 135 and f[6:12].hex(":") == near.mac] == []
+    known = json.loads(here.run("ip", "-json", "-6", "neigh", "show", "to", far.addresses[0]))
+    assert known[0]["lladdr"] == far.mac
