@@ -172,6 +172,7 @@ class NativeNetwork:
         if births:
             kernel.refuse_foreign((c.item for c in births), found.links)
             kernel.create_devices(self._bulk_socket(), births)
+            self._rules = None  # a rule knows a device by its number: one born again is not meant by it
             todo, wanted, found = await self._compare(config, pinned)
         kernel.write_settings(todo)
         words += await self._filter(config, pinned, found, quiet=bool(births))
