@@ -13,17 +13,18 @@ from pathlib import Path
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import OperationState, OperationStatus
 from nahtlos.physical.ports import VmmId
-from nahtlos.physical.sim.agents import AgentProcess
+from nahtlos.physical.sim.agents import AgentProcess, Dress
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
 from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
+from nahtlos.physical.sim.firewalls import LEFT_BEHIND
 from nahtlos.physical.sim.guests import Vmm
-from nahtlos.physical.sim.paths import LEFT_BEHIND
 from nahtlos.physical.sim.world import World
 from nahtlos.wire.memory import Fate, Faults
 
 SOURCE, DESTINATION, EDGE = HostId("host-1"), HostId("host-2"), HostId("edge-1")
 SERVER = ServerId("web-1")
+MAC = server_spec(1).ports[0].mac
 BOUND_SECONDS = 150.0
 """Virtual seconds within which everything must have come to rest after the move was ordered."""
 POLLED = ("migrate_progress", "observe", "reconcile", "releases")
@@ -58,6 +59,8 @@ class Run:
     seed: int = 1
     guarded: bool = True
     """The server has security groups: what their firewall remembers must come along."""
+    dress: dict[HostId, Dress] = field(default_factory=dict[HostId, Dress])
+    """What stands between an agent and the network: another release's way of speaking."""
     loss_excused: bool = False
     """Packets may be lost: what was struck is part of their path."""
     struck: bool = False
@@ -122,7 +125,12 @@ class Run:
         )
         self.conductor = Conductor(self.cloudlet, storage_host=SOURCE)
         for spec in self.cloudlet.specs:
-            process = AgentProcess(self.world, self.cloudlet.network, self.cloudlet.settings(spec.id))
+            process = AgentProcess(
+                self.world,
+                self.cloudlet.network,
+                self.cloudlet.settings(spec.id),
+                dress=self.dress.get(spec.id),
+            )
             self.agents[spec.id] = process
         self.conductor.place(server_spec(1, guarded=self.guarded), SOURCE)
         async with asyncio.TaskGroup() as tasks:
@@ -167,6 +175,9 @@ class Run:
             found += [f"{v.unit} on {host}" for v in here.vmms if not running or v != running[0].id]
             if host != place and here.board.taps:
                 found.append(f"taps {sorted(here.board.taps)} on {host}")
+            strangers = self.world.paths.firewalls.strangers(host, MAC)
+            if host != place and strangers:
+                found.append(f"connections {sorted(strangers)} remembered on {host}")
         return found
 
     # --- the verdict ---
@@ -242,10 +253,10 @@ def strikes() -> Iterator[Strike]:
             yield strike
 
 
-def frames(sender: str, receiver: str) -> int:
+def frames(sender: str, receiver: str, *, guarded: bool = True) -> int:
     """How many frames `sender` sends to `receiver` in a clean run."""
     counter = StruckFrame(sender, receiver, 0, Fate())
-    clean = Run(faults=counter).play()
+    clean = Run(faults=counter, guarded=guarded).play()
     assert not clean.problems, clean.problems
     return counter.count
 

@@ -105,7 +105,7 @@ class SimNetwork(SimDriver):
             known = port.id in self.host.board.taps
             self.world.add_tap(self.host, port)
             if port.security_groups:
-                self.world.paths.guarded.add(port.mac)
+                self.world.paths.firewalls.guarded.add(port.mac)
             if deliver:
                 self.world.paths.lead(self.host.id, port.mac, port.id)
             elif not known and self.host.board.entries.get(port.mac) == port.id:
@@ -121,7 +121,7 @@ class SimNetwork(SimDriver):
         self._sent.pop(port, None)
         self._loaded.pop(port, None)
         if tap is not None:
-            self.world.paths.forget(self.host.id, tap.mac)
+            self.world.paths.firewalls.forget(self.host.id, tap.mac)
 
     # --- moves ---
 
@@ -151,7 +151,7 @@ class SimNetwork(SimDriver):
             paths, host, tap = self.world.paths, self.host.id, self.host.board.taps.get(port.id)
             if role is MoveRole.SOURCE:
                 paths.lead(host, port.mac, self._tap(port.id).port)
-                self.host.board.noted.pop(port.mac, None)
+                paths.firewalls.stop_noting(host, port.mac)
                 self._sent.pop(port.id, None)
                 return 0
             if tap is None:
@@ -170,7 +170,7 @@ class SimNetwork(SimDriver):
     def _whole(self, port: PortId, mac: str) -> bytes:
         began = next(_begins)
         self._sent[port] = (began, 1)
-        known = self.world.paths.note_changes(self.host.id, mac)
+        known = self.world.paths.firewalls.note_changes(self.host.id, mac)
         return msgspec.json.encode(_State(began, 1, whole=True, opened=tuple(sorted(known))))
 
     async def move_state_changes(self, port: PortId) -> bytes:
@@ -178,9 +178,12 @@ class SimNetwork(SimDriver):
         if mac is None:
             return b""
         async with self.verb("move_state_changes", port):
-            if port not in self._sent or mac not in self.host.board.noted:
+            if port not in self._sent:
                 return self._whole(port, mac)
-            noted = self.world.paths.noted_changes(self.host.id, mac)
+            switched = self.host.board.entries.get(mac) == TO_TUNNEL
+            noted = self.world.paths.firewalls.noted_changes(self.host.id, mac, switched=switched)
+            if noted is None:
+                return self._whole(port, mac)
             if not noted.opened and not noted.closed:
                 return b""
             began, number = self._sent[port]
@@ -197,14 +200,15 @@ class SimNetwork(SimDriver):
             if began == told.began and told.number > number + 1 and not told.whole:
                 raise Refused(f"changes to {port} before number {told.number} are missing", field="state")
             mac = self._tap(port).mac
-            self.world.paths.carried(self.host.id, mac, told.opened, told.closed, whole=told.whole)
+            self.world.paths.touch(mac)
+            self.world.paths.firewalls.take_up(self.host.id, mac, told.opened, told.closed, whole=told.whole)
             self._loaded[port] = (told.began, told.number)
             return ()
 
     def _guarded(self, port: PortId) -> str | None:
         """Its MAC, if a firewall remembers anything of it."""
         tap = self.host.board.taps.get(port)
-        return tap.mac if tap is not None and tap.mac in self.world.paths.guarded else None
+        return tap.mac if tap is not None and tap.mac in self.world.paths.firewalls.guarded else None
 
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         async with self.verb("move_settle", f"{port.id} {role}"):

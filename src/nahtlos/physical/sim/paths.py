@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from nahtlos.model.ids import HostId, PortId
+from nahtlos.physical.sim.firewalls import TURNED_AWAY, Connection, Firewalls
 
 INTERVAL = 0.01
 """Seconds between two frames of the flow from outside."""
@@ -32,7 +33,6 @@ RING = 10_000
 MAX_HOPS = 8
 YOUNG = 4
 """Connections that were opened by the last changes and still send."""
-LEFT_BEHIND = "opened while its server left, and never carried after it"
 
 
 class Attached(Protocol):
@@ -45,26 +45,6 @@ class Attached(Protocol):
     def receiving(self) -> bool:
         """It has not run its guest yet; a frame it takes is spoiled."""
         ...
-
-
-@dataclass(eq=False)
-class Connection:
-    number: int
-    origin: HostId
-    accepted: bool = False
-    """Some firewall has let its first frame in."""
-    noted: bool = False
-    """It was opened while changes were noted for a move..."""
-    handed: bool = False
-    """... and was given out to be carried before the path was switched."""
-
-
-@dataclass(eq=False)
-class Noted:
-    """What a firewall has learned about a port since it was last asked (`move_state_changes`)."""
-
-    opened: set[int] = field(default_factory=set[int])
-    closed: set[int] = field(default_factory=set[int])
 
 
 @dataclass(eq=False)
@@ -189,7 +169,6 @@ class Tap:
 
 
 TO_TUNNEL = "tunnel"
-TURNED_AWAY = "turned away"
 
 
 @dataclass(eq=False)
@@ -205,25 +184,6 @@ class Switchboard:
     gates: set[str] = field(default_factory=set[str])
     """MACs whose frames may come in by the tunnel and leave by it again."""
     taps: dict[PortId, Tap] = field(default_factory=dict[PortId, Tap])
-    remembered: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    """By MAC: connections the firewall here lets in."""
-    noted: dict[str, Noted] = field(default_factory=dict[str, Noted])
-    """By MAC, of ports that are leaving."""
-
-    def remember(self, mac: str, connection: Connection) -> None:
-        known = self.remembered.setdefault(mac, set())
-        if connection.number not in known:
-            known.add(connection.number)
-            if mac in self.noted:
-                self.noted[mac].opened.add(connection.number)
-                connection.noted = True
-
-    def close(self, mac: str, number: int) -> None:
-        if number in self.remembered.get(mac, ()):
-            self.remembered[mac].discard(number)
-            if mac in self.noted:
-                self.noted[mac].opened.discard(number)
-                self.noted[mac].closed.add(number)
 
 
 class Paths:
@@ -233,9 +193,7 @@ class Paths:
         self._by_address: dict[str, Switchboard] = {}
         self.flows: dict[tuple[str, HostId], Flow] = {}
         self._steady: dict[str, Flow] = {}
-        self.guarded: set[str] = set()
-        """MACs of ports with security groups."""
-        self.connections: list[Connection] = []
+        self.firewalls = Firewalls()
         self._young: dict[str, deque[Connection]] = {}
         self._ending: dict[str, list[Connection]] = {}
 
@@ -246,7 +204,7 @@ class Paths:
     def open_flow(self, mac: str, origin: HostId) -> None:
         """The server answers: from now on frames for it are sent from `origin`, and all are counted."""
         if mac not in self._steady:
-            connection = self._connection(origin)
+            connection = self.firewalls.begin(origin)
             flow = Flow(mac=mac, origin=origin, steady=True, next_at=self._now(), connection=connection)
             self._steady[mac] = flow
             self.flows[mac, origin] = flow
@@ -270,7 +228,7 @@ class Paths:
                 if mac in board.entries:
                     probing = self._flow(mac, board.host)
                     self._send(probing, probing.connection, now)
-            if mac in self.guarded:
+            if mac in self.firewalls.guarded:
                 self._exercise(flow, now)
         for board in self.boards.values():
             for tap in board.taps.values():
@@ -280,7 +238,7 @@ class Paths:
     def _exercise(self, flow: Flow, now: float) -> None:
         """Young connections go on, one is opened, the oldest ends."""
         young = self._young.setdefault(flow.mac, deque())
-        young.append(self._connection(flow.origin))
+        young.append(self.firewalls.begin(flow.origin))
         for connection in young:
             self._send(flow, connection, now)
         if len(young) > YOUNG:
@@ -295,11 +253,7 @@ class Paths:
             if id(connection) not in waiting and isinstance(place, Tap):
                 self._ending[flow.mac].remove(connection)
                 for host in (*passed, place.host):
-                    self.boards[host].close(flow.mac, connection.number)
-
-    def _connection(self, origin: HostId) -> Connection:
-        self.connections.append(Connection(len(self.connections), origin))
-        return self.connections[-1]
+                    self.firewalls.see_end(host, flow.mac, connection)
 
     def touch_all(self) -> None:
         for mac in tuple(self._steady):
@@ -368,52 +322,15 @@ class Paths:
             board.entries.clear()
             board.tunnels.clear()
             board.gates.clear()
-            board.remembered.clear()
-            board.noted.clear()
+            self.firewalls.lose_all(host)
         board.up = on
-
-    # --- what firewalls remember ---
-
-    def note_changes(self, host: HostId, mac: str) -> set[int]:
-        """All that is remembered now; from here on, changes are noted."""
-        board = self.boards[host]
-        board.noted[mac] = Noted()
-        return set(board.remembered.get(mac, ()))
-
-    def noted_changes(self, host: HostId, mac: str) -> Noted:
-        """Since the last call, or since `note_changes`."""
-        board = self.boards[host]
-        noted = board.noted[mac]
-        board.noted[mac] = Noted()
-        if board.entries.get(mac) != TO_TUNNEL:
-            for number in noted.opened:
-                self.connections[number].handed = True
-        return noted
-
-    def carried(
-        self, host: HostId, mac: str, opened: Iterable[int], closed: Iterable[int], *, whole: bool
-    ) -> None:
-        """A host takes up what another's firewall remembers."""
-        self.touch(mac)
-        if whole:
-            self.forget(host, mac)
-        known = self.boards[host].remembered.setdefault(mac, set())
-        known.difference_update(closed)
-        known.update(opened)
-
-    def forget(self, host: HostId, mac: str) -> None:
-        """The port is not here (any more). Connections with somebody here are remembered for their sake."""
-        board = self.boards[host]
-        board.noted.pop(mac, None)
-        known = board.remembered.get(mac, set())
-        board.remembered[mac] = {n for n in known if self.connections[n].origin == host}
 
     # --- frames ---
 
     def _flow(self, mac: str, origin: HostId) -> Flow:
         flow = self.flows.get((mac, origin))
         if flow is None:
-            connection = self._connection(origin)
+            connection = self.firewalls.begin(origin)
             flow = Flow(mac=mac, origin=origin, steady=False, next_at=0.0, connection=connection)
             self.flows[mac, origin] = flow
         return flow
@@ -487,20 +404,14 @@ class Paths:
         *,
         opens: bool,
     ) -> "Tap | str":
-        """The firewall's word. TURNED_AWAY, or why a frame is lost."""
-        if not isinstance(place, Tap) or mac not in self.guarded:
+        """The tap, if the firewall lets the frame in; or what becomes of it."""
+        if not isinstance(place, Tap) or mac not in self.firewalls.guarded:
             return place
-        board = self.boards[place.host]
         if opens:
-            connection.accepted = True
             for host in (*passed, place.host):
-                self.boards[host].remember(mac, connection)
-        if connection.number in board.remembered.get(mac, ()):
-            return place
-        if connection.noted and not connection.handed:
-            runs = place.vmm is not None and place.vmm.running
-            return LEFT_BEHIND if runs else TURNED_AWAY
-        return f"not remembered by the firewall of {place.host}"
+                self.firewalls.see_first(host, mac, connection)
+        runs = place.vmm is not None and place.vmm.running
+        return self.firewalls.objection(place.host, mac, connection, runs=runs) or place
 
     def _fail(self, flow: Flow, why: str, at: float, count: int = 1) -> None:
         if why == TURNED_AWAY:
