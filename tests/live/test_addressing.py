@@ -37,7 +37,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.networking import NetworkSpec, RouterInterface, RouterSpec, SecurityGroupSpec, SubnetSpec
 from nahtlos.physical.network import tap
-from nahtlos.physical.network.addressing import link_local, made_of_mac
+from nahtlos.physical.network.addressing import dhcp_hosts, dns_names, link_local, made_of_mac
 from nahtlos.physical.network.plan import anycast_mac
 from nahtlos.physical.network.routing.plan import router_mac
 from nahtlos.physical.ports import NetworkDesired
@@ -430,7 +430,10 @@ async def test_a_change_of_ports_restarts_nothing(site: Site) -> None:
     units = {unit: site.pid(unit) for unit in ("dnsmasq.red", "metadata.red")}
     assert client.ask("web-11.red.internal", A_RECORD, "10.77.0.2")[0] == NO_SUCH_NAME
     late = site.port("red", 11)
-    site.hosts[A].restart_agent()
+    files = site.hosts[A].settings.run_dir / "dhcp"
+    (files / "red.hosts").write_text(dhcp_hosts(site.networks[0], "30d"))
+    (files / "red.names").write_text(dns_names(site.networks[0]))
+    site.hosts[A].restart_agent()  # it died after writing them, before it could say so to anybody
     assert await site.reconcile() == ()
     other = await site.boot(late)
     lease = await asyncio.to_thread(other.lease, site.folder)

@@ -61,6 +61,11 @@ class Services(Part):
         self._log_dir = settings.state_dir / "log"
         self._supervisor = supervisor
 
+    async def capabilities(self) -> dict[str, str]:
+        missing = [name for name in ("dnsmasq", "nsenter", "setpriv") if _find(name) is None]
+        words = f"missing: {', '.join(missing)} (apt-get install dnsmasq-base util-linux)" if missing else ""
+        return {"addresses and names": words or "used: dnsmasq in a namespace per network"}
+
     def items(self, config: HostConfig) -> Iterable[Item]:
         if self._serving:
             for network in config.networks:
@@ -99,14 +104,17 @@ class Services(Part):
         self._folder.mkdir(parents=True, exist_ok=True)
         files = _Files(self._folder, network.spec.id)
         spec = network.spec
-        changed = _write_if_different(files.hosts, addressing.dhcp_hosts(network, dhcp.LEASE))
-        changed |= _write_if_different(files.names, addressing.dns_names(network))
+        content = (addressing.dhcp_hosts(network, dhcp.LEASE), addressing.dns_names(network))
+        for path, text in zip((files.hosts, files.names), content, strict=True):
+            _write_if_different(path, text)
         _write_if_different(files.metadata, metadata.directory(network, networks, config.routers), mode=0o600)
         told = dhcp.arguments(
             spec, hosts=files.hosts, names=files.names, leases=files.leases, user=self._user()
         )
-        words = await self._run(DHCP, network, (dhcp.program(), *told), place, units, again=changed)
-        words += await self._run(METADATA, network, _metadata_argv(network, files), place, units)
+        argv = (dhcp.program(), *told)
+        words = await self._run(DHCP, spec.id, argv, units, _Mark(_digest(place, *argv), _digest(*content)))
+        argv = _metadata_argv(network, files)
+        words += await self._run(METADATA, spec.id, argv, units, _Mark(_digest(place, str(SOURCES), *argv)))
         return words
 
     async def _namespace(self, network: str, units: dict[str, UnitStatus]) -> int:
@@ -123,44 +131,41 @@ class Services(Part):
         return fd
 
     async def _run(
-        self,
-        prefix: str,
-        network: NetworkConfig,
-        argv: tuple[str, ...],
-        place: str,
-        units: dict[str, UnitStatus],
-        *,
-        again: bool = False,
+        self, prefix: str, network: str, argv: tuple[str, ...], units: dict[str, UnitStatus], wanted: "_Mark"
     ) -> list[str]:
-        """The unit as it should be. `again`: what it reads has changed. Restarted only if its arguments are
-        other ones or it serves in another `place` than it should."""
-        id_ = network.spec.id
-        name, stored = prefix + id_, NAMESPACE + id_
+        """The unit as it should be: started again only if it should be another one or serve in another
+        place. What was done is noted after it was done, so an agent that dies in between does it again."""
+        name = prefix + network
         mark = self._folder / f"{name}.unit"
-        known = mark.exists()
-        other = _write_if_different(mark, hashlib.sha256("\0".join((place, *argv)).encode()).hexdigest())
-        unit = units.get(name)
-        if unit is not None and unit.pid is not None and not other:
-            if again:
-                os.kill(unit.pid, signal.SIGHUP)
+        known, unit = _Mark.read(mark), units.get(name)
+        running = unit is not None and unit.pid is not None
+        if running and known == wanted:
             return []
-        if unit is not None:
-            await self._supervisor.stop(name, grace=1.0)
+        if running and known is not None and known.unit == wanted.unit:
+            assert unit is not None and unit.pid is not None
+            os.kill(unit.pid, signal.SIGHUP)
+        else:
+            if unit is not None:
+                await self._supervisor.stop(name, grace=1.0)
+            await self._start(name, NAMESPACE + network, argv)
+        _write_if_different(mark, wanted.text)
+        lost = not running and known is not None and known.unit == wanted.unit
+        what = "DHCP" if prefix == DHCP else "metadata"
+        return [f"{what} of network {network} was not served: started"] if lost else []
+
+    async def _start(self, name: str, namespace: str, argv: tuple[str, ...]) -> None:
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        entered = (_program("nsenter"), f"--net=/proc/self/fd/{{fd:{stored}}}", "--", *argv)
-        log = self._log_dir / f"{name}.log"
+        entered = (_program("nsenter"), f"--net=/proc/self/fd/{{fd:{namespace}}}", "--", *argv)
         await self._supervisor.start(
             Unit(
                 name=name,
                 argv=entered,
                 environment={"PYTHONPATH": str(SOURCES)},
-                fds=(stored,),
-                log=log,
+                fds=(namespace,),
+                log=self._log_dir / f"{name}.log",
                 restart=True,
             )
         )
-        what = "DHCP" if prefix == DHCP else "metadata"
-        return [f"{what} of network {id_} was not served: started"] if known and not other else []
 
     def _user(self) -> str:
         """dnsmasq reads its lists again after giving up root, if the way there is open."""
@@ -182,6 +187,29 @@ class Services(Part):
                 await self._supervisor.drop_fd(name)
                 _Files(self._folder, network).remove()
         await asyncio.to_thread(_unplug_others, wanted)
+
+
+class _Mark(msgspec.Struct, frozen=True):
+    """What a unit was last made to be: which arguments in which place, and what it has read."""
+
+    unit: str
+    content: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.unit} {self.content}"
+
+    @staticmethod
+    def read(path: Path) -> "_Mark | None":
+        try:
+            unit, _, content = path.read_text().partition(" ")
+        except FileNotFoundError:
+            return None
+        return _Mark(unit, content)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class _Files(msgspec.Struct, frozen=True):
@@ -290,18 +318,22 @@ def _unplug_others(wanted: frozenset[str]) -> None:
 # --- files and programs ------------------------------------------------------------------------------
 
 
+def _find(name: str) -> str | None:
+    return shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin")
+
+
 def _program(name: str) -> str:
-    found = shutil.which(name, path="/usr/bin:/bin:/usr/sbin:/sbin")
+    found = _find(name)
     if found is None:
         raise Unavailable(f"{name} is not installed", field="network", remedy="apt-get install util-linux")
     return found
 
 
-def _write_if_different(path: Path, text: str, *, mode: int = 0o644) -> bool:
-    """At once and whole, so that who reads it finds the old or the new. Whether it was different."""
+def _write_if_different(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """At once and whole, so that who reads it finds the old or the new."""
     try:
         if path.read_text() == text:
-            return False
+            return
     except FileNotFoundError:
         pass
     new = path.with_name(f".{path.name}.new")
@@ -309,4 +341,3 @@ def _write_if_different(path: Path, text: str, *, mode: int = 0o644) -> bool:
     new.chmod(mode)
     new.write_text(text)
     new.replace(path)
-    return True
