@@ -6,21 +6,29 @@ the verbs of `physical.ports.Network`.
 """
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pytest
 from network_namespaces import TENANT, Cloud, Guest, Sender, Tally, missing_programs
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
-from nahtlos.model.ids import HostId, PortId, ServerId
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import HostId, PortId, SecurityGroupId, ServerId
+from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
 from nahtlos.model.nouns import HostRole, Size
+from nahtlos.physical.network import conntrack
+from nahtlos.physical.network.conntrack import Entry, Table
 from nahtlos.physical.network.native import NativeNetwork
+from nahtlos.physical.network.netlink import attribute, nested
+from nahtlos.physical.network.plan import tracking_zone
 from nahtlos.physical.ports import MoveRole, Network, NetworkDesired
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.faults import Life
+from nahtlos.physical.sim.firewalls import Connection
 from nahtlos.physical.sim.network import SimNetwork
 from nahtlos.physical.sim.paths import Tap
 from nahtlos.physical.sim.world import World as SimulatedWorld
@@ -30,6 +38,12 @@ ADDRESSES = {A: "10.99.0.11", B: "10.99.0.12", EDGE: "10.99.0.5"}
 ROLES = {A: HostRole.COMPUTE, B: HostRole.COMPUTE, EDGE: HostRole.EDGE}
 PORT, MAC, IP = PortId("server-10-port"), "52:54:00:4d:00:0a", "10.77.0.10"
 HOLD = 0.2
+ZONE = tracking_zone(TENANT.vni)
+GROUP = SecurityGroupSpec(
+    id=SecurityGroupId("web"),
+    rules=tuple(SecurityRule(direction=direction) for direction in Direction),
+)
+T = TypeVar("T")
 
 
 @dataclass
@@ -60,6 +74,16 @@ class World(Protocol):
 
     async def end_traffic(self) -> Count: ...
 
+    async def connect(self, host: str, number: int) -> None:
+        """Connection `number` to the server has begun and was answered; `host`'s firewall has seen it."""
+        ...
+
+    async def hang_up(self, host: str, number: int) -> None:
+        """It has ended and is forgotten there."""
+        ...
+
+    async def remembered(self, host: str) -> set[int]: ...
+
 
 @dataclass
 class Stage:
@@ -68,6 +92,8 @@ class Stage:
     world: World
     place: str = A
     generation: int = 0
+    guarded: bool = False
+    """The port is in a security group."""
 
     @property
     def port(self) -> PortConfig:
@@ -78,6 +104,7 @@ class Stage:
             ip=IP,
             host=HostId(self.place),
             vtep=ADDRESSES[self.place],
+            security_groups=(GROUP.id,) if self.guarded else (),
         )
 
     @property
@@ -95,6 +122,7 @@ class Stage:
             networks=(self.network,),
             uplinks=(Uplink(network=TENANT.id, interface="out0"),) if host == EDGE else (),
             reflect=(PORT,) if reflect else (),
+            security_groups=(GROUP,) if self.guarded else (),
         )
         held = frozenset({PORT} if pinned else ())
         return await self.world.on(host).reconcile(NetworkDesired(config=config, pinned=held))
@@ -130,12 +158,32 @@ class Stage:
         await self.world.guest_stops()
         await asyncio.sleep(HOLD)
 
+    async def carry(self, state: bytes) -> None:
+        """Every step twice."""
+        for _ in range(2):
+            assert await self.world.on(B).move_state_load(PORT, state) == ()
+
     async def settle(self) -> None:
         await self.world.guest_runs(B)
         for _ in range(2):
             await self.world.on(B).move_settle(self.port, self.network, MoveRole.DESTINATION)
         await self.world.on(A).move_settle(self.port, self.network, MoveRole.SOURCE)
         self.place = B
+
+
+def connection(number: int) -> Entry:
+    """As a firewall remembers it: from a client of its own, answered."""
+    client = socket.inet_aton(f"192.0.2.{number}")
+    server = socket.inet_aton(IP)
+    there, back = (
+        nested(1, attribute(1, one), attribute(2, other))
+        + nested(2, attribute(1, b"\x11"), attribute(2, b"\0\x50"), attribute(3, b"\0\x50"))
+        for one, other in ((client, server), (server, client))
+    )
+    status = conntrack.CONFIRMED | conntrack.SEEN_REPLY | conntrack.ASSURED
+    values = {conntrack.TUPLE_ORIG: there, conntrack.TUPLE_REPLY: back}
+    values |= {conntrack.STATUS: status.to_bytes(4, "big"), conntrack.TIMEOUT: (90).to_bytes(4, "big")}
+    return Entry(socket.AF_INET, values)
 
 
 # --- worlds ------------------------------------------------------------------------------------------
@@ -191,6 +239,26 @@ class NativeWorld:
         tally = Tally(sent, self.guest.received)
         return Count(sent, len(tally.lost), len(tally.duplicated))
 
+    async def _at_table(self, host: str, act: Callable[[Table], T]) -> T:
+        async def inside(_: NativeNetwork) -> T:
+            with Table() as table:
+                return act(table)
+
+        return await self.cloud.hosts[host].call(inside)
+
+    async def connect(self, host: str, number: int) -> None:
+        body = conntrack.put(connection(number), ZONE, 0)
+        assert await self._at_table(host, lambda table: table.put([body])) == []
+
+    async def hang_up(self, host: str, number: int) -> None:
+        body = conntrack.remove(connection(number).key, ZONE)
+        assert await self._at_table(host, lambda table: table.delete([body])) == []
+
+    async def remembered(self, host: str) -> set[int]:
+        clients = {socket.inet_aton(f"192.0.2.{number}"): number for number in range(1, 255)}
+        entries = await self._at_table(host, lambda table: table.dump(ZONE, lambda _: True))
+        return {clients[a] for entry in entries for a in conntrack.addresses(entry) if a in clients}
+
 
 @dataclass
 class Attachment:
@@ -204,6 +272,7 @@ class SimWorld:
     def __init__(self, folder: Path) -> None:
         self.world = SimulatedWorld(state_dir=folder)
         self.drivers: dict[str, SimNetwork] = {}
+        self.connections: dict[int, Connection] = {}
         for host, address in ADDRESSES.items():
             self.world.add_host(HostId(host), address, role=ROLES[host], capacity=Size(), releases=())
             self.restart_agent(host)
@@ -245,6 +314,19 @@ class SimWorld:
         sent = sum(f.sent for f in flows)
         delivered = sum(f.delivered for f in flows)
         return Count(sent, self.world.packets_lost(), max(0, delivered - sent))
+
+    async def connect(self, host: str, number: int) -> None:
+        firewalls = self.world.paths.firewalls
+        self.connections[number] = firewalls.begin(HostId(EDGE))
+        firewalls.see_first(HostId(host), MAC, self.connections[number])
+
+    async def hang_up(self, host: str, number: int) -> None:
+        self.world.paths.firewalls.see_end(HostId(host), MAC, self.connections[number])
+
+    async def remembered(self, host: str) -> set[int]:
+        numbers = {c.number: number for number, c in self.connections.items()}
+        held = self.world.paths.firewalls.strangers(HostId(host), MAC)
+        return {numbers[n] for n in held if n in numbers}
 
 
 Play = Callable[[Stage], Awaitable[None]]
@@ -415,5 +497,110 @@ def test_a_lossless_move_is_promised(perform: Perform) -> None:
         for _ in range(2):
             await stage.world.on(A).host_init()
         assert (await stage.world.on(A).capabilities()).lossless_move
+
+    perform(play)
+
+
+# --- what a firewall remembers -------------------------------------------------------------------------
+
+
+async def guarded(stage: Stage) -> None:
+    """A server in a security group runs on A, and two connections to it; its move is prepared."""
+    stage.guarded = True
+    for host in ADDRESSES:
+        await stage.world.on(host).host_init()
+    await stage.open()
+    for number in (1, 2):
+        await stage.world.connect(A, number)
+    await stage.prepare()
+
+
+def test_connections_are_carried_whole_and_then_what_changed(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await guarded(stage)
+        a = stage.world.on(A)
+        await stage.carry(await a.move_state_begin(PORT))
+        assert await stage.world.remembered(B) == {1, 2}
+        await stage.world.connect(A, 3)
+        await stage.world.hang_up(A, 1)
+        await stage.carry(await a.move_state_changes(PORT))
+        assert await stage.world.remembered(B) == {2, 3}
+        await stage.switch()
+        await stage.world.connect(A, 4)
+        await stage.carry(await a.move_state_changes(PORT))
+        assert await stage.world.remembered(B) == {2, 3, 4}
+        await stage.settle()
+        assert await stage.world.remembered(B) == {2, 3, 4}
+        assert await stage.world.remembered(A) == set(), "nobody is let in by what is remembered of others"
+        count = await stage.world.end_traffic()
+        assert (count.lost, count.duplicated) == (0, 0)
+
+    perform(play)
+
+
+def test_connections_are_carried_by_agents_that_were_started_in_between(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await guarded(stage)
+        await stage.carry(await stage.world.on(A).move_state_begin(PORT))
+        stage.world.restart_agent(A)
+        stage.world.restart_agent(B)
+        await stage.world.hang_up(A, 1)
+        await stage.world.connect(A, 3)
+        await stage.carry(await stage.world.on(A).move_state_changes(PORT))
+        assert await stage.world.remembered(B) == {2, 3}
+        await stage.world.end_traffic()
+
+    perform(play)
+
+
+def test_beginning_again_begins_anew(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await guarded(stage)
+        a = stage.world.on(A)
+        await stage.carry(await a.move_state_begin(PORT))
+        await stage.world.hang_up(A, 2)
+        await stage.carry(await a.move_state_begin(PORT))
+        assert await stage.world.remembered(B) == {1}
+        await stage.world.end_traffic()
+
+    perform(play)
+
+
+def test_the_destination_of_an_abandoned_move_forgets(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await guarded(stage)
+        port, network = stage.port, stage.network
+        await stage.carry(await stage.world.on(A).move_state_begin(PORT))
+        await stage.switch()
+        await stage.world.on(A).move_revert(port, network, MoveRole.SOURCE)
+        await stage.world.guest_runs(A)
+        await stage.world.on(B).move_revert(port, network, MoveRole.DESTINATION)
+        for _ in range(2):
+            await stage.world.on(B).port_delete(PORT)
+        assert await stage.world.remembered(B) == set()
+        assert await stage.world.remembered(A) == {1, 2}
+        await stage.world.end_traffic()
+
+    perform(play)
+
+
+def test_of_a_port_without_groups_nothing_is_carried(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await stage.open()
+        await stage.prepare()
+        assert await stage.world.on(A).move_state_begin(PORT) == b""
+        assert await stage.world.on(A).move_state_changes(PORT) == b""
+        await stage.world.end_traffic()
+
+    perform(play)
+
+
+def test_a_form_that_is_not_known_is_refused(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        await guarded(stage)
+        with pytest.raises(Refused):
+            await stage.world.on(B).move_state_load(PORT, b"of tomorrow")
+        assert (await stage.world.on(A).capabilities()).ct_transfer
+        await stage.world.end_traffic()
 
     perform(play)

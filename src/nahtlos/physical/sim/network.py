@@ -193,7 +193,10 @@ class SimNetwork(SimDriver):
 
     async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
         async with self.verb("move_state_load", port):
-            told = msgspec.json.decode(state, type=_State)
+            try:
+                told = msgspec.json.decode(state, type=_State)
+            except msgspec.DecodeError as error:
+                raise Refused(f"state of a form unknown here: {error}", field="state") from error
             began, number = self._loaded.get(port, (0, 0))
             if began == told.began and told.number <= number:
                 return ()
