@@ -1,4 +1,4 @@
-"""The firewall's compiler: what rules mean, as lines and as a judgement, and the way to tables from others."""
+"""The firewall's compiler: what rules mean, as lines and as a judgement, and the way to new tables."""
 
 import json
 from ipaddress import ip_address, ip_network
@@ -433,26 +433,19 @@ def test_elements_read_as_they_are_written() -> None:
     assert key_text({"elem": {"val": "10.0.0.1", "comment": "x"}}) == "10.0.0.1"
 
 
-def test_a_listing_is_compared_without_what_counts() -> None:
-    def listing(packets: int, verdict: str = "drop") -> bytes:
-        table = {"family": "bridge", "name": "nahtlos-firewall"}
-        chain = {"family": "bridge", "table": "nahtlos-firewall", "name": "guard", "hook": "prerouting"}
-        counter = {"counter": {"packets": packets, "bytes": 0}}
-        of = {"family": "bridge", "table": "nahtlos-firewall", "chain": "guard"}
-        foreign = {"family": "bridge", "table": "other", "name": "guard"}
-        return json.dumps(
-            {
-                "nftables": [
-                    {"table": table},
-                    {"chain": chain},
-                    {"rule": {**of, "handle": packets, "expr": [counter, {verdict: None}]}},
-                    {"chain": foreign},
-                ]
-            }
-        ).encode()
-
-    assert decode(listing(1)) == decode(listing(2)) != decode(listing(1, "accept"))
-    assert list(decode(listing(1))["bridge"].chains) == ["guard"]
+def test_a_listing_shows_sets_and_maps_of_this_table_only() -> None:
+    of = {"family": "bridge", "table": "nahtlos-firewall"}
+    listing = [
+        {"table": {"family": "bridge", "name": "nahtlos-firewall"}},
+        {"set": {**of, "name": "macs", "elem": [{"concat": ["tp1", "52:54:00:00:00:01"]}]}},
+        {"map": {**of, "name": "ingress", "map": "verdict", "elem": [["tp1", {"goto": {"target": "x"}}]]}},
+        {"set": {"family": "bridge", "table": "other", "name": "macs"}},
+        {"table": {"family": "inet", "name": "nahtlos"}},
+    ]
+    documents = [{"nftables": listing}, {"nftables": [{"metainfo": {}}]}]
+    found = decode("\n".join(json.dumps(document) for document in documents).encode())
+    sets = {"macs": {'"tp1" . 52:54:00:00:00:01': ""}, "ingress": {'"tp1"': "goto x"}}
+    assert found == {"bridge": ObservedTable({}, sets, {"ingress"})}
 
 
 # --- connections -------------------------------------------------------------------------------------

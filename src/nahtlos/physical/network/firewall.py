@@ -23,6 +23,7 @@ destination accepts what comes for that MAC by the tunnel, because the source ha
 remembered of connections may not have arrived yet; what local servers send is judged as ever.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from ipaddress import ip_network
@@ -217,7 +218,12 @@ PASSED_ON = "passed_on"
 
 def profile_chain(port: PortConfig, what: str) -> str:
     """Shared by all ports in the same groups; `what` is a direction or PASSED_ON."""
-    return f"ports_{rules.digest(*sorted(port.security_groups))}_{what}"
+    return f"ports_{_profile(port.security_groups)}_{what}"
+
+
+@functools.lru_cache(maxsize=rules.REMEMBERED)
+def _profile(groups: tuple[SecurityGroupId, ...]) -> str:
+    return rules.digest(*sorted(set(groups)))
 
 
 def _profiles(

@@ -16,7 +16,7 @@ from nahtlos.model.ids import PortId, SecurityGroupId
 from nahtlos.model.networking import Family, SecurityRule
 from nahtlos.physical.network import conntrack
 from nahtlos.physical.network.conntrack import DST_NAT, SRC_NAT, STATUS, TUPLE_ORIG, Entry
-from nahtlos.physical.network.firewall import Policy
+from nahtlos.physical.network.firewall import Judge, Policy
 from nahtlos.physical.network.firewall_rules import Flow, Members, sources
 from nahtlos.physical.network.netlink import attributes
 
@@ -114,12 +114,14 @@ def _first(values: dict[int, bytes], kinds: tuple[int, ...]) -> int:
     return next((int.from_bytes(values[k], "big") for k in kinds if k in values), 0)
 
 
-def cut(zones: frozenset[int], allows: Callable[[Flow], bool]) -> int:
-    """Forgets every connection of `zones` that is not allowed; how many. Blocks: for a thread of its own."""
+def cut(zones: frozenset[int], judge: Callable[[], Judge]) -> int:
+    """Forgets every connection of `zones` that is not allowed; how many. `judge` is made if there is anything
+    to be judged. Blocks: for a thread of its own."""
     total = 0
     with conntrack.Table() as table:
         if not zones or table.count() == 0:
             return 0
+        allows = judge().allows
         for zone in sorted(zones):
             gone = table.dump(zone, lambda entry, zone=zone: _is_refused(entry, zone, allows))
             table.delete([conntrack.remove(entry.key, zone) for entry in gone])

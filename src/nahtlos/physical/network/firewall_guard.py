@@ -6,6 +6,7 @@ add. A tap that has no elements yet sends nothing. Servers answer no DHCP, adver
 nobody, whatever their groups say.
 """
 
+import functools
 import socket
 from collections.abc import Iterable
 from ipaddress import ip_network
@@ -17,6 +18,8 @@ from nahtlos.physical.network.firewall_tables import Chain, address_number, key,
 from nahtlos.physical.network.parts import LocalPort
 
 TAPS = "tp*"
+REMEMBERED = 4096
+"""Ports whose elements are not composed again: about as many as a host may have."""
 
 DECLARATIONS = {
     "macs": "type ifname . ether_addr;",
@@ -119,9 +122,13 @@ CHAINS = {
 
 
 def elements(local: LocalPort) -> dict[str, list[str]]:
-    """Of each set what this port needs."""
-    port, tap = local.port, name_part(local.tap)
-    own = port.mac.lower()
+    """Of each set what this port needs. Not to be changed: it is remembered."""
+    return _elements(local.port, local.tap)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _elements(port: PortConfig, tap_name: str) -> dict[str, list[str]]:
+    tap, own = name_part(tap_name), port.mac.lower()
     pairs = [(own, address) for address in (*port.all_addresses, *link_locals(port)) if address]
     pairs += [(pair.mac.lower() or own, pair.cidr) for pair in port.allowed_pairs]
     macs = sorted({own, *(mac for mac, _ in pairs)})

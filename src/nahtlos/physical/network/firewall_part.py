@@ -15,16 +15,16 @@ import contextlib
 import shutil
 import socket
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.config import HostConfig, NetworkConfig
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import bridge_hooks, doctor, firewall, firewall_flows, nft, plan
-from nahtlos.physical.network import firewall_rules as rules
+from nahtlos.physical.network import bridge_hooks, doctor, firewall, firewall_flows, nft, nft_chains, plan
 from nahtlos.physical.network.firewall import EMPTY, Moving, Policy, Tracking
 from nahtlos.physical.network.firewall_flows import Standing
 from nahtlos.physical.network.firewall_tables import (
@@ -88,6 +88,9 @@ class Firewall(Part):
         self._generation = -1
         """Of the namespace's tables when `_observed` was true."""
         self._standing: Standing | None = None
+        self._judged_by: tuple[Policy, dict[PortId, tuple[PortConfig, int]]] | None = None
+        self._digests: dict[tuple[str, str], tuple[Mapping[str, str], str]] = {}
+        """Of the elements of each set as they were last: only those that differ are digested again."""
         self._tracking: Tracking | None = None
 
     # --- what there is -------------------------------------------------------------------------------
@@ -117,11 +120,16 @@ class Firewall(Part):
 
     async def _look(self, *, again: bool) -> Observed:
         """The tables as they are; `again`: unless nobody can have changed them."""
-        generation = nft.generation() if again or self._observed is None else self._generation
+        generation = nft_chains.generation() if again or self._observed is None else self._generation
         if self._observed is None or generation != self._generation:
             self._observed = decode(await nft.list_families(BRIDGE, INET))
             self._generation = generation
+            self._look_at_chains(self._observed)
         return self._observed
+
+    def _look_at_chains(self, observed: Observed) -> None:
+        for family, table in observed.items():
+            table.chains = nft_chains.fingerprints(family, TABLE)
 
     # --- converge ------------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class Firewall(Part):
             desired = firewall.tables(held, ports.values(), moving, await self._way())
             words += await self._converge(desired, _foreign_taps(ports.values()))
             words += self._hand_on(ports.values(), held, config.networks)
-            words += await self._judge(held, ports)
+            await self._judge(held, ports)
             return tuple(words)
 
     def _come_meanwhile(
@@ -176,7 +184,7 @@ class Firewall(Part):
 
     async def _converge(self, desired: tuple[Table, ...], kept: frozenset[str]) -> list[str]:
         state = self._state()
-        elements = _elements_digest(desired)
+        elements = self._elements_digest(desired)
         trusted = elements == state.sets
         before = msgspec.json.encode(state)
         observed = await self._look(again=True)
@@ -204,23 +212,27 @@ class Firewall(Part):
             state.chains = {name: Written(what) for name, what in changes.chains.items()}
             gone = (f"table {t.family} {TABLE}\ndelete table {t.family} {TABLE}\n" for t in desired)
             await nft.apply("".join(gone) + changes.text)
-        if changes.chains or kept:
-            self._observed = None
-            self._note_chains(await self._look(again=True), changes)
-        elif self._observed is not None:
-            self._follow(applied(desired, self._observed, additive=False))
+        if self._observed is None:
+            await self._look(again=True)
+            self._note_chains(changes)
+        else:
+            applied(desired, self._observed, kept=kept)
+            self._follow(changes)
 
-    def _note_chains(self, observed: Observed, changes: Changes) -> None:
+    def _follow(self, changes: Changes) -> None:
+        """One transaction of ours was made since `_observed` was true, and its sets say so."""
+        assert self._observed is not None
+        generation = nft_chains.generation()
+        self._generation = generation if generation == self._generation + 1 else -1
+        if changes.chains:
+            self._look_at_chains(self._observed)
+            self._note_chains(changes)
+
+    def _note_chains(self, changes: Changes) -> None:
         for name in changes.chains:
             family, chain = name.split("/")
-            listed = observed.get(family, ObservedTable()).chains.get(chain, "")
+            listed = _chains(self._observed or {}, family).get(chain, "")
             self._state().chains[name] = Written(changes.chains[name], listed)
-
-    def _follow(self, observed: Observed) -> None:
-        """One transaction of ours was made since `observed` was looked up."""
-        self._observed = observed
-        generation = nft.generation()
-        self._generation = generation if generation == self._generation + 1 else -1
 
     # --- connections ---------------------------------------------------------------------------------
 
@@ -239,24 +251,25 @@ class Firewall(Part):
                     netlink.change([bridge_hooks.hand_on(bridge, on=bridge in tracked)])
         return words
 
-    async def _judge(self, held: Policy, ports: Mapping[PortId, LocalPort]) -> list[str]:
+    async def _judge(self, held: Policy, ports: Mapping[PortId, LocalPort]) -> None:
         """Cuts what is not allowed any more. Not drift: the configuration has asked for it."""
-        state_ful = {
+        tracked = {
             i: (p.port, plan.tracking_zone(p.network.spec.vni))
             for i, p in ports.items()
             if p.port.security_groups and firewall.is_stateful(p.port, held)
         }
-        now = Standing.of(held, state_ful)
+        if self._state().judged and (held, tracked) == self._judged_by:
+            return
+        now = Standing.of(held, tracked)
         standing = now.digest()
         if standing != self._state().judged:
             zones = firewall_flows.narrowed(self._standing if self._state().judged else None, now)
-            judge = firewall.Judge(held, [ports[i] for i in state_ful])
             if zones:
-                await asyncio.to_thread(firewall_flows.cut, zones, judge.allows)
+                judge = partial(firewall.Judge, held, [ports[i] for i in tracked])
+                await asyncio.to_thread(firewall_flows.cut, zones, judge)
             self._state().judged = standing
             self._save()
-        self._standing = now
-        return []
+        self._standing, self._judged_by = now, (held, tracked)
 
     # --- verbs ---------------------------------------------------------------------------------------
 
@@ -277,7 +290,7 @@ class Firewall(Part):
     async def _admit(self, batch: Mapping[PortId, LocalPort]) -> None:
         self._local.update(batch)
         await self._add(tuple(batch.values()), ())
-        held = self._policy(batch.values())
+        held = self._groups_only()
         filtered = [p for p in batch.values() if p.port.security_groups]
         self._hand_on_now(p for p in filtered if firewall.is_stateful(p.port, held))
 
@@ -292,8 +305,7 @@ class Firewall(Part):
         """What these need besides what is there. Chains that are there are right, or reconcile's business."""
         way = await self._way()
         observed = await self._look(again=False)
-        names = Policy(self._policy_of_groups(), {})
-        bare = firewall.tables(names, ports, moving, way)
+        bare = firewall.tables(self._groups_only(), ports, moving, way)
         if any(name not in _chains(observed, t.family) for t in bare for name in t.chains):
             bare = firewall.tables(self._policy(ports), ports, moving, way)
         needed = tuple(_without_present(table, observed) for table in bare)
@@ -306,9 +318,10 @@ class Firewall(Part):
             full = firewall.tables(self._policy(ports), ports, moving, way)
             await self._apply_additions(tuple(_without_present(t, observed) for t in full), observed)
 
-    def _policy_of_groups(self) -> dict[rules.SecurityGroupId, rules.SecurityGroupSpec]:
+    def _groups_only(self) -> Policy:
+        """Without their members: enough for what chains there must be, and quick."""
         groups = self._config.security_groups if self._config is not None else ()
-        return {group.id: group for group in groups}
+        return Policy({group.id: group for group in groups}, {})
 
     async def _apply_additions(self, needed: tuple[Table, ...], observed: Observed) -> None:
         changes = Comparison(needed, observed, {}, additive=True).changes()
@@ -318,12 +331,21 @@ class Firewall(Part):
             self._state().chains.update({name: Written(what) for name, what in changes.chains.items()})
             self._save()
         await nft.apply(changes.text)
+        applied(needed, observed, additive=True)
+        self._follow(changes)
         if changes.chains:
-            self._observed = None
-            self._note_chains(await self._look(again=True), changes)
             self._save()
-        else:
-            self._follow(applied(needed, observed, additive=True))
+
+    def _elements_digest(self, desired: Iterable[Table]) -> str:
+        found: dict[tuple[str, str], tuple[Mapping[str, str], str]] = {}
+        for table in desired:
+            for name, elements in table.sets.items():
+                items, of = self._digests.get((table.family, name), ({}, ""))
+                if not of or items != elements.items:
+                    of = digest(repr(sorted(elements.items.items())))
+                found[table.family, name] = (elements.items, of)
+        self._digests = found
+        return digest(repr([(name, of) for name, (_, of) in sorted(found.items(), key=lambda i: i[0])]))
 
     def _touch(self) -> None:
         if self._state().sets:
@@ -383,7 +405,7 @@ class Firewall(Part):
         for name, keys in gone.items():
             for key in keys:
                 del sets[name][key]
-        self._follow(observed)
+        self._follow(Changes("", (), {}))
 
 
 async def _load(module: str) -> None:
@@ -415,13 +437,3 @@ def _foreign_taps(ports: Iterable[LocalPort]) -> frozenset[str]:
     known = {p.tap for p in ports}
     taps = {name for _, name in socket.if_nameindex() if name.startswith("tp")}
     return frozenset(name_part(name) for name in taps - known)
-
-
-def _elements_digest(desired: Iterable[Table]) -> str:
-    return digest(
-        "\n".join(
-            f"{table.family} {name} {sorted(elements.items.items())}"
-            for table in desired
-            for name, elements in table.sets.items()
-        )
-    )

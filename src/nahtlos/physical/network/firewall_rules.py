@@ -1,10 +1,12 @@
 """Security groups as packet-filter rules and as a judgement: what a group allows.
 
 Pure. Owns what a rule means, in both forms: lines of an nftables chain for packets, and `allowed` for
-connections that are remembered already. A rule that cannot be meant (a prefix of the other family, ports
-of a protocol that has none, a range that ends before it begins) allows nothing. Never knows ports, taps or hosts.
+connections that are remembered already. A rule that cannot be meant (a prefix of the other family, ports of
+a protocol that has none, a range that ends before it begins) allows nothing. Never knows ports, taps or
+hosts.
 """
 
+import functools
 import hashlib
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,8 @@ from nahtlos.model.config import HostConfig, PortConfig
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import Direction, Family, SecurityGroupSpec, SecurityRule
 
+REMEMBERED = 1 << 15
+"""Addresses that are not read again: some thousand ports' worth."""
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
 NAMED = {"tcp": TCP, "udp": UDP, "icmp": ICMP}
 WITH_PORTS = {TCP, UDP, 33, 132, 136}
@@ -78,6 +82,7 @@ def collapsed(cidrs: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(n) for n in (*collapse_addresses(four), *collapse_addresses(six)))
 
 
+@functools.lru_cache(maxsize=REMEMBERED)
 def single(cidr: str) -> str | None:
     """The one address that is meant, as the kernel writes it; None for a prefix of several."""
     address, slash, length = cidr.partition("/")

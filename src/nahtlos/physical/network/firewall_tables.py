@@ -1,10 +1,10 @@
 """Packet-filter tables as data: what they should be, what the kernel says they are, and the way from one to
 the other.
 
-Pure. A chain is compared by what the kernel listed right after it was last written, because nft prints rules
-differently from how they are written; elements of sets and maps are compared one by one. So adding a port is
-adding elements, a changed rule rewrites its one chain, and what is right is not touched. Never knows what the
-rules mean.
+Pure. A chain is compared by what the kernel held right after it was last written (see `nft_chains`), because
+it holds rules differently from how they are written; elements of sets and maps are compared one by one. So
+adding a port is adding elements, a changed rule rewrites its one chain, and what is right is not touched.
+Never knows what the rules mean.
 """
 
 import hashlib
@@ -18,8 +18,6 @@ from nahtlos.physical.network.firewall_rules import canonical
 
 TABLE = "nahtlos-firewall"
 BRIDGE, INET = "bridge", "inet"
-COUNTERS = frozenset({"counter", "quota", "last"})
-"""Parts of rules that change by themselves."""
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -48,7 +46,7 @@ class Table(msgspec.Struct, frozen=True):
 
 
 class ObservedTable(msgspec.Struct):
-    """`chains` by a fingerprint of what the kernel lists, `sets` with their elements."""
+    """`chains` by a fingerprint of what the kernel holds, `sets` with their elements."""
 
     chains: dict[str, str] = {}
     sets: dict[str, dict[str, str]] = {}
@@ -61,7 +59,7 @@ Observed = dict[str, ObservedTable]
 
 
 class Written(msgspec.Struct):
-    """A chain as it was last written, and what the kernel listed then (empty: not known yet)."""
+    """A chain as it was last written, and what the kernel held then (empty: not known yet)."""
 
     digest: str
     listed: str = ""
@@ -87,49 +85,26 @@ def chain_key(family: str, name: str) -> str:
 
 
 def decode(listing: bytes) -> Observed:
-    """From one or several `nft -j list ruleset ...`, one document a line."""
+    """Sets and maps, from one or several `nft -j list ruleset ...`, one document a line."""
     observed: Observed = {}
-    rules: dict[tuple[str, str], list[object]] = {}
     for line in listing.splitlines():
         if not line.strip():
             continue
         document = cast("dict[str, list[dict[str, dict[str, Any]]]]", msgspec.json.decode(line))
         for entry in document.get("nftables", []):
             for kind, value in entry.items():
-                _take(kind, value, observed, rules)
-    for (family, chain), lines in rules.items():
-        text = msgspec.json.encode(lines, order="deterministic")
-        observed[family].chains[chain] = hashlib.sha256(text).hexdigest()[:16]
+                _take(kind, value, observed)
     return observed
 
 
-def _take(
-    kind: str, value: dict[str, Any], observed: Observed, rules: dict[tuple[str, str], list[object]]
-) -> None:
-    family = str(value.get("family"))
-    name = str(value.get("name", ""))
+def _take(kind: str, value: dict[str, Any], observed: Observed) -> None:
+    family, name = str(value.get("family")), str(value.get("name", ""))
     if kind == "table" and name == TABLE:
         observed[family] = ObservedTable({}, {}, set())
-    elif value.get("table") != TABLE:
-        return
-    elif kind == "chain":
-        shape = {k: value.get(k) for k in ("type", "hook", "prio", "policy")}
-        rules[family, name] = [shape]
-    elif kind == "rule":
-        rules[family, str(value["chain"])].append(_without_counters(value.get("expr")))
-    elif kind in ("set", "map"):
+    elif kind in ("set", "map") and value.get("table") == TABLE:
         observed[family].sets[name] = dict(_elements(value))
         if kind == "map":
             observed[family].maps.add(name)
-
-
-def _without_counters(value: object) -> object:
-    if isinstance(value, list):
-        return [_without_counters(v) for v in cast("list[object]", value)]
-    if isinstance(value, dict):
-        items = cast("dict[str, object]", value).items()
-        return {k: None if k in COUNTERS else _without_counters(v) for k, v in items}
-    return value
 
 
 def _elements(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -278,7 +253,7 @@ class Comparison:
     def _goes(self, key_: str, elements: Elements) -> bool:
         if key_ in elements.items:
             return True  # another value
-        return not self._additive and not any(part in self._kept for part in key_.split(" . "))
+        return not self._additive and not _is_kept(key_, self._kept)
 
     def _missing(self, table: Table, there: ObservedTable) -> Iterator[str]:
         for name, elements in table.sets.items():
@@ -334,15 +309,29 @@ class Comparison:
         )
 
 
-def applied(desired: Iterable[Table], observed: Observed, *, additive: bool) -> Observed:
-    """What is there after `Changes`, if chains did not change: `observed` brought up to date in place."""
-    for table in desired:
-        there = observed.setdefault(table.family, ObservedTable({}, {}, set()))
+def applied(
+    desired: Iterable[Table],
+    observed: Observed,
+    *,
+    additive: bool = False,
+    kept: frozenset[str] = frozenset(),
+) -> None:
+    """Brings the sets in `observed` to where `Changes` have led the kernel."""
+    wanted = {table.family: table for table in desired}
+    for family in set(observed) - set(wanted):
+        if not additive:
+            del observed[family]
+    for family, table in wanted.items():
+        there = observed.setdefault(family, ObservedTable({}, {}, set()))
         for name, elements in table.sets.items():
-            if additive:
-                there.sets.setdefault(name, {}).update(elements.items)
-            else:
-                there.sets[name] = dict(elements.items)
+            held = there.sets.get(name, {})
+            stays = held if additive else {k: v for k, v in held.items() if _is_kept(k, kept)}
+            there.sets[name] = {**stays, **elements.items}
             if elements.values:
                 there.maps.add(name)
-    return observed
+        if not additive and not kept:
+            there.sets = {name: there.sets[name] for name in table.sets}
+
+
+def _is_kept(key_: str, kept: frozenset[str]) -> bool:
+    return bool(kept) and any(part in kept for part in key_.split(" . "))

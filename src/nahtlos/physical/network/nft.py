@@ -12,8 +12,6 @@ compared apart.
 import asyncio
 import hashlib
 import shutil
-import socket
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -21,13 +19,10 @@ import msgspec
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network.netlink import REQUEST, attributes
 from nahtlos.physical.network.plan import bridge_name, gate_name, tunnel_name
 
 TABLE = "nahtlos"
 DEADLINE = 10.0
-NETLINK_NETFILTER = 12
-NEW_GENERATION, GET_GENERATION = 0xA0F, 0xA10
 
 
 class Gate(msgspec.Struct, frozen=True, order=True):
@@ -209,18 +204,3 @@ async def listing() -> Ruleset:
 async def list_families(*families: str) -> bytes:
     """One JSON document per line: every table of each family. What is not asked for costs nothing."""
     return await run(("-j", "; ".join(f"list ruleset {family}" for family in families)))
-
-
-def generation() -> int:
-    """Number of the last transaction in this namespace, whoever made it. Every one raises it by one."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER) as asking:
-        asking.settimeout(DEADLINE)
-        try:
-            asking.send(struct.pack("IHHIIBBH", 20, GET_GENERATION, REQUEST, 1, 0, 0, 0, 0))
-            answer = asking.recv(1 << 12)
-        except OSError as error:
-            raise Unavailable(f"nftables did not answer: {error}", field="network") from error
-    _, kind = struct.unpack_from("IH", answer)
-    if kind != NEW_GENERATION:
-        raise Unavailable("this kernel has no nftables", field="network", remedy="load the module nf_tables")
-    return int.from_bytes(attributes(answer[20:])[1], "big")
