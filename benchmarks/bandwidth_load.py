@@ -18,7 +18,8 @@ TCP_PAYLOAD, UDP_PAYLOAD, FRAME = 1448, 1472, 1514
 """Bytes in a full frame of 1500: payload (TCP with timestamps), and all of it."""
 CHUNK = 1 << 16
 TURN = 0.002
-MOST_DATAGRAMS = 40
+MANY, MOST_DATAGRAMS = 100_000_000, 40
+"""From this rate on so many at most are sent in one piece that is cut later."""
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 CONNECTED_WITHIN = 5.0
 
@@ -89,7 +90,7 @@ def _send_datagrams(opened: socket.socket, until: float, rate: int) -> None:
     while (now := time.monotonic()) < until:
         due = int((now - began) * per_second) - sent
         while due > 0:
-            several = min(due, MOST_DATAGRAMS)
+            several = min(due, MOST_DATAGRAMS if rate > MANY else 1)
             _send_several(opened, several)
             sent += several
             due -= several
