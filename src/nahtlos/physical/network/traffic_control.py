@@ -280,7 +280,7 @@ def read_ingress(netlink: Netlink, index: int) -> Qdisc | None:
 
 def read_classes(netlink: Netlink, index: int) -> tuple[Class, ...]:
     bodies = netlink.dump(RTM_GETTCLASS, _header(index, 0, 0))
-    return tuple(found for found in map(_class, bodies) if found is not None)
+    return tuple(found for found in map(class_of, bodies) if found is not None)
 
 
 def read_bucket(netlink: Netlink, root: Qdisc, queues: Iterable[Qdisc]) -> Bucket | None:
@@ -300,7 +300,7 @@ def read_filters(netlink: Netlink, index: int, parent: int) -> tuple[Filter, ...
     """The entries, without the tables that hold them. A filter of another kind counts as one that leads
     nowhere."""
     bodies = netlink.dump(RTM_GETTFILTER, _header(index, 0, parent))
-    return tuple(found for found in map(_filter_of, bodies) if found is not None)
+    return tuple(found for found in map(filter_of, bodies) if found is not None)
 
 
 def _qdisc(body: bytes) -> Qdisc:
@@ -323,7 +323,7 @@ def _bytes(ticks: int, rate: int) -> int:
     return round(ticks * TICK * rate / 1_000_000_000)
 
 
-def _class(body: bytes) -> Class | None:
+def class_of(body: bytes) -> Class | None:
     _, _, handle, parent, _ = struct.unpack_from(HEADER, body)
     values = attributes(body[20:])
     options = attributes(values.get(OPTIONS, b""))
@@ -345,7 +345,7 @@ def _class(body: bytes) -> Class | None:
     )
 
 
-def _filter_of(body: bytes) -> Filter | None:
+def filter_of(body: bytes) -> Filter | None:
     _, _, handle, _, info = struct.unpack_from(HEADER, body)
     values = attributes(body[20:])
     protocol = socket.ntohs(info & 0xFFFF)
