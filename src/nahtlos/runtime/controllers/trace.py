@@ -30,9 +30,6 @@ from nahtlos.runtime.controllers.security_requests import MAX_ICMP, MAX_PORT, ch
 from nahtlos.runtime.controllers.trace_rules import Packet, anti_spoof, firewall
 
 LAST_BROADCAST = "255.255.255.255"
-HOPS = 8
-"""Routers a packet may pass. More would be a loop of static routes."""
-
 Places = Mapping[PortId, HostId]
 
 
@@ -119,7 +116,6 @@ class _Walk:
     steps: list[TraceStep] = field(default_factory=list[TraceStep])
     fate: Fate = Fate.DROPPED
     reason: str = ""
-    hops: int = 0
 
     # --- noting ---
 
@@ -301,11 +297,6 @@ class _Walk:
         return router if own else None
 
     def route(self, router: RouterSpec, host: HostId, packet: Packet) -> None:
-        self.hops += 1
-        if self.hops > HOPS:
-            return self.drop(
-                f"router {router.id}", f"more than {HOPS} hops: its static routes lead in circles"
-            )
         where = f"router {router.id} at {host}"
         interface = self._attached(router, packet.destination)
         if interface is not None:
@@ -354,6 +345,10 @@ class _Walk:
             packet = msgspec.structs.replace(packet, source=gateway.address)
         else:
             self.say(where, f"not translated: leaves as {packet.source}")
+        own = next((r for r in self.topology.routers.values() if _is_at(r, packet.destination)), None)
+        if own is not None:
+            self.say(where, f"{packet.destination} is the outside address of router {own.id}")
+            return self.end(Fate.DELIVERED, f"to router {own.id}, which answers pings")
         back = self.topology.floating_at(packet.destination)
         if back is not None:
             return self._to_floating(back, packet)
@@ -428,6 +423,10 @@ class _Walk:
 
     def _uplink(self, network: NetworkSpec) -> str:
         return self.topology.uplinks.get(network.id, "") or "no interface"
+
+
+def _is_at(router: RouterSpec, address: str) -> bool:
+    return router.gateway is not None and router.gateway.address == address
 
 
 def _longest(routes: tuple[Route, ...], address: str) -> Route | None:
