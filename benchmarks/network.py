@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from benchmarks import network_moves as moves
-from benchmarks import network_scale, network_throughput
+from benchmarks import network_scale, network_tcp, network_throughput
 from benchmarks.figures import Figures, Goal
 from benchmarks.network_hosts import World, missing_programs
 from benchmarks.network_learning import Learning
@@ -103,6 +103,7 @@ async def measure_scale(figures: Figures, *, long: bool) -> None:
 
 SUBJECTS: dict[str, Callable[..., Awaitable[None]]] = {
     "moves": measure_moves,
+    "tcp": network_tcp.measure,
     "throughput": measure_throughput,
     "scale": measure_scale,
 }

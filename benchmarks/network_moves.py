@@ -23,6 +23,8 @@ from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import PortId
 
 RATE = 1000
+SENT_RATE = 1.1 * RATE
+"""Somewhat more is sent: a sender may be kept from its turn."""
 BLACKOUT_SECONDS = (0.05, 0.5)
 MOVERS = 2
 SETTLE_SECONDS = 0.5
@@ -148,8 +150,8 @@ class Gate:
         if self._transfer:
             await self._load_state(leg, await source.call(lambda d: d.move_state_begin(port)))
         began = time.monotonic()
-        await world.switch(port, leg.source, leg.destination)
         await self._carry_changes(leg, source)
+        await world.switch(port, leg.source, leg.destination)
         if not await source.call(lambda d: d.move_drain(port, timeout=DRAIN_SECONDS)):
             raise RuntimeError(f"the ring of {leg.server} does not become empty")
         took = (time.monotonic() - began) * 1000
@@ -207,9 +209,9 @@ def traffic(
     for mover in movers:
         partners = [name for name in ports if name != mover]
         out = [add(mover, p, f) for p in partners for f in ("ipv4", "ipv6")] + [add(mover, CLIENT, "ipv4")]
-        flows.append(load.Flow(sender=mover, streams=tuple(out), rate=RATE))
+        flows.append(load.Flow(sender=mover, streams=tuple(out), rate=SENT_RATE))
         peers = [name for name in partners if name not in movers]
-        share = RATE / (len(peers) + 1)
+        share = SENT_RATE / (len(peers) + 1)
         for peer in peers:
             into = tuple(add(peer, mover, family) for family in ("ipv4", "ipv6"))
             flows.append(load.Flow(sender=peer, streams=into, rate=share))

@@ -1,8 +1,8 @@
-"""A server with a real TCP stack: frames carried between a host's tap and a tap inside the server's namespace.
+"""A server with a real TCP stack: frames carried between a host's tap and one inside the server's namespace.
 
 Runs as a process of its own (`python -m benchmarks.network_pump FD`) and is told by the messages of
-`network_load` where the server runs. While it runs nowhere nothing is carried: what its stack sends waits in the
-namespace's tap, what comes for it in the host's. Only its clock does not stand still, as a real server's would.
+`network_load` where the server runs. While it runs nowhere nothing is carried: what its stack sends waits in
+the namespace's tap, what comes for it in the host's. Its clock alone goes on, as a real server's would not.
 """
 
 import fcntl

@@ -6,6 +6,7 @@ python -m benchmarks.network_stream answer ADDRESS PORT           returns every 
 python -m benchmarks.network_stream ask ADDRESS PORT COUNT        prints the median round trip in microseconds
 """
 
+import select
 import socket
 import statistics
 import struct
@@ -51,6 +52,14 @@ def send(address: str, port: int, seconds: float) -> str:
         return str(retransmits(connection))
 
 
+def flow(address: str, port: int) -> str:
+    data = bytes(CHUNK)
+    with socket.create_connection((address, port), SILENCE_SECONDS) as connection:
+        while not select.select([sys.stdin], [], [], 0)[0]:
+            connection.sendall(data)
+        return str(retransmits(connection))
+
+
 def retransmits(connection: socket.socket) -> int:
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     return int(struct.unpack_from("I", info, TOTAL_RETRANSMITS)[0])
@@ -89,6 +98,8 @@ if __name__ == "__main__":
             print(receive(where, int(number)))
         case "send":
             print(send(where, int(number), float(rest[0])))
+        case "flow":
+            print(flow(where, int(number)))
         case "answer":
             print(answer(where, int(number)))
         case "ask":
