@@ -26,7 +26,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import addressing, doctor, kernel, links, nft, plan
+from nahtlos.physical.network import addressing, doctor, kernel, links, nft, nft_chains, plan
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.firewall_part import Firewall
@@ -269,7 +269,7 @@ class NativeNetwork:
 
     async def _listed_rules(self) -> nft.Ruleset:
         """What the kernel has of ours; read again only after somebody has changed any rule."""
-        generation = nft.generation()
+        generation = nft_chains.generation()
         if self._rules is None or self._rules[0] != generation:
             self._rules = generation, await nft.listing()
         return self._rules[1]
