@@ -350,6 +350,7 @@ class NativeNetwork:
             kernel.refuse_foreign(wanted, devices)
             sock = self._bulk_socket()
             kernel.create_devices(sock, plan.changes(wanted, self._see().look().items & wanted))
+            self._rules = None
             found = self._see().look()
             todo = plan.changes(wanted, found.items & wanted)
             kernel.write_settings(todo)
