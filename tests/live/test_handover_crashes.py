@@ -6,7 +6,9 @@ the run directory takes over.
 """
 
 import asyncio
+import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from handover_play import BROADCAST, STREAM, A, B, C, Machine, Move, Stage, Talk
 from network_namespaces import MemorySupervisor, missing_programs
 
 from nahtlos.model.errors import Error
-from nahtlos.physical.network import nft, packet, tap
+from nahtlos.physical.network import netlink, nft, packet, tap
 from nahtlos.physical.network.baseline import Baseline
 from nahtlos.physical.network.netlink import Netlink
+from nahtlos.physical.ports import MoveRole
 
 pytestmark = [
     pytest.mark.live,
@@ -264,3 +267,35 @@ async def test_a_move_waits_for_no_reconcile(play: Play) -> None:
             await play.stage.move(to, play.mover).whole(hold=0.05)
         stop.set()
     await play.check("under reconciles")
+
+
+async def test_a_switch_is_one_message_to_the_kernel(play: Play) -> None:
+    """No process, no file, nothing stored; and it takes little longer than the bare message."""
+    stage, mover = play.stage, play.mover
+    move = stage.move(B, mover)
+    await move.begin()
+    for host, step in ((B, move.switch_destination), (A, move.switch_source)):
+        play.reaper.watch(host, None)
+        await step()
+        play.reaper.rest()
+        assert play.reaper.acts == ["_exchange"]
+    port, network = stage.port(mover), stage.network_of(mover)
+
+    async def timed(driver: Any) -> tuple[float, float, float]:
+        """Seconds: the switch, the drain of an empty ring, and the bare flip of one entry."""
+        tunnel = socket.if_nametoindex("vx100")
+        began = time.perf_counter()
+        await driver.move_switch(port, network, MoveRole.SOURCE)
+        switched = time.perf_counter()
+        assert await driver.move_drain(mover.port, timeout=1.0)
+        drained = time.perf_counter()
+        driver._shared.fast().change([netlink.forward_to_port(tunnel, port.mac)])
+        bare = time.perf_counter()
+        return switched - began, drained - switched, bare - drained
+
+    times = [await stage.hosts[A].call(timed) for _ in range(100)]
+    switch, drain, bare = (sorted(column)[50] for column in zip(*times, strict=True))
+    print(f"switch {switch * 1e6:.0f} us, bare flip {bare * 1e6:.0f} us, empty drain {drain * 1e6:.0f} us")
+    assert switch < 5 * bare, "the message carries two requests, and that is all"
+    assert drain < 0.005
+    await move.give_up()
