@@ -10,6 +10,7 @@ Nothing of the sender's zone or machine is in it: the destination puts it into i
 """
 
 import ipaddress
+import socket
 import struct
 import zlib
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from nahtlos.model.config import PortConfig
 from nahtlos.model.errors import Refused
 from nahtlos.physical.network.conntrack import (
     KEPT,
+    MARK,
     PROTOINFO,
     STATUS,
     TIMEOUT,
@@ -38,6 +40,7 @@ COMPRESSED = 0x1
 WORTH_COMPRESSING = 1 << 15
 LARGEST = 1 << 28
 PUT, DELETE = 1, 2
+SIZES: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
 
 
 class Tracked(msgspec.Struct, frozen=True):
@@ -142,7 +145,20 @@ def entry_of(record: tuple[int, int, bytes]) -> Entry | None:
     """None if it cannot be one."""
     _, family, packed = record
     values = {kind: value for kind, value in attributes(packed).items() if kind in KEPT}
-    return Entry(family, values) if TUPLE_ORIG in values else None
+    found = Entry(family, values)
+    return found if family in SIZES and _well_formed(found) else None
+
+
+def _well_formed(entry: Entry) -> bool:
+    values = entry.values
+    directions = sum(kind in values for kind in (TUPLE_ORIG, TUPLE_REPLY))
+    sizes = [len(address) for address in addresses(entry)]
+    numbers = (values[kind] for kind in (STATUS, TIMEOUT, MARK) if kind in values)
+    return (
+        TUPLE_ORIG in values
+        and sizes == [SIZES[entry.family]] * 2 * directions
+        and all(len(number) == 4 for number in numbers)
+    )
 
 
 def is_complete(entry: Entry) -> bool:

@@ -123,7 +123,8 @@ def put(entry: Entry, zone: int, at_least: int, *, plain: bool = False) -> bytes
     forgotten it sooner. `plain`: without address translation and labels, which cannot be changed in what is
     there already."""
     values = entry.values
-    translated = not plain and bool(_number(values.get(STATUS, b"")) & (SRC_NAT | DST_NAT))
+    translated = bool(_number(values.get(STATUS, b"")) & (SRC_NAT | DST_NAT))
+    translated = translated and TUPLE_REPLY in values and not plain
     out = [struct.pack("BBH", entry.family, 0, 0), attribute(TUPLE_ORIG | NESTED, values[TUPLE_ORIG])]
     if TUPLE_REPLY in values:
         reply = _inverse(values[TUPLE_ORIG], values[TUPLE_REPLY]) if translated else values[TUPLE_REPLY]

@@ -275,9 +275,9 @@ class ConnectionTracking(Part):
             else:
                 with Table() as table:
                     rejected = load.carry_out(table)
-            _raise_if_full(rejected, port)
+            words = problems_with(rejected, port, len(told.records))
             self._loaded[port] = (told.began, told.number)
-        return _in_words(rejected, port, len(told.records))
+        return words
 
     # --- notes ---------------------------------------------------------------------------------------
 
@@ -366,7 +366,8 @@ def _remove_all(table: Table, selector: Selector, neighbours: Selector) -> None:
     table.delete([conntrack.remove(entry.key, selector.zone) for entry in entries])
 
 
-def _raise_if_full(rejected: Sequence[Rejected], port: PortId) -> None:
+def problems_with(rejected: Sequence[Rejected], port: PortId, among: int) -> tuple[str, ...]:
+    """In words. Unavailable if the table is full: then others would follow."""
     full = sum(r.code in FULL for r in rejected)
     if full:
         raise Unavailable(
@@ -374,9 +375,6 @@ def _raise_if_full(rejected: Sequence[Rejected], port: PortId) -> None:
             field="destination",
             remedy="raise net.netfilter.nf_conntrack_max there",
         )
-
-
-def _in_words(rejected: Sequence[Rejected], port: PortId, among: int) -> tuple[str, ...]:
     counted = Counter(errno.errorcode.get(r.code, str(r.code)) for r in rejected)
     reasons = ", ".join(f"{name}: {count}" for name, count in sorted(counted.items()))
     text = f"{len(rejected)} of {among} remembered connections of {port} could not be taken up ({reasons})"
