@@ -5,6 +5,7 @@ whole network stack; a thread carries its frames to and from the tap that the dr
 """
 
 import asyncio
+import itertools
 import os
 import select
 import subprocess
@@ -101,8 +102,8 @@ class Server:
         self._pump: threading.Thread | None = None
 
     def _settle(self) -> None:
-        for path in ("all", "default"):
-            Path(f"/proc/sys/net/ipv6/conf/{path}/accept_dad").write_text("0")
+        for path in ("accept_dad", "accept_ra", "autoconf"):  # its addresses are those of its port, at once
+            Path(f"/proc/sys/net/ipv6/conf/eth0/{path}").write_text("0")
         with Netlink() as sock:
             sock.change([links.configure("eth0", mac=self.mac, mtu=self.network.mtu, up=True)])
             sock.change([links.configure("lo", up=True)])
@@ -154,6 +155,10 @@ class Server:
         os.close(self.namespace)
 
 
+_NUMBERS = itertools.cycle(range(10))
+"""One cloud may outlive another's test."""
+
+
 def _without_ipv6() -> None:
     for scope in ("all", "default"):
         Path(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6").write_text("1")
@@ -161,7 +166,7 @@ def _without_ipv6() -> None:
 
 class RoutedCloud:
     def __init__(self, folder: Path) -> None:
-        self.lab = f"nlt-rt{os.getpid() % 1000}"
+        self.lab = f"nlt-r{os.getpid() % 1000}{next(_NUMBERS)}"
         self.topology = topology.create(self.lab, 2)
         nodes = [node for node in self.topology.nodes if node.role is not None]
         nodes.append(self._second_edge())
@@ -297,11 +302,15 @@ class RoutedCloud:
         assert not check or done.returncode == 0, (argv, done.stdout, done.stderr)
         return done.stdout + done.stderr
 
-    async def close(self) -> None:
-        for server in self.servers:
-            server.close()
+    async def clear(self) -> None:
+        """Nothing is configured any more, anywhere."""
         empty = {name: HostConfig(host=HostId(name), generation=10**6, release=None) for name in self.hosts}
         for name, host in self.hosts.items():
             await host.call(lambda d, n=name: d.reconcile(NetworkDesired(config=empty[n])))
+
+    async def close(self) -> None:
+        for server in self.servers:
+            server.close()
+        for host in self.hosts.values():
             await asyncio.to_thread(host.close)
         topology.destroy(self.lab)

@@ -115,7 +115,7 @@ def _bind(address: str) -> str:
 
 def decode(spec_members: Iterable[Member], info: str, stat: str) -> BalancerStatus:
     """From the answers to `show info` and `show stat`."""
-    values = dict(line.split(": ", 1) for line in info.splitlines() if ": " in line)
+    values = dict(line.lower().split(": ", 1) for line in info.splitlines() if ": " in line)
     rows = [line.split(",") for line in stat.strip().splitlines() if line]
     names = rows[0] if rows else []
     servers = {row[1]: dict(zip(names, row, strict=False)) for row in rows[1:]}
@@ -132,7 +132,7 @@ def decode(spec_members: Iterable[Member], info: str, stat: str) -> BalancerStat
     )
     current = servers.get("FRONTEND", {}).get("scur") or "0"
     return BalancerStatus(
-        members=members, connections=int(current), configuration=values.get("Description", "").strip()
+        members=members, connections=int(current), configuration=values.get("description", "").strip()
     )
 
 
