@@ -234,6 +234,12 @@ class World:
         self._ports[port.id] = placed
         return placed
 
+    def members(self, group: SecurityGroupId) -> int:
+        """Puts every port into `group`; returns how many there are."""
+        for id_, port in self._ports.items():
+            self._ports[id_] = msgspec.structs.replace(port, security_groups=(group,))
+        return len(self._ports)
+
     def remove(self, port: PortId) -> None:
         del self._ports[port]
 

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from benchmarks.figures import Figures, Goal
 from benchmarks.network_hosts import Host, World, server_port
 from nahtlos.model.config import PortConfig
+from nahtlos.model.ids import SecurityGroupId
+from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
 from nahtlos.physical.network import plan, tap
 from nahtlos.physical.network.native import NativeNetwork
 
@@ -23,6 +25,8 @@ AT_ONCE = 100
 """Servers that start together."""
 MORE_PORTS = 10
 FLOOR_GOAL = Goal(at_most=1.5, of_ratio=True)
+GROUP, FIRST_PORT, RULE_CHANGES = SecurityGroupId("everybody"), 8000, 5
+RULE_GOAL = Goal(at_most=100.0)
 ADD_GOAL = Goal(at_most=20.0)
 NOTHING = "nothing to do"
 
@@ -59,6 +63,7 @@ async def measure(figures: Figures, ports: int = PORTS) -> None:
             f"{ports} ports of this host, programmed", local, "ms", baseline=local_floor, goal=FLOOR_GOAL
         )
         await again(figures, world, here, there, ports)
+        await change_rule(figures, world, here)
 
 
 async def program(world: World, host: Host, placed: list[PortConfig]) -> None:
@@ -78,12 +83,14 @@ async def program(world: World, host: Host, placed: list[PortConfig]) -> None:
 
 async def again(figures: Figures, world: World, here: Host, there: Host, ports: int) -> None:
     """One port more, and nothing at all."""
-    idle_here, idle_there, more = [], [], []
+    idle_here, idle_there, more, worked = [], [], [], []
     for extra in range(MORE_PORTS):
         idle_here.append(await timed_ms(lambda: world.reconcile_host(here.name)))
         idle_there.append(await timed_ms(lambda: world.reconcile_host(there.name)))
         world.place(server_port(ports + extra + 1), here.name)
+        before = time.process_time()
         more.append(await timed_ms(lambda: world.reconcile_host(there.name)))
+        worked.append((time.process_time() - before) * 1000)
     figures.add(
         f"another host is told of one more port of {ports}, median",
         statistics.median(more),
@@ -92,6 +99,7 @@ async def again(figures: Figures, world: World, here: Host, there: Host, ports: 
         samples=MORE_PORTS,
     )
     figures.add("the same, longest", max(more), "ms", samples=MORE_PORTS)
+    figures.add("the same, processor time", statistics.median(worked), "ms", samples=MORE_PORTS)
     for where, times in (("of this host", idle_here), ("of another host", idle_there)):
         figures.add(
             f"reconcile with {NOTHING}, {ports} ports {where}",
@@ -99,6 +107,31 @@ async def again(figures: Figures, world: World, here: Host, there: Host, ports: 
             "ms",
             samples=MORE_PORTS,
         )
+
+
+async def change_rule(figures: Figures, world: World, here: Host) -> None:
+    """All ports of the host are in one group; one of its rules becomes another, and is in force."""
+    members = world.members(GROUP)
+    world.groups = (group_of(FIRST_PORT),)
+    await world.reconcile_host(here.name)
+    times: list[float] = []
+    for number in range(RULE_CHANGES):
+        world.groups = (group_of(FIRST_PORT + 1 + number),)
+        times.append(await timed_ms(lambda: world.reconcile_host(here.name)))
+        if f"{FIRST_PORT + 1 + number}" not in rules(here):
+            raise RuntimeError("the rule is not in force")
+    figures.add(
+        f"a changed rule reaches {members} ports, median",
+        statistics.median(times),
+        "ms",
+        goal=RULE_GOAL,
+        samples=RULE_CHANGES,
+    )
+
+
+def group_of(tcp_port: int) -> SecurityGroupSpec:
+    rule = SecurityRule(direction=Direction.INGRESS, protocol="tcp", port_min=tcp_port, port_max=tcp_port)
+    return SecurityGroupSpec(id=GROUP, rules=(SecurityRule(direction=Direction.EGRESS), rule))
 
 
 def rules(host: Host) -> str:
