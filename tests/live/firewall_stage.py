@@ -175,7 +175,7 @@ class Box(Guest):
         self._thread(accepted, _echo)
 
     def _answer(self, datagrams: socket.socket) -> None:
-        data, sender = datagrams.recvfrom(100)
+        data, sender = datagrams.recvfrom(1 << 16)
         datagrams.sendto(data, sender)
 
     def connect(self, to: "Box", port: int, family: Family = Family.IPV4) -> socket.socket:
@@ -195,12 +195,13 @@ class Box(Guest):
         except OSError:
             return False
 
-    def udp(self, to: "Box", port: int, family: Family = Family.IPV4) -> bool:
+    def udp(self, to: "Box", port: int, family: Family = Family.IPV4, size: int = 10) -> bool:
+        data = os.urandom(size)
         with self.endpoint(socket.SOCK_DGRAM, family) as sock:
             sock.settimeout(0.3)
-            sock.sendto(b"datagram", (to.address(family), port))
+            sock.sendto(data, (to.address(family), port))
             try:
-                return sock.recv(100) == b"datagram"
+                return sock.recv(1 << 16) == data
             except TimeoutError:
                 return False
 

@@ -94,6 +94,7 @@ async def test_what_groups_allow_passes_and_nothing_else(stage: Stage) -> None:
             assert not await run(client.tcp, server, 81, family), who
             assert await run(client.udp, server, 53, family), who
             assert not await run(client.udp, server, 54, family), who
+            assert await run(client.udp, server, 53, family, 4000), (who, "in fragments")
             assert await run(client.ping, server, family), who
             assert await run(client.tcp, server, 5432, family) is (client is not stranger), who
         assert await run(server.udp, stranger, 99, family), "and the answer comes back"
@@ -129,6 +130,7 @@ async def test_a_stateless_group_asks_for_each_packet(stage: Stage) -> None:
     await stage.opened()
     server.serve(53)
     assert await run(client.udp, server, 53)
+    assert await run(client.udp, server, 53, FOUR, 4000), "later fragments show no ports"
     assert not await run(client.udp, server, 53, SIX), "nothing lets the answer out"
     assert "nahtlos-firewall" not in stage.nft(A, "list tables inet"), "nothing is tracked for it"
 

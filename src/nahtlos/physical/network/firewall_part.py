@@ -143,8 +143,11 @@ class Firewall(Part):
             held = self._policy(ports.values())
             moving = self._still_moving(config)
             words = self._settings(config)
-            desired = firewall.tables(held, ports.values(), moving, await self._way())
-            words += await self._converge(desired, _foreign_taps(ports.values()))
+            foreign = _foreign_taps(ports.values())
+            desired: tuple[Table, ...] = ()
+            if ports or foreign:
+                desired = firewall.tables(held, ports.values(), moving, await self._way())
+            words += await self._converge(desired, foreign)
             words += self._hand_on(ports.values(), held, config.networks)
             await self._judge(held, ports)
             return tuple(words)
