@@ -81,8 +81,14 @@ class Place:
     def __init__(self, folder: Path, name: str) -> None:
         self.namespace = f"nlt-ct{os.getpid() % 100000}-{name}{next(_numbers)}"
         self.folder = folder / name
-        command("ip", "netns", "add", self.namespace)
-        command("ip", "-n", self.namespace, "link", "set", "lo", "up")
+        try:
+            command("ip", "netns", "add", self.namespace)
+            command("ip", "-n", self.namespace, "link", "set", "lo", "up")
+        except BaseException:
+            subprocess.run(
+                ["ip", "netns", "del", self.namespace], capture_output=True, timeout=60, check=False
+            )
+            raise
         self.part = ConnectionTracking(self.folder)
 
     def within(self, act: Callable[[], T]) -> T:
@@ -117,7 +123,7 @@ class Place:
 
 
 def command(*argv: str, text: str = "") -> str:
-    done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, (argv, done.stderr)
     return done.stdout
 

@@ -66,7 +66,6 @@ async def examine(netlink: Netlink) -> NetworkCapabilities:
     way = await tracking()
     details["firewall"] = TRACKING_WORDS[way]
     details["vhost-net"] = _present(Path("/dev/vhost-net"))
-    details["connection tracking"] = "not transferred: no stateful rules are in a server's path"
     return NetworkCapabilities(
         lossless_move=lossless,
         ct_transfer=False,
