@@ -27,7 +27,7 @@ def create() -> int:
         _check(_libc().unshare(CLONE_NEWNET), "make a network namespace")
         return os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
 
-    return _in_thread(make)
+    return in_thread(make)
 
 
 def of_process(pid: int) -> int | None:
@@ -42,15 +42,20 @@ def of_process(pid: int) -> int | None:
     return fd
 
 
+def enter(fd: int) -> None:
+    """Moves the calling thread; nobody else must be meant to use it afterwards (see `in_thread`)."""
+    _check(_libc().setns(fd, CLONE_NEWNET), "enter a network namespace")
+
+
 def within(fd: int, act: Callable[[], T]) -> T:
     """What `act` returns when called in the namespace of `fd`: in a thread of its own, so that the caller
     stays where it is."""
 
     def run() -> T:
-        _check(_libc().setns(fd, CLONE_NEWNET), "enter a network namespace")
+        enter(fd)
         return act()
 
-    return _in_thread(run)
+    return in_thread(run)
 
 
 def identity(fd: int) -> int:
@@ -68,7 +73,8 @@ def _check(result: int, what: str) -> None:
         raise Unavailable(f"cannot {what}: {reason}", field="network", remedy="run as root")
 
 
-def _in_thread(act: Callable[[], T]) -> T:
+def in_thread(act: Callable[[], T]) -> T:
+    """What `act` returns when called in a thread of its own, which may wander."""
     results: list[T] = []
     errors: list[BaseException] = []
 

@@ -22,34 +22,23 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig
 from nahtlos.model.errors import Error, Unavailable
-from nahtlos.model.ids import PortId
+from nahtlos.model.ids import NetworkId, PortId
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import (
     addressing,
     dhcp,
-    kernel,
-    links,
     metadata,
     metadata_server,
     namespaces,
-    netlink,
 )
-from nahtlos.physical.network.addressing import Inside, inside, service_name
-from nahtlos.physical.network.dhcp import INTERFACE
-from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import DELIVERING, Change, Item, Setting, anycast_mac, bridge_name, normal
+from nahtlos.physical.network.plan import Item, normal
+from nahtlos.physical.network.wiring import unplug_others, wire
 from nahtlos.physical.ports import Supervisor, Unit, UnitStatus
 from nahtlos.physical.settings import AgentSettings
 
-ALIAS = "nahtlos-service/"
-"""Not the driver's own prefix: these devices come and go with their far end, not by the plan."""
 DHCP, METADATA, NAMESPACE = "dnsmasq.", "metadata.", "netns."
-INDEX_GAP = 100
-"""The near end of a pair takes an index the far one cannot have: the kernel mistakes equal ones for one
-device and takes a second to note the carrier."""
 SOURCES = Path(metadata_server.__file__).parents[3]
-SETTINGS = {"accept_ra": "0", "autoconf": "0", "accept_dad": "0", "disable_ipv6": "0"}
 
 
 class Services(Part):
@@ -75,17 +64,42 @@ class Services(Part):
         """Every network that can be served is, before the first that cannot be is raised."""
         networks = tuple(map(normal, config.networks)) if self._serving else ()
         units = await self._supervisor.units()
+        places, failures = await self._places(networks, units)
         words: list[str] = []
-        failed: Error | None = None
         for network in networks:
-            try:
-                words += await self._serve(network, networks, config, units)
-            except Error as error:
-                failed = failed or error
+            if network.spec.id in places:
+                try:
+                    words += await self._serve(network, networks, config, units, places[network.spec.id])
+                except Error as error:
+                    failures.append(error)
         await self._retire(frozenset(n.spec.id for n in networks), units)
-        if failed is not None:
-            raise failed
+        if failures:
+            raise failures[0]
         return tuple(words)
+
+    async def _places(
+        self, networks: tuple[NetworkConfig, ...], units: dict[str, UnitStatus]
+    ) -> tuple[dict[NetworkId, str], list[Error]]:
+        """Where each network is served from: other if what listens there would be deaf now."""
+        fds: dict[NetworkId, int] = {}
+        failures: list[Error] = []
+        try:
+            for network in networks:
+                try:
+                    fds[network.spec.id] = await self._namespace(network.spec.id, units)
+                except Error as error:
+                    failures.append(error)
+            wired = await asyncio.to_thread(wire, [n for n in networks if n.spec.id in fds], fds)
+            failures += [found for found in wired.values() if isinstance(found, Error)]
+            places = {
+                id_: f"{namespaces.identity(fds[id_])}.{found}"
+                for id_, found in wired.items()
+                if isinstance(found, int)
+            }
+            return places, failures
+        finally:
+            for fd in fds.values():
+                os.close(fd)
 
     # --- one network ---------------------------------------------------------------------------------
 
@@ -95,12 +109,8 @@ class Services(Part):
         networks: tuple[NetworkConfig, ...],
         config: HostConfig,
         units: dict[str, UnitStatus],
+        place: str,
     ) -> list[str]:
-        fd = await self._namespace(network.spec.id, units)
-        try:
-            place = f"{namespaces.identity(fd)}.{await asyncio.to_thread(_wire, network, fd)}"
-        finally:
-            os.close(fd)
         self._folder.mkdir(parents=True, exist_ok=True)
         files = _Files(self._folder, network.spec.id)
         spec = network.spec
@@ -186,7 +196,7 @@ class Services(Part):
             if name.startswith(NAMESPACE) and network not in wanted:
                 await self._supervisor.drop_fd(name)
                 _Files(self._folder, network).remove()
-        await asyncio.to_thread(_unplug_others, wanted)
+        await asyncio.to_thread(unplug_others, wanted)
 
 
 class _Mark(msgspec.Struct, frozen=True):
@@ -245,74 +255,6 @@ def _metadata_argv(network: NetworkConfig, files: _Files) -> tuple[str, ...]:
     rights = ("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_bind_service,+net_raw")
     program = (sys.executable, "-S", "-s", "-m", metadata_server.__name__)
     return (_program("setpriv"), *rights, "--", *program, str(files.metadata), *addresses)
-
-
-# --- devices -----------------------------------------------------------------------------------------
-
-
-def _wire(network: NetworkConfig, fd: int) -> int:
-    """The pair of devices, and everything on both of its ends. Returns the index of the inner one."""
-    wanted, near = inside(network.spec), service_name(network.spec.vni)
-    with Netlink() as host:
-        devices = links.read_links(host)
-        within = namespaces.within(fd, _devices_inside)
-        if near not in devices or INTERFACE not in within:
-            host.change([links.delete(near)])
-            index = INDEX_GAP + max(link.index for link in devices.values())
-            pair = links.create_veth(near, INTERFACE, wanted.mtu, peer_namespace=fd, index=index)
-            host.change([pair, links.configure(near, alias=f"{ALIAS}{network.spec.id}")])
-            devices = links.read_links(host)
-        inner = namespaces.within(fd, lambda: _settle_inside(wanted))
-        _plug(host, network, devices)
-    return inner
-
-
-def _plug(host: Netlink, network: NetworkConfig, devices: dict[str, links.LinkInfo]) -> None:
-    """The near end: a silent, then delivering port of the bridge, and the entry that leads to it."""
-    vni, mtu = network.spec.vni, network.spec.mtu
-    near, bridge = devices[service_name(vni)], devices[bridge_name(vni)]
-    if near.master != bridge.index:
-        host.change([links.configure(near.name, master=bridge.index)])
-    if near.master != bridge.index or near.flood != DELIVERING:
-        host.change([links.set_flood(near.index, DELIVERING, near.name)])
-    if near.mtu != mtu or not near.up:
-        host.change([links.configure(near.name, mtu=mtu, up=True)])
-    mac = anycast_mac(vni)
-    if host.forwarding_of(bridge.index, mac) != near.index:
-        host.change([netlink.forward_to_port(near.index, mac)])
-
-
-def _devices_inside() -> dict[str, links.LinkInfo]:
-    with Netlink() as socket:
-        return links.read_links(socket)
-
-
-def _settle_inside(wanted: Inside) -> int:
-    """Runs inside. Addresses are there at once, and none is the kernel's own idea."""
-    with Netlink() as socket:
-        devices = links.read_links(socket)
-        own, loopback = devices[INTERFACE], devices["lo"]
-        if not loopback.up:
-            socket.change([links.configure("lo", up=True)])
-        settings = [Setting(f"net/ipv6/conf/{INTERFACE}/{name}", value) for name, value in SETTINGS.items()]
-        settings.append(Setting(f"net/ipv6/conf/{INTERFACE}/addr_gen_mode", "1"))
-        kernel.write_settings([Change(s) for s in settings if kernel.setting(s.path) not in (None, s)])
-        if (own.mac, own.mtu) != (wanted.mac, wanted.mtu):
-            socket.change([links.configure(INTERFACE, mac=wanted.mac, mtu=wanted.mtu)])
-        if not own.up:
-            socket.change([links.configure(INTERFACE, up=True)])
-        there = {cidr for index, cidr, _ in kernel.addresses(socket) if index == own.index}
-        socket.change([netlink.remove_address(own.index, cidr) for cidr in sorted(there - wanted.addresses)])
-        socket.change([netlink.address(own.index, cidr) for cidr in sorted(wanted.addresses - there)])
-        socket.change([netlink.link_route(own.index, cidr, wanted.source) for cidr in sorted(wanted.links)])
-        return own.index
-
-
-def _unplug_others(wanted: frozenset[str]) -> None:
-    with Netlink() as host:
-        for link in links.read_links(host).values():
-            if link.alias.startswith(ALIAS) and link.alias.removeprefix(ALIAS) not in wanted:
-                host.change([links.delete(link.name)])
 
 
 # --- files and programs ------------------------------------------------------------------------------
