@@ -88,21 +88,37 @@ def _gate_lines(vni: int, gates: Sequence[Gate]) -> list[str]:
 
 
 def _guard_lines(networks: Sequence[FilteredNetwork]) -> list[str]:
+    """By lookups, however many networks there are: where connections are tracked by way of br_netfilter,
+    bridged packets pass `route` as well."""
     receive = ["  chain receive {", "    type filter hook input priority -10; policy accept;"]
     route = ["  chain route {", "    type filter hook forward priority -10; policy accept;"]
-    for network in networks:
-        bridge = bridge_name(network.vni)
-        allowed = ", ".join(f'"{name}"' for name in (bridge, *network.uplinks))
+    if networks:
+        bridges = _names(bridge_name(network.vni) for network in networks)
+        ways = ", ".join(f'"{a}" . "{b}"' for network in networks for a, b in _ways(network))
         receive += [
-            f'    iifname "{bridge}" udp dport 67 accept',
-            f'    iifname "{bridge}" icmp type echo-request accept',
-            f'    iifname "{bridge}" drop',
+            f"    iifname {bridges} udp dport 67 accept",
+            f"    iifname {bridges} icmp type echo-request accept",
+            f"    iifname {bridges} drop",
         ]
         route += [
-            f'    iifname "{bridge}" oifname != {{ {allowed} }} drop',
-            f'    oifname "{bridge}" iifname != {{ {allowed} }} drop',
+            f"    iifname . oifname {{ {ways} }} accept",
+            f"    iifname {bridges} drop",
+            f"    oifname {bridges} drop",
         ]
     return [*receive, "  }", *route, "  }"]
+
+
+def _ways(network: FilteredNetwork) -> Iterable[tuple[str, str]]:
+    """Where packets of a network may come from and go to."""
+    bridge = bridge_name(network.vni)
+    yield bridge, bridge
+    for uplink in network.uplinks:
+        yield bridge, uplink
+        yield uplink, bridge
+
+
+def _names(names: Iterable[str]) -> str:
+    return "{ " + ", ".join(f'"{name}"' for name in names) + " }"
 
 
 def digest(networks: Iterable[FilteredNetwork]) -> str:
