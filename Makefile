@@ -43,6 +43,9 @@ format: setup ## put the code into its form
 	@.venv/bin/ruff format $(CODE)
 	@.venv/bin/ruff check --fix $(CODE)
 
+bench-network: setup ## count what handovers lose, measure the virtual network (LONG=1: 200 handovers; needs root)
+	@$(PYTHON) -m benchmarks.network $(if $(LONG),--long) $(ARGS)
+
 bench-%: releases image ## run a benchmark, e.g. bench-moves (LONG=1: the long form)
 	@$(PYTHON) -m benchmarks.$(subst -,_,$*) $(if $(LONG),--long) $(ARGS)
 

@@ -11,8 +11,8 @@ import statistics
 import sys
 from collections.abc import Awaitable, Callable
 
+from benchmarks import bandwidth, network_scale, network_tcp, network_throughput
 from benchmarks import network_moves as moves
-from benchmarks import network_scale, network_tcp, network_throughput
 from benchmarks.figures import Figures, Goal
 from benchmarks.network_hosts import World, missing_programs
 from benchmarks.network_learning import Learning
@@ -101,11 +101,17 @@ async def measure_scale(figures: Figures, *, long: bool) -> None:
     await network_scale.measure(figures)
 
 
+async def measure_bandwidth(figures: Figures, *, long: bool) -> None:
+    seconds = bandwidth.LONG_SECONDS if long else bandwidth.QUICK_SECONDS
+    await asyncio.to_thread(bandwidth.measure, figures, seconds)
+
+
 SUBJECTS: dict[str, Callable[..., Awaitable[None]]] = {
     "moves": measure_moves,
     "tcp": network_tcp.measure,
     "throughput": measure_throughput,
     "scale": measure_scale,
+    "bandwidth": measure_bandwidth,
 }
 
 
