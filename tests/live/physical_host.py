@@ -21,7 +21,7 @@ from nahtlos.physical.hypervisor.driver import QemuHypervisor
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.embedded import EmbeddedStorage
 from nahtlos.physical.supervisor.client import SupervisorClient
-from nahtlos.physical.supervisor.launch import launch_supervisor
+from nahtlos.physical.supervisor.launch import RunningSupervisor, launch_supervisor
 from nahtlos.runtime.identity.authority import CertificateAuthority
 from nahtlos.wire.credentials import write_pki_dir
 
@@ -112,12 +112,21 @@ class Host:
             supervisor_socket=folder / "run" / "supervisor.sock",
             capacity=Size(vcpus=4, memory_mib=2048),
         )
-        self.running = launch_supervisor(
-            self.settings.supervisor_socket, folder / "supervisor", namespace=place.namespace
-        )
+        self._supervisor_state = folder / "supervisor"
+        self.running = self._launch()
         self.supervisor = SupervisorClient(self.settings.supervisor_socket)
         self.hypervisor = QemuHypervisor(self.settings, self.supervisor)
         self.storage = EmbeddedStorage(self.settings, self.supervisor)
+
+    def _launch(self) -> RunningSupervisor:
+        return launch_supervisor(
+            self.settings.supervisor_socket, self._supervisor_state, namespace=self.place.namespace
+        )
+
+    async def restart_supervisor(self) -> None:
+        """After kill -9: what it started runs on."""
+        self.running.kill()
+        self.running = await asyncio.to_thread(self._launch)
 
     async def restart_drivers(self) -> None:
         """As when an agent is killed and started again."""

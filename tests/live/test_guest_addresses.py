@@ -178,6 +178,25 @@ async def test_the_guest_answers_by_ipv6_made_of_its_mac_and_by_a_fixed_one(
         await networked.close()
 
 
+async def test_services_outlive_a_killed_supervisor(host: Host) -> None:
+    config = HostConfig(
+        host=host.settings.host, generation=1, release=None, networks=networks_of(host, server_of(host))
+    )
+    networked = Networked(host)
+    try:
+        await networked.call(lambda: networked.driver.reconcile(NetworkDesired(config=config)))
+        running = {name: unit.pid for name, unit in (await host.supervisor.units()).items()}
+        assert set(running) == {
+            f"{kind}.{network}" for kind in ("dnsmasq", "metadata") for network in ("red", "blue")
+        }
+        await host.restart_supervisor()
+        assert {"netns.red", "netns.blue"} <= await host.supervisor.stored()
+        assert await networked.call(lambda: networked.driver.reconcile(NetworkDesired(config=config))) == ()
+        assert {name: unit.pid for name, unit in (await host.supervisor.units()).items()} == running
+    finally:
+        await networked.close()
+
+
 async def until_answered(client: Client, address: str) -> None:
     """Both ends make sure that nobody else has their addresses first: a second each."""
     for _ in range(20):
