@@ -154,6 +154,13 @@ def counted(sent: int, received: list[int], limit: int = STREAM) -> Count:
     )
 
 
+async def until(true: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Returns when it is, or after `seconds`: what is looked for is judged by who asked."""
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
 class Stage(Cloud):
     """Hosts, two networks, machines, and the acts of a move."""
 
@@ -227,6 +234,16 @@ class Stage(Cloud):
 
     def move(self, to: str, *machines: Machine) -> "Move":
         return Move(self, self.places[machines[0].port], to, machines)
+
+    async def silence(self) -> None:
+        """Returns when nothing has arrived anywhere for a while."""
+        before = -1
+        for _ in range(50):
+            now = sum(len(g.received) + len(g.others) for g in self.guests.values())
+            if now == before:
+                return
+            before = now
+            await asyncio.sleep(0.15)
 
     def close(self) -> None:
         for talker in self.talkers:

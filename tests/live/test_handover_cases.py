@@ -32,11 +32,6 @@ async def stage(tmp_path: Path) -> AsyncIterator[Stage]:
         await asyncio.to_thread(stage.close)
 
 
-async def silence(seconds: float = 0.15) -> None:
-    """Time for what is under way to arrive."""
-    await asyncio.sleep(seconds)
-
-
 # --- flooded frames ----------------------------------------------------------------------------------
 
 
@@ -58,8 +53,9 @@ async def test_flooded_frames_reach_a_server_that_moves(stage: Stage) -> None:
         window += move.window
         await asyncio.sleep(0.05)
     own.stop()
-    counts = [count(t, mover) for t in talkers]
-    await silence()
+    for talker in talkers:
+        talker.stop()
+    await stage.silence()
     counts = [count(t, mover) for t in talkers]
     for found in counts:
         assert found.sent > 200
@@ -83,11 +79,11 @@ async def test_flooded_frames_survive_an_abort(stage: Stage) -> None:
     began = time.monotonic()
     assert await move.give_up() > 150
     window = move.window + time.monotonic() - began
-    await silence(0.05)
+    await asyncio.sleep(0.05)
     for talker in talkers:
         talker.stop()
     direct.stop()
-    await silence()
+    await stage.silence()
     for talker in talkers:
         found = count(talker, mover)
         assert found.lost == []
@@ -132,7 +128,7 @@ async def test_questions_for_its_address_are_answered_throughout(stage: Stage) -
             while not answered(machine, mover) and asked not in heard(mover):
                 assert time.monotonic() < deadline, (step.__name__, host)
                 await asyncio.sleep(0.005)
-    await silence()
+    await stage.silence()
     assert len(later) == 4
     assert later <= heard(mover)
 
@@ -163,7 +159,7 @@ async def test_all_ports_of_a_server_move_together(stage: Stage) -> None:
     sent = outside.stop()
     for talker in talkers:
         talker.stop()
-    await silence()
+    await stage.silence()
     for talker, port in zip(talkers, ports, strict=True):
         found = count(talker, port)
         assert found.sent > 100
@@ -193,7 +189,7 @@ async def test_two_servers_that_talk_to_each_other_swap_hosts(stage: Stage) -> N
     for talker, _ in talkers:
         talker.stop()
     totals = [(sender.stop(), receiver) for sender, receiver in senders]
-    await silence()
+    await stage.silence()
     for talker, receiver in talkers:
         found = count(talker, receiver)
         assert found.sent > 200
@@ -215,14 +211,14 @@ async def test_a_server_moves_again_at_once(stage: Stage, route: tuple[str, ...]
     for to in route:
         await stage.move(to, mover).whole(hold=0.05)
     assert await stage.reconcile_all() == dict.fromkeys(stage.hosts, ())
-    await silence(0.05)
+    await asyncio.sleep(0.05)
     for passing in stage.reflect.values():
         passing.clear()
     assert await stage.reconcile_all() == dict.fromkeys(stage.hosts, ())
     sent = outside.stop()
     for talker in (*talkers, *answers):
         talker.stop()
-    await silence()
+    await stage.silence()
     found = [count(t, mover) for t in talkers] + [count(t, m) for t, m in zip(answers, others, strict=True)]
     found.append(counted(sent, mover.received))
     assert [(f.lost, f.duplicated) for f in found] == [([], [])] * len(found)
@@ -248,7 +244,7 @@ async def test_a_server_with_several_queues(stage: Stage) -> None:
     assert await back.give_up() > 50
     for talker in talkers:
         talker.stop()
-    await silence()
+    await stage.silence()
     assert [(c.lost, c.duplicated) for c in (count(t, mover) for t in talkers)] == [([], [])] * 8
     assert len(mover.by_queue) > 1, "the kernel spread them"
     stored = set(stage.hosts[A].supervisor.fds)
@@ -262,9 +258,9 @@ async def test_draining_waits_for_every_queue(stage: Stage) -> None:
     mover.stop()
     for machine in others:
         machine.say(machine.frame_to(mover.mac, mover.ip, 1))
-    await silence(0.05)
+    await stage.silence()
     mover.run_on(stage.fds(mover, A)[:1])
-    await silence(0.05)
+    await stage.silence()
     move = stage.move(B, mover)
     assert mover.received and len(mover.received) < 8, "one queue is read, another is not"
     assert not await move.drain(0.05)
@@ -283,7 +279,7 @@ async def test_a_guest_that_takes_nothing_stays_where_it_is(stage: Stage) -> Non
     mover.stop()
     for number in range(300):
         other.say(other.frame_to(mover.mac, mover.ip, number))
-    await silence(0.05)
+    await stage.silence()
     move = stage.move(B, mover)
     await move.begin()
     await move.switch_destination()
@@ -295,7 +291,7 @@ async def test_a_guest_that_takes_nothing_stays_where_it_is(stage: Stage) -> Non
     assert await move.revert_destination() == 200
     await move.clear_destination()
     await move.resume_at_source()
-    await silence()
+    await stage.silence()
     assert mover.received == list(range(500)), "not one lost, and in order"
     assert await stage.reconcile_all() == dict.fromkeys(stage.hosts, ())
 
@@ -308,9 +304,9 @@ async def test_a_ring_that_overflows_is_counted_and_told(stage: Stage) -> None:
     await move.switch()
     for number in range(10_300):
         other.say(other.frame_to(mover.mac, mover.ip, number))
-    await silence(0.05)
+    await stage.silence()
     await move.finish()
-    await silence()
+    await stage.silence()
     lost = 10_300 - len(mover.received)
     assert 300 <= lost < 320, "what the ring holds is not lost"
     told = f"{lost} frames for port {mover.port} were dropped while it moved: its ring holds 10000"
@@ -334,7 +330,7 @@ async def test_what_comes_after_the_stop_is_passed_on(stage: Stage) -> None:
     await move.settle_destination()
     await move.switch_source()
     await move.settle_source()
-    await silence()
+    await stage.silence()
     assert mover.received == list(range(20))
     assert await stage.reconcile(A) == (
         f"20 frames for port {mover.port} came after its server had stopped: passed on",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handover_play import BROADCAST, STREAM, A, B, C, Machine, Move, Stage, Talker, counted
+from handover_play import BROADCAST, STREAM, A, B, C, Count, Machine, Move, Stage, Talker, counted, until
 from network_namespaces import MemorySupervisor, missing_programs
 
 from nahtlos.model.errors import Error
@@ -109,13 +109,15 @@ class Play:
     async def check(self, what: str) -> None:
         """Everything sent so far has come; nothing for it alone twice."""
         sent = [t.sent for t in self.talkers]
-        await asyncio.sleep(0.06)
+        await until(lambda: not any(self._count(t, n).lost for t, n in zip(self.talkers, sent, strict=True)))
         for talker, so_far in zip(self.talkers, sent, strict=True):
-            numbers = [n - talker.stream * STREAM for n in list(self.mover.received)]
-            found = counted(so_far, numbers)
+            found = self._count(talker, so_far)
             assert found.lost == [], (what, talker.stream)
             if talker.stream != 2:
                 assert found.duplicated == [], (what, talker.stream)
+
+    def _count(self, talker: Talker, sent: int) -> Count:
+        return counted(sent, [n - talker.stream * STREAM for n in list(self.mover.received)])
 
 
 @pytest.fixture
@@ -202,8 +204,8 @@ async def test_a_new_agent_carries_on(play: Play) -> None:
 async def test_a_new_agent_reverts(play: Play) -> None:
     """Ended at any act of the last step before the undo, or at any act of the undo."""
     total = 0
-    for until in range(1, len(BEFORE) + 1):
-        forward = BEFORE[:until]
+    for steps in range(1, len(BEFORE) + 1):
+        forward = BEFORE[:steps]
         async for move, step, number in undone(play, forward, acting(forward[-1:])):
             await play.check(f"{step}, act {number}, undone")
             assert play.stage.places[play.mover.port] == move.source
