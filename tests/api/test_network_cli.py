@@ -161,45 +161,43 @@ async def test_every_command_shows_its_result(run: Run) -> None:
         assert shown in (await run(line)).stdout, line
 
 
-@pytest.mark.parametrize(
-    ("line", "field", "words"),
-    [
-        ("network create x --cidr 10.1.0.1/24", "cidr", "write 10.1.0.0/24"),
-        ("network create x --cidr 10.9.0.0/24 --mtu 500", "mtu", "at least 576"),
-        ("network delete tenant", "network", "settings"),
-        ("network show nowhere", "network", "networks: tenant"),
-        ("subnet create x --network nowhere --cidr 10.9.0.0/24", "network", "no network"),
-        ("port set web-1-eth0 --ingress fast", "ingress", "50M"),
-        ("port set web-1-eth0 --ingress 1k", "ingress", "cannot be shaped"),
-        ("port set web-1-eth0 --burst 64k", "burst", "give --ingress"),
-        ("port set web-1-eth0", "port", "nothing to change"),
-        ("port set web-1-eth0 --security-group none --security-group x", "security_groups", "no security"),
-        ("port trace web-1-eth0 nowhere", "address", "no IP address"),
-        ("security-group rule add none --protocol tcp", "security_group", "no security group"),
-        ("security-group rule remove none 1", "security_group", "no security group"),
-        ("router attach none tenant", "router", "no router"),
-        ("router create x --subnet tenant", "subnet", "uplink"),
-        ("floating-ip create x --address 10.77.0.9", "address", "belongs to network tenant"),
-        ("load-balancer create x --network tenant --port 80 --member 10.77.0.10", "member", "10.0.0.5:80"),
-        ("load-balancer member set none 10.0.0.1:80", "member", "--weight"),
-        ("server create x --network tenant,speed=1", "network", "names: ip"),
-        ("server create x --network tenant,ip=10.77.0.1", "ip", "gateway"),
-        ("network underlay set --control 20", "rate", "--rate"),
-        ("network underlay set --rate none", "rate", "unset"),
-        ("network underlay set --rate 1G --control 20", "control", "make it 100"),
-    ],
+REFUSED = (
+    ("network create x --cidr 10.1.0.1/24", "cidr", "write 10.1.0.0/24"),
+    ("network create x --cidr 10.9.0.0/24 --mtu 500", "mtu", "at least 576"),
+    ("network delete tenant", "network", "settings"),
+    ("network show nowhere", "network", "networks: tenant"),
+    ("subnet create x --network nowhere --cidr 10.9.0.0/24", "network", "no network"),
+    ("port set web-1-eth0 --ingress fast", "ingress", "50M"),
+    ("port set web-1-eth0 --ingress 1k", "ingress", "cannot be shaped"),
+    ("port set web-1-eth0 --burst 64k", "burst", "give --ingress"),
+    ("port set web-1-eth0", "port", "nothing to change"),
+    ("port set web-1-eth0 --security-group none --security-group x", "security_groups", "no security"),
+    ("port trace web-1-eth0 nowhere", "address", "no IP address"),
+    ("security-group rule add none --protocol tcp", "security_group", "no security group"),
+    ("security-group rule remove none 1", "security_group", "no security group"),
+    ("router attach none tenant", "router", "no router"),
+    ("router create x --subnet tenant", "subnet", "uplink"),
+    ("floating-ip create x --address 10.77.0.9", "address", "belongs to network tenant"),
+    ("load-balancer create x --network tenant --port 80 --member 10.77.0.10", "member", "10.0.0.5:80"),
+    ("load-balancer member set none 10.0.0.1:80", "member", "--weight"),
+    ("server create x --network tenant,speed=1", "network", "names: ip"),
+    ("server create x --network tenant,ip=10.77.0.1", "ip", "gateway"),
+    ("network underlay set --control 20", "rate", "--rate"),
+    ("network underlay set --rate none", "rate", "unset"),
+    ("network underlay set --rate 1G --control 20", "control", "make it 100"),
 )
-async def test_what_is_refused_names_field_and_remedy(
-    run: Run, scripted: ScriptedCloud, line: str, field: str, words: str
-) -> None:
+
+
+async def test_what_is_refused_names_field_and_remedy(run: Run, scripted: ScriptedCloud) -> None:
     await scripted.servers("web-1")
-    result = await run(f"{line} --json", code=2)
-    error = json.loads(result.stdout)["error"]
-    assert error["field"] == field
-    assert words in f"{error['message']} {error['remedy']}"
-    assert error["remedy"]
-    told_people = await run(line, code=2)
-    assert f"Error: {field}: " in told_people.stderr
+    for line, field, words in REFUSED:
+        result = await run(f"{line} --json", code=2)
+        error = json.loads(result.stdout)["error"]
+        assert error["field"] == field, line
+        assert words in f"{error['message']} {error['remedy']}", line
+        assert error["remedy"], line
+    for line, field, _ in REFUSED[:2]:
+        assert f"Error: {field}: " in (await run(line, code=2)).stderr
 
 
 async def test_a_rule_that_is_not_there_and_one_member_that_is_not(run: Run) -> None:

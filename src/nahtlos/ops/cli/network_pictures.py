@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, RouterSpec
+from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Rate, RouterSpec
 from nahtlos.model.topology import Underlay
 from nahtlos.ops.cli.amounts import rate_text
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, facts, table
@@ -113,14 +114,19 @@ def ports(views: Sequence[PortView]) -> RenderableType:
             v.mac,
             v.host or NOTHING,
             _list(v.security_groups),
-            rate_text(v.bandwidth.ingress) if v.bandwidth.ingress else NOTHING,
-            rate_text(v.bandwidth.egress) if v.bandwidth.egress else NOTHING,
+            _rate(v.bandwidth.ingress),
+            _rate(v.bandwidth.egress),
         )
         for v in views
     )
     return table(
         columns, rows, "no ports yet; servers bring them: `nahtlos server create NAME --network NET`"
     )
+
+
+def _rate(value: Rate | None) -> str:
+    """Without its burst, which `port show` tells."""
+    return rate_text(msgspec.structs.replace(value, burst_bytes=0)) if value else NOTHING
 
 
 def port(view: PortView) -> RenderableType:

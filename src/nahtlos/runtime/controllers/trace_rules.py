@@ -35,9 +35,7 @@ def anti_spoof(port: PortSpec, source: str) -> TraceStep:
                 where=where, what=f"anti-spoofing: allowed pair {pair.cidr}{mac} covers {source}"
             )
     own = ", ".join((*port.all_addresses, *(p.cidr for p in port.allowed_pairs)))
-    return TraceStep(
-        where=where, what=f"anti-spoofing: {source} is none of {own}: dropped", outcome=Outcome.DROPPED
-    )
+    return TraceStep(where=where, what=f"anti-spoofing: {source} is none of {own}", outcome=Outcome.DROPPED)
 
 
 def firewall(topology: Topology, port: PortSpec, direction: Direction, packet: Packet) -> TraceStep:
@@ -63,7 +61,7 @@ def firewall(topology: Topology, port: PortSpec, direction: Direction, packet: P
     groups = ", ".join(port.security_groups)
     return TraceStep(
         where=where,
-        what=f"{direction}: no rule of {groups} allows it: dropped",
+        what=f"{direction}: no rule of {groups} allows it",
         outcome=Outcome.DROPPED,
         checked=tuple(checked),
     )
