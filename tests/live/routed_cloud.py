@@ -103,7 +103,8 @@ class Server:
 
     def _settle(self) -> None:
         for path in ("accept_dad", "accept_ra", "autoconf"):  # its addresses are those of its port, at once
-            Path(f"/proc/sys/net/ipv6/conf/eth0/{path}").write_text("0")
+            for scope in ("all", "eth0"):
+                Path(f"/proc/sys/net/ipv6/conf/{scope}/{path}").write_text("0")
         with Netlink() as sock:
             sock.change([links.configure("eth0", mac=self.mac, mtu=self.network.mtu, up=True)])
             sock.change([links.configure("lo", up=True)])
