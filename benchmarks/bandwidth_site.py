@@ -34,7 +34,8 @@ from nahtlos.physical.network.shares import Ports, Shares
 from nahtlos.physical.settings import MIGRATION_PORTS
 
 ROOT = Path(__file__).parents[1]
-DEADLINE = 20.0
+DEADLINE = 60.0
+"""Making a namespace waits for others that are being removed."""
 LIMITED, PEER = "10.78.0.1", "10.78.0.2"
 NEAR, FAR = "10.79.0.1", "10.79.0.2"
 PORT = PortId("limited-port")
@@ -100,14 +101,22 @@ class Namespaces:
         return f"{self._prefix}-{node}"
 
     def __enter__(self) -> Self:
-        ip("", *(f"netns add {self.name(node)}" for node in self._names))
-        self.lay()
+        try:
+            ip("", *(f"netns add {self.name(node)}" for node in self._names))
+            self.lay()
+        except BaseException:
+            self.remove()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        ip("", *(f"netns del {self.name(node)}" for node in self._names))
+        self.remove()
+
+    def remove(self) -> None:
+        there = [n for n in map(self.name, self._names) if (topology.NAMESPACES / n).exists()]
+        ip("", *(f"netns del {name}" for name in there))
         for file in self.folder.iterdir():
             file.unlink()
         self.folder.rmdir()

@@ -314,6 +314,7 @@ class Shaping(Part):
     def __init__(self, record: Path, fast: Callable[[], Netlink], bulk: Callable[[], Netlink]) -> None:
         """`fast` is the socket for verbs, `bulk` that of reconcile."""
         self._applied = Applied(record)
+        self._probed = record.with_name("shaping-probe.json")
         self._fast = fast
         self._bulk = bulk
         self._watch = Watch(shaper_name(""))
@@ -324,7 +325,7 @@ class Shaping(Part):
         self._watch.close()
 
     async def capabilities(self) -> dict[str, str]:
-        return (await asyncio.to_thread(shaping_probe.examine)).words()
+        return (await asyncio.to_thread(shaping_probe.remembered, self._probed)).words()
 
     async def reconcile(self, config: HostConfig, local: Mapping[PortId, LocalPort]) -> tuple[str, ...]:
         limits = {name: limits_of(port.port, port.network) for name, port in local.items()}
