@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+import typer.main
+from click.testing import CliRunner, Result
 from scripted_cloud import EDGE, ScriptedCloud, opened
-from typer.testing import CliRunner, Result
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, NetworkId
@@ -46,7 +47,8 @@ async def socket(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Path]
 
 @pytest.fixture
 def run(socket: Path, tmp_path: Path) -> Run:
-    app = build_app(Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build"))
+    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
+    app = typer.main.get_command(build_app(surroundings))
 
     async def invoke(line: str, code: int = 0) -> Result:
         result = await asyncio.to_thread(CliRunner().invoke, app, line.split())

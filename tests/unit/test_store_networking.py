@@ -159,6 +159,22 @@ async def test_the_release_before_puts_a_network_back_without_its_subnets(store:
         assert await networking.networks(tx) == (blue,)
 
 
+async def test_a_database_that_a_newer_release_has_expanded_is_opened_as_it_is(tmp_path: Path) -> None:
+    path = database_of_before(tmp_path / "runtime.sqlite")
+    await (await Store.open(path)).close()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        connection.execute(text("CREATE TABLE of_tomorrow (id VARCHAR)"))
+    engine.dispose()
+    store = await Store.open(path)
+    async with store.writing() as tx:
+        await intent.add_server(tx, *server("b", "10.77.0.11", net=TENANT), 5.0)
+        assert len(await intent.servers(tx)) == 2
+        assert (await tx.execute(text("SELECT version_num FROM alembic_version"))).scalar() == "9999"
+    await store.close()
+
+
 # --- what only one may have --------------------------------------------------------------------------
 
 
