@@ -237,10 +237,11 @@ class Stage(Cloud):
 
     async def silence(self) -> None:
         """Returns when nothing has arrived anywhere for a while."""
-        before = -1
-        for _ in range(50):
+        before, unchanged = -1, 0
+        for _ in range(40):
             now = sum(len(g.received) + len(g.others) for g in self.guests.values())
-            if now == before:
+            unchanged = unchanged + 1 if now == before else 0
+            if unchanged == 3:
                 return
             before = now
             await asyncio.sleep(0.15)
