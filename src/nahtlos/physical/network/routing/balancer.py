@@ -193,8 +193,7 @@ class Balancers:
             await self._start(spec.id, argv)
             path.with_suffix(".place").write_text(place)
             await self._until_running(spec, "")
-            known = unit is not None or not changed
-            return (f"load balancer {spec.id} was not served: started",) if known and not changed else ()
+            return () if changed else (f"load balancer {spec.id} was not served: started",)
         running = await self._running(spec)
         if running is None:
             return ()  # its supervisor starts it again at this moment

@@ -13,10 +13,10 @@ from pathlib import Path
 import msgspec
 
 from nahtlos.model.errors import Conflict, Error
-from nahtlos.physical.network import links
+from nahtlos.physical.network import links, nft_chains
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink, Request
-from nahtlos.physical.network.routing import facts, generation, tables
+from nahtlos.physical.network.routing import facts, tables
 from nahtlos.physical.network.routing.facts import Cable, Change, Entry, Proxy, Setting, Space
 from nahtlos.physical.network.routing.namespaces import Namespaces
 
@@ -259,7 +259,7 @@ class Spaces:
         before = msgspec.json.encode(self.known, order="sorted")
         known = self.known.setdefault(space.name, Known())
         known.rules = hashlib.sha256(space.rules.encode()).hexdigest() if space.rules else ""
-        known.generation = self.namespaces.within(space.name, generation.of_rules)
+        known.generation = self.namespaces.within(space.name, nft_chains.generation)
         self._save(before)
 
 
@@ -269,7 +269,7 @@ def _put_inside(space: Space) -> tuple[tuple[Change, ...], int, int]:
         changes = facts.changes(space.inside, tables.inside(sock, settings))
         if changes:
             tables.make(sock, changes, links.read_links(sock))
-        return changes, generation.of_rules(), sock.writes
+        return changes, nft_chains.generation(), sock.writes
 
 
 def _owned(device: LinkInfo) -> bool:
