@@ -241,7 +241,8 @@ class Network(Protocol):
     async def observe(self) -> NetworkObservation: ...
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
-        """A tap for `port`, its fd in the supervisor's store as `tap.<port>`. `deliver` says whether
+        """A tap for `port`, its fd in the supervisor's store as `tap.<port>` (further queues: `tap.<port>/1`
+        onwards). `deliver` says whether
         frames for it go to it from now on (False for the destination of a move: its FDB entry and
         flooding come with the switch). Repeatable."""
         ...
@@ -259,7 +260,8 @@ class Network(Protocol):
         ...
 
     async def move_switch(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
-        """Flip the one FDB entry: at the destination to its tap, at the source to the tunnel."""
+        """Flip the one FDB entry: at the destination to its tap, at the source to the tunnel. Flooded frames
+        change hands with it: the destination begins to keep its copies, then the source ends delivering."""
         ...
 
     async def move_drain(self, port: PortId, *, timeout: float) -> bool:
