@@ -181,9 +181,11 @@ class Balanced:
 
         for service in self.services:
             service.close()
-        await self.cloud.clear()
-        await self.cloud.hosts[B].call(lambda _: let_go())
-        await self.cloud.close()
+        try:
+            await self.cloud.clear()
+        finally:
+            await self.cloud.hosts[B].call(lambda _: let_go())
+            await self.cloud.close()
 
 
 @pytest.fixture
@@ -200,9 +202,11 @@ async def balanced() -> AsyncIterator[Balanced]:
         await balanced.open()
         yield balanced
     finally:
-        await balanced.close(client)
-        await running.close()
-        shutil.rmtree(folder)
+        try:
+            await balanced.close(client)
+        finally:
+            await running.close()
+            shutil.rmtree(folder)
 
 
 async def test_shares_by_weight_and_from_the_address_that_is_told(balanced: Balanced) -> None:
