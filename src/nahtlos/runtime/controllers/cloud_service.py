@@ -35,8 +35,9 @@ from nahtlos.runtime.controllers.cloud import (
 )
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.controllers.look import Look, Looks
-from nahtlos.runtime.controllers.network_requests import checked_project, new_ports
+from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
+from nahtlos.runtime.controllers.port_requests import new_ports
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations

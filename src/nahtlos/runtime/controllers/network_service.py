@@ -23,11 +23,14 @@ from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, RouterSpe
 from nahtlos.model.nouns import HostSpec
 from nahtlos.model.topology import Topology, Underlay
 from nahtlos.runtime.controllers import (
+    balancer_requests,
     network_requests,
     network_views,
+    port_requests,
     requests,
     routing_requests,
     security_requests,
+    underlay_requests,
 )
 from nahtlos.runtime.controllers import trace as tracing
 from nahtlos.runtime.controllers.look import Looks
@@ -178,7 +181,7 @@ class NetworkService:
 
     async def change_port(self, port: PortId, change: PortChange) -> PortView:
         async with self._changing() as current:
-            spec = network_requests.changed_port(current.topology, port, change)
+            spec = port_requests.changed_port(current.topology, port, change)
             server = requests.present_server(current.state, current.topology.servers[port])
             await networking.put_ports(current.tx, current.state.servers[server].spec, [spec])
         self._said("port.changed", port, f"port {port} is to change")
@@ -296,11 +299,11 @@ class NetworkService:
         return tuple((await self._topology()).balancers.values())
 
     async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerSpec:
-        return routing_requests.known_balancer(await self._topology(), balancer)
+        return balancer_requests.known_balancer(await self._topology(), balancer)
 
     async def create_load_balancer(self, request: LoadBalancerRequest) -> LoadBalancerSpec:
         async with self._changing() as change:
-            spec = routing_requests.new_balancer(change.topology, change.hosts, request)
+            spec = balancer_requests.new_balancer(change.topology, change.hosts, request)
             await networking.put_load_balancer(change.tx, spec)
         self._said("load-balancer.created", spec.id, f"{spec.id} is to balance {spec.vip}:{spec.port}")
         return spec
@@ -309,14 +312,14 @@ class NetworkService:
         self, balancer: LoadBalancerId, change: LoadBalancerChange
     ) -> LoadBalancerSpec:
         async with self._changing() as current:
-            spec = routing_requests.changed_balancer(current.topology, current.hosts, balancer, change)
+            spec = balancer_requests.changed_balancer(current.topology, current.hosts, balancer, change)
             await networking.put_load_balancer(current.tx, spec)
         self._said("load-balancer.changed", balancer, f"load balancer {balancer} is to change")
         return spec
 
     async def delete_load_balancer(self, balancer: LoadBalancerId) -> None:
         async with self._changing() as change:
-            routing_requests.known_balancer(change.topology, balancer)
+            balancer_requests.known_balancer(change.topology, balancer)
             await networking.forget_load_balancer(change.tx, balancer)
         self._said("load-balancer.deleted", balancer, f"load balancer {balancer} is to be deleted")
 
@@ -327,7 +330,7 @@ class NetworkService:
 
     async def set_underlay(self, underlay: Underlay) -> Underlay:
         async with self._changing() as change:
-            network_requests.checked_underlay(underlay, change.topology.networks)
+            underlay_requests.checked_underlay(underlay, change.topology.networks)
             await networking.set_underlay(change.tx, underlay)
         self._said("underlay", "cloud", "the underlay is to be divided anew")
         return underlay
