@@ -27,10 +27,10 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Underlay
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortBandwidth
 from nahtlos.physical.network import plan
+from nahtlos.physical.network.bandwidth.ports import Shaping
+from nahtlos.physical.network.bandwidth.underlay import Ports, Shares
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort
-from nahtlos.physical.network.shaping import Shaping
-from nahtlos.physical.network.shares import Ports, Shares
 from nahtlos.physical.settings import MIGRATION_PORTS
 
 ROOT = Path(__file__).parents[1]

@@ -20,11 +20,11 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, PortId, SecurityGroupId, ServerId
 from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
 from nahtlos.model.nouns import HostRole, Size
-from nahtlos.physical.network import conntrack
-from nahtlos.physical.network.conntrack import Entry, Table
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.network.netlink import attribute, nested
 from nahtlos.physical.network.plan import tracking_zone
+from nahtlos.physical.network.tracking import conntrack
+from nahtlos.physical.network.tracking.conntrack import Entry, Table
 from nahtlos.physical.ports import MoveRole, Network, NetworkDesired
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.faults import Life

@@ -35,7 +35,7 @@ from network_namespaces import missing_programs
 
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import AddressPair, Direction, Family, SecurityGroupSpec
-from nahtlos.physical.network.firewall_guard import link_local
+from nahtlos.physical.network.firewall.guard import link_local
 from nahtlos.physical.ports import MoveRole
 
 pytestmark = [

@@ -19,8 +19,8 @@ from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, ServerConfig
 from nahtlos.model.ids import PortId, ServerId
 from nahtlos.model.networking import PortSpec
-from nahtlos.physical.network.addressing import made_of_mac
 from nahtlos.physical.network.native import NativeNetwork
+from nahtlos.physical.network.services.addressing import made_of_mac
 from nahtlos.physical.ports import NetworkDesired, VmmId
 from nahtlos.physical.supervisor.client import SupervisorClient
 

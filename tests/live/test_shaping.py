@@ -16,8 +16,8 @@ from nahtlos.lab import topology
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import PortId
 from nahtlos.model.networking import PortBandwidth, Rate
-from nahtlos.physical.network import shaping
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network.bandwidth import ports as shaping
+from nahtlos.physical.network.bandwidth import traffic_control as tc
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.ports import MoveRole
 

@@ -13,8 +13,8 @@ from network_namespaces import missing_programs
 from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, UnderlayShares
 from nahtlos.model.ids import HostId
-from nahtlos.physical.network import shares
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network.bandwidth import traffic_control as tc
+from nahtlos.physical.network.bandwidth import underlay as shares
 from nahtlos.physical.network.netlink import Netlink
 
 pytestmark = [

@@ -12,8 +12,6 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, NetworkId, PortId, ProjectId, RouterId, ServerId, SubnetId, VolumeId
 from nahtlos.model.networking import NetworkSpec, PortSpec, RouterInterface, RouterSpec, SubnetSpec
 from nahtlos.model.nouns import HostRole, ServerSpec, Size
-from nahtlos.physical.network import addressing, advertiser, dhcp, metadata
-from nahtlos.physical.network.metadata_pages import page, pages
 from nahtlos.physical.network.plan import (
     Address,
     Forward,
@@ -24,6 +22,8 @@ from nahtlos.physical.network.plan import (
     anycast_mac,
     desired_items,
 )
+from nahtlos.physical.network.services import addressing, advertiser, dhcp, metadata
+from nahtlos.physical.network.services.metadata_pages import page, pages
 
 RED = NetworkId("red")
 MAC = "52:54:00:4d:00:10"

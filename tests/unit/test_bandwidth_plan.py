@@ -6,11 +6,13 @@ import pytest
 from nahtlos.model.config import NetworkConfig, PortConfig, UnderlayShares
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortBandwidth, Rate
-from nahtlos.physical.network import netlink, plan, shaping, shares
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network import netlink, plan
+from nahtlos.physical.network.bandwidth import ports as shaping
+from nahtlos.physical.network.bandwidth import traffic_control as tc
+from nahtlos.physical.network.bandwidth import underlay as shares
+from nahtlos.physical.network.bandwidth.ports import Found, Limits, Root, Todo
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Request
-from nahtlos.physical.network.shaping import Found, Limits, Root, Todo
 
 MEGABIT = 1_000_000
 PORT = PortId("server-port")

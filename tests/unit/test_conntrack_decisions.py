@@ -12,8 +12,11 @@ from nahtlos.model.config import PortConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, PortId, ServerId
 from nahtlos.model.networking import AddressPair
-from nahtlos.physical.network import conntrack
-from nahtlos.physical.network.connection_state import (
+from nahtlos.physical.network.netlink import attribute, attributes, nested
+from nahtlos.physical.network.tracking import conntrack
+from nahtlos.physical.network.tracking.conntrack import Entry, Event, Rejected
+from nahtlos.physical.network.tracking.part import ConnectionTracking, problems_with
+from nahtlos.physical.network.tracking.state import (
     DELETE,
     PUT,
     Selector,
@@ -25,9 +28,6 @@ from nahtlos.physical.network.connection_state import (
     put_record,
     summed_up,
 )
-from nahtlos.physical.network.conntrack import Entry, Event, Rejected
-from nahtlos.physical.network.netlink import attribute, attributes, nested
-from nahtlos.physical.network.tracking import ConnectionTracking, problems_with
 
 SERVER, CLIENT = "10.9.0.2", "192.0.2.7"
 
@@ -260,7 +260,7 @@ def test_single_odd_entries_are_told_and_a_full_table_is_an_error() -> None:
 async def test_a_kernel_without_it_says_so_and_carries_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nahtlos.physical.network.tracking.EVENTS", tmp_path / "absent")
+    monkeypatch.setattr("nahtlos.physical.network.tracking.part.EVENTS", tmp_path / "absent")
     part = ConnectionTracking(tmp_path)
     assert (await part.capabilities())["connection tracking"].startswith("missing: ")
     await part.init()

@@ -18,11 +18,13 @@ from nahtlos.model.networking import (
     SecurityGroupSpec,
     SecurityRule,
 )
-from nahtlos.physical.network import conntrack, firewall, firewall_guard, firewall_rules
-from nahtlos.physical.network.firewall import Judge, Moving, Tracking
-from nahtlos.physical.network.firewall_flows import Standing, flow_of, narrowed
-from nahtlos.physical.network.firewall_rules import Flow, Members, rule_lines
-from nahtlos.physical.network.firewall_tables import (
+from nahtlos.physical.network.firewall import guard as firewall_guard
+from nahtlos.physical.network.firewall import layout as firewall
+from nahtlos.physical.network.firewall import rules as firewall_rules
+from nahtlos.physical.network.firewall.flows import Standing, flow_of, narrowed
+from nahtlos.physical.network.firewall.layout import Judge, Moving, Tracking
+from nahtlos.physical.network.firewall.rules import Flow, Members, rule_lines
+from nahtlos.physical.network.firewall.tables import (
     Chain,
     Comparison,
     Elements,
@@ -36,6 +38,7 @@ from nahtlos.physical.network.firewall_tables import (
 )
 from nahtlos.physical.network.netlink import attribute, nested
 from nahtlos.physical.network.parts import LocalPort
+from nahtlos.physical.network.tracking import conntrack
 from nahtlos.physical.ports import MoveRole
 
 IN, OUT = Direction.INGRESS, Direction.EGRESS

@@ -30,13 +30,13 @@ from nahtlos.model.networking import (
     SubnetSpec,
 )
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network.conntrack import Entry
 from nahtlos.physical.network.plan import Forward, Place, TunnelEntry
 from nahtlos.physical.network.plan import Neighbour as BridgeNeighbour
 from nahtlos.physical.network.routing import announcement, balancer, connections, facts, plan, translation
 from nahtlos.physical.network.routing.facts import Address, Neighbour, Proxy, Setting, Space
 from nahtlos.physical.network.routing.facts import Entry as PortEntry
 from nahtlos.physical.network.routing.facts import Route as Way
+from nahtlos.physical.network.tracking.conntrack import Entry
 
 HOST, OTHER, EDGE = HostId("host-1"), HostId("host-2"), HostId("edge-1")
 VTEPS = {HOST: "10.99.0.11", OTHER: "10.99.0.12", EDGE: "10.99.0.5"}

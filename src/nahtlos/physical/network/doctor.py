@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.physical.network import links, nft, tap
-from nahtlos.physical.network.firewall import Tracking
+from nahtlos.physical.network.firewall.layout import Tracking
 from nahtlos.physical.network.netlink import KernelRefused, Netlink
 from nahtlos.physical.ports import NetworkCapabilities
 

@@ -26,20 +26,21 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import addressing, doctor, kernel, links, nft, nft_chains, plan
+from nahtlos.physical.network import doctor, kernel, links, nft, nft_chains, plan
+from nahtlos.physical.network.bandwidth.ports import Shaping
+from nahtlos.physical.network.bandwidth.underlay import Shares, ports_of
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.endpoints import Endpoints
-from nahtlos.physical.network.firewall_part import Firewall
+from nahtlos.physical.network.firewall.part import Firewall
 from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.network.routing.part import Routing
-from nahtlos.physical.network.services import Services
-from nahtlos.physical.network.shaping import Shaping
+from nahtlos.physical.network.services import addressing
+from nahtlos.physical.network.services.part import Services
 from nahtlos.physical.network.shared import Shared
-from nahtlos.physical.network.shares import Shares, ports_of
-from nahtlos.physical.network.tracking import ConnectionTracking
+from nahtlos.physical.network.tracking.part import ConnectionTracking
 from nahtlos.physical.network.view import View
 from nahtlos.physical.ports import (
     MoveRole,

@@ -10,9 +10,9 @@ import zlib
 import msgspec
 
 from nahtlos.model.errors import Refused, Unavailable
-from nahtlos.physical.network import conntrack
-from nahtlos.physical.network.conntrack import Entry
 from nahtlos.physical.network.routing.namespaces import Namespaces
+from nahtlos.physical.network.tracking import conntrack
+from nahtlos.physical.network.tracking.conntrack import Entry
 
 MARK = b"NLGW\x01"
 REMEMBERED_SECONDS = 60

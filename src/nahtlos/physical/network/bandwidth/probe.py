@@ -16,7 +16,7 @@ import msgspec
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.physical.network import links
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network.bandwidth import traffic_control as tc
 from nahtlos.physical.network.netlink import KernelRefused, Netlink, Request
 
 CLONE_NEWNET = 0x40000000

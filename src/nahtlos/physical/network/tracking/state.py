@@ -19,7 +19,8 @@ import msgspec
 
 from nahtlos.model.config import PortConfig
 from nahtlos.model.errors import Refused
-from nahtlos.physical.network.conntrack import (
+from nahtlos.physical.network.netlink import NESTED, attribute, attributes
+from nahtlos.physical.network.tracking.conntrack import (
     KEPT,
     MARK,
     PROTOINFO,
@@ -32,7 +33,6 @@ from nahtlos.physical.network.conntrack import (
     Key,
     addresses,
 )
-from nahtlos.physical.network.netlink import NESTED, attribute, attributes
 
 MAGIC = b"NLCT"
 VERSION = 1

@@ -13,8 +13,8 @@ from ipaddress import ip_network
 
 from nahtlos.model.config import PortConfig
 from nahtlos.model.networking import Family
-from nahtlos.physical.network import firewall_rules as rules
-from nahtlos.physical.network.firewall_tables import Chain, address_number, key, mac_number, name_part
+from nahtlos.physical.network.firewall import rules
+from nahtlos.physical.network.firewall.tables import Chain, address_number, key, mac_number, name_part
 from nahtlos.physical.network.parts import LocalPort
 
 TAPS = "tp*"

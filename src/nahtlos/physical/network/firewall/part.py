@@ -24,10 +24,13 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import bridge_hooks, doctor, firewall, firewall_flows, nft, nft_chains, plan
-from nahtlos.physical.network.firewall import EMPTY, Moving, Policy, Tracking
-from nahtlos.physical.network.firewall_flows import Standing
-from nahtlos.physical.network.firewall_tables import (
+from nahtlos.physical.network import doctor, nft, nft_chains, plan
+from nahtlos.physical.network.firewall import bridge_hooks
+from nahtlos.physical.network.firewall import flows as firewall_flows
+from nahtlos.physical.network.firewall import layout as firewall
+from nahtlos.physical.network.firewall.flows import Standing
+from nahtlos.physical.network.firewall.layout import EMPTY, Moving, Policy, Tracking
+from nahtlos.physical.network.firewall.tables import (
     BRIDGE,
     INET,
     TABLE,

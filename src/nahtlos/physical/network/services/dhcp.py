@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.networking import NetworkSpec, SubnetSpec
-from nahtlos.physical.network import addressing
-from nahtlos.physical.network.addressing import METADATA, advertised, domain, leased, name_servers
+from nahtlos.physical.network.services import addressing
+from nahtlos.physical.network.services.addressing import METADATA, advertised, domain, leased, name_servers
 
 LEASE = "30d"
 """Long: a server keeps its address for life, and need not ask while a host is upgraded."""

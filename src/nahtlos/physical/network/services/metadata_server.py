@@ -6,7 +6,7 @@ network from one file, read again when it is another one, and who asks from the 
 server cannot forge; from an IPv6 address it has not been told of by the MAC that the kernel spoke to. Uses
 nothing but Python's own library, to be small and quick to start. Never writes, and answers GET only.
 
-    python -m nahtlos.physical.network.metadata_server FILE ADDRESS...
+    python -m nahtlos.physical.network.services.metadata_server FILE ADDRESS...
 """
 
 import json
@@ -17,8 +17,8 @@ import struct
 import sys
 import time
 
-from nahtlos.physical.network.advertiser import Advertiser
-from nahtlos.physical.network.metadata_pages import Record, page, pages
+from nahtlos.physical.network.services.advertiser import Advertiser
+from nahtlos.physical.network.services.metadata_pages import Record, page, pages
 
 PORT = 80
 DEADLINE = 5.0

@@ -13,11 +13,17 @@ from nahtlos.model.config import NetworkConfig, PortConfig, RouterConfig
 from nahtlos.model.ids import NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortSpec
 from nahtlos.model.nouns import ServerSpec
-from nahtlos.physical.network.addressing import advertised, domain, link_local, name_servers, subnet_of
-from nahtlos.physical.network.metadata_pages import Record
-from nahtlos.physical.network.metadata_pages import seed as seed_of
 from nahtlos.physical.network.plan import REMEMBERED_PORTS
 from nahtlos.physical.network.routing.plan import router_mac
+from nahtlos.physical.network.services.addressing import (
+    advertised,
+    domain,
+    link_local,
+    name_servers,
+    subnet_of,
+)
+from nahtlos.physical.network.services.metadata_pages import Record
+from nahtlos.physical.network.services.metadata_pages import seed as seed_of
 
 
 def seed(

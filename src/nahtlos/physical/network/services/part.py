@@ -24,21 +24,16 @@ from nahtlos.model.config import HostConfig, NetworkConfig
 from nahtlos.model.errors import Error, Unavailable
 from nahtlos.model.ids import NetworkId, PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import (
-    addressing,
-    dhcp,
-    metadata,
-    metadata_server,
-    namespaces,
-)
+from nahtlos.physical.network import namespaces
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Item, normal
-from nahtlos.physical.network.wiring import unplug_others, wire
+from nahtlos.physical.network.services import addressing, dhcp, metadata, metadata_server
+from nahtlos.physical.network.services.wiring import unplug_others, wire
 from nahtlos.physical.ports import Supervisor, Unit, UnitStatus
 from nahtlos.physical.settings import AgentSettings
 
 DHCP, METADATA, NAMESPACE = "dnsmasq.", "metadata.", "netns."
-SOURCES = Path(metadata_server.__file__).parents[3]
+SOURCES = Path(metadata_server.__file__).parents[4]
 
 
 class Services(Part):

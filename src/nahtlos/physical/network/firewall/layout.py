@@ -33,10 +33,9 @@ import msgspec
 from nahtlos.model.config import HostConfig, PortConfig
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import Direction, Family, SecurityGroupSpec
-from nahtlos.physical.network import firewall_guard as guard
-from nahtlos.physical.network import firewall_rules as rules
 from nahtlos.physical.network import plan
-from nahtlos.physical.network.firewall_tables import BRIDGE, INET, Chain, Elements, Table, key, name_part
+from nahtlos.physical.network.firewall import guard, rules
+from nahtlos.physical.network.firewall.tables import BRIDGE, INET, Chain, Elements, Table, key, name_part
 from nahtlos.physical.network.parts import LocalPort
 from nahtlos.physical.ports import MoveRole
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from nahtlos.physical.network.firewall_rules import canonical
+from nahtlos.physical.network.firewall.rules import canonical
 
 TABLE = "nahtlos-firewall"
 BRIDGE, INET = "bridge", "inet"

@@ -27,13 +27,14 @@ import msgspec
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import PortId
 from nahtlos.model.networking import Rate
-from nahtlos.physical.network import kernel, links, shaping_probe
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network import kernel, links
+from nahtlos.physical.network.bandwidth import probe as shaping_probe
+from nahtlos.physical.network.bandwidth import traffic_control as tc
+from nahtlos.physical.network.bandwidth.watch import Watch
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink, Request
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import OWNED, Change, Setting
-from nahtlos.physical.network.traffic_watch import Watch
 from nahtlos.physical.ports import MoveRole
 
 ALIAS = f"{OWNED}shaper/"

@@ -14,11 +14,11 @@ import msgspec
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import PortId, SecurityGroupId
 from nahtlos.model.networking import Family, SecurityRule
-from nahtlos.physical.network import conntrack
-from nahtlos.physical.network.conntrack import DST_NAT, SRC_NAT, STATUS, TUPLE_ORIG, Entry
-from nahtlos.physical.network.firewall import Judge, Policy
-from nahtlos.physical.network.firewall_rules import Flow, Members, sources
+from nahtlos.physical.network.firewall.layout import Judge, Policy
+from nahtlos.physical.network.firewall.rules import Flow, Members, sources
 from nahtlos.physical.network.netlink import attributes
+from nahtlos.physical.network.tracking import conntrack
+from nahtlos.physical.network.tracking.conntrack import DST_NAT, SRC_NAT, STATUS, TUPLE_ORIG, Entry
 
 SOURCES, DESTINATIONS = (1, 3), (2, 4)
 DESTINATION_PORT, ICMP_TYPES, ICMP_CODES = 3, (5, 8), (6, 9)

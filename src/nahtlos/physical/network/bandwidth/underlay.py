@@ -25,10 +25,10 @@ from nahtlos.model.config import HostConfig, UnderlayShares
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.physical.network import nft
-from nahtlos.physical.network import traffic_control as tc
+from nahtlos.physical.network.bandwidth import traffic_control as tc
+from nahtlos.physical.network.bandwidth.watch import Watch
 from nahtlos.physical.network.netlink import Netlink, Request
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.traffic_watch import Watch
 from nahtlos.physical.settings import MIGRATION_PORTS, AgentSettings
 
 TABLE = "nahtlos-shares"

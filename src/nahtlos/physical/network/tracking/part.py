@@ -26,8 +26,11 @@ import msgspec
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network import conntrack
-from nahtlos.physical.network.connection_state import (
+from nahtlos.physical.network.parts import LocalPort, Part
+from nahtlos.physical.network.plan import tracking_zone
+from nahtlos.physical.network.tracking import conntrack
+from nahtlos.physical.network.tracking.conntrack import Entry, Listener, Rejected, Table
+from nahtlos.physical.network.tracking.state import (
     DELETE,
     PUT,
     Selector,
@@ -40,9 +43,6 @@ from nahtlos.physical.network.connection_state import (
     put_record,
     summed_up,
 )
-from nahtlos.physical.network.conntrack import Entry, Listener, Rejected, Table
-from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import tracking_zone
 from nahtlos.physical.ports import MoveRole
 
 EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")

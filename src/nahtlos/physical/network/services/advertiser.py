@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 
-from nahtlos.physical.network.metadata_pages import Record
+from nahtlos.physical.network.services.metadata_pages import Record
 
 EVERY_SECONDS = 200.0
 LIFETIME = 1800
