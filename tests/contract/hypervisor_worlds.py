@@ -141,6 +141,7 @@ def physical() -> Stage:
 
         async def kill_vmm(self, vmm: VmmId) -> None:
             os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
+            await self._host.until_ended(vmm.unit)
 
     class PhysicalHosts:
         def __init__(self, place: physical_host.Place) -> None:

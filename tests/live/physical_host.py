@@ -146,6 +146,12 @@ class Host:
         assert pid is not None
         return pid
 
+    async def until_ended(self, unit: str) -> None:
+        """A process that was killed lets go of its memory first, and is seen to have ended after that."""
+        async with asyncio.timeout(10):
+            while (await self.supervisor.units())[unit].pid is not None:
+                await asyncio.sleep(0.005)
+
     async def until_pid(self, unit: str, *, other_than: int) -> None:
         async with asyncio.timeout(10):
             while True:
