@@ -141,12 +141,13 @@ class Firewall(Part):
             return ()
         async with self._lock:
             self._config = config
-            ports = {**local, **self._come_meanwhile(local, config)}
+            taps = frozenset(name for _, name in socket.if_nameindex() if name.startswith("tp"))
+            ports = {**local, **self._come_meanwhile(local, config, taps)}
             self._local = ports
             held = self._policy(ports.values())
             moving = self._still_moving(config)
             words = self._settings(config)
-            foreign = _foreign_taps(ports.values())
+            foreign = _foreign_taps(ports.values(), taps)
             desired: tuple[Table, ...] = ()
             if ports or foreign:
                 desired = firewall.tables(held, ports.values(), moving, await self._way())
@@ -156,11 +157,10 @@ class Firewall(Part):
             return tuple(words)
 
     def _come_meanwhile(
-        self, local: Mapping[PortId, LocalPort], config: HostConfig
+        self, local: Mapping[PortId, LocalPort], config: HostConfig, taps: frozenset[str]
     ) -> dict[PortId, LocalPort]:
         """Ports whose tap came after the driver has looked."""
         known = {port.id for network in config.networks for port in network.ports}
-        taps = {name for _, name in socket.if_nameindex()}
         return {i: p for i, p in self._local.items() if i not in local and i in known and p.tap in taps}
 
     def _policy(self, ports: Iterable[LocalPort]) -> Policy:
@@ -438,8 +438,7 @@ def _without_present(table: Table, observed: Observed) -> Table:
     return Table(table.family, chains, table.sets)
 
 
-def _foreign_taps(ports: Iterable[LocalPort]) -> frozenset[str]:
+def _foreign_taps(ports: Iterable[LocalPort], taps: frozenset[str]) -> frozenset[str]:
     """Parts of keys that name taps which are here and of which nothing is known: left alone."""
     known = {p.tap for p in ports}
-    taps = {name for _, name in socket.if_nameindex() if name.startswith("tp")}
     return frozenset(name_part(name) for name in taps - known)
