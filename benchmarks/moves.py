@@ -71,10 +71,9 @@ class Side:
     move: Callable[[], Awaitable[None]]
 
 
-async def measure(side: Side, moves: int, rate: int, mib: int, work: Path) -> Series:
+async def measure(side: Side, moves: int, rate: int, mib: int, folder: Path) -> Series:
     await side.outside.set_load(side.ip, memory_mib=mib, memory_mb_per_s=rate)
     await asyncio.sleep(1.0)
-    folder = work / f"{side.name}-{mib}-{rate}"
     windows: list[Window] = []
     async with probing(side, folder):
         for _ in range(moves):
@@ -149,6 +148,10 @@ class Ours:
 
         return Side("nahtlos", view.ip, self._outside, self._namespace, move)
 
+    async def remove(self, memory_mib: int) -> None:
+        """So that the next size is measured beside nobody, as with bare QEMU."""
+        await self._client.delete_server(ServerId(f"vm-{memory_mib}"))
+
     async def _move(self, server: ServerId) -> None:
         here = (await self._client.server(server)).host
         there = HostId("host-1" if here == "host-2" else "host-2")
@@ -215,6 +218,7 @@ async def run(moves: int, work: Path) -> Figures:
                     add_case(figures, case, got[own.name], got[other.name])
                     merge(every, got[own.name])
                     merge(every_bare, got[other.name])
+            await lab.remove(memory)
     add_totals(figures, every, every_bare)
     return figures
 
@@ -223,8 +227,9 @@ async def by_turns(own: Side, other: Side, moves: int, rate: int, mib: int, work
     """Half of the moves of each, then the other half the other way round: what else the machine does falls
     on both alike."""
     got = {own.name: Series(), other.name: Series()}
-    for side in (other, own, own, other):
-        merge(got[side.name], await measure(side, moves // 2, rate, mib, work))
+    for turn, side in enumerate((other, own, own, other), start=1):
+        folder = work / f"{mib}-{rate}-{turn}-{side.name}"
+        merge(got[side.name], await measure(side, moves // 2, rate, mib, folder))
     return got
 
 
