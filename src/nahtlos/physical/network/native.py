@@ -78,7 +78,7 @@ class NativeNetwork:
         ports, record = ports_of(settings), settings.run_dir / "shares.json"
         shares = Shares(settings.underlay_interface, ports, record, self._bulk_socket)
         self.routing = Routing(settings, supervisor)
-        firewall = Firewall(settings.role, settings.run_dir / "firewall.json")
+        firewall = Firewall(settings.role, settings.run_dir / "firewall.json", self._pass_over)
         self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
         self._shared = Shared(
             self._place, supervisor, self._baseline, self._parts, settings.run_dir, self._ensure_network
@@ -274,6 +274,11 @@ class NativeNetwork:
         if self._rules is None or self._rules[0] != generation:
             self._rules = generation, await nft.listing()
         return self._rules[1]
+
+    def _pass_over(self, before: int, after: int) -> None:
+        """A transaction about other tables than those listed here."""
+        if self._rules is not None and self._rules[0] == before:
+            self._rules = after, self._rules[1]
 
     def _gates(
         self, config: HostConfig, held: frozenset[PortId] | set[PortId], present: nft.Ruleset

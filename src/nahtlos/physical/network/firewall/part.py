@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +78,11 @@ class State(msgspec.Struct):
 class Firewall(Part):
     name = "firewall"
 
-    def __init__(self, role: HostRole, path: Path) -> None:
+    def __init__(
+        self, role: HostRole, path: Path, on_own: Callable[[int, int], None] = lambda before, after: None
+    ) -> None:
+        """`on_own` hears of transactions that were nobody else's: the generations before and after."""
+        self._on_own = on_own
         self._compute = role is HostRole.COMPUTE
         self._path = path
         self._lock = asyncio.Lock()
@@ -229,7 +233,11 @@ class Firewall(Part):
         """One transaction of ours was made since `_observed` was true, and its sets say so."""
         assert self._observed is not None
         generation = nft_chains.generation()
-        self._generation = generation if generation == self._generation + 1 else -1
+        if generation == self._generation + 1:
+            self._on_own(self._generation, generation)
+            self._generation = generation
+        else:
+            self._generation = -1
         if changes.chains:
             self._look_at_chains(self._observed)
             self._note_chains(changes)

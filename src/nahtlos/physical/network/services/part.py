@@ -44,6 +44,8 @@ class Services(Part):
         self._folder = settings.run_dir / "dhcp"
         self._log_dir = settings.state_dir / "log"
         self._supervisor = supervisor
+        self._plugged: frozenset[str] | None = None
+        """Networks beside which no others are left plugged in."""
 
     async def capabilities(self) -> dict[str, str]:
         missing = [name for name in ("dnsmasq", "nsenter", "setpriv") if _find(name) is None]
@@ -191,7 +193,9 @@ class Services(Part):
             if name.startswith(NAMESPACE) and network not in wanted:
                 await self._supervisor.drop_fd(name)
                 _Files(self._folder, network).remove()
-        await asyncio.to_thread(unplug_others, wanted)
+        if wanted != self._plugged:
+            await asyncio.to_thread(unplug_others, wanted)
+            self._plugged = wanted
 
 
 class _Mark(msgspec.Struct, frozen=True):

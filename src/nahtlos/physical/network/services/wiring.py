@@ -35,12 +35,19 @@ def _wire_all(
 ) -> Iterable[tuple[NetworkConfig, int | Error]]:
     """The thread wanders from namespace to namespace; `host` stays where it was opened."""
     with Netlink() as host:
-        devices = links.read_links(host)
         for network in networks:
+            vni = network.spec.vni
             try:
+                devices = _named(host, bridge_name(vni), service_name(vni))
                 yield network, _wire(host, devices, network, fds[network.spec.id])
             except Error as error:
                 yield network, error
+
+
+def _named(host: Netlink, *names: str) -> dict[str, LinkInfo]:
+    """Asked for one by one: a host may have a thousand others."""
+    found = ((name, links.read_link(host, name)) for name in names)
+    return {name: link for name, link in found if link is not None}
 
 
 def _wire(host: Netlink, devices: dict[str, LinkInfo], network: NetworkConfig, fd: int) -> int:
