@@ -167,6 +167,7 @@ class Stage:
         await self.world.guest_runs(B)
         for _ in range(2):
             await self.world.on(B).move_settle(self.port, self.network, MoveRole.DESTINATION)
+            await self.world.on(A).move_commit(self.port, self.network)
         await self.world.on(A).move_settle(self.port, self.network, MoveRole.SOURCE)
         self.place = B
 

@@ -34,7 +34,7 @@ from nahtlos.model.networking import (
 from nahtlos.physical.network import tap
 from nahtlos.physical.ports import MoveRole
 
-A, B = "host-1", "host-2"
+A, B, C = "host-1", "host-2", "host-3"
 HEADER = 10
 """Bytes of virtio-net header before each frame of a tap."""
 SIX = SubnetSpec(id=SubnetId("tenant-six"), network=TENANT.id, cidr="fd77::/64", dhcp=False)
@@ -257,8 +257,8 @@ def echoes(made: socket.socket) -> bool:
 class Stage(Cloud):
     """Two hosts, servers in groups, two networks that have the same addresses."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, hosts: int = 2) -> None:
+        super().__init__(folder, hosts)
         self.groups: list[SecurityGroupSpec] = []
         self.boxes: list[Box] = []
 
@@ -317,8 +317,16 @@ class Stage(Cloud):
     def nft(self, host: str, *arguments: str) -> str:
         return self.hosts[host].command("nft", *arguments)
 
-    async def move(self, box: Box, to: str, *, during: Callable[[], None] = lambda: None) -> None:
-        """As two agents do it, with what is remembered of connections. `during`: while it is nowhere."""
+    async def move(
+        self,
+        box: Box,
+        to: str,
+        *,
+        during: Callable[[], None] = lambda: None,
+        arrived: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As two agents do it, with what is remembered of connections. `during`: while it is nowhere;
+        `arrived`: it runs, and the old host still has its tap."""
         source, port, network = self.places[box.port], self.port(box), self.network_of(box.network)
         here, there = self.hosts[source], self.hosts[to]
         await there.call(lambda d: d.port_create(port, network, deliver=False))
@@ -336,6 +344,8 @@ class Stage(Cloud):
         during()
         box.run_at(self.fd(box, to))
         await there.call(lambda d: d.move_settle(port, network, MoveRole.DESTINATION))
+        await here.call(lambda d: d.move_commit(port, network))
+        arrived()
         await here.call(lambda d: d.move_settle(port, network, MoveRole.SOURCE))
         self.places[box.port] = to
         self.reflect[source].add(box.port)

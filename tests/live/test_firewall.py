@@ -14,6 +14,7 @@ from firewall_stage import (
     A,
     B,
     Box,
+    C,
     Stage,
     advertisement,
     arp,
@@ -416,6 +417,25 @@ async def test_connections_behind_strict_groups_survive_moves(stage: Stage) -> N
                 reflected.clear()
             assert await stage.converge() == {A: (), B: ()}
     idle.close()
+
+
+async def test_what_a_server_begins_at_its_new_host_is_answered_by_way_of_the_old_one(tmp_path: Path) -> None:
+    """A third host answers to where it still knows the server to be, and that host has never seen the
+    question."""
+    stage = Stage(tmp_path, hosts=3)
+    try:
+        server, third = stage.box(10, A, "clients"), stage.box(12, C)
+        stage.groups = [group("clients", *OPEN_OUT)]
+        await stage.reconcile(C)
+        await stage.opened()
+        third.serve(53)
+        answered: list[bool] = []
+        for to in (B, A):
+            await stage.reconcile(C)
+            await stage.move(server, to, arrived=lambda: answered.append(server.udp(third, 53)))
+        assert answered == [True, True]
+    finally:
+        await asyncio.to_thread(stage.close)
 
 
 async def test_a_port_that_arrives_is_guarded_from_its_first_frame_on(stage: Stage) -> None:

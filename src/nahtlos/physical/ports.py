@@ -291,6 +291,11 @@ class Network(Protocol):
         Unavailable if it has no room. `port_delete` forgets it again."""
         ...
 
+    async def move_commit(self, port: PortConfig, network: NetworkConfig) -> None:
+        """Source, once the destination owns the server: it alone knows all of the port's connections now, so
+        what is passed on to it is judged there and no longer here. Repeatable; `move_settle` includes it."""
+        ...
+
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
         stays while the configuration says `reflect`."""

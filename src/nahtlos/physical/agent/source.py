@@ -352,6 +352,7 @@ class SourceMove:
         """Forward only: the server is the destination's."""
         if self._journal.step != "committed":
             self._mark("committed")
+            await self._cease_judging()
             await self._until_done("the ledger to be written", self._yield)
             self._context.changed()
             await asyncio.sleep(KILL_AFTER_SECONDS)
@@ -362,6 +363,16 @@ class SourceMove:
             why = self._context.error_of(error)
             self._context.say("move.finish", self._vmm.server, f"{self._order.destination} not told: {why}")
         self._end(OperationState.DONE, None)
+
+    async def _cease_judging(self) -> None:
+        """Answers to what the server begins at its new place still come by this host. A failure is made good
+        when the move is settled, a moment later."""
+        try:
+            for port in self._order.ports:
+                await self._context.drivers.network.move_commit(port, self._context.network_of(port))
+        except Exception as error:
+            why = self._context.error_of(error)
+            self._context.say("move.commit", self._vmm.server, f"frames are judged here still: {why}")
 
     async def _yield(self) -> None:
         self._context.ledger.hand_over(self._journal)

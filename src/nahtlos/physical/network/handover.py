@@ -165,6 +165,10 @@ class Handover:
             await part.move_reverted(local(port, network), role)
         return returned.sent
 
+    async def commit(self, port: PortConfig, network: NetworkConfig) -> None:
+        for part in self._shared.parts:
+            await part.move_committed(local(port, network))
+
     async def settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         self._shared.touch(port)
         for part in self._shared.parts:

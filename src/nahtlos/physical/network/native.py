@@ -322,6 +322,9 @@ class NativeNetwork:
     async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
         return await self._handover.revert(port, network, role)
 
+    async def move_commit(self, port: PortConfig, network: NetworkConfig) -> None:
+        await self._handover.commit(port, network)
+
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         await self._handover.settle(port, network, role)
 

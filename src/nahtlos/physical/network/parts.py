@@ -64,6 +64,9 @@ class Part:
         """Frames of this port that are held back go on at once: at the source its server is about to be
         stopped, at the destination what came for it is about to be returned. Waits for nothing."""
 
+    async def move_committed(self, port: LocalPort) -> None:
+        """At the source: the destination owns the server. `move_settled` may come without it."""
+
     async def move_settled(self, port: LocalPort, role: MoveRole) -> None:
         """The move has ended well, here at its `role`."""
 

@@ -213,6 +213,10 @@ class SimNetwork(SimDriver):
         tap = self.host.board.taps.get(port)
         return tap.mac if tap is not None and tap.mac in self.world.paths.firewalls.guarded else None
 
+    async def move_commit(self, port: PortConfig, network: NetworkConfig) -> None:
+        async with self.verb("move_commit", port.id):
+            pass
+
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         async with self.verb("move_settle", f"{port.id} {role}"):
             self._loaded.pop(port.id, None)

@@ -382,6 +382,9 @@ class Firewall(Part):
             self._local[port.port.id] = port
             await self._add((port,), (move,))
 
+    async def move_committed(self, port: LocalPort) -> None:
+        await self._ended(port)
+
     async def move_settled(self, port: LocalPort, role: MoveRole) -> None:
         await self._ended(port)
 
