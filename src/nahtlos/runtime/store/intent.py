@@ -27,7 +27,6 @@ from nahtlos.runtime.store.settings import setting_of as setting_of
 PROMISED = "promised"
 DEFAULT_RELEASE = "default_release"
 PARALLEL_MOVES = "parallel_moves"
-MACHINE = "machine"
 
 
 # --- hosts -------------------------------------------------------------------------------------------

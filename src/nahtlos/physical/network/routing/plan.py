@@ -339,11 +339,6 @@ def _outside(
     return frozenset(facts)
 
 
-def addresses_outside(router: RouterConfig, at: Site) -> tuple[str, ...]:
-    gateway = router.spec.gateway
-    return (str(ip_address(gateway.address)), *at.translated(router)) if gateway else ()
-
-
 # --- load balancers ----------------------------------------------------------------------------------
 
 
@@ -424,7 +419,3 @@ def _balancer_items(balancer: LoadBalancerConfig, at: Site) -> Iterable[Item]:
 def _elsewhere(vni: int, mac: str, vtep: str) -> Iterable[Item]:
     yield TunnelEntry(tunnel_name(vni), mac, vtep)
     yield Forward(bridge_name(vni), mac, tunnel_name(vni))
-
-
-def outer_devices(found: Iterable[Space]) -> frozenset[str]:
-    return frozenset(cable.outer for space in found for cable in space.cables)

@@ -29,6 +29,7 @@ from nahtlos.physical.network.netlink import (
     KernelRefused,
     attribute,
     attributes,
+    messages,
     nested,
 )
 
@@ -89,12 +90,6 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 # --- reading -----------------------------------------------------------------------------------------
-
-
-def zone_of(body: bytes) -> int:
-    """0 if the entry is in no zone."""
-    value = attributes(body[4:]).get(ZONE)
-    return int.from_bytes(value, "big") if value else 0
 
 
 def decoded(body: bytes, zone: int) -> Entry | None:
@@ -200,15 +195,6 @@ def _translation(values: dict[int, bytes]) -> Iterator[bytes]:
 # --- sockets -----------------------------------------------------------------------------------------
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Kind, flags, sequence number, body."""
-    offset = 0
-    while offset + 16 <= len(data):
-        length, kind, flags, sequence, _ = struct.unpack_from("IHHII", data, offset)
-        yield kind, flags, sequence, data[offset + 16 : offset + length]
-        offset += (length + 3) & ~3
-
-
 def _open(buffer: int) -> socket.socket:
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
     try:
@@ -250,7 +236,7 @@ class Table:
         self._sequence += 1
         self._send(struct.pack("IHHIIBBH", 20, CT_STATS, REQUEST, self._sequence, 0, 0, 0, 0))
         while True:
-            for kind, _, sequence, body in self._receive():
+            for kind, sequence, _, body in self._receive():
                 if sequence == self._sequence:
                     if kind == 2:
                         raise KernelRefused("connection tracking", -struct.unpack_from("i", body)[0])
@@ -264,7 +250,7 @@ class Table:
         self._send(struct.pack("IHHII", 16 + len(body), CT_GET, REQUEST | DUMP, self._sequence, 0) + body)
         found: list[Entry] = []
         while True:
-            for kind, _, sequence, answer in self._receive():
+            for kind, sequence, _, answer in self._receive():
                 if sequence != self._sequence:
                     continue
                 if kind == 3:  # NLMSG_DONE
@@ -302,7 +288,7 @@ class Table:
     def _acknowledged(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         missing = set(range(first, first + count))
         while missing:
-            for kind, _, sequence, body in self._receive():
+            for kind, sequence, _, body in self._receive():
                 if kind == 2 and sequence in missing:
                     missing.discard(sequence)
                     code = -struct.unpack_from("i", body)[0]
@@ -320,7 +306,7 @@ class Table:
             data = self._socket.recv(1 << 18)
         except OSError as error:
             raise Unavailable(f"ctnetlink did not answer: {error}", field="network") from error
-        return _messages(data)
+        return messages(data)
 
 
 class Listener:
@@ -360,7 +346,7 @@ class Listener:
                 events += self._events(data)
 
     def _events(self, data: bytes) -> Iterable[Event]:
-        for kind, flags, _, body in _messages(data):
+        for kind, _, flags, body in messages(data):
             entry = decoded(body, self._zone) if kind in (CT_NEW, CT_DELETE) else None
             if entry is not None:
                 born = bool(flags & CREATE)
