@@ -13,7 +13,7 @@ import pytest
 
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import VolumeSpec
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.ports import Hypervisor, Storage, VmmId
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import OLD, Cloudlet, Conductor, server_spec

@@ -11,7 +11,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.physical.ports import MigrationPhase, VmmId, VmmStatus
+from nahtlos.physical.ports import MigrationPhase, StorageDesired, VmmId, VmmStatus
 
 CONVERGES_WITHIN = 60.0
 GIB = 1 << 30
@@ -33,7 +33,7 @@ async def state(host: OneHost, vmm: VmmId) -> RunState | None:
 
 async def booted(hosts: Hosts) -> tuple[ServerConfig, VmmId]:
     server = hosts.server()
-    await hosts.first.storage.reconcile((hosts.volume(server.volume.volume),), ())
+    await hosts.first.storage.reconcile(StorageDesired(volumes=(hosts.volume(server.volume.volume),)))
     await hosts.first.plug(server)
     await hosts.first.hypervisor.start(server, hosts.release)
     return server, VmmId(server.spec.id, server.epoch)

@@ -9,7 +9,7 @@ from hypervisor_worlds import WORLDS, Hosts, Stage, stage_of
 
 from nahtlos.model.errors import Error
 from nahtlos.model.ids import VolumeId
-from nahtlos.physical.ports import VmmId
+from nahtlos.physical.ports import StorageDesired, VmmId
 
 
 @pytest.fixture(params=WORLDS)
@@ -25,9 +25,9 @@ def test_volumes_are_made_and_served_and_doing_it_again_changes_nothing(stage: S
     async def play(hosts: Hosts) -> None:
         storage = hosts.first.storage
         one, two = hosts.volume("one"), hosts.volume("two")
-        assert await storage.reconcile((one,), ())
-        assert await storage.reconcile((one, two), ())
-        assert await storage.reconcile((one, two), ()) == ()
+        assert await storage.reconcile(StorageDesired(volumes=(one,)))
+        assert await storage.reconcile(StorageDesired(volumes=(one, two)))
+        assert await storage.reconcile(StorageDesired(volumes=(one, two))) == ()
         assert await held(hosts) == {"one": (1, True), "two": (1, True)}
 
     stage(play)
@@ -37,11 +37,13 @@ def test_a_volume_goes_only_when_it_is_named(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         storage = hosts.first.storage
         one, two = hosts.volume("one"), hosts.volume("two")
-        await storage.reconcile((one, two), ())
-        await storage.reconcile((one,), ())
+        await storage.reconcile(StorageDesired(volumes=(one, two)))
+        await storage.reconcile(StorageDesired(volumes=(one,)))
         assert set(await held(hosts)) == {"one", "two"}
-        assert await storage.reconcile((one,), (two.id,))
-        assert await storage.reconcile((one,), (two.id, VolumeId("never"))) == ()
+        assert await storage.reconcile(StorageDesired(volumes=(one,), removed=(two.id,)))
+        assert (
+            await storage.reconcile(StorageDesired(volumes=(one,), removed=(two.id, VolumeId("never")))) == ()
+        )
         assert set(await held(hosts)) == {"one"}
 
     stage(play)
@@ -51,8 +53,8 @@ def test_a_new_epoch_fences_who_has_the_old_name(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         server = hosts.server()
         old = hosts.volume(server.volume.volume)
-        await hosts.first.storage.reconcile((old,), ())
-        assert await hosts.first.storage.reconcile((hosts.volume(old.id, epoch=2),), ())
+        await hosts.first.storage.reconcile(StorageDesired(volumes=(old,)))
+        assert await hosts.first.storage.reconcile(StorageDesired(volumes=(hosts.volume(old.id, epoch=2),)))
         assert await held(hosts) == {old.id: (2, True)}
         await hosts.first.plug(server)
         with pytest.raises(Error):

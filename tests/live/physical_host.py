@@ -16,7 +16,8 @@ from pathlib import Path
 from nahtlos.model.config import ServerConfig, VolumeAttachment
 from nahtlos.model.ids import HostId, ImageId, NetworkId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import PortSpec
-from nahtlos.model.nouns import HostRole, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.hypervisor.driver import QemuHypervisor
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.embedded import EmbeddedStorage

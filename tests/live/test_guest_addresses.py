@@ -21,7 +21,7 @@ from nahtlos.model.ids import PortId, ServerId
 from nahtlos.model.networking import PortSpec
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.network.services.addressing import made_of_mac
-from nahtlos.physical.ports import NetworkDesired, VmmId
+from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId
 from nahtlos.physical.supervisor.client import SupervisorClient
 
 pytestmark = [
@@ -151,7 +151,7 @@ async def test_the_guest_answers_by_ipv6_made_of_its_mac_and_by_a_fixed_one(
                     lambda p=port, n=network: networked.driver.port_create(p, n, deliver=True)
                 )
         await networked.call(lambda: networked.driver.reconcile(NetworkDesired(config=config)))
-        await host.storage.reconcile((volume_on(host, "web-root"),), ())
+        await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "web-root"),)))
         await host.hypervisor.start(server, release("10.0"))
         for network in networks:
             fd = await host.supervisor.fetch_fd(f"tap.client-{network.spec.id}")

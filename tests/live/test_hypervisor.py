@@ -16,7 +16,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import RunState
-from nahtlos.physical.ports import MigrationPhase, VmmId, VmmStatus
+from nahtlos.physical.ports import MigrationPhase, StorageDesired, VmmId, VmmStatus
 
 pytestmark = [
     pytest.mark.live,
@@ -38,7 +38,7 @@ async def place() -> AsyncIterator[Place]:
 
 async def booted(host: Host, name: str, under: ReleaseId) -> ServerConfig:
     server = server_on(host, name)
-    await host.storage.reconcile((volume_on(host, f"{name}-root"),), ())
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, f"{name}-root"),)))
     await host.plug(server)
     await host.hypervisor.start(server, under)
     await console_says(host, VmmId(server.spec.id, server.epoch), "boot ")
@@ -220,7 +220,7 @@ async def test_stream_to_the_wrong_host_is_refused_at_once(place: Place) -> None
 async def test_waiting_destination_must_not_be_resumed_and_may_be_asked_again(place: Place) -> None:
     one = place.host("host-1")
     server = server_on(one, "waiting")
-    await one.storage.reconcile((volume_on(one, "waiting-root"),), ())
+    await one.storage.reconcile(StorageDesired(volumes=(volume_on(one, "waiting-root"),)))
     arriving, uri = await prepared(server, one, release("11.1"))
     assert (await known_status(one, arriving)).state is RunState.INCOMING
     with pytest.raises(Refused, match="not received"):

@@ -17,10 +17,10 @@ from physical_host import Host, Place, volume_on
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ImageId, VolumeId
 from nahtlos.model.inventory import VolumeStatus
-from nahtlos.model.nouns import VolumeSpec
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.hypervisor.commandline import TLS_CLIENT, tls_object
-from nahtlos.physical.ports import Unit
+from nahtlos.physical.ports import StorageDesired, Unit
 from nahtlos.runtime.identity.authority import CertificateAuthority, Issued
 from nahtlos.wire.credentials import write_pki_dir
 
@@ -152,7 +152,7 @@ class Writer(threading.Thread):
 
 async def test_writer_loses_nothing_through_kills_of_the_daemon(place: Place) -> None:
     host = place.host("host-1")
-    await host.storage.reconcile((volume_on(host, "data", empty=True, size_mib=512),), ())
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "data", empty=True, size_mib=512),)))
     disk = Disk(await stand_in(host, "data.e1"))
     writer = Writer(disk)
     writer.start()
@@ -177,9 +177,9 @@ async def test_writer_loses_nothing_through_kills_of_the_daemon(place: Place) ->
 async def test_daemon_serves_again_although_nobody_is_there_to_tell_it(place: Place) -> None:
     """As when agent and daemon die together: what it serves is in its definition."""
     host = place.host("host-1")
-    await host.storage.reconcile((volume_on(host, "one", empty=True, size_mib=8),), ())
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "one", empty=True, size_mib=8),)))
     second = (volume_on(host, "one", empty=True, size_mib=8), volume_on(host, "two", empty=True, size_mib=8))
-    await host.storage.reconcile(second, ())
+    await host.storage.reconcile(StorageDesired(volumes=second))
     await host.storage.close()
     pid = await host.pid("qsd")
     os.kill(pid, 9)
@@ -188,13 +188,13 @@ async def test_daemon_serves_again_although_nobody_is_there_to_tell_it(place: Pl
         disk = Disk(await stand_in(host, f"{name}.e1", name=f"client-{name}"))
         assert disk.size == 8 << 20
         disk.close()
-    assert await host.storage.reconcile(second, ()) == ()
+    assert await host.storage.reconcile(StorageDesired(volumes=second)) == ()
 
 
 async def test_volume_from_an_image_is_larger_sparse_and_starts_with_it(place: Place) -> None:
     host = place.host("host-1")
     volume = volume_on(host, "root", size_mib=256)
-    done = await host.storage.reconcile((volume,), ())
+    done = await host.storage.reconcile(StorageDesired(volumes=(volume,)))
     assert any("created" in line for line in done)
     path = host.settings.state_dir / "volumes" / "root.raw"
     image = host.settings.images_dir / f"{volume.image}.raw"
@@ -206,15 +206,17 @@ async def test_volume_from_an_image_is_larger_sparse_and_starts_with_it(place: P
         VolumeStatus(id=VolumeId("root"), epoch=1, served=True, size_mib=256),
     )
     await host.restart_drivers()
-    assert await host.storage.reconcile((volume,), ()) == ()
+    assert await host.storage.reconcile(StorageDesired(volumes=(volume,))) == ()
 
 
 async def test_new_epoch_shuts_out_the_clients_of_the_old_one(place: Place) -> None:
     host = place.host("host-1")
-    await host.storage.reconcile((volume_on(host, "data", empty=True, size_mib=8),), ())
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "data", empty=True, size_mib=8),)))
     old = Disk(await stand_in(host, "data.e1"))
     old.write(0, block(0))
-    await host.storage.reconcile((volume_on(host, "data", empty=True, size_mib=8, epoch=2),), ())
+    await host.storage.reconcile(
+        StorageDesired(volumes=(volume_on(host, "data", empty=True, size_mib=8, epoch=2),))
+    )
     new = Disk(await stand_in(host, "data.e2", name="client-2"))
     assert new.read(0) == block(0)
     assert [v.epoch for v in await host.storage.observe()] == [2]
@@ -225,16 +227,16 @@ async def test_new_epoch_shuts_out_the_clients_of_the_old_one(place: Place) -> N
 async def test_only_what_is_named_is_deleted(place: Place) -> None:
     host = place.host("host-1")
     kept, gone = (volume_on(host, name, empty=True, size_mib=8) for name in ("kept", "gone"))
-    await host.storage.reconcile((kept, gone), ())
-    assert await host.storage.reconcile((), ()) == ()
+    await host.storage.reconcile(StorageDesired(volumes=(kept, gone)))
+    assert await host.storage.reconcile(StorageDesired()) == ()
     assert {v.id: v.served for v in await host.storage.observe()} == {"kept": True, "gone": True}
-    await host.storage.reconcile((), (VolumeId("gone"),))
+    await host.storage.reconcile(StorageDesired(removed=(VolumeId("gone"),)))
     assert {v.id: v.served for v in await host.storage.observe()} == {"kept": True}
 
 
 async def test_operator_and_strangers_are_not_served(place: Place, tmp_path: Path) -> None:
     host = place.host("host-1")
-    await host.storage.reconcile((volume_on(host, "data", empty=True, size_mib=8),), ())
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "data", empty=True, size_mib=8),)))
     operator = place.authority.issue_operator("somebody")
     stranger = CertificateAuthority.open(tmp_path / "other-ca").issue_host(
         host.settings.host, host.settings.address
@@ -250,10 +252,10 @@ async def test_missing_or_too_large_images_are_refused_by_name(place: Place) -> 
     host = place.host("host-1")
     missing = VolumeSpec(id=VolumeId("v"), size_mib=8, image=ImageId("no-such"), host=host.settings.host)
     with pytest.raises(Refused, match="no-such") as refusal:
-        await host.storage.reconcile((missing,), ())
+        await host.storage.reconcile(StorageDesired(volumes=(missing,)))
     assert refusal.value.field == "image"
     with pytest.raises(Refused, match="MiB") as refusal:
-        await host.storage.reconcile((volume_on(host, "v", size_mib=8),), ())
+        await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "v", size_mib=8),)))
     assert refusal.value.field == "size_mib"
     assert await host.storage.observe() == ()
 

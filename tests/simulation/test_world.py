@@ -11,8 +11,16 @@ from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import VolumeSpec
-from nahtlos.physical.ports import Crash, Drivers, MigrationPhase, MoveRole, NetworkDesired, VmmId
+from nahtlos.model.storage import VolumeSpec
+from nahtlos.physical.ports import (
+    Crash,
+    Drivers,
+    MigrationPhase,
+    MoveRole,
+    NetworkDesired,
+    StorageDesired,
+    VmmId,
+)
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import EDGE, OLD, Cloudlet, Conductor, server_spec
 from nahtlos.physical.sim.faults import Act, Call, Life, Moment, Scripted
@@ -44,7 +52,7 @@ class Stage:
 
     async def open(self) -> None:
         volume = VolumeSpec(id=VolumeId("web-1-v"), size_mib=160, image=None, host=A)
-        await self.drivers[A].storage.reconcile((volume,), ())
+        await self.drivers[A].storage.reconcile(StorageDesired(volumes=(volume,)))
         await self.drivers[A].network.port_create(self.port, self.network, deliver=True)
         await self.drivers[A].hypervisor.start(self.server, OLD)
         for host in self.drivers:

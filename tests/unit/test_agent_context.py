@@ -18,8 +18,13 @@ from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.wire import websocket
+from nahtlos.wire.messages import Message
 
 MOVE = OperationId("op-1")
+
+
+async def no_orchestrator(body: Message, timeout: float) -> Message:
+    raise Unavailable(f"none is connected to answer {type(body).__name__} within {timeout} s")
 
 
 def context(**parts: Any) -> Context:
@@ -32,6 +37,7 @@ def context(**parts: Any) -> Context:
         "emit": lambda _: None,
         "changed": lambda: None,
         "on_bug": lambda _: None,
+        "ask": no_orchestrator,
     }
     return Context(**{**given, **parts})
 

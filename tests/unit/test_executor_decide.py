@@ -33,7 +33,8 @@ from nahtlos.model.inventory import (
     OperationStatus,
 )
 from nahtlos.model.networking import NetworkSpec, PortSpec
-from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World

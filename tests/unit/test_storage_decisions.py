@@ -8,7 +8,7 @@ import pytest
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, ImageId, VolumeId
-from nahtlos.model.nouns import VolumeSpec
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.storage import daemon
 from nahtlos.physical.storage.daemon import Served, node_name, parse_export
 from nahtlos.physical.storage.volumes import VolumeFolder, copy_sparse

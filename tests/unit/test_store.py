@@ -26,7 +26,8 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.networking import NetworkSpec, PortSpec
-from nahtlos.model.nouns import HostRole, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import (
     blueprints,
     campaigns,

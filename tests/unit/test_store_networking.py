@@ -25,7 +25,8 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.networking import FloatingIpSpec, PortSpec, RouterGateway, RouterSpec
-from nahtlos.model.nouns import ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology, Underlay
 from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.settings import CloudSettings

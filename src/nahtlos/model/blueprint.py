@@ -18,7 +18,8 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.networking import NetworkSpec
-from nahtlos.model.nouns import Assignment, HostSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import Assignment, Component, HostSpec, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.values import Value
 
 
@@ -41,12 +42,13 @@ class CampaignState(StrEnum):
 
 
 class Campaign(Value, frozen=True, kw_only=True):
-    """Bring `hosts` to release `to_release`, servers running throughout."""
+    """Bring `component` of `hosts` to release `to_release`, servers running throughout."""
 
     id: CampaignId
     to_release: ReleaseId
     hosts: tuple[HostId, ...]
     state: CampaignState
+    component: Component = Component.HYPERVISOR
     from_releases: tuple[ReleaseId, ...] = ()
     created_at: float = 0.0
     ended_at: float | None = None
@@ -64,6 +66,9 @@ class Policy(Value, frozen=True, kw_only=True):
     networks: tuple[NetworkSpec, ...] = ()
     release: ReleaseId | None = None
     """The hypervisor release of hosts no campaign has reached."""
+    storage_release: ReleaseId | None = None
+    network_release: ReleaseId | None = None
+    """What hosts that join are given of these; None: what they come with."""
     campaign: Campaign | None = None
     """The one campaign that is not over (or whose cancellation is not complete)."""
     placements: dict[ServerId, HostId] = {}
@@ -94,6 +99,21 @@ class HostPlan(Value, frozen=True, kw_only=True):
     release: ReleaseId | None
     previous: ReleaseId | None = None
     """While a campaign switches it: the release it is put back to if the switch is given up."""
+    storage_release: ReleaseId | None = None
+    """None: the storage daemon is left as it is."""
+    network_release: ReleaseId | None = None
+    """None: the host's own programs."""
+    replacing: Component | None = None
+    """Replaced right now while servers stay: until the host reports it and is healthy."""
+
+    def release_of(self, component: Component) -> ReleaseId | None:
+        match component:
+            case Component.HYPERVISOR:
+                return self.release
+            case Component.STORAGE:
+                return self.storage_release
+            case Component.NETWORK:
+                return self.network_release
 
 
 class Failure(Value, frozen=True, kw_only=True):
@@ -211,6 +231,7 @@ class Forecast(Value, frozen=True, kw_only=True):
     """A dry run: what a campaign would do, in order, with predictions and blockers."""
 
     to_release: ReleaseId
+    component: Component = Component.HYPERVISOR
     hosts: tuple[ForecastHost, ...]
     total_moves: int
     moves_per_server: float

@@ -7,7 +7,16 @@ does not mention is reported as drift and left alone.
 
 import ipaddress
 
-from nahtlos.model.ids import HostId, NetworkId, PortId, ReleaseId, SecurityGroupId, ServerId, VolumeId
+from nahtlos.model.ids import (
+    HostId,
+    NetworkId,
+    PortId,
+    ReleaseId,
+    SecurityGroupId,
+    ServerId,
+    SnapshotId,
+    VolumeId,
+)
 from nahtlos.model.networking import (
     AddressPair,
     FloatingIpSpec,
@@ -17,8 +26,28 @@ from nahtlos.model.networking import (
     RouterSpec,
     SecurityGroupSpec,
 )
-from nahtlos.model.nouns import HostSpec, ServerSpec, VolumeSpec
+from nahtlos.model.nouns import HostSpec, ServerSpec
+from nahtlos.model.storage import DiskLimits, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
+
+
+class VolumeEndpoint(Value, frozen=True, kw_only=True):
+    """Where one copy of a volume is served."""
+
+    host: HostId
+    address: str
+    port: int
+    export: str
+
+
+class RbdEndpoint(Value, frozen=True, kw_only=True):
+    """An image of a RADOS pool. The user's key is where the host keeps it, never in a configuration."""
+
+    pool: str
+    image: str
+    user: str
+    configuration: str
+    """Path of the cluster's configuration on the host."""
 
 
 class VolumeAttachment(Value, frozen=True, kw_only=True):
@@ -29,6 +58,15 @@ class VolumeAttachment(Value, frozen=True, kw_only=True):
     port: int
     export: str
     """`<volume>.e<epoch>`"""
+    copies: tuple[VolumeEndpoint, ...] = ()
+    """All current copies, where there are several; the first one is what the three fields above say.
+    Empty: they are all there is."""
+    size_mib: int = 0
+    """0: what is served."""
+    limits: DiskLimits = DiskLimits()
+    limits_group: str = ""
+    rbd: RbdEndpoint | None = None
+    """Not None: the volume is this image, and address, port and export say nothing."""
 
 
 class ServerConfig(Value, frozen=True, kw_only=True):
@@ -38,6 +76,12 @@ class ServerConfig(Value, frozen=True, kw_only=True):
     spec: ServerSpec
     epoch: int
     volume: VolumeAttachment
+    data_volumes: tuple[VolumeAttachment, ...] = ()
+    """In the order of `spec.data_volumes`."""
+
+    @property
+    def all_volumes(self) -> tuple[VolumeAttachment, ...]:
+        return (self.volume, *self.data_volumes)
 
 
 class PortConfig(Value, frozen=True, kw_only=True):
@@ -114,12 +158,21 @@ class HostConfig(Value, frozen=True, kw_only=True):
     release: ReleaseId | None
     """Hypervisor release for servers that start (or arrive) here from now on; running ones keep theirs.
     None on a host without the compute role."""
+    storage_release: ReleaseId | None = None
+    """None: the storage daemon is left as it is."""
+    network_release: ReleaseId | None = None
+    """Of what serves networks beside the kernel. None: the host's own programs."""
     networks: tuple[NetworkConfig, ...] = ()
     uplinks: tuple[Uplink, ...] = ()
     servers: tuple[ServerConfig, ...] = ()
     removed_servers: tuple[ServerId, ...] = ()
     volumes: tuple[VolumeSpec, ...] = ()
     removed_volumes: tuple[VolumeId, ...] = ()
+    snapshots: tuple[SnapshotSpec, ...] = ()
+    """Those kept here. They are taken by operations; named here so that they are missed if they are gone."""
+    removed_snapshots: tuple[SnapshotId, ...] = ()
+    snapshot_exports: tuple[SnapshotExport, ...] = ()
+    """Served here; one that is not named is withdrawn."""
     reflect: tuple[PortId, ...] = ()
     """Ports that left this host and whose frames it must still pass on, because some host has not
     yet converged to their new place."""

@@ -9,6 +9,10 @@ from nahtlos.model.errors import Refused
 HostId = NewType("HostId", str)
 ServerId = NewType("ServerId", str)
 VolumeId = NewType("VolumeId", str)
+SnapshotId = NewType("SnapshotId", str)
+BackupId = NewType("BackupId", str)
+KeyId = NewType("KeyId", str)
+"""Of a key in the keyring; the key itself never stands where this does."""
 NetworkId = NewType("NetworkId", str)
 SubnetId = NewType("SubnetId", str)
 PortId = NewType("PortId", str)

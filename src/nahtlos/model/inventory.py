@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.nouns import HostRole, Size
 from nahtlos.model.values import Value
 
@@ -43,6 +43,12 @@ class OperationKind(StrEnum):
     MOVE = "move"
     VERIFY = "verify"
     """Boot a probe under the host's configured release before it is given servers."""
+    RELOCATE = "relocate"
+    """A volume goes to another host or backend while it is written."""
+    REBUILD = "rebuild"
+    """A copy of a volume is brought up to the others."""
+    SNAPSHOT = "snapshot"
+    BACKUP = "backup"
 
 
 class OperationStatus(Value, frozen=True, kw_only=True):
@@ -51,6 +57,7 @@ class OperationStatus(Value, frozen=True, kw_only=True):
     state: OperationState
     step: str
     server: ServerId | None = None
+    volume: VolumeId | None = None
     epoch: int = 0
     """Of the server, after the operation."""
     waits_for: str = ""
@@ -67,6 +74,28 @@ class VolumeStatus(Value, frozen=True, kw_only=True):
     epoch: int
     served: bool
     size_mib: int
+    allocated_bytes: int = 0
+    """What it takes of its pool."""
+    clients: int = 0
+    problem: str = ""
+    """Why it cannot be used, in words; empty if it can."""
+
+
+class SnapshotStatus(Value, frozen=True, kw_only=True):
+    id: SnapshotId
+    volume: VolumeId
+    group: str = ""
+    size_mib: int = 0
+    allocated_bytes: int = 0
+    clones: tuple[VolumeId, ...] = ()
+    """Volumes here that rest on it."""
+
+
+class PoolStatus(Value, frozen=True, kw_only=True):
+    """Where a host keeps volumes, in bytes."""
+
+    total: int
+    free: int
 
 
 class Accelerator(Value, frozen=True, kw_only=True):
@@ -93,9 +122,17 @@ class HostInventory(Value, frozen=True, kw_only=True):
     """Hypervisor releases present here whose files were checked against their manifest."""
     verified_release: ReleaseId | None = None
     """The release under which a probe last booted here."""
+    storage_release: ReleaseId | None = None
+    """That the storage daemon runs by; None: not known, or there is nothing to serve and none was asked for."""
+    network_release: ReleaseId | None = None
+    """That every network function here runs by; None: the host's own programs."""
     accelerator: Accelerator | None = None
     servers: tuple[ServerStatus, ...] = ()
     volumes: tuple[VolumeStatus, ...] = ()
+    snapshots: tuple[SnapshotStatus, ...] = ()
+    pool: PoolStatus | None = None
+    disk_problems: tuple[str, ...] = ()
+    """Disks that stopped a server, or copies that were lost, in words with what to do."""
     operations: tuple[OperationStatus, ...] = ()
     """Running ones, and ended ones until the runtime has acknowledged them."""
     drift: tuple[str, ...] = ()

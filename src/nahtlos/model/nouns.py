@@ -1,11 +1,11 @@
-"""What the cloud consists of, as frozen values: servers, volumes, releases, hosts. Networks are beside it.
+"""What the cloud consists of, as frozen values: servers, releases, hosts. Networks and volumes are beside it.
 
 Values only. Sizes are in MiB unless the name says otherwise; addresses are strings as people write them.
 """
 
 from enum import StrEnum
 
-from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
 from nahtlos.model.values import Value
 
@@ -34,21 +34,14 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     project: ProjectId = DEFAULT_PROJECT
     size: Size
     volume: VolumeId
+    """Its system disk."""
     ports: tuple[PortSpec, ...]
     machine: str
     """Versioned machine type, e.g. `pc-q35-10.0`; never an alias."""
     cpu_model: str = "qemu64"
     """Named CPU model; never `host` or `max`."""
-
-
-class VolumeSpec(Value, frozen=True, kw_only=True):
-    """A volume and the host that serves it. `epoch` is part of the export's name and fences old clients."""
-
-    id: VolumeId
-    size_mib: int
-    image: ImageId | None
-    host: HostId
-    epoch: int = 1
+    data_volumes: tuple[VolumeId, ...] = ()
+    """Further disks; each keeps its place (its index) for as long as it is attached."""
 
 
 class HostRole(StrEnum):
@@ -69,9 +62,19 @@ class HostSpec(Value, frozen=True, kw_only=True):
 
 
 class Component(StrEnum):
-    """What a release can be a release of. Others follow."""
+    """What a campaign can replace under running servers."""
 
     HYPERVISOR = "qemu"
+    """Servers are moved away first. Its releases contain the storage daemon, too."""
+    STORAGE = "storage"
+    """The daemon that serves a host's volumes; servers stay where they are."""
+    NETWORK = "network"
+    """What serves a host's networks beside the kernel: DHCP and names, load balancers. Servers stay."""
+
+    @property
+    def released_as(self) -> "Component":
+        """What a release it is taken from is a release of."""
+        return Component.HYPERVISOR if self is Component.STORAGE else self
 
 
 class Artifact(Value, frozen=True, kw_only=True):

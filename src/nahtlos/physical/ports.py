@@ -20,10 +20,12 @@ from nahtlos.model.config import (
     NetworkConfig,
     PortConfig,
     ServerConfig,
+    VolumeEndpoint,
 )
-from nahtlos.model.ids import PortId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.inventory import Accelerator, RunState, VolumeStatus
-from nahtlos.model.nouns import Size, VolumeSpec
+from nahtlos.model.ids import HostId, KeyId, PortId, ReleaseId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.inventory import Accelerator, RunState, SnapshotStatus, VolumeStatus
+from nahtlos.model.nouns import Size
+from nahtlos.model.storage import CopyProgress, SnapshotExport, SnapshotSpec, VolumeSpec
 
 
 class VmmId(msgspec.Struct, frozen=True, order=True):
@@ -98,6 +100,21 @@ class Supervisor(Protocol):
 # --- hypervisor --------------------------------------------------------------------------------------
 
 
+class DiskTrouble(StrEnum):
+    NO_SPACE = "no-space"
+    """The pool under the volume is full: the guest goes on once there is room."""
+    ERROR = "error"
+    REPLICA_LOST = "replica-lost"
+    """A write was not acknowledged because this copy did not take it."""
+
+
+class DiskProblem(msgspec.Struct, frozen=True, kw_only=True):
+    volume: VolumeId
+    trouble: DiskTrouble
+    replica: HostId | None = None
+    text: str = ""
+
+
 class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     id: VmmId
     state: RunState
@@ -108,6 +125,8 @@ class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """This VMM has received a server completely (destination) and may be resumed."""
     sent: bool = False
     """This VMM has sent its server completely (source); resuming it would run a second copy."""
+    disk_problems: tuple[DiskProblem, ...] = ()
+    """Why its guest was stopped by its disks, and copies that failed."""
 
 
 class MigrationPhase(StrEnum):
@@ -154,6 +173,15 @@ class Hypervisor(Protocol):
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]: ...
 
     async def console_write(self, vmm: VmmId, data: bytes) -> None: ...
+
+    # disks of a VMM that runs
+
+    async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        """Attach, detach, enlarge, limit, and reach every volume by exactly the copies `server` names: a copy
+        that is not named any more is let go, one that is new is used from now on (whoever calls this has made
+        sure that it holds every acknowledged write). Each change is atomic for the guest; it sees no error.
+        Returns what was changed. Refused where the machine has no place left."""
+        ...
 
     # moves: destination
 
@@ -305,17 +333,86 @@ class Network(Protocol):
 # --- storage -----------------------------------------------------------------------------------------
 
 
-class Storage(Protocol):
-    """Volumes of this host, served over NBD."""
+class StorageDesired(msgspec.Struct, frozen=True, kw_only=True):
+    """What `Storage.reconcile` makes true. What is not named is left alone."""
 
-    async def reconcile(
-        self, volumes: tuple[VolumeSpec, ...], removed: tuple[VolumeId, ...]
-    ) -> tuple[str, ...]:
-        """Create what is missing from its image, serve everything, delete what is removed. Returns what
-        was put right."""
+    volumes: tuple[VolumeSpec, ...] = ()
+    removed: tuple[VolumeId, ...] = ()
+    snapshots: tuple[SnapshotSpec, ...] = ()
+    removed_snapshots: tuple[SnapshotId, ...] = ()
+    exports: tuple[SnapshotExport, ...] = ()
+    """Snapshots to be readable from outside; others are withdrawn."""
+    release: ReleaseId | None = None
+    """Of the storage daemon. None: whatever it runs."""
+    pinned: frozenset[VolumeId] = frozenset()
+    """Volumes that take part in an operation here: neither created, nor served otherwise, nor resized."""
+
+
+class Keyring(Protocol):
+    async def key(self, key: KeyId) -> bytes:
+        """Unavailable if who keeps it cannot be reached, NotFound if there is none."""
+        ...
+
+
+class Storage(Protocol):
+    """Volumes of this host. Every verb can be repeated; a daemon that dies and is started again by its
+    supervisor serves what was served, and no acknowledged write is lost."""
+
+    async def reconcile(self, desired: StorageDesired) -> tuple[str, ...]:
+        """Create what is missing, from its image or snapshot or blank; serve everything by its epoch; enlarge
+        what is to be larger; delete what is removed; run the wanted release. Returns what was put right."""
         ...
 
     async def observe(self) -> tuple[VolumeStatus, ...]: ...
+
+    # snapshots
+
+    async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        """All at one moment. Those that exist are left as they are; all or none of the others are made."""
+        ...
+
+    async def snapshots(self) -> tuple[SnapshotStatus, ...]: ...
+
+    async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
+        """The volume is as it was then. Conflict while a client has it open. All snapshots stay."""
+        ...
+
+    # relocation: source
+
+    async def relocate_start(
+        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+    ) -> None:
+        """Copy all of it to `target` while it is written; from READY on every write goes to both.
+        `bytes_per_second`: 0 for no limit; may be called again with another one."""
+        ...
+
+    async def relocate_progress(self, volume: VolumeId) -> CopyProgress: ...
+
+    async def relocate_complete(self, volume: VolumeId) -> None:
+        """From its return on, and after any crash from its beginning on, this host passes everything on to
+        the target and its own file counts for nothing. Refused unless READY."""
+        ...
+
+    async def relocate_cancel(self, volume: VolumeId) -> None:
+        """The volume is this host's alone again. Conflict once `relocate_complete` has begun."""
+        ...
+
+    async def relocate_finish(self, volume: VolumeId) -> None:
+        """No client comes here any more: withdraw it, delete the file. Refused unless it was completed."""
+        ...
+
+    # relocation and replication: destination
+
+    async def receive(self, volume: VolumeSpec) -> None:
+        """A blank file of its size, served for writing to hosts by `volume.epoch`. What an earlier attempt
+        has left in it is no matter."""
+        ...
+
+    # health
+
+    async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
+        """SHA-256 of these bytes as they are on disk; zeros and holes are alike."""
+        ...
 
 
 class Drivers(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,10 +3,11 @@
 Every message is a tagged struct; unknown fields are ignored, unknown messages are refused (`Failure` with
 kind `refused`), so two neighbouring releases can talk. A message is carried in an `Envelope`.
 
-    agent -> orchestrator   Hello, Report, Event           answers to commands
-    orchestrator -> agent   Configure, BeginMove, BeginVerify, Acknowledge, CancelOperation, ConsoleRead,
-                            ConsoleWrite, Ping
+    agent -> orchestrator   Hello, Report, Event, ReplicaLost, KeyRead          answers to commands
+    orchestrator -> agent   Configure, BeginMove, BeginVerify, BeginVolumeTask, Acknowledge, CancelOperation,
+                            ConsoleRead, ConsoleWrite, Ping
     agent -> agent          PeerHello, MovePrepare, MoveState, MoveSwitch, MoveCommit, MoveAbandon, …
+                            VolumeReceive, VolumeAttach, …
 """
 
 from enum import StrEnum
@@ -18,13 +19,19 @@ from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.model.nouns import HostRole
+from nahtlos.wire.message import Message as Message
+from nahtlos.wire.volumes import (
+    BeginVolumeTask,
+    KeyData,
+    KeyRead,
+    ReplicaLost,
+    ReplicasRecorded,
+    VolumeAttach,
+    VolumeReceive,
+)
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of everything that is sent."""
 
 
 # --- session -----------------------------------------------------------------------------------------
@@ -244,9 +251,17 @@ class MoveFinished(Message, frozen=True, kw_only=True):
 
 
 ToAgent = (
-    Configure | BeginMove | BeginVerify | CancelOperation | Acknowledge | ConsoleRead | ConsoleWrite | Ping
+    Configure
+    | BeginMove
+    | BeginVerify
+    | BeginVolumeTask
+    | CancelOperation
+    | Acknowledge
+    | ConsoleRead
+    | ConsoleWrite
+    | Ping
 )
-ToOrchestrator = Hello | Report | Event | Ping
+ToOrchestrator = Hello | Report | Event | ReplicaLost | KeyRead | Ping
 ToPeer = (
     PeerHello
     | MovePrepare
@@ -257,9 +272,11 @@ ToPeer = (
     | MoveQuery
     | MoveReturnFrames
     | MoveFinished
+    | VolumeReceive
+    | VolumeAttach
     | Ping
 )
-Answer = Welcome | Done | Failure | ConsoleData | MoveReady | MoveOutcome
+Answer = Welcome | Done | Failure | ConsoleData | MoveReady | MoveOutcome | ReplicasRecorded | KeyData
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from nahtlos import __version__
-from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused
+from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Unavailable
 from nahtlos.model.ids import OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import OperationKind, OperationState
 from nahtlos.physical.agent.context import Context
@@ -22,6 +22,8 @@ from nahtlos.physical.agent.destination import DestinationMove
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
+from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
+from nahtlos.physical.agent.volumes.tasks import VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.wire.messages import (
@@ -55,6 +57,7 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel, Transport
+from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
 
 CONVERGE_SECONDS = 5.0
 RETRY_SECONDS = 1.0
@@ -104,13 +107,17 @@ class Agent:
             emit=self._emit,
             changed=self._note_change,
             on_bug=on_bug or _ignore,
+            ask=self._ask_orchestrator,
         )
         self._converger = Converger(self._context)
         self._boot_id = boot_id
         self._on_bug = on_bug
         self._sources: dict[OperationId, SourceMove] = {}
         self._destinations: dict[OperationId, DestinationMove] = {}
+        self._volume_tasks: dict[OperationId, VolumeTaskRun] = {}
         self._operations: asyncio.TaskGroup | None = None
+        self._orchestrator: Session | None = None
+        """Once it has welcomed this agent."""
         self._releases: tuple[ReleaseId, ...] = ()
 
     async def run(self) -> None:
@@ -146,7 +153,7 @@ class Agent:
         """What an earlier process of this agent began and did not end. A stuck move, too, is taken up: to
         recover is to look at what runs, and starting the agent again is what an operator can do about it."""
         for journal in self._context.ledger.operations():
-            if journal.state is OperationState.STUCK and journal.kind is OperationKind.MOVE:
+            if journal.state is OperationState.STUCK and journal.kind is not OperationKind.VERIFY:
                 anew = msgspec.structs.replace(journal, state=OperationState.RUNNING, error=None)
                 self._start_operation(self._context.ledger.note(anew, "again"), recovering=True)
             elif journal.running:
@@ -161,6 +168,9 @@ class Agent:
             case Role.DESTINATION:
                 target = self._destinations[journal.id] = DestinationMove(self._context, journal)
                 work = target.run(recovering=recovering)
+            case Role.COORDINATOR:
+                task = self._volume_tasks[journal.id] = task_for(self._context, journal)
+                work = task.run(recovering=recovering)
             case Role.HOST:
                 work = self._verify(journal)
         self._operations.create_task(self._guard(journal, work), name=f"operation {journal.id}")
@@ -174,6 +184,7 @@ class Agent:
         finally:
             self._sources.pop(journal.id, None)
             self._destinations.pop(journal.id, None)
+            self._volume_tasks.pop(journal.id, None)
             self._context.switched(journal.id)
             self._note_change()
 
@@ -222,7 +233,11 @@ class Agent:
         return tuple(self._current(j) for j in self._context.ledger.operations())
 
     def _current(self, journal: Journal) -> Journal:
-        running = self._sources.get(journal.id) or self._destinations.get(journal.id)
+        running = (
+            self._sources.get(journal.id)
+            or self._destinations.get(journal.id)
+            or self._volume_tasks.get(journal.id)
+        )
         return running.journal if running and journal.running else journal
 
     # --- convergence ---
@@ -280,12 +295,19 @@ class Agent:
                 assert isinstance(welcome, Welcome), welcome
                 self._context.ledger.obey(welcome.orchestrator_epoch)
                 speaking = tasks.create_task(self._speak(session))
+                self._orchestrator = session
                 await reading
                 speaking.cancel()
         except* Error as group:
             raise group.exceptions[0] from None
         finally:
+            self._orchestrator = None
             await session.close()
+
+    async def _ask_orchestrator(self, body: Message, timeout: float) -> Message:
+        if self._orchestrator is None:
+            raise Unavailable("no orchestrator is connected", remedy="it dials again by itself")
+        return await self._orchestrator.request(body, timeout=timeout)
 
     def _hello(self) -> Hello:
         return Hello(
@@ -294,7 +316,7 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console"),
+            capabilities=("move", "verify", "console", "volumes"),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )
@@ -333,6 +355,8 @@ class Agent:
                 self._begin(
                     Journal(id=body.id, kind=OperationKind.VERIFY, role=Role.HOST, release=body.release)
                 )
+            case BeginVolumeTask():
+                self._begin_volume_task(body.order)
             case CancelOperation():
                 self._cancel(body.id)
             case Acknowledge():
@@ -364,6 +388,14 @@ class Agent:
                 )
         self._begin(Journal(id=order.id, kind=OperationKind.MOVE, role=role, order=order))
 
+    def _begin_volume_task(self, order: VolumeTask) -> None:
+        me = self._context.settings.host
+        if order.coordinator != me:
+            raise Refused(
+                f"operation {order.id} is coordinated by {order.coordinator}, not {me}", field="order"
+            )
+        self._begin(Journal(id=order.id, kind=kind_of(order), role=Role.COORDINATOR, task=order))
+
     def _begin(self, journal: Journal) -> None:
         if self._context.ledger.operation(journal.id) is not None:
             return
@@ -372,9 +404,9 @@ class Agent:
         self._note_change()
 
     def _cancel(self, operation: OperationId) -> None:
-        source = self._sources.get(operation)
-        if source:
-            source.cancel()
+        running = self._sources.get(operation) or self._volume_tasks.get(operation)
+        if running:
+            running.cancel()
         elif self._context.ledger.operation(operation) is None:
             raise NotFound(f"operation {operation} is not known here", field="operation")
 
@@ -394,6 +426,8 @@ class Agent:
                 return _welcome(body, channel.peer)
             if isinstance(body, Ping):
                 return Done()
+            if isinstance(body, ForVolume):
+                return await answer_volume(self._context, body, channel.peer)
             if not isinstance(body, ForMove):
                 raise Refused(f"{type(body).__name__} is not for a peer", field="message")
             spoken.add(body.id)

@@ -1,7 +1,7 @@
 """What the parts of one agent share: its settings, drivers and ledger, and how they make themselves heard."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
@@ -10,7 +10,7 @@ from nahtlos.model.ids import OperationId
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings
-from nahtlos.wire.messages import Event
+from nahtlos.wire.messages import Event, Message
 from nahtlos.wire.transport import Transport
 
 QUIET_SECONDS = 1.0
@@ -33,6 +33,8 @@ class Context:
     """Something worth a report, and a look at whether the host still is as configured."""
     on_bug: Callable[[BaseException], None]
     """Hears of exceptions that are none of `model.errors`."""
+    ask: Callable[[Message, float], Awaitable[Message]]
+    """The orchestrator's answer within so many seconds. Unavailable while none is connected."""
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])

@@ -9,12 +9,12 @@ from enum import StrEnum
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
 from nahtlos.model.errors import ErrorRecord, Refused
-from nahtlos.model.ids import PortId, ServerId
+from nahtlos.model.ids import PortId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
-from nahtlos.physical.ports import NetworkDesired, VmmId, VmmStatus
+from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
 
 
@@ -144,7 +144,20 @@ class Converger:
             return ()
 
     async def _volumes(self, config: HostConfig) -> tuple[str, ...]:
-        return await self._context.drivers.storage.reconcile(config.volumes, config.removed_volumes)
+        return await self._context.drivers.storage.reconcile(
+            StorageDesired(
+                volumes=config.volumes,
+                removed=config.removed_volumes,
+                snapshots=config.snapshots,
+                removed_snapshots=config.removed_snapshots,
+                exports=config.snapshot_exports,
+                pinned=self._busy_volumes(),
+            )
+        )
+
+    def _busy_volumes(self) -> frozenset[VolumeId]:
+        unended = (j for j in self._context.ledger.operations() if j.unended)
+        return frozenset(volume for journal in unended for volume in journal.volumes)
 
     async def _network(self, config: HostConfig) -> tuple[str, ...]:
         async with self._context.paths:

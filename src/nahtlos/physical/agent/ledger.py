@@ -20,10 +20,11 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale, Unavailable
-from nahtlos.model.ids import OperationId, ReleaseId, ServerId
+from nahtlos.model.ids import OperationId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
 from nahtlos.model.values import Value
 from nahtlos.wire.messages import Decision, MoveOrder
+from nahtlos.wire.volumes import VolumeTask
 
 KEPT_OPERATIONS = 2000
 """Acknowledged operations are kept that long, because a peer may still ask how they ended."""
@@ -43,6 +44,8 @@ class Role(StrEnum):
     SOURCE = "source"
     DESTINATION = "destination"
     HOST = "host"
+    COORDINATOR = "coordinator"
+    """Of a volume's operation."""
 
 
 class Hold(StrEnum):
@@ -67,6 +70,9 @@ class Journal(Value, frozen=True, kw_only=True):
     step: str = "begin"
     order: MoveOrder | None = None
     release: ReleaseId | None = None
+    task: VolumeTask | None = None
+    notes: dict[str, str] = {}
+    """What a volume's operation has to remember from one step to the next."""
     decision: Decision = Decision.UNDECIDED
     error: ErrorRecord | None = None
     times: dict[str, float] = {}
@@ -74,6 +80,10 @@ class Journal(Value, frozen=True, kw_only=True):
     @property
     def server(self) -> ServerId | None:
         return self.order.server.spec.id if self.order else None
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return self.task.volumes if self.task else ()
 
     @property
     def running(self) -> bool:
@@ -184,6 +194,16 @@ class Ledger:
         with self._write("own") as db:
             self._put_ownership(db, Ownership(epoch=server.epoch, hold=Hold.OWNED, server=server))
 
+    def adopt(self, server: ServerConfig) -> None:
+        """What is said anew of a server this host owns: its disks, how they are reached. Conflict if it does
+        not own it by this epoch."""
+        known = self.owner(server.spec.id)
+        if known is None or known.hold is not Hold.OWNED or known.epoch != server.epoch:
+            raise Conflict(f"{server.spec.id} is not owned here by epoch {server.epoch}", field="server")
+        if known.server != server:
+            with self._write("adopt") as db:
+                self._put_ownership(db, Ownership(epoch=known.epoch, hold=Hold.OWNED, server=server))
+
     def disown(self, server: ServerId) -> None:
         """The server was deleted by its owner."""
         with self._write("disown") as db:
@@ -203,6 +223,9 @@ class Ledger:
     def running(self, server: ServerId) -> Journal | None:
         return next((j for j in self.operations() if j.unended and j.server == server), None)
 
+    def running_for_volume(self, volume: VolumeId) -> Journal | None:
+        return next((j for j in self.operations() if j.unended and volume in j.volumes), None)
+
     def begin(self, journal: Journal) -> Journal:
         """Write an operation down before anything is done for it. The one held already if it is known.
         Conflict if another operation of the same server runs."""
@@ -212,6 +235,9 @@ class Ledger:
         other = self.running(journal.server) if journal.server else None
         if other:
             raise Conflict(f"operation {other.id} of {journal.server} runs here", field="server")
+        for volume in journal.volumes:
+            if other := self.running_for_volume(volume):
+                raise Conflict(f"operation {other.id} of {volume} runs here", field="volume")
         with self._write("begin") as db:
             db.execute("insert into operations (id, body) values (?, ?)", (journal.id, self._encode(journal)))
             db.execute(

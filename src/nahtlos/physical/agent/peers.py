@@ -1,12 +1,13 @@
-"""The source's line to the destination of one move: dialled when needed, dialled again when it broke."""
+"""An operation's line to another agent: dialled when needed, dialled again when it broke."""
 
 import asyncio
 from typing import TypeVar
 
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.physical.agent.context import Context
-from nahtlos.wire.messages import PROTOCOL_MAX, PROTOCOL_MIN, Message, MoveOrder, PeerHello, Welcome
+from nahtlos.wire.messages import PROTOCOL_MAX, PROTOCOL_MIN, Message, PeerHello, Welcome
 from nahtlos.wire.session import Session
+from nahtlos.wire.volumes import PeerAddress
 
 DIAL_SECONDS = 3.0
 
@@ -14,14 +15,14 @@ A = TypeVar("A", bound=Message)
 
 
 class Peer:
-    def __init__(self, context: Context, order: MoveOrder) -> None:
+    def __init__(self, context: Context, at: PeerAddress) -> None:
         self._context = context
-        self._order = order
+        self._at = at
         self._session: Session | None = None
         self._reading: asyncio.Task[None] | None = None
 
     async def ask(self, body: Message, answer: type[A], timeout: float) -> A:
-        """Raises Unavailable when the destination cannot be reached or does not answer in time."""
+        """Raises Unavailable when the other agent cannot be reached or does not answer in time."""
         session = await self._connected()
         try:
             got = await session.request(body, timeout=timeout)
@@ -48,16 +49,12 @@ class Peer:
         if self._session is not None and self._reading is not None and not self._reading.done():
             return self._session
         await self.close()
-        order = self._order
         channel = await self._context.transport.dial(
-            order.destination_address,
-            order.destination_peer_port,
-            expect=f"host/{order.destination}",
-            timeout=DIAL_SECONDS,
+            self._at.address, self._at.peer_port, expect=f"host/{self._at.host}", timeout=DIAL_SECONDS
         )
         session = Session(channel, _refuse)
         self._session = session
-        self._reading = asyncio.create_task(session.run(), name=f"peer {order.destination}")
+        self._reading = asyncio.create_task(session.run(), name=f"peer {self._at.host}")
         hello = PeerHello(
             host=self._context.settings.host, protocol_min=PROTOCOL_MIN, protocol_max=PROTOCOL_MAX
         )
@@ -71,4 +68,4 @@ class Peer:
 
 
 async def _refuse(body: Message, epoch: int) -> Message:
-    raise Refused(f"{type(body).__name__} is not for the source of a move", field="message")
+    raise Refused(f"{type(body).__name__} is not for who leads an operation", field="message")

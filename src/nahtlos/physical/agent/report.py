@@ -55,6 +55,7 @@ def operation_status(journal: Journal, waits_for: str, progress: float) -> Opera
         state=journal.state,
         step=journal.step,
         server=journal.server,
+        volume=next(iter(journal.volumes), None),
         epoch=journal.order.epoch if journal.order else 0,
         waits_for=waits_for,
         error=journal.error,
@@ -89,6 +90,7 @@ async def inventory(
         accelerator=verified,
         servers=servers_of(context.ledger.ownership(), vmms, context.now()),
         volumes=volumes,
+        snapshots=await context.drivers.storage.snapshots(),
         operations=tuple(
             operation_status(j, context.waits.get(j.id, ""), context.progress.get(j.id, 0.0))
             for j in journals

@@ -43,6 +43,7 @@ from nahtlos.wire.messages import (
     MoveState,
     MoveSwitch,
 )
+from nahtlos.wire.volumes import PeerAddress
 
 POLL_SECONDS = 0.002
 DRAIN_SECONDS = 0.5
@@ -63,7 +64,14 @@ class SourceMove:
         self._journal = journal
         self._order = journal.move()
         self._vmm = VmmId(self._order.server.spec.id, self._order.server.epoch)
-        self._peer = Peer(context, self._order)
+        self._peer = Peer(
+            context,
+            PeerAddress(
+                host=self._order.destination,
+                address=self._order.destination_address,
+                peer_port=self._order.destination_peer_port,
+            ),
+        )
         self._pause_asked = False
         self._switched = False
         self._carried: list[PortId] = []

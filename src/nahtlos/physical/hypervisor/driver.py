@@ -132,6 +132,11 @@ class QemuHypervisor:
         except (OSError, TimeoutError) as error:
             raise Unavailable(f"the console of {vmm.server} does not answer: {error}") from error
 
+    # --- disks -------------------------------------------------------------------------------------
+
+    async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        raise Refused("disks of a VMM that runs cannot be changed yet", field="verb")
+
     # --- moves: destination ------------------------------------------------------------------------
 
     async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:

@@ -27,7 +27,8 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import HostInventory, OperationState, OperationStatus, RunState
 from nahtlos.model.networking import Direction, NetworkSpec, PortSpec, SecurityGroupSpec, SecurityRule
-from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.sim.faults import Life, Troubles
 from nahtlos.physical.sim.world import World

@@ -53,6 +53,9 @@ class SimHypervisor(SimDriver):
         async with self.verb("console_write", vmm.unit):
             self._living(vmm).console.extend(data)
 
+    async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        raise Refused("disks of a VMM that runs cannot be changed yet", field="verb")
+
     # --- destination ---
 
     async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:

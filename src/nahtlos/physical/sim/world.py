@@ -25,7 +25,8 @@ from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import HostRole, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike

@@ -16,14 +16,15 @@ from typing import cast
 
 import msgspec
 
+from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import NotFound, Refused, Unavailable
-from nahtlos.model.ids import ReleaseId, VolumeId
-from nahtlos.model.inventory import VolumeStatus
-from nahtlos.model.nouns import VolumeSpec
+from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
+from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
+from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import TLS_FILES
 from nahtlos.physical.hypervisor.qmp import Answer, Denied, Gone, Qmp
-from nahtlos.physical.ports import Supervisor, Unit
+from nahtlos.physical.ports import StorageDesired, Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage import daemon
 from nahtlos.physical.storage.daemon import SOCKET_FD, UNIT, Served
@@ -60,12 +61,11 @@ class EmbeddedStorage:
 
     # --- the port ----------------------------------------------------------------------------------
 
-    async def reconcile(
-        self, volumes: tuple[VolumeSpec, ...], removed: tuple[VolumeId, ...]
-    ) -> tuple[str, ...]:
+    async def reconcile(self, desired: StorageDesired) -> tuple[str, ...]:
         async with self._lock:
+            volumes = tuple(v for v in desired.volumes if v.id not in desired.pinned)
             present = await asyncio.to_thread(self._folder.present)
-            going = [volume for volume in removed if volume in present]
+            going = [v for v in desired.removed if v in present and v not in desired.pinned]
             if not volumes and not going:
                 return ()
             created = [await self._create(volume) for volume in volumes if volume.id not in present]
@@ -83,6 +83,38 @@ class EmbeddedStorage:
             VolumeStatus(id=volume, epoch=epochs.get(volume, 0), served=volume in epochs, size_mib=size)
             for volume, size in present.items()
         )
+
+    async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        raise _lacking("snapshot")
+
+    async def snapshots(self) -> tuple[SnapshotStatus, ...]:
+        return ()
+
+    async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
+        raise _lacking("revert")
+
+    async def relocate_start(
+        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+    ) -> None:
+        raise _lacking("relocate_start")
+
+    async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
+        raise _lacking("relocate_progress")
+
+    async def relocate_complete(self, volume: VolumeId) -> None:
+        raise _lacking("relocate_complete")
+
+    async def relocate_cancel(self, volume: VolumeId) -> None:
+        raise _lacking("relocate_cancel")
+
+    async def relocate_finish(self, volume: VolumeId) -> None:
+        raise _lacking("relocate_finish")
+
+    async def receive(self, volume: VolumeSpec) -> None:
+        raise _lacking("receive")
+
+    async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
+        raise _lacking("digest")
 
     async def _left_alone(self, target: set[Served], present: set[VolumeId]) -> set[Served]:
         """What is served and not spoken of stays as it is."""
@@ -266,3 +298,7 @@ class EmbeddedStorage:
 
 def _tail(path: Path) -> str:
     return path.read_text(errors="replace")[-400:].strip() if path.exists() else "no log"
+
+
+def _lacking(verb: str) -> Refused:
+    return Refused(f"the embedded storage has no {verb} yet", field="verb")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import VolumeId
-from nahtlos.model.nouns import VolumeSpec
+from nahtlos.model.storage import VolumeSpec
 
 SUFFIX = ".raw"
 _UNFINISHED = ".unfinished-"

@@ -15,7 +15,8 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec
-from nahtlos.model.nouns import HostRole, Release, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, Release, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.planner.place import room_for
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.state import State

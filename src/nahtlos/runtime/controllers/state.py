@@ -18,7 +18,8 @@ from nahtlos.model.inventory import (
     OperationStatus,
 )
 from nahtlos.model.networking import NetworkSpec
-from nahtlos.model.nouns import Size, VolumeSpec
+from nahtlos.model.nouns import Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.world import World
 from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations

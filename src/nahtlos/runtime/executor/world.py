@@ -8,7 +8,8 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import HostId, NetworkId, OperationId, PortId, ServerId
 from nahtlos.model.inventory import Inventory, OperationStatus
 from nahtlos.model.networking import NetworkSpec, RouterSpec
-from nahtlos.model.nouns import HostRole, HostSpec, VolumeSpec
+from nahtlos.model.nouns import HostRole, HostSpec
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 
 

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import HostRole, HostSpec, Release, ServerSpec, Size, VolumeSpec
+from nahtlos.model.nouns import HostRole, HostSpec, Release, ServerSpec, Size
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import networking, schema
 from nahtlos.runtime.store.documents import text_of, value_of
 from nahtlos.runtime.store.settings import set_setting as set_setting

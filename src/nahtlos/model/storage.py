@@ -1,0 +1,159 @@
+"""Volumes, their copies, snapshots and limits, as frozen values. Sizes are in MiB unless the name says
+otherwise; rates are per second."""
+
+from enum import StrEnum
+
+from nahtlos.model.ids import (
+    BackupId,
+    HostId,
+    ImageId,
+    KeyId,
+    ProjectId,
+    SnapshotId,
+    VolumeId,
+)
+from nahtlos.model.networking import DEFAULT_PROJECT
+from nahtlos.model.values import Value
+
+
+class StorageBackend(StrEnum):
+    EMBEDDED = "embedded"
+    """Files of hosts, served over NBD by each host's storage daemon."""
+    CEPH = "ceph"
+    """Images of a RADOS pool. `VolumeSpec.host` only administers them."""
+
+
+class VolumeFormat(StrEnum):
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class Deletion(StrEnum):
+    DISCARD = "discard"
+    """Its blocks are given back as they are."""
+    ZERO = "zero"
+    """Overwritten first."""
+
+
+class ReplicaState(StrEnum):
+    CURRENT = "current"
+    """Holds every acknowledged write. Recorded before any write is acknowledged that others lack."""
+    STALE = "stale"
+    """Was lost; may lack writes. Never served to a server until it was rebuilt."""
+
+
+class Replica(Value, frozen=True, kw_only=True):
+    host: HostId
+    state: ReplicaState = ReplicaState.CURRENT
+
+
+class DiskLimits(Value, frozen=True, kw_only=True):
+    """0: no limit. A total excludes limits of its parts, as QEMU has it. `*_burst` may be used for
+    `burst_seconds` on end; 0: no more than the rate itself."""
+
+    iops: int = 0
+    iops_read: int = 0
+    iops_write: int = 0
+    bytes: int = 0
+    bytes_read: int = 0
+    bytes_write: int = 0
+    iops_burst: int = 0
+    bytes_burst: int = 0
+    burst_seconds: int = 1
+
+
+class VolumeSpec(Value, frozen=True, kw_only=True):
+    """A volume and the host that serves it. `epoch` is part of the export's name and fences old clients."""
+
+    id: VolumeId
+    size_mib: int
+    image: ImageId | None
+    """What it was made from; neither this nor `snapshot`: blank."""
+    host: HostId
+    """Home: where its first copy is."""
+    epoch: int = 1
+    project: ProjectId = DEFAULT_PROJECT
+    backend: StorageBackend = StorageBackend.EMBEDDED
+    format: VolumeFormat = VolumeFormat.RAW
+    snapshot: SnapshotId | None = None
+    state: ReplicaState = ReplicaState.CURRENT
+    """Of the copy at `host`."""
+    replicas: tuple[Replica, ...] = ()
+    """Synchronous copies beside the one at `host`: a write is acknowledged when every current one has it."""
+    limits: DiskLimits = DiskLimits()
+    """Enforced where its server runs, once for all copies."""
+    limits_group: str = ""
+    """Volumes of one server that name the same group share the limits of the first of them."""
+    encryption_key: KeyId | None = None
+    """LUKS; the key itself is in the cloud's keyring."""
+    deletion: Deletion = Deletion.DISCARD
+
+    @property
+    def export(self) -> str:
+        return f"{self.id}.e{self.epoch}"
+
+    @property
+    def copies(self) -> tuple[Replica, ...]:
+        return (Replica(host=self.host, state=self.state), *self.replicas)
+
+    @property
+    def current(self) -> tuple[HostId, ...]:
+        """Hosts whose copy holds every acknowledged write."""
+        return tuple(c.host for c in self.copies if c.state is ReplicaState.CURRENT)
+
+
+class SnapshotSpec(Value, frozen=True, kw_only=True):
+    """A volume as it was at one moment. Snapshots of one `group` are of the same moment."""
+
+    id: SnapshotId
+    volume: VolumeId
+    group: str = ""
+    size_mib: int = 0
+    hosts: tuple[HostId, ...] = ()
+    """Where it is kept: its volume's current copies when it was taken."""
+    created_at: float = 0.0
+
+
+class SnapshotExport(Value, frozen=True, kw_only=True):
+    """A snapshot readable over NBD by whoever holds its credential, until it expires."""
+
+    id: str
+    snapshot: SnapshotId
+    host: HostId
+    port: int
+    expires_at: float
+    """Wall clock, seconds."""
+    key_hex: str
+    """TLS pre-shared key; its identity is `id`."""
+
+
+class BackupSpec(Value, frozen=True, kw_only=True):
+    """What one backup holds: the whole volume, or what changed since `base`."""
+
+    id: BackupId
+    volume: VolumeId
+    target: str
+    """A folder at the volume's host, or an `nbd://` address."""
+    base: BackupId | None = None
+    created_at: float = 0.0
+    size_mib: int = 0
+    """Of the volume then."""
+    stored_bytes: int = 0
+
+
+class CopyPhase(StrEnum):
+    NONE = "none"
+    COPYING = "copying"
+    READY = "ready"
+    """Both sides hold the same; every further write goes to both."""
+    DONE = "done"
+    FAILED = "failed"
+
+
+class CopyProgress(Value, frozen=True, kw_only=True):
+    """How far a copy that runs beside writes has come, in bytes. `total` grows while there are writes."""
+
+    phase: CopyPhase
+    done: int = 0
+    total: int = 0
+    error: str = ""

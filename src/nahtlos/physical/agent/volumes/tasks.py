@@ -1,0 +1,53 @@
+"""Which operation an order becomes. Owns nothing of what they do."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from nahtlos.model.errors import Refused
+from nahtlos.model.inventory import OperationKind
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Journal
+from nahtlos.wire.volumes import (
+    BackupOrder,
+    RebuildOrder,
+    RelocateOrder,
+    RestoreOrder,
+    SnapshotOrder,
+    VolumeOrder,
+    VolumeTask,
+)
+
+
+class VolumeTaskRun(Protocol):
+    """One operation as its coordinator runs it. `run` may be called again after a restart of the agent."""
+
+    @property
+    def journal(self) -> Journal: ...
+
+    def cancel(self) -> None:
+        """Raises Conflict past its point of no return."""
+        ...
+
+    async def run(self, *, recovering: bool) -> Journal: ...
+
+
+_KINDS: dict[type[VolumeOrder], OperationKind] = {
+    RelocateOrder: OperationKind.RELOCATE,
+    RebuildOrder: OperationKind.REBUILD,
+    SnapshotOrder: OperationKind.SNAPSHOT,
+    BackupOrder: OperationKind.BACKUP,
+    RestoreOrder: OperationKind.BACKUP,
+}
+_RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {}
+
+
+def kind_of(order: VolumeTask) -> OperationKind:
+    """Refused for an order this agent cannot carry out."""
+    if type(order) not in _RUNS:
+        raise Refused(f"{type(order).__name__} is not carried out by this agent", field="order")
+    return _KINDS[type(order)]
+
+
+def task_for(context: Context, journal: Journal) -> VolumeTaskRun:
+    assert journal.task is not None, f"operation {journal.id} is none of a volume"
+    return _RUNS[type(journal.task)](context, journal)

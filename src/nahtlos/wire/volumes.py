@@ -1,0 +1,164 @@
+"""What agents are ordered to do with volumes, and say to each other about it. See `wire.messages`.
+
+An order names its coordinator: the one agent that carries it out, journals it and speaks to the others.
+"""
+
+import msgspec
+
+from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
+from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, VolumeId
+from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
+from nahtlos.wire.message import Message
+
+
+class PeerAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the agent of a host is reached."""
+
+    host: HostId
+    address: str
+    peer_port: int
+
+
+class VolumeClient(msgspec.Struct, frozen=True, kw_only=True):
+    """A server that has volumes open, and where it was when the order was made. It may have moved since:
+    who is asked and does not own it says Conflict, and the coordinator asks the other hosts."""
+
+    server: ServerId
+    at: PeerAddress
+    attachments: tuple[VolumeAttachment, ...]
+    """As they are when the order is made."""
+
+
+class VolumeOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    id: OperationId
+    coordinator: HostId
+    hosts: tuple[PeerAddress, ...] = ()
+    """Every agent that may have to be spoken to."""
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        """Volumes no other operation may touch meanwhile."""
+        raise NotImplementedError
+
+
+class RelocateOrder(VolumeOrder, frozen=True, kw_only=True):
+    """The copy of `volume` at `source` (who coordinates) goes to `destination`."""
+
+    volume: VolumeSpec
+    """As it is: `volume.epoch` is the source's, the destination serves it by one more."""
+    source: VolumeEndpoint
+    destination: VolumeSpec
+    """As it shall be; its `host` may be the same if only the backend or format changes."""
+    target: VolumeEndpoint
+    client: VolumeClient | None = None
+    bytes_per_second: int = 0
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+class RebuildOrder(VolumeOrder, frozen=True, kw_only=True):
+    """The copy at `target` is brought up to the current ones, and is current from its end on."""
+
+    volume: VolumeSpec
+    """As it is: the copy at `target` is stale, or new."""
+    source: VolumeEndpoint
+    """A current copy."""
+    target: VolumeEndpoint
+    client: VolumeClient | None = None
+    bytes_per_second: int = 0
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+class SnapshotOrder(VolumeOrder, frozen=True, kw_only=True):
+    """One crash-consistent group: with more than one copy or host the servers stand still meanwhile."""
+
+    group: str
+    snapshots: tuple[SnapshotSpec, ...]
+    clients: tuple[VolumeClient, ...] = ()
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return tuple(snapshot.volume for snapshot in self.snapshots)
+
+
+class BackupOrder(VolumeOrder, frozen=True, kw_only=True):
+    volume: VolumeSpec
+    backup: BackupSpec
+    base: BackupSpec | None = None
+    bytes_per_second: int = 0
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+class RestoreOrder(VolumeOrder, frozen=True, kw_only=True):
+    """A new volume from a backup and all it rests on, oldest first."""
+
+    volume: VolumeSpec
+    chain: tuple[BackupSpec, ...]
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+VolumeTask = RelocateOrder | RebuildOrder | SnapshotOrder | BackupOrder | RestoreOrder
+
+
+# --- messages ----------------------------------------------------------------------------------------
+
+
+class BeginVolumeTask(Message, frozen=True, kw_only=True):
+    """Orchestrator to the order's coordinator. Repeating it changes nothing."""
+
+    order: VolumeTask
+
+
+class VolumeReceive(Message, frozen=True, kw_only=True):
+    """Coordinator to the host that shall have a copy: a blank one, served for writing (`Storage.receive`).
+    Kept, although no configuration names it yet, until one does or the operation was undone."""
+
+    id: OperationId
+    volume: VolumeSpec
+
+
+class VolumeAttach(Message, frozen=True, kw_only=True):
+    """Coordinator to the host that owns `server`: reach this volume so from now on, and durably. Conflict if
+    it does not own the server; answered when the guest's writes go there."""
+
+    id: OperationId
+    server: ServerId
+    attachment: VolumeAttachment
+
+
+class ReplicaLost(Message, frozen=True, kw_only=True):
+    """Agent to orchestrator: a copy does not take writes, the server stands still. Answered once it is
+    durably recorded that this copy is not current; only then may the server go on without it."""
+
+    server: ServerId
+    epoch: int
+    """Of the server at the asking host: whoever does not own it is refused."""
+    volume: VolumeId
+    lost: HostId
+
+
+class ReplicasRecorded(Message, frozen=True, kw_only=True):
+    """How the volume is to be reached now."""
+
+    attachment: VolumeAttachment
+
+
+class KeyRead(Message, frozen=True, kw_only=True):
+    """Agent to orchestrator. Refused unless a volume of that host is encrypted by it."""
+
+    key: KeyId
+
+
+class KeyData(Message, frozen=True, kw_only=True):
+    secret: bytes
