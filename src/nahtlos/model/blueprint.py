@@ -9,18 +9,21 @@ from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import (
+    BackupId,
     BlueprintId,
     CampaignId,
     HostId,
     OperationId,
     ReleaseId,
     ServerId,
+    SnapshotId,
     VolumeId,
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Assignment, Component, HostSpec, ServerSpec, Size
-from nahtlos.model.storage import VolumeSpec
+from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
+from nahtlos.model.volume_work import PlannedVolumeTask, VolumeEnd, VolumeWish
 
 
 class HostIntent(StrEnum):
@@ -63,6 +66,21 @@ class Policy(Value, frozen=True, kw_only=True):
     """Servers that shall exist."""
     removed_servers: frozenset[ServerId] = frozenset()
     volumes: dict[VolumeId, VolumeSpec] = {}
+    snapshots: dict[SnapshotId, SnapshotSpec] = {}
+    backups: dict[BackupId, BackupSpec] = {}
+    volume_wishes: tuple[VolumeWish, ...] = ()
+    """Oldest first. They are taken out when their end is recorded."""
+    volume_ends: dict[OperationId, VolumeEnd] = {}
+    """Of the parent's volume tasks, those whose end is recorded: what follows from it is in `volumes`,
+    `snapshots` and `backups` already."""
+    copy_losses: dict[VolumeId, dict[HostId, int]] = {}
+    """How often a copy was lost on a host."""
+    given_up: frozenset[HostId] = frozenset()
+    """Hosts away for so long that copies they have are made elsewhere."""
+    parallel_volume_tasks: int = 4
+    parallel_volume_tasks_per_host: int = 2
+    rebuild_bytes_per_second: int = 0
+    """0: no limit. Also of copies that leave a host which is drained."""
     networks: tuple[NetworkSpec, ...] = ()
     release: ReleaseId | None = None
     """The hypervisor release of hosts no campaign has reached."""
@@ -158,6 +176,10 @@ class Blueprint(Value, frozen=True, kw_only=True):
     moves: tuple[PlannedMove, ...] = ()
     """Moves that run, or shall start now."""
     verifies: tuple[PlannedVerify, ...] = ()
+    volume_tasks: tuple[PlannedVolumeTask, ...] = ()
+    """Operations of volumes that run, or shall start now."""
+    failed_volume_tasks: dict[str, Failure] = {}
+    """By `PlannedVolumeTask.key`."""
     attempts: dict[ServerId, int] = {}
     """Failed moves of a server in a row; a success clears it, and so does the end of the wish to move it."""
     failed_moves: dict[ServerId, Failure] = {}

@@ -77,7 +77,7 @@ class ServerConfig(Value, frozen=True, kw_only=True):
     epoch: int
     volume: VolumeAttachment
     data_volumes: tuple[VolumeAttachment, ...] = ()
-    """In the order of `spec.data_volumes`."""
+    """In the order of `spec.data_volumes`, whose empty places are left out."""
 
     @property
     def all_volumes(self) -> tuple[VolumeAttachment, ...]:
@@ -173,6 +173,9 @@ class HostConfig(Value, frozen=True, kw_only=True):
     removed_snapshots: tuple[SnapshotId, ...] = ()
     snapshot_exports: tuple[SnapshotExport, ...] = ()
     """Served here; one that is not named is withdrawn."""
+    pinned_volumes: tuple[VolumeId, ...] = ()
+    """Volumes of operations whose end is not recorded yet: what this configuration says of them, and of how
+    servers reach them, is not acted on. No operation begins before all who are concerned hold such a one."""
     reflect: tuple[PortId, ...] = ()
     """Ports that left this host and whose frames it must still pass on, because some host has not
     yet converged to their new place."""

@@ -41,7 +41,13 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     cpu_model: str = "qemu64"
     """Named CPU model; never `host` or `max`."""
     data_volumes: tuple[VolumeId, ...] = ()
-    """Further disks; each keeps its place (its index) for as long as it is attached."""
+    """Further disks; each keeps its place (its index) for as long as it is attached. An empty one is a place
+    that a disk has left."""
+
+    @property
+    def all_volumes(self) -> tuple[VolumeId, ...]:
+        """Without empty places."""
+        return (self.volume, *(volume for volume in self.data_volumes if volume))
 
 
 class HostRole(StrEnum):
@@ -59,6 +65,9 @@ class HostSpec(Value, frozen=True, kw_only=True):
     """Underlay address: tunnels, volumes, moves."""
     peer_port: int
     """TCP port at which its agent answers other agents."""
+    domain: str = ""
+    """What fails as one (a rack, a power feed): copies of a volume are in different ones where possible.
+    Empty: the host is its own."""
 
 
 class Component(StrEnum):

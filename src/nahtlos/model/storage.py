@@ -3,6 +3,8 @@ otherwise; rates are per second."""
 
 from enum import StrEnum
 
+import msgspec
+
 from nahtlos.model.ids import (
     BackupId,
     HostId,
@@ -45,6 +47,8 @@ class ReplicaState(StrEnum):
 class Replica(Value, frozen=True, kw_only=True):
     host: HostId
     state: ReplicaState = ReplicaState.CURRENT
+    epoch: int = 0
+    """By which it is served; 0: by the volume's. Every copy that comes anew has one nothing ever had."""
 
 
 class DiskLimits(Value, frozen=True, kw_only=True):
@@ -94,7 +98,21 @@ class VolumeSpec(Value, frozen=True, kw_only=True):
 
     @property
     def copies(self) -> tuple[Replica, ...]:
-        return (Replica(host=self.host, state=self.state), *self.replicas)
+        """All, the one at `host` first, each with the epoch it is served by."""
+        home = Replica(host=self.host, state=self.state, epoch=self.epoch)
+        others = (Replica(host=r.host, state=r.state, epoch=r.epoch or self.epoch) for r in self.replicas)
+        return (home, *others)
+
+    @property
+    def newest_epoch(self) -> int:
+        return max(copy.epoch for copy in self.copies)
+
+    def at(self, host: HostId) -> "VolumeSpec":
+        """As `host` has it: `epoch` is that of its own copy."""
+        epoch = next((copy.epoch for copy in self.copies if copy.host == host), self.epoch)
+        if epoch == self.epoch:
+            return self
+        return msgspec.structs.replace(self, epoch=epoch, replicas=self.copies[1:])
 
     @property
     def current(self) -> tuple[HostId, ...]:

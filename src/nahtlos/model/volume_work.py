@@ -1,0 +1,152 @@
+"""What can be done to volumes beside bringing hosts to their configuration: asked for, and planned.
+
+A wish may leave open what the planner decides; a planned task leaves nothing open.
+"""
+
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import BackupId, HostId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.inventory import OperationKind
+from nahtlos.model.storage import BackupSpec, SnapshotSpec, StorageBackend, VolumeFormat, VolumeSpec
+from nahtlos.model.values import Value
+
+
+class Relocation(Value, frozen=True, kw_only=True, tag="relocation"):
+    """One copy goes elsewhere. `source` None: the volume's first; `destination` None: chosen."""
+
+    volume: VolumeId
+    source: HostId | None = None
+    destination: HostId | None = None
+    backend: StorageBackend = StorageBackend.EMBEDDED
+    format: VolumeFormat | None = None
+    """None: as it is."""
+    bytes_per_second: int = 0
+
+
+class Rebuilding(Value, frozen=True, kw_only=True, tag="rebuilding"):
+    """The copy at `target` is brought up to the one at `source`."""
+
+    volume: VolumeId
+    source: HostId
+    target: HostId
+    bytes_per_second: int = 0
+
+
+class SnapshotGroup(Value, frozen=True, kw_only=True, tag="snapshot"):
+    group: str
+    snapshots: tuple[SnapshotSpec, ...]
+    """Without hosts in a wish: those that are current when it is planned."""
+
+
+class Reverting(Value, frozen=True, kw_only=True, tag="revert"):
+    volume: VolumeId
+    snapshot: SnapshotId
+
+
+class BackingUp(Value, frozen=True, kw_only=True, tag="backup"):
+    backup: BackupSpec
+    base: BackupSpec | None = None
+    bytes_per_second: int = 0
+
+
+class Restoring(Value, frozen=True, kw_only=True, tag="restore"):
+    """`volume` is known to nobody else until this is done."""
+
+    volume: VolumeSpec
+    chain: tuple[BackupSpec, ...]
+    """Oldest first."""
+
+
+VolumeWork = Relocation | Rebuilding | SnapshotGroup | Reverting | BackingUp | Restoring
+
+
+class VolumeWish(Value, frozen=True, kw_only=True):
+    id: str
+    work: VolumeWork
+    asked_at: float = 0.0
+    cancelled: bool = False
+
+
+class PlannedVolumeTask(Value, frozen=True, kw_only=True):
+    """One operation, decided: the executor orders it from its coordinator, who does the rest."""
+
+    id: OperationId
+    work: VolumeWork
+    coordinator: HostId
+    hosts: tuple[HostId, ...]
+    """Which have to work for it."""
+    epoch: int = 0
+    """By which the copy that comes is served; 0: none comes."""
+    losses: int = 0
+    """How often copies at the host it comes to had been lost then: once more, and it is not current."""
+    wish: str = ""
+    """What it fulfils; empty: the planner's own decision."""
+    key: str = ""
+    """Under which failed attempts are counted."""
+    reason: str = ""
+    patience_seconds: float = 0.0
+    """Not to be started earlier than this long after the blueprint that first holds it."""
+
+
+class VolumeEnd(Value, frozen=True, kw_only=True):
+    """How a task ended, as it is recorded; what follows from it is recorded, too."""
+
+    done: bool
+    error: ErrorRecord | None = None
+
+
+def volumes_of(work: VolumeWork) -> tuple[VolumeId, ...]:
+    """Volumes nothing else may be done to meanwhile."""
+    match work:
+        case SnapshotGroup():
+            return tuple(snapshot.volume for snapshot in work.snapshots)
+        case BackingUp():
+            return (work.backup.volume,)
+        case Restoring():
+            return (work.volume.id,)
+        case Relocation() | Rebuilding() | Reverting():
+            return (work.volume,)
+
+
+def kind_of(work: VolumeWork) -> OperationKind:
+    match work:
+        case Relocation():
+            return OperationKind.RELOCATE
+        case Rebuilding():
+            return OperationKind.REBUILD
+        case SnapshotGroup():
+            return OperationKind.SNAPSHOT
+        case Reverting():
+            return OperationKind.REVERT
+        case BackingUp() | Restoring():
+            return OperationKind.BACKUP
+
+
+def words(work: VolumeWork) -> str:
+    """What is done, for people."""
+    match work:
+        case Relocation():
+            to = "Ceph" if work.backend is StorageBackend.CEPH else work.destination or "another host"
+            return f"relocate {work.volume}" + (f" from {work.source}" if work.source else "") + f" to {to}"
+        case Rebuilding():
+            return f"rebuild the copy of {work.volume} on {work.target}"
+        case SnapshotGroup():
+            return f"snapshot {', '.join(s.id for s in work.snapshots)}"
+        case Reverting():
+            return f"revert {work.volume} to {work.snapshot}"
+        case BackingUp():
+            return f"back up {work.backup.volume} as {work.backup.id}"
+        case Restoring():
+            return f"restore {work.volume.id} from {work.chain[-1].id}"
+
+
+def new_names(work: VolumeWork) -> tuple[VolumeId | SnapshotId | BackupId, ...]:
+    """Names of what there is once it is done."""
+    match work:
+        case SnapshotGroup():
+            return tuple(snapshot.id for snapshot in work.snapshots)
+        case BackingUp():
+            return (work.backup.id,)
+        case Restoring():
+            return (work.volume.id,)
+        case Relocation() | Rebuilding() | Reverting():
+            return ()
