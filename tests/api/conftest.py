@@ -56,6 +56,7 @@ class FakeCloud:
         self.places: dict[ServerId, HostId] = {ServerId("web-1"): HostId("host-1")}
         self.console = b"login: "
         self.state: CampaignState | None = None
+        self.component = Component.HYPERVISOR
         self.promised: Size | None = None
         self.tokens: list[str] = []
         self.log: list[CloudEvent] = []
@@ -204,7 +205,12 @@ class FakeCloud:
         self._server(server)
         self.console += data
 
-    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast:
+    async def plan_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> Forecast:
         await self.release(to)
         move = ForecastMove(
             server=ServerId("web-1"),
@@ -217,6 +223,7 @@ class FakeCloud:
         chosen = hosts or tuple(self.intents)
         return Forecast(
             to_release=to,
+            component=component,
             hosts=tuple(
                 ForecastHost(
                     host=h, from_release=OLD, to_release=to, moves=(move,) if not i else (), seconds=12.0
@@ -236,8 +243,14 @@ class FakeCloud:
             basis="measured",
         )
 
-    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView:
+    async def start_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> CampaignView:
         await self.release(to)
+        self.component = component
         if self.state == CampaignState.RUNNING:
             raise Conflict("campaign c-1 runs", field="campaign", remedy="cancel it or wait for its end")
         return self._become(CampaignState.RUNNING)
@@ -249,7 +262,13 @@ class FakeCloud:
     def _campaign(self) -> CampaignView:
         if self.state is None:
             raise NotFound("there has been no campaign yet", field="campaign", remedy="start one")
-        campaign = Campaign(id=CampaignId("c-1"), to_release=NEW, hosts=tuple(self.intents), state=self.state)
+        campaign = Campaign(
+            id=CampaignId("c-1"),
+            to_release=NEW,
+            hosts=tuple(self.intents),
+            state=self.state,
+            component=self.component,
+        )
         return CampaignView(
             campaign=campaign,
             hosts_total=2,

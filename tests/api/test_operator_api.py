@@ -13,7 +13,7 @@ import pytest
 from nahtlos.model.blueprint import CampaignState, HostIntent
 from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
-from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.ops import api
 from nahtlos.ops.client import OperatorClient, wait_until_ready
 from nahtlos.ops.serve import TlsPlace, serving
@@ -89,6 +89,7 @@ async def test_upgrades(reachable: Any) -> None:
     async with reachable.unix() as client:
         assert (await client.plan_upgrade(NEW, None)).total_moves == 1
         assert len((await client.plan_upgrade(NEW, (HOST,))).hosts) == 1
+        assert (await client.plan_upgrade(NEW, None, Component.STORAGE)).component is Component.STORAGE
         assert await client.campaigns() == ()
         assert (await client.start_upgrade(NEW, None)).campaign.state is CampaignState.RUNNING
         assert (await client.pause_upgrade()).campaign.state is CampaignState.PAUSED

@@ -26,9 +26,10 @@ from nahtlos.model.blueprint import CampaignState, WaitKind
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import OperationState
+from nahtlos.model.nouns import Component
 from nahtlos.physical.sim.agents import Dress
 from nahtlos.physical.sim.clock import run_virtual
-from nahtlos.physical.sim.cloudlet import EDGE, GROUP, NETWORK, NEW
+from nahtlos.physical.sim.cloudlet import EDGE, FUNCTIONS, GROUP, NETWORK, NEW
 from nahtlos.physical.sim.faults import Seeded
 from nahtlos.physical.sim.firewalls import LEFT_BEHIND
 from nahtlos.runtime.controllers.cloud import CampaignView, ServerRequest
@@ -40,6 +41,7 @@ BOUND_SECONDS = 400.0
 """Virtual seconds within which everything must come right once faults have ended."""
 ORCHESTRATOR = "orchestrator"
 APART_SECONDS = 1500.0
+TARGETS = {Component.HYPERVISOR: NEW, Component.STORAGE: NEW, Component.NETWORK: FUNCTIONS}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Plan:
     events: int
     guarded: bool
     """Servers are in a security group, behind a firewall that remembers connections."""
+    component: Component
 
     @classmethod
     def of(cls, seed: int) -> "Plan":
@@ -92,6 +95,7 @@ class Plan:
             slow=0.01 * drivers,
             events=chance.randint(0, 6) if level else 0,
             guarded=chance.random() < 0.6,
+            component=chance.choice((Component.HYPERVISOR, Component.HYPERVISOR, *Component)),
         )
 
 
@@ -140,7 +144,7 @@ class Campaign:
         for name in self.names:
             await self._create(name)
         await self._all_up(60.0)
-        await cloud.ask(_start)
+        await cloud.ask(self._start)
         async with asyncio.TaskGroup() as tasks:
             self._arm()
             tasks.create_task(self._events())
@@ -217,12 +221,36 @@ class Campaign:
             await self.cloud.until(_converged, timeout=120, what="every host as configured, all moves over")
             await self._check_releases()
 
+    async def _start(self, service: CloudService) -> None:
+        component = self.plan.component
+        try:
+            await service.start_upgrade(TARGETS[component], None, component)
+        except Conflict as error:
+            if error.field != "campaign":
+                raise
+
     async def _check_releases(self) -> None:
         world = self.cloud.world
+        if self.plan.component is not Component.HYPERVISOR:
+            self._check_replaced()
+            return
         for name in self.names:
             release = world.running(name)[0].release
             if release != NEW:
                 self.verdict.problems.append(f"{name} still runs by {release}")
+
+    def _check_replaced(self) -> None:
+        target = TARGETS[self.plan.component]
+        for spec in self.cloud.specs:
+            host = self.cloud.world.hosts[spec.id]
+            storage = self.plan.component is Component.STORAGE
+            if storage and spec.id == EDGE:
+                continue
+            found = host.storage_release if storage else host.network_release
+            if found != target:
+                self.verdict.problems.append(f"{self.plan.component} of {spec.id} is {found}")
+        if self.verdict.moves:
+            self.verdict.problems.append(f"{self.verdict.moves} servers were moved for nothing")
 
     # --- events ---
 
@@ -325,14 +353,6 @@ async def _create_group(service: CloudService) -> None:
         await service.networks.create_security_group(SecurityGroupRequest(name=GROUP.id, rules=GROUP.rules))
     except Conflict as error:
         if error.field != "name":
-            raise
-
-
-async def _start(service: CloudService) -> None:
-    try:
-        await service.start_upgrade(NEW, None)
-    except Conflict as error:
-        if error.field != "campaign":
             raise
 
 

@@ -23,6 +23,7 @@ from nahtlos.physical.sim.agents import AgentProcess, Dress, LivingTransport, on
 from nahtlos.physical.sim.clock import run_virtual, virtual_loop
 from nahtlos.physical.sim.cloudlet import (
     EDGE,
+    FUNCTIONS,
     NEW,
     OLD,
     ORCHESTRATOR,
@@ -59,10 +60,10 @@ class _Signatures:
 
 class _Releases:
     async def built(self) -> tuple[Release, ...]:
-        return tuple(_release(r) for r in (OLD, NEW))
+        return tuple(_release(r) for r in (OLD, NEW, FUNCTIONS))
 
     async def verified(self, release: ReleaseId) -> Release:
-        if release not in (OLD, NEW):
+        if release not in (OLD, NEW, FUNCTIONS):
             raise NotFound(f"{release} is not built", field="release")
         return _release(release)
 
@@ -75,7 +76,7 @@ class _Images:
 def _release(release: ReleaseId) -> Release:
     return Release(
         id=release,
-        component=Component.HYPERVISOR,
+        component=Component.NETWORK if release == FUNCTIONS else Component.HYPERVISOR,
         version=release.removeprefix("sim-"),
         suite="sim",
         digest="",
@@ -195,7 +196,7 @@ class SimulatedCloud:
         )
         for spec in self.specs:
             self.world.add_host(
-                spec.id, spec.address, role=spec.role, capacity=self.capacity, releases=(OLD, NEW)
+                spec.id, spec.address, role=spec.role, capacity=self.capacity, releases=(OLD, NEW, FUNCTIONS)
             )
         database = self.folder / DATABASE
         shutil.copyfile(_template(), database)

@@ -13,6 +13,8 @@ import os
 import pytest
 from campaign import Plan, replay_command, simulate, simulate_apart
 
+from nahtlos.model.nouns import Component
+
 SEEDS = int(os.environ.get("NAHTLOS_SEEDS", "200"))
 FIRST = int(os.environ.get("NAHTLOS_FIRST_SEED", "1"))
 
@@ -45,7 +47,22 @@ def test_undisturbed_no_move_fails_and_nothing_is_lost() -> None:
 
 
 def _calm(plan: Plan) -> bool:
+    return _undisturbed(plan) and plan.component is Component.HYPERVISOR
+
+
+def _undisturbed(plan: Plan) -> bool:
     return plan.events == 0 and plan.failing == plan.drop == plan.late == 0.0
+
+
+@pytest.mark.parametrize("component", [Component.STORAGE, Component.NETWORK])
+def test_what_is_replaced_under_servers_moves_none_and_each_host_once(component: Component) -> None:
+    seed = next(s for s in range(1, 400) if _undisturbed(Plan.of(s)) and Plan.of(s).component is component)
+    verdict = simulate(seed)
+    assert not verdict.problems and not verdict.waits
+    assert (verdict.moves, verdict.failed_moves, verdict.lost) == (0, 0, 0)
+    word = "storage daemon replaced" if component is Component.STORAGE else "network functions replaced"
+    hosts = Plan.of(seed).hosts + (component is Component.NETWORK)
+    assert sum(word in line for line in verdict.trace) == hosts
 
 
 def test_agents_of_two_releases_work_together() -> None:

@@ -29,7 +29,7 @@ from nahtlos.model.inventory import (
     RunState,
     ServerStatus,
 )
-from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size
+from nahtlos.model.nouns import Component, HostRole, HostSpec, ServerSpec, Size
 from nahtlos.planner.plan import plan
 from nahtlos.planner.upgrade import campaign_over
 
@@ -88,6 +88,9 @@ class World:
         self.state: dict[ServerId, RunState] = {}
         self.verified: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities)
         self.releases: dict[HostId, tuple[ReleaseId, ...]] = dict.fromkeys(capacities, (OLD, NEW))
+        self.storage: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities, OLD)
+        self.network: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities)
+        self.problems: dict[HostId, ErrorRecord] = {}
         self.operations: dict[OperationId, Operation] = {}
         self.script: dict[str, list[tuple[OperationState, ErrorRecord | None]]] = {}
         """Outcomes decided beforehand, by server or host; None to let it run."""
@@ -124,6 +127,9 @@ class World:
             capacity=self.capacities[host],
             releases=self.releases[host],
             verified_release=self.verified[host],
+            storage_release=self.storage[host],
+            network_release=self.network[host],
+            problems=(self.problems[host],) if host in self.problems else (),
             servers=(*servers, *self.extra.get(host, ())),
             operations=tuple(
                 self._status(operation, host)
@@ -153,7 +159,17 @@ class World:
                 self._begin(blueprint, planned)
         for operation in self.operations.values():
             self._go_on(operation)
+        self._replace(blueprint)
         self._assert_room()
+
+    def _replace(self, blueprint: Blueprint) -> None:
+        """Hosts become what they are told, in their own time."""
+        for host, wanted in blueprint.hosts.items():
+            if host in self.away or (self.faults.slow and self.random.random() < self.faults.slow):
+                continue
+            if wanted.storage_release is not None:
+                self.storage[host] = wanted.storage_release
+            self.network[host] = wanted.network_release
 
     def _flap(self) -> None:
         if self.faults.away:
@@ -304,10 +320,19 @@ class Cloud:
         self.want(requested_moves={**self.policy.requested_moves, server_id(server): destination})
 
     def campaign(
-        self, state: CampaignState = CampaignState.RUNNING, hosts: tuple[int, ...] | None = None
+        self,
+        state: CampaignState = CampaignState.RUNNING,
+        hosts: tuple[int, ...] | None = None,
+        component: Component = Component.HYPERVISOR,
+        to: ReleaseId = NEW,
+        name: str = "c-1",
     ) -> None:
         chosen = tuple(self.policy.hosts) if hosts is None else tuple(host_id(number) for number in hosts)
-        self.want(campaign=Campaign(id=CampaignId("c-1"), to_release=NEW, hosts=chosen, state=state))
+        self.want(
+            campaign=Campaign(
+                id=CampaignId(name), to_release=to, hosts=chosen, state=state, component=component
+            )
+        )
 
     def plan(self) -> PlanReport:
         """Decide, and make the decision the target."""

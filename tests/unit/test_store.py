@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, select
 from sqlalchemy.exc import IntegrityError
 
-from nahtlos.model.blueprint import Blueprint, OperationRecord
+from nahtlos.model.blueprint import Blueprint, Campaign, OperationRecord
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale
 from nahtlos.model.ids import (
@@ -26,7 +27,7 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.networking import NetworkSpec, PortSpec
-from nahtlos.model.nouns import HostRole, ServerSpec, Size
+from nahtlos.model.nouns import Component, HostRole, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import (
     blueprints,
@@ -38,6 +39,7 @@ from nahtlos.runtime.store import (
     operations,
     schema,
 )
+from nahtlos.runtime.store.documents import text_of
 from nahtlos.runtime.store.migrate import upgrade_to_head
 from nahtlos.runtime.store.schema import metadata
 from nahtlos.runtime.store.store import Store
@@ -277,6 +279,28 @@ async def test_two_campaigns_at_once_are_a_conflict(store: Store) -> None:
         assert newest is not None
         assert (newest.capacity_floor, newest.hosts_upgraded) == (0.8, 1)
     assert await begin() == "campaign-2"
+
+
+async def test_a_campaign_of_another_component_is_kept_as_it_is(store: Store) -> None:
+    async with store.writing() as tx:
+        for component in (Component.STORAGE, Component.NETWORK):
+            begun = await campaigns.begin(
+                tx,
+                to_release=ReleaseId("r-2"),
+                from_releases=(),
+                hosts=(HostId("host-1"),),
+                moves_forecast=0,
+                now=1.0,
+                component=component,
+            )
+            row = await campaigns.current(tx)
+            assert row is not None and row.campaign == begun and begun.component is component
+            await campaigns.set_state(tx, begun, campaigns.CampaignState.DONE, ended_at=2.0)
+        assert [r.campaign.component for r in await campaigns.history(tx)] == ["storage", "network"]
+        # what an earlier release has written says nothing of components
+        old = msgspec.json.decode(text_of(begun))
+        del old["component"]
+        assert msgspec.convert(old, Campaign).component is Component.HYPERVISOR
 
 
 async def test_an_operation_ends_once_and_learns_times_of_both_sides(store: Store) -> None:

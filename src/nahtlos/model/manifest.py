@@ -31,13 +31,15 @@ class Manifest(Value, frozen=True, kw_only=True):
     loader: str
     """Paths relative to `root/`."""
     library_path: tuple[str, ...]
-    system: str
-    """qemu-system-x86_64"""
-    storage_daemon: str
-    image_tool: str
-    data_path: tuple[str, ...]
+    system: str = ""
+    """qemu-system-x86_64; empty, as what follows, in a bundle of something else."""
+    storage_daemon: str = ""
+    image_tool: str = ""
+    data_path: tuple[str, ...] = ()
     """Folders for `-L`: firmware and option ROMs."""
-    module_dir: str
+    module_dir: str = ""
+    programs: dict[str, str] = {}
+    """Of a bundle of network functions: each program's name to its path."""
     files: tuple[BundleFile, ...]
 
 

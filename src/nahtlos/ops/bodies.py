@@ -10,7 +10,7 @@ import msgspec
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, ReleaseId
-from nahtlos.model.nouns import HostRole
+from nahtlos.model.nouns import Component, HostRole
 
 STREAM_KEEPALIVE = 10.0
 """Seconds of silence after which an event stream says that it is still there."""
@@ -69,7 +69,8 @@ class OperatorCredential(msgspec.Struct, frozen=True, kw_only=True):
 class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
     to: ReleaseId
     hosts: tuple[HostId, ...] | None = None
-    """None: all hosts with the compute role."""
+    """None: all hosts that have the component."""
+    component: Component = Component.HYPERVISOR
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

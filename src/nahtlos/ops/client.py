@@ -19,7 +19,7 @@ import msgspec
 from nahtlos.model.blueprint import Campaign, Forecast, HostIntent
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
-from nahtlos.model.nouns import HostRole, Release, Size
+from nahtlos.model.nouns import Component, HostRole, Release, Size
 from nahtlos.ops.bodies import (
     NEWEST,
     STREAM_KEEPALIVE,
@@ -175,11 +175,23 @@ class OperatorClient:
 
     # --- upgrades
 
-    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast:
-        return await self._ask("POST", "upgrades/plan", UpgradeRequest(to=to, hosts=hosts), Forecast)
+    async def plan_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> Forecast:
+        asked = UpgradeRequest(to=to, hosts=hosts, component=component)
+        return await self._ask("POST", "upgrades/plan", asked, Forecast)
 
-    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView:
-        return await self._ask("POST", "upgrades", UpgradeRequest(to=to, hosts=hosts), CampaignView)
+    async def start_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> CampaignView:
+        asked = UpgradeRequest(to=to, hosts=hosts, component=component)
+        return await self._ask("POST", "upgrades", asked, CampaignView)
 
     async def campaigns(self) -> tuple[Campaign, ...]:
         return await self._get("campaigns", tuple[Campaign, ...])

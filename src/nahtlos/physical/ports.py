@@ -268,6 +268,11 @@ class Network(Protocol):
 
     async def observe(self) -> NetworkObservation: ...
 
+    async def release(self) -> ReleaseId | None:
+        """That every network function beside the kernel runs by (`HostConfig.network_release`), as the last
+        reconcile left it; None: the host's own programs."""
+        ...
+
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
         """A tap for `port`, its fd in the supervisor's store as `tap.<port>` (further queues: `tap.<port>/1`
         onwards). `deliver` says whether
@@ -364,6 +369,10 @@ class Storage(Protocol):
         ...
 
     async def observe(self) -> tuple[VolumeStatus, ...]: ...
+
+    async def release(self) -> ReleaseId | None:
+        """That the daemon runs by; None while there is none."""
+        ...
 
     # snapshots
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from nahtlos.model.blueprint import Blueprint, HostIntent, HostPhase, PlannedMove, Policy
 from nahtlos.model.ids import BlueprintId, HostId, ServerId
 from nahtlos.model.inventory import Inventory, OperationState
-from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.planner.draft import Observed, number_of
 from nahtlos.planner.outcome import ended
 
@@ -127,6 +127,10 @@ def _switching(before: Blueprint, child: Blueprint) -> Iterator[str]:
         old = before.hosts.get(host)
         if old is not None and old.release != plan.release and host not in switching:
             yield f"{host} changes its release from {old.release} to {plan.release} while {plan.phase}"
+        if old is not None and plan.replacing is None and old.replacing is None:
+            for component in (Component.STORAGE, Component.NETWORK):
+                if old.release_of(component) != plan.release_of(component):
+                    yield f"{host} changes its {component} release without being replaced"
     for verify in child.verifies:
         target = child.hosts.get(verify.host)
         if verify.host not in switching or target is None or target.release != verify.release:
@@ -134,6 +138,11 @@ def _switching(before: Blueprint, child: Blueprint) -> Iterator[str]:
 
 
 def _one_at_a_time(policy: Policy, child: Blueprint) -> Iterator[str]:
+    replaced = [host for host, plan in child.hosts.items() if plan.replacing is not None]
+    if len(replaced) > 1:
+        yield f"{' and '.join(replaced)} are replaced at once"
+    if replaced and child.upgrading is not None:
+        yield f"{replaced[0]} is replaced beside {child.upgrading}"
     for host, plan in child.hosts.items():
         if host == child.upgrading:
             continue

@@ -108,6 +108,11 @@ class Draft:
         going_on = (CampaignState.RUNNING, CampaignState.PAUSED)
         return campaign if campaign and campaign.state in going_on else None
 
+    @property
+    def replaced(self) -> HostId | None:
+        """The host a campaign replaces something of under its servers."""
+        return next((host for host, plan in self.hosts.items() if plan.replacing is not None), None)
+
     def intent(self, host: HostId) -> HostIntent:
         """A host that policy no longer names is to be given up: it is drained."""
         if host not in self.policy.hosts:
@@ -143,6 +148,13 @@ class Draft:
         spec = self.policy.servers.get(server)
         known = self.policy.machine_types.get(release) if release is not None else None
         return known is None or spec is None or spec.machine in known
+
+    def volume_hosts(self, server: ServerId) -> set[HostId]:
+        """Hosts that serve volumes of `server`."""
+        spec = self.policy.servers.get(server)
+        names = (spec.volume, *spec.data_volumes) if spec is not None else ()
+        volumes = [self.policy.volumes[name] for name in names if name in self.policy.volumes]
+        return {copy.host for volume in volumes for copy in volume.copies}
 
     # what is written to it
 
@@ -183,7 +195,9 @@ class Draft:
 
     def return_to_service(self, host: HostId) -> None:
         """After a verify that went well: what it was switched to is final."""
-        self.hosts[host] = HostPlan(phase=self.rest_phase(host), release=self.hosts[host].release)
+        self.hosts[host] = msgspec.structs.replace(
+            self.hosts[host], phase=self.rest_phase(host), previous=None
+        )
         if self.upgrading == host:
             self.upgrading = None
 

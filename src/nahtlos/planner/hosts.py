@@ -28,13 +28,18 @@ def settle_hosts(draft: Draft) -> None:
 
 def _join(draft: Draft, host: HostId) -> None:
     if not draft.is_compute(host):
-        draft.hosts[host] = HostPlan(phase=HostPhase.SERVING, release=None)
+        draft.hosts[host] = HostPlan(
+            phase=HostPhase.SERVING, release=None, network_release=draft.policy.network_release
+        )
         draft.change(f"{host} joins as an edge host")
         return
     release, seen = draft.policy.release, draft.observed.host(host)
     verified = release is not None and seen is not None and seen.verified_release == release
     draft.hosts[host] = HostPlan(
-        phase=draft.rest_phase(host) if verified else HostPhase.SWITCHING, release=release
+        phase=draft.rest_phase(host) if verified else HostPhase.SWITCHING,
+        release=release,
+        storage_release=draft.policy.storage_release,
+        network_release=draft.policy.network_release,
     )
     draft.change(f"{host} joins")
 

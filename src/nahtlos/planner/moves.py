@@ -3,6 +3,7 @@
 from nahtlos.model.blueprint import PlannedMove, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import Component
 from nahtlos.planner.draft import Draft
 
 MAX_ATTEMPTS = 5
@@ -34,6 +35,10 @@ def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
         )
     if status.state is not RunState.RUNNING:
         return _wait(server, WaitKind.HOST, f"{server} is {status.state} on {owner.host}, not running yet")
+    host = draft.replaced
+    if host and draft.hosts[host].replacing is Component.STORAGE and host in draft.volume_hosts(server):
+        text = f"{server} is not moved while the storage daemon of {host} is replaced"
+        return _wait(server, WaitKind.HOST, text)
     return None
 
 

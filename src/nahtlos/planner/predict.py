@@ -31,11 +31,11 @@ from nahtlos.model.inventory import (
     RunState,
     ServerStatus,
 )
-from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.nouns import Component, Size
 from nahtlos.model.values import Value
 from nahtlos.planner.plan import plan
 from nahtlos.planner.rooms import amount
-from nahtlos.planner.upgrade import campaign_over, to_upgrade
+from nahtlos.planner.upgrade import campaign_over, has, to_upgrade
 
 # Measured with QEMU 10 and 11 under TCG on 2 cores, a client at 1,000 packets/s; see the tables of live
 # moves in the documentation.
@@ -51,6 +51,8 @@ TABLE_PARALLEL_GAP_MS = 126.0
 TABLE_PARALLEL_GAP_MS_MAX = 332.0
 """Four guests at once."""
 ASSUMED_VERIFY_SECONDS = 5.0
+ASSUMED_REPLACE_SECONDS = 5.0
+"""Of a storage daemon or network functions, until the host has reported it."""
 NEAREST_SAMPLES = 20
 ENOUGH_SAMPLES = 3
 BATCH = 64
@@ -84,18 +86,19 @@ def forecast(
     hosts: tuple[HostId, ...] | None = None,
     samples: Sequence[MoveSample] = (),
     verify_seconds: float | None = None,
+    component: Component = Component.HYPERVISOR,
 ) -> Forecast:
-    """What a campaign to `to_release` would do from here. `hosts` None: every compute host. Verifying takes
-    `verify_seconds` where that was measured."""
-    chosen = hosts if hosts is not None else _compute_hosts(policy)
-    trial = _with_campaign(policy, to_release, chosen)
+    """What a campaign to `to_release` would do from here. `hosts` None: every one that has the component.
+    Verifying takes `verify_seconds` where that was measured."""
+    chosen = hosts if hosts is not None else _hosts_with(policy, component)
+    trial = _with_campaign(policy, to_release, chosen, component)
     run = _dry_run(trial, inventory, parent)
-    steps = tuple(
-        _host_forecast(policy, run, host, to_release, samples, verify_seconds) for host in run.order
-    )
+    ending = _ending_seconds(component, verify_seconds)
+    steps = tuple(_host_forecast(policy, run, host, to_release, samples, ending) for host in run.order)
     moves = [move for step in steps for move in step.moves]
     return Forecast(
         to_release=to_release,
+        component=component,
         hosts=steps,
         total_moves=len(moves),
         moves_per_server=len(moves) / len(policy.servers) if policy.servers else 0.0,
@@ -103,19 +106,27 @@ def forecast(
         gap_ms_p50=median(move.gap_ms for move in moves) if moves else 0.0,
         capacity_floor=run.floor,
         blockers=_blockers(trial, inventory, run),
-        basis=_basis(samples, verify_seconds),
+        basis=_basis(samples, verify_seconds, component),
     )
 
 
-def _compute_hosts(policy: Policy) -> tuple[HostId, ...]:
-    return tuple(sorted(host for host, spec in policy.hosts.items() if spec.role is HostRole.COMPUTE))
+def _hosts_with(policy: Policy, component: Component) -> tuple[HostId, ...]:
+    return tuple(sorted(host for host, spec in policy.hosts.items() if has(spec.role, component)))
 
 
-def _with_campaign(policy: Policy, to_release: ReleaseId, hosts: tuple[HostId, ...]) -> Policy:
+def _with_campaign(
+    policy: Policy, to_release: ReleaseId, hosts: tuple[HostId, ...], component: Component
+) -> Policy:
     """A campaign that runs already is forecast as itself, from where it is."""
     going = policy.campaign
-    campaign_id = going.id if going and going.to_release == to_release else CampaignId("forecast")
-    campaign = Campaign(id=campaign_id, to_release=to_release, hosts=hosts, state=CampaignState.RUNNING)
+    same = going is not None and (going.to_release, going.component) == (to_release, component)
+    campaign = Campaign(
+        id=going.id if going is not None and same else CampaignId("forecast"),
+        to_release=to_release,
+        hosts=hosts,
+        state=CampaignState.RUNNING,
+        component=component,
+    )
     return msgspec.structs.replace(policy, campaign=campaign, parallel_moves=BATCH)
 
 
@@ -143,11 +154,12 @@ class _World:
         for verify in blueprint.verifies:
             ended.setdefault(verify.host, []).append(_done(verify.id, OperationKind.VERIFY))
             verified[verify.host] = verify.release
-        self._settle(policy, places, ended, verified)
+        self._settle(policy, blueprint, places, ended, verified)
 
     def _settle(
         self,
         policy: Policy,
+        blueprint: Blueprint,
         places: dict[ServerId, tuple[HostId, int]],
         ended: dict[HostId, list[OperationStatus]],
         verified: dict[HostId, ReleaseId],
@@ -165,9 +177,12 @@ class _World:
                 )
             )
         for host in self.connected & self.hosts.keys():
-            seen = self.hosts[host]
+            seen, plan = self.hosts[host], blueprint.hosts.get(host)
             self.hosts[host] = msgspec.structs.replace(
                 seen,
+                generation=seen.target_generation,
+                storage_release=(plan.storage_release if plan else None) or seen.storage_release,
+                network_release=plan.network_release if plan else seen.network_release,
                 servers=_with_crashed(seen, running.get(host, [])),
                 operations=tuple(ended.get(host, ())),
                 verified_release=verified.get(host, seen.verified_release),
@@ -200,12 +215,14 @@ class _Run:
     def note(self, parent: Blueprint | None, blueprint: Blueprint, report: PlanReport) -> None:
         self.floor = min(self.floor, report.capacity.share)
         self.last, self.blueprint = report, blueprint
-        host = blueprint.upgrading
+        replaced = (h for h, plan in blueprint.hosts.items() if plan.replacing is not None)
+        host = blueprint.upgrading or next(replaced, None)
         if host is not None and host not in self.moves:
             self.order.append(host)
             self.moves[host] = []
-            plan_before = (parent or blueprint).hosts.get(host)
-            self.before[host] = plan_before.release if plan_before else None
+            plan, before = blueprint.hosts[host], (parent or blueprint).hosts.get(host)
+            came = plan.previous if plan.replacing is not None else before.release if before else None
+            self.before[host] = came
         for move in blueprint.moves:
             if move.id not in self._seen and move.source in self.moves:
                 self.moves[move.source].append(move)
@@ -265,18 +282,24 @@ def _host_forecast(
     host: HostId,
     to_release: ReleaseId,
     samples: Sequence[MoveSample],
-    verify_seconds: float | None,
+    ending: float,
 ) -> ForecastHost:
     moves = tuple(_move_forecast(policy, run, move, samples) for move in run.moves[host])
     moving = sum(move.seconds for move in moves) / max(policy.parallel_moves, 1)
-    verifying = verify_seconds if verify_seconds is not None else ASSUMED_VERIFY_SECONDS
     return ForecastHost(
         host=host,
         from_release=run.before[host],
         to_release=to_release,
         moves=moves,
-        seconds=max([moving, *(move.seconds for move in moves)]) + verifying,
+        seconds=max([moving, *(move.seconds for move in moves)]) + ending,
     )
+
+
+def _ending_seconds(component: Component, verify_seconds: float | None) -> float:
+    """What a host takes beside moves."""
+    if component is not Component.HYPERVISOR:
+        return ASSUMED_REPLACE_SECONDS
+    return verify_seconds if verify_seconds is not None else ASSUMED_VERIFY_SECONDS
 
 
 def _move_forecast(
@@ -297,7 +320,9 @@ def _move_forecast(
     )
 
 
-def _basis(samples: Sequence[MoveSample], verify_seconds: float | None) -> str:
+def _basis(samples: Sequence[MoveSample], verify_seconds: float | None, component: Component) -> str:
+    if component is not Component.HYPERVISOR:
+        return f"no server is moved; {ASSUMED_REPLACE_SECONDS:.0f} s assumed for each host"
     verify = "" if verify_seconds is not None else f"; {ASSUMED_VERIFY_SECONDS:.0f} s assumed for each verify"
     if samples:
         return f"{len(samples)} measured move{'s' if len(samples) > 1 else ''} of this cloud{verify}"
@@ -311,10 +336,12 @@ def _blockers(policy: Policy, inventory: Inventory, run: _Run) -> tuple[Waiting,
     """What is in the way: seen beforehand, or what the dry run ended at."""
     campaign = policy.campaign
     assert campaign is not None, "a forecast without a campaign"
-    found = [*_unknown_hosts(policy, campaign), *_accelerators(policy, inventory, campaign)]
-    found += _machine_types(policy, run, campaign)
+    found = _unknown_hosts(policy, campaign)
+    moving = campaign.component is Component.HYPERVISOR
+    if moving:
+        found += [*_accelerators(policy, inventory, campaign), *_machine_types(policy, run, campaign)]
     if not run.over and run.last is not None:
-        found += [*_too_big(policy, inventory, run), *run.last.waiting]
+        found += [*(_too_big(policy, inventory, run) if moving else ()), *run.last.waiting]
     return tuple({(waiting.subject, waiting.reason): waiting for waiting in found}.values())
 
 
@@ -325,7 +352,13 @@ def _blocked(subject: str, reason: str, remedy: str) -> Waiting:
 def _unknown_hosts(policy: Policy, campaign: Campaign) -> list[Waiting]:
     known = set(to_upgrade(policy, campaign))
     return [
-        _blocked(host, f"{host} is no compute host of this cloud", "leave it out, or let it join first")
+        _blocked(
+            host,
+            f"{host} is no host of this cloud with a {campaign.component}"
+            if campaign.component is not Component.HYPERVISOR
+            else f"{host} is no compute host of this cloud",
+            "leave it out, or let it join first",
+        )
         for host in campaign.hosts
         if host not in known
     ]
@@ -370,7 +403,7 @@ def _too_big(policy: Policy, inventory: Inventory, run: _Run) -> list[Waiting]:
         spec = policy.servers.get(server)
         others = [
             inventory.hosts[host].capacity
-            for host in _compute_hosts(policy)
+            for host in _hosts_with(policy, Component.HYPERVISOR)
             if host != owner.host and host in inventory.hosts
         ]
         if spec and not any(spec.size.fits(capacity) for capacity in others):

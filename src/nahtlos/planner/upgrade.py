@@ -1,4 +1,5 @@
 """The campaign: one host after the other is emptied, switched to the release, verified and taken back.
+What is replaced under its servers is in `replace`.
 
     serving --choose--> emptying --empty--> switching --verified--> serving (or as its operator wants it)
                            |                    |
@@ -18,16 +19,16 @@ from nahtlos.model.blueprint import (
     Campaign,
     CampaignState,
     HostPhase,
-    HostPlan,
     Policy,
     WaitKind,
 )
 from nahtlos.model.ids import HostId, ReleaseId, ServerId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import HostRole
+from nahtlos.model.nouns import Component, HostRole
 from nahtlos.planner.capacity import leftovers, shortage_without
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import CAMPAIGN
+from nahtlos.planner.replace import note_replaced, put_back, replace_next
 
 
 def review_campaign(draft: Draft) -> None:
@@ -35,6 +36,7 @@ def review_campaign(draft: Draft) -> None:
     campaign = draft.policy.campaign
     if campaign is not None and campaign.id != draft.campaign:
         draft.campaign, draft.ended_moves = campaign.id, 0
+    note_replaced(draft)
     if draft.open_campaign is None:
         _wind_up(draft)
     elif draft.running_campaign is None:
@@ -48,7 +50,11 @@ def advance_campaign(draft: Draft) -> None:
     campaign = draft.running_campaign
     if campaign is None:
         return
-    if draft.upgrading is None and not draft.stuck:
+    if campaign.component is not Component.HYPERVISOR:
+        if draft.replaced is None and draft.upgrading is None:
+            replace_next(draft, campaign, to_upgrade(draft.policy, campaign))
+        return
+    if draft.upgrading is None and draft.replaced is None and not draft.stuck:
         draft.upgrading = _choose(draft, campaign, draft.by_host())
     if draft.upgrading is not None and draft.hosts[draft.upgrading].phase is HostPhase.EMPTYING:
         _switch_once_empty(draft, campaign, draft.upgrading)
@@ -157,8 +163,11 @@ def _switch_once_empty(draft: Draft, campaign: Campaign, host: HostId) -> None:
         return
     if draft.stuck or _is_out_of_reach(draft, campaign.to_release, host) or _is_still_busy(draft, host):
         return
-    before = draft.hosts[host].release
-    draft.hosts[host] = HostPlan(phase=HostPhase.SWITCHING, release=campaign.to_release, previous=before)
+    plan = draft.hosts[host]
+    before = plan.release
+    draft.hosts[host] = msgspec.structs.replace(
+        plan, phase=HostPhase.SWITCHING, release=campaign.to_release, previous=before
+    )
     draft.change(f"{host} is switched from {before} to {campaign.to_release}")
 
 
@@ -188,9 +197,9 @@ def _say_paused(draft: Draft, campaign: Campaign) -> None:
     left = [
         host
         for host in to_upgrade(draft.policy, campaign)
-        if host in draft.hosts and draft.hosts[host].release != campaign.to_release
+        if host in draft.hosts and draft.hosts[host].release_of(campaign.component) != campaign.to_release
     ]
-    subject = draft.upgrading or (left[0] if left else None)
+    subject = draft.upgrading or draft.replaced or (left[0] if left else None)
     if subject is not None:
         draft.wait(subject, WaitKind.OPERATOR, f"campaign {campaign.id} is paused", "resume the campaign")
 
@@ -198,6 +207,8 @@ def _say_paused(draft: Draft, campaign: Campaign) -> None:
 def _wind_up(draft: Draft) -> None:
     """Without a campaign no host is held: one being emptied serves again, one that was switched and is not
     verified is put back. A verify that runs is ended first."""
+    if draft.replaced is not None:
+        put_back(draft, draft.replaced)
     host = draft.upgrading
     if host is None:
         return
@@ -211,13 +222,18 @@ def _wind_up(draft: Draft) -> None:
 
 
 def to_upgrade(policy: Policy, campaign: Campaign) -> list[HostId]:
-    """The campaign's hosts that are (still) compute hosts of this cloud."""
+    """The campaign's hosts that are (still) hosts of this cloud which have its component."""
     specs = ((host, policy.hosts.get(host)) for host in campaign.hosts)
-    return sorted({host for host, spec in specs if spec is not None and spec.role is HostRole.COMPUTE})
+    return sorted({host for host, spec in specs if spec is not None and has(spec.role, campaign.component)})
+
+
+def has(role: HostRole, component: Component) -> bool:
+    """Only compute hosts run servers and serve volumes."""
+    return component is Component.NETWORK or role is HostRole.COMPUTE
 
 
 def upgraded_hosts(policy: Policy, blueprint: Blueprint) -> tuple[HostId, ...]:
-    """Hosts of the policy's campaign that are in service with its release, verified."""
+    """Hosts of the policy's campaign that have its release and are through: verified, or replaced."""
     campaign = policy.campaign
     if campaign is None:
         return ()
@@ -225,7 +241,10 @@ def upgraded_hosts(policy: Policy, blueprint: Blueprint) -> tuple[HostId, ...]:
     return tuple(
         host
         for host, plan in plans
-        if plan is not None and plan.release == campaign.to_release and plan.phase is not HostPhase.SWITCHING
+        if plan is not None
+        and plan.release_of(campaign.component) == campaign.to_release
+        and plan.replacing is None
+        and (plan.phase is not HostPhase.SWITCHING or campaign.component is not Component.HYPERVISOR)
     )
 
 
@@ -234,6 +253,8 @@ def campaign_over(policy: Policy, blueprint: Blueprint) -> bool:
     out. Only right for a blueprint planned under this policy."""
     campaign = policy.campaign
     if campaign is None or campaign.id != blueprint.campaign or blueprint.upgrading is not None:
+        return False
+    if any(plan.replacing is not None for plan in blueprint.hosts.values()):
         return False
     if campaign.state is CampaignState.CANCELLED:
         return not any(move.reason.startswith(CAMPAIGN) for move in blueprint.moves)

@@ -19,7 +19,7 @@ from nahtlos.model.blueprint import (
 )
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import HostInventory, OperationState, RunState
-from nahtlos.model.nouns import Release, Size
+from nahtlos.model.nouns import Component, Release, Size
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
 from nahtlos.runtime.identity.operators import Listed
@@ -259,7 +259,7 @@ def _forecast_rows(plan: Forecast) -> Iterable[tuple[str | Text, ...]]:
         head = (str(number), step.host, short(step.from_release), short(step.to_release))
         yield (
             *head,
-            count_of(len(step.moves), "move") if step.moves else "empty",
+            _moved(plan, len(step.moves)),
             f"{step.seconds:.1f}",
             "",
             "",
@@ -268,6 +268,12 @@ def _forecast_rows(plan: Forecast) -> Iterable[tuple[str | Text, ...]]:
             what = f"{move.server} → {move.destination}"
             figures = (f"{move.seconds:.1f}", f"{move.gap_ms:.0f}", f"{move.gap_ms_max:.0f}")
             yield ("", "", "", "", *(Text(part, style=SOFT) for part in (what, *figures)))
+
+
+def _moved(plan: Forecast, moves: int) -> str:
+    if plan.component is not Component.HYPERVISOR:
+        return "stays in use"
+    return count_of(moves, "move") if moves else "empty"
 
 
 def waiting(steps: Sequence[Waiting]) -> RenderableType:
@@ -292,6 +298,7 @@ def campaign(view: CampaignView) -> RenderableType:
         facts(
             [
                 ("campaign", value.id),
+                ("component", value.component),
                 ("state", Text.assemble((value.state, _CAMPAIGN_STYLE.get(value.state, "")), took)),
                 ("from", ", ".join(short(r) for r in value.from_releases) or NOTHING),
                 ("to", value.to_release),

@@ -8,8 +8,9 @@ import typer
 from rich.text import Text
 
 from nahtlos.model.blueprint import Campaign, CampaignState
-from nahtlos.model.errors import Unavailable
+from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId
+from nahtlos.model.nouns import Component
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import BROKEN, REFUSED, Cli, Surroundings, command
 from nahtlos.ops.client import OperatorClient
@@ -20,33 +21,55 @@ from nahtlos.runtime.evidence.text import render_text
 
 WATCH_POLL = 1.0
 
-Release = Annotated[str, typer.Argument(metavar="RELEASE", help="The release to bring hosts to.")]
+Release = Annotated[
+    str | None, typer.Argument(metavar="[RELEASE]", help="The release to bring hosts to.", show_default=False)
+]
+To = Annotated[str | None, typer.Option("--to", metavar="RELEASE", help="The same.", show_default=False)]
+Which = Annotated[
+    Component,
+    typer.Option(
+        "--component",
+        help="What is replaced: the hypervisor (hosts are emptied); or, under servers that stay, the storage "
+        "daemon (of a qemu release) or the network functions.",
+    ),
+]
 Hosts = Annotated[list[str] | None, typer.Option("--host", help="Only this host; repeatable. Otherwise all.")]
 
 
 def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
-    app = typer.Typer(no_args_is_help=True, help="Upgrades of the hypervisor under running servers.")
+    app = typer.Typer(no_args_is_help=True, help="Upgrades under running servers.")
 
     @command(app, "plan", surroundings)
-    async def plan(cli: Cli, release: Release, host: Hosts = None) -> int:  # pyright: ignore[reportUnusedFunction]
+    async def plan(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        release: Release = None,
+        to: To = None,
+        component: Which = Component.HYPERVISOR,
+        host: Hosts = None,
+    ) -> int:
         """A dry run: order, moves, predicted time and gaps, blockers with remedies. Changes nothing.
 
         Exit code 2 if something blocks it."""
         async with cli.client() as client:
-            forecast = await client.plan_upgrade(ReleaseId(release), _hosts(host))
+            forecast = await client.plan_upgrade(_target(release, to), _hosts(host), component)
         cli.show(forecast, pictures.forecast(forecast))
         return REFUSED if forecast.blockers else 0
 
     @command(app, "start", surroundings)
     async def start(  # pyright: ignore[reportUnusedFunction]
         cli: Cli,
-        release: Release,
+        release: Release = None,
+        to: To = None,
+        component: Which = Component.HYPERVISOR,
         host: Hosts = None,
         follow: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
     ) -> int:
-        """Bring hosts to RELEASE: each is emptied by live moves, switched, verified, taken back."""
+        """Bring hosts to RELEASE, one after the other.
+
+        For the hypervisor each is emptied by live moves, switched, verified, taken back. The storage daemon
+        and the network functions are replaced under their servers."""
         async with cli.client() as client:
-            view = await client.start_upgrade(ReleaseId(release), _hosts(host))
+            view = await client.start_upgrade(_target(release, to), _hosts(host), component)
             if follow:
                 return await _watch(cli, client, view.campaign.id)
         cli.show(view, pictures.campaign(view))
@@ -100,6 +123,15 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         return 0
 
     return app
+
+
+def _target(release: str | None, to: str | None) -> ReleaseId:
+    if release is not None and to is not None and release != to:
+        raise Refused(f"{release} and {to} are both named", field="to", remedy="name one release")
+    name = to or release
+    if name is None:
+        raise Refused("no release is named", field="to", remedy="nahtlos release list")
+    return ReleaseId(name)
 
 
 def _hosts(names: list[str] | None) -> tuple[HostId, ...] | None:

@@ -151,7 +151,8 @@ class Converger:
                 snapshots=config.snapshots,
                 removed_snapshots=config.removed_snapshots,
                 exports=config.snapshot_exports,
-                pinned=self._busy_volumes(),
+                release=config.storage_release,
+                pinned=self._busy_volumes() | frozenset(config.pinned_volumes),
             )
         )
 

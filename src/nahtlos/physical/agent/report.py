@@ -56,12 +56,22 @@ def operation_status(journal: Journal, waits_for: str, progress: float) -> Opera
         step=journal.step,
         server=journal.server,
         volume=next(iter(journal.volumes), None),
-        epoch=journal.order.epoch if journal.order else 0,
+        epoch=order.epoch if (order := journal.order or journal.replace) else 0,
         waits_for=waits_for,
         error=journal.error,
         progress=progress if journal.running else 1.0,
         times=journal.times,
     )
+
+
+async def _storage_release(
+    context: Context, converger: Converger, config: HostConfig | None
+) -> ReleaseId | None:
+    """Where there is nothing to serve, the one that would serve."""
+    runs = await context.drivers.storage.release()
+    if config is None or config.volumes or converger.generation != config.generation:
+        return runs
+    return config.storage_release or runs
 
 
 async def inventory(
@@ -88,6 +98,8 @@ async def inventory(
         releases=releases,
         verified_release=verified.release if verified else None,
         accelerator=verified,
+        storage_release=await _storage_release(context, converger, config),
+        network_release=await context.drivers.network.release(),
         servers=servers_of(context.ledger.ownership(), vmms, context.now()),
         volumes=volumes,
         snapshots=await context.drivers.storage.snapshots(),

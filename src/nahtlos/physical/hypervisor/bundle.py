@@ -41,6 +41,10 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def storage_daemon(self) -> tuple[str, ...]:
         return self._run(self.manifest.storage_daemon)
 
+    def program(self, name: str) -> tuple[str, ...]:
+        """One of a bundle of network functions."""
+        return self._run(self.manifest.programs[name])
+
     def _run(self, program: str) -> tuple[str, ...]:
         """Through the bundle's own loader, so that nothing of the host's libraries is used."""
         libraries = ":".join(str(self.root / path) for path in self.manifest.library_path)

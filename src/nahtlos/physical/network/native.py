@@ -23,7 +23,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
-from nahtlos.model.ids import PortId
+from nahtlos.model.ids import PortId, ReleaseId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import doctor, kernel, links, nft, nft_chains, plan
@@ -36,6 +36,7 @@ from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.routing.part import Routing
 from nahtlos.physical.network.services import addressing
 from nahtlos.physical.network.services.part import Services
@@ -73,11 +74,12 @@ class NativeNetwork:
         self._capabilities: NetworkCapabilities | None = None
         shaping = Shaping(settings.run_dir / "shaping.json", self._fast_socket, self._bulk_socket)
         self._underlay = settings.underlay_interface
-        services = Services(settings, supervisor)
+        self._programs = Programs(settings.releases_dir, settings.run_dir)
+        services = Services(settings, supervisor, self._programs)
         self._tracking = ConnectionTracking(settings.run_dir)
         ports, record = ports_of(settings), settings.run_dir / "shares.json"
         shares = Shares(settings.underlay_interface, ports, record, self._bulk_socket)
-        self.routing = Routing(settings, supervisor)
+        self.routing = Routing(settings, supervisor, self._programs)
         firewall = Firewall(settings.role, settings.run_dir / "firewall.json", self._pass_over)
         self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
         self._shared = Shared(
@@ -179,8 +181,10 @@ class NativeNetwork:
         words += await self._filter(config, pinned, found, quiet=bool(births))
         await self._put(todo, found, config)
         local = self._local_ports(config)
+        await self._programs.choose(config.network_release)
         for part in self._parts:
             words += await part.reconcile(config, local)
+        self._programs.settled()
         self._baseline.record(wanted)
         applied = self._baseline.applied
         applied.touched &= self._held_names(pinned, config, found)
@@ -294,6 +298,9 @@ class NativeNetwork:
             if port.id in config.reflect
         }
         return frozenset(keep | reflect)
+
+    async def release(self) -> ReleaseId | None:
+        return self._programs.release
 
     # --- verbs ---------------------------------------------------------------------------------------
 

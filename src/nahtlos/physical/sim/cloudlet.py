@@ -50,6 +50,8 @@ from nahtlos.wire.transport import Channel, Listener
 
 OLD = ReleaseId("sim-1")
 NEW = ReleaseId("sim-2")
+FUNCTIONS = ReleaseId("sim-network-1")
+"""A release of network functions."""
 EDGE = HostId("edge-1")
 NETWORK = NetworkId("tenant")
 ORCHESTRATOR = ("10.99.0.1", 7443)
@@ -151,8 +153,9 @@ class Cloudlet:
         network = MemoryNetwork(faults or Faults(seed, delay=(0.0001, 0.0008)), on_failure=_ignore)
         cloudlet = cls(world=world, network=network, specs=host_specs(hosts))
         for spec in cloudlet.specs:
+            releases = (OLD, NEW, FUNCTIONS)
             world.add_host(
-                spec.id, spec.address, role=spec.role, capacity=cloudlet.capacity, releases=(OLD, NEW)
+                spec.id, spec.address, role=spec.role, capacity=cloudlet.capacity, releases=releases
             )
         return cloudlet
 

@@ -11,7 +11,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import NotFound, Refused
-from nahtlos.model.ids import PortId
+from nahtlos.model.ids import PortId, ReleaseId
 from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.faults import Life
@@ -64,7 +64,17 @@ class SimNetwork(SimDriver):
                 for port in network.ports:
                     if port.id not in desired.pinned:
                         found += self._put_right(desired.config, port)
+            wanted = desired.config.network_release
+            if wanted != self.host.network_release:
+                if wanted is not None:
+                    self.host.check_release(wanted)
+                self.world.note(self.host.id, "network functions replaced", wanted or "own")
+                self.host.network_release = wanted
             return tuple(found)
+
+    async def release(self) -> ReleaseId | None:
+        async with self.verb("release"):
+            return self.host.network_release
 
     def _put_right(self, config: HostConfig, port: PortConfig) -> list[str]:
         paths, board = self.world.paths, self.host.board

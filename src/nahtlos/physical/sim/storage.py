@@ -3,7 +3,7 @@
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Refused
-from nahtlos.model.ids import SnapshotId, VolumeId
+from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.ports import StorageDesired
@@ -29,7 +29,14 @@ class SimStorage(SimDriver):
             for volume in removed:
                 if held.pop(volume, None):
                     found.append(f"removed {volume}")
+            if desired.release is not None and desired.release != self.host.storage_release:
+                self.host.check_release(desired.release)
+                self.world.replace_storage(self.host.id, desired.release)
             return tuple(found)
+
+    async def release(self) -> ReleaseId | None:
+        async with self.verb("release"):
+            return self.host.storage_release
 
     async def observe(self) -> tuple[VolumeStatus, ...]:
         async with self.verb("observe"):

@@ -100,6 +100,8 @@ class SimHost:
     volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
     storage_up: bool = True
     storage_restarts: int = 0
+    storage_release: ReleaseId | None = None
+    network_release: ReleaseId | None = None
     fds: dict[str, int] = field(default_factory=dict[str, int])
     """Stored descriptors: real ones, except taps, which are -1."""
     listening: dict[str, int] = field(default_factory=dict[str, int])
@@ -111,6 +113,12 @@ class SimHost:
     @property
     def boot_id(self) -> str:
         return f"{self.id}-boot-{self.boots}"
+
+    def check_release(self, release: ReleaseId) -> None:
+        """Refused if nothing can be run by it here."""
+        if release not in self.releases or release in self.broken_releases:
+            why = self.broken_releases.get(release, "it is not on this host")
+            raise Refused(f"{release} cannot be used: {why}", field="release")
 
 
 class World:
@@ -240,6 +248,15 @@ class World:
             self.note(host, "storage daemon killed", host)
             here.storage_up = False
             here.storage_restarts += 1
+            virtual_loop().call_later(STORAGE_RESTART_SECONDS, self._storage_back, here, here.boots)
+
+    def replace_storage(self, host: HostId, release: ReleaseId) -> None:
+        """The daemon is started anew by `release`, on the same socket: clients wait and connect again."""
+        here = self.hosts[host]
+        self.note(host, "storage daemon replaced", release)
+        here.storage_release = release
+        if here.storage_up:
+            here.storage_up = False
             virtual_loop().call_later(STORAGE_RESTART_SECONDS, self._storage_back, here, here.boots)
 
     def _storage_back(self, here: SimHost, boots: int) -> None:

@@ -20,6 +20,7 @@ from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
+from nahtlos.model.nouns import Component
 from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import TLS_FILES
@@ -83,6 +84,17 @@ class EmbeddedStorage:
             VolumeStatus(id=volume, epoch=epochs.get(volume, 0), served=volume in epochs, size_mib=size)
             for volume, size in present.items()
         )
+
+    async def release(self) -> ReleaseId | None:
+        try:
+            return msgspec.json.decode(self._record.read_bytes(), type=_Chosen).release
+        except FileNotFoundError:
+            return None
+
+    @property
+    def _record(self) -> Path:
+        """Of the release the daemon runs by."""
+        return self._settings.state_dir / "storage-release.json"
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         raise _lacking("snapshot")
@@ -175,7 +187,7 @@ class EmbeddedStorage:
         )
 
     async def _bundle(self) -> Bundle:
-        record = self._settings.state_dir / "storage-release.json"
+        record = self._record
         if record.exists():
             return await self._bundles.checked(msgspec.json.decode(record.read_bytes(), type=_Chosen).release)
         bundle = await self._newest()
@@ -187,7 +199,8 @@ class EmbeddedStorage:
 
     async def _newest(self) -> Bundle:
         bundles = [await self._bundles.checked(release) for release in await self._bundles.available()]
-        fit = [bundle for bundle in bundles if bundle.version >= MIN_VERSION]
+        hypervisors = [b for b in bundles if b.manifest.release.component is Component.HYPERVISOR]
+        fit = [bundle for bundle in hypervisors if bundle.version >= MIN_VERSION]
         if not fit:
             raise NotFound(
                 f"no release from {MIN_VERSION[0]} on in {self._settings.releases_dir}",

@@ -19,7 +19,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import CampaignId, HostId, ImageId, PortId, ProjectId, ReleaseId, ServerId
 from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
 from nahtlos.model.networking import DEFAULT_PROJECT
-from nahtlos.model.nouns import HostRole, Release, Size
+from nahtlos.model.nouns import Component, HostRole, Release, Size
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
 
@@ -163,8 +163,18 @@ class Cloud(Protocol):
     async def console_read(self, server: ServerId, offset: int) -> tuple[bytes, int]: ...
     async def console_write(self, server: ServerId, data: bytes) -> None: ...
 
-    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast: ...
-    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView: ...
+    async def plan_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> Forecast: ...
+    async def start_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> CampaignView: ...
     async def campaigns(self) -> tuple[Campaign, ...]: ...
     async def campaign(self, campaign: CampaignId | None) -> CampaignView:
         """None: the newest."""

@@ -18,7 +18,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, checked_name
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import HostRole, HostSpec, Release, Size
+from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import MoveSample, forecast
 from nahtlos.runtime.controllers import outcomes, requests, views
 from nahtlos.runtime.controllers.agents import Agents
@@ -158,7 +158,7 @@ class CloudService:
         return known[release]
 
     async def register_release(self, release: ReleaseId) -> Release:
-        """The first one registered is what hosts run until a campaign takes them elsewhere."""
+        """The first hypervisor registered is what hosts run until a campaign takes them elsewhere."""
         verified = await self._verified(release)
         async with self._looks.changing() as tx:
             await self._take_up(tx, verified)
@@ -173,7 +173,8 @@ class CloudService:
 
     async def _take_up(self, tx: AsyncConnection, release: Release) -> None:
         await intents.put_release(tx, release, self._store.clock())
-        if await intents.setting_of(tx, intents.DEFAULT_RELEASE, str) is None:
+        default = await intents.setting_of(tx, intents.DEFAULT_RELEASE, str)
+        if default is None and release.component is Component.HYPERVISOR:
             await intents.set_setting(tx, intents.DEFAULT_RELEASE, release.id)
 
     async def images(self) -> tuple[ImageId, ...]:
@@ -257,13 +258,18 @@ class CloudService:
 
     # --- upgrades ------------------------------------------------------------------------------------
 
-    async def plan_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> Forecast:
+    async def plan_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> Forecast:
         release = await self._verified(to)
         async with self._store.reading() as tx:
             state, inventory = await self._read(tx)
-            chosen = requests.upgrade_hosts(state, hosts)
-            requests.check_upgrade(state, release, chosen)
-            return await self._forecast(tx, state, inventory, to, chosen)
+            chosen = requests.upgrade_hosts(state, hosts, component)
+            requests.check_upgrade(state, release, chosen, component)
+            return await self._forecast(tx, state, inventory, to, chosen, component)
 
     async def _forecast(
         self,
@@ -272,6 +278,7 @@ class CloudService:
         inventory: Inventory,
         to: ReleaseId,
         hosts: tuple[HostId, ...],
+        component: Component,
     ) -> Forecast:
         samples, verify_seconds = await self._measured(tx, state)
         return forecast(
@@ -282,6 +289,7 @@ class CloudService:
             hosts=hosts,
             samples=samples,
             verify_seconds=verify_seconds,
+            component=component,
         )
 
     async def _measured(self, tx: AsyncConnection, state: State) -> tuple[list[MoveSample], float | None]:
@@ -292,25 +300,32 @@ class CloudService:
         lasted = sorted(max(v.times.values()) - min(v.times.values()) for v in verifies)
         return [s for s in known if s is not None], lasted[len(lasted) // 2] if lasted else None
 
-    async def start_upgrade(self, to: ReleaseId, hosts: tuple[HostId, ...] | None) -> CampaignView:
+    async def start_upgrade(
+        self,
+        to: ReleaseId,
+        hosts: tuple[HostId, ...] | None,
+        component: Component = Component.HYPERVISOR,
+    ) -> CampaignView:
         release = await self._verified(to)
         async with self._looks.changing() as tx:
             await campaigns.check_none_open(tx)
             state, inventory = await self._read(tx)
-            chosen = requests.upgrade_hosts(state, hosts)
-            requests.check_upgrade(state, release, chosen)
-            predicted = await self._forecast(tx, state, inventory, to, chosen)
+            chosen = requests.upgrade_hosts(state, hosts, component)
+            requests.check_upgrade(state, release, chosen, component)
+            predicted = await self._forecast(tx, state, inventory, to, chosen, component)
             _refuse_blocked(predicted)
             campaign = await campaigns.begin(
                 tx,
                 to_release=to,
-                from_releases=requests.releases_in_use(state, chosen),
+                component=component,
+                from_releases=requests.releases_in_use(state, chosen, component),
                 hosts=chosen,
                 moves_forecast=predicted.total_moves,
                 now=self._store.clock(),
             )
             await self._take_up(tx, release)
-        self._said("campaign.begun", campaign.id, f"{campaign.id}: {requests.listed(chosen)} to {to}")
+        text = f"{campaign.id}: {component} of {requests.listed(chosen)} to {to}"
+        self._said("campaign.begun", campaign.id, text)
         return await self.campaign(campaign.id)
 
     async def campaigns(self) -> tuple[Campaign, ...]:

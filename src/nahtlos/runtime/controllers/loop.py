@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from nahtlos.model.blueprint import Blueprint, CampaignState, PlanReport, Policy
+from nahtlos.model.blueprint import Blueprint, Campaign, CampaignState, PlanReport, Policy
 from nahtlos.model.errors import Error, Stale
 from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import Inventory
 from nahtlos.planner.plan import plan
-from nahtlos.planner.upgrade import upgraded_hosts
+from nahtlos.planner.upgrade import has, upgraded_hosts
 from nahtlos.runtime.controllers import outcomes
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.bookkeeping import Chores, chores
@@ -142,10 +142,8 @@ class PlanningLoop:
         upgraded = len(upgraded_hosts(world.policy, world.blueprint))
         await campaigns.put_progress(tx, replace(state.campaign, hosts_upgraded=upgraded))
         await campaigns.set_state(tx, campaign, ended, ended_at=self._store.clock())
-        plans = world.blueprint.hosts.values()
-        everywhere = all(plan.release == campaign.to_release for plan in plans if plan.release is not None)
-        if everywhere and not cancelled:
-            await intent.set_setting(tx, intent.DEFAULT_RELEASE, campaign.to_release)
+        if not cancelled and _is_everywhere(world, campaign):
+            await intent.set_setting(tx, intent.DEFAULTS[campaign.component], campaign.to_release)
         text = f"{campaign.id} to {campaign.to_release} is {'cancelled' if cancelled else 'done'}"
         return EventDraft(kind="campaign.ended", subject=campaign.id, text=text, data={"state": ended.value})
 
@@ -225,6 +223,15 @@ class PlanningLoop:
             _log.exception("bug in the planning loop")
             self._log.say(EventDraft(kind="bug", subject="orchestrator", text=text))
         self._bug = text
+
+
+def _is_everywhere(world: World, campaign: Campaign) -> bool:
+    """Then hosts that join are given it, too."""
+    plans = world.blueprint.hosts
+    concerned = [h for h, spec in world.policy.hosts.items() if has(spec.role, campaign.component)]
+    return all(
+        h in plans and plans[h].release_of(campaign.component) == campaign.to_release for h in concerned
+    )
 
 
 def _progress(planned: Planned, state: State) -> CampaignRow | None:

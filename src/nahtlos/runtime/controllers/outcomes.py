@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from nahtlos.model.blueprint import Blueprint, OperationRecord, PlannedMove, PlannedVerify, Policy
+from nahtlos.model.blueprint import (
+    Blueprint,
+    HostPlan,
+    OperationRecord,
+    PlannedMove,
+    PlannedVerify,
+    Policy,
+)
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import Inventory, OperationState, OperationStatus
@@ -208,6 +215,7 @@ def announcements(
             drafts.append(
                 EventDraft(kind="host.phase", subject=host, text=text, data={"phase": plan.phase.value})
             )
+        drafts += _announce_replacing(host, before, plan)
     for server, assignment in sorted(blueprint.servers.items()):
         if parent is None or server not in parent.servers:
             text = f"{server} is placed on {assignment.host}"
@@ -215,6 +223,20 @@ def announcements(
                 EventDraft(kind="server.placed", subject=server, text=text, data={"host": assignment.host})
             )
     return drafts
+
+
+def _announce_replacing(host: HostId, before: HostPlan | None, plan: HostPlan) -> list[EventDraft]:
+    """What is replaced under servers is no operation: it begins and ends with the blueprint."""
+    of = plan.replacing or (before.replacing if before else None)
+    if before is None or of is None:
+        return []
+    if (before.replacing, before.release_of(of)) == (plan.replacing, plan.release_of(of)):
+        return []
+    release = plan.release_of(of) or "what it came with"
+    begun = plan.replacing is not None
+    kind, text = ("begun", f"is brought to {release}") if begun else ("ended", f"runs {release}")
+    data: dict[str, str | int | float] = {"component": of.value, "release": release}
+    return [EventDraft(kind=f"replace.{kind}", subject=host, text=f"{of} of {host} {text}", data=data)]
 
 
 def _announce_begin(record: OperationRecord) -> EventDraft:

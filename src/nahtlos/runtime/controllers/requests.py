@@ -15,9 +15,11 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec
-from nahtlos.model.nouns import HostRole, Release, ServerSpec, Size
+from nahtlos.model.nouns import Component, HostRole, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.planner.place import room_for
+from nahtlos.planner.replace import reported
+from nahtlos.planner.upgrade import has
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.state import State
 
@@ -137,8 +139,9 @@ def chosen_image(request: ServerRequest, images: Mapping[ImageId, int]) -> Image
     return image
 
 
-def machine_type(releases: Collection[Release]) -> str:
-    """The newest versioned machine type that every release has, so that a server can live on each."""
+def machine_type(registered: Collection[Release]) -> str:
+    """The newest versioned machine type that every hypervisor has, so that a server can live on each."""
+    releases = [r for r in registered if r.component is Component.HYPERVISOR]
     if not releases:
         raise Conflict(
             "no hypervisor release is registered",
@@ -260,9 +263,13 @@ def check_move(state: State, inventory: Inventory, server: ServerId, to: HostId 
 # --- upgrades ----------------------------------------------------------------------------------------
 
 
-def upgrade_hosts(state: State, hosts: Sequence[HostId] | None) -> tuple[HostId, ...]:
+def upgrade_hosts(
+    state: State, hosts: Sequence[HostId] | None, component: Component = Component.HYPERVISOR
+) -> tuple[HostId, ...]:
     if hosts is None:
-        found = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
+        found = [h for h, row in state.hosts.items() if has(row.spec.role, component)]
+    elif component is Component.NETWORK:
+        found = [known_host(state, host, "hosts") for host in hosts]
     else:
         found = [compute_host(state, host, "hosts") for host in hosts]
     if not found:
@@ -270,14 +277,24 @@ def upgrade_hosts(state: State, hosts: Sequence[HostId] | None) -> tuple[HostId,
     return tuple(sorted(set(found)))
 
 
-def check_upgrade(state: State, release: Release, hosts: Sequence[HostId]) -> None:
+def check_upgrade(
+    state: State, release: Release, hosts: Sequence[HostId], component: Component = Component.HYPERVISOR
+) -> None:
+    if release.component is not component.released_as:
+        raise Refused(
+            f"{release.id} is a release of {release.component}, which {component} is not taken from",
+            field="to",
+            remedy=f"name one of {component.released_as}: nahtlos release list",
+        )
     plans = state.blueprint.hosts if state.blueprint else {}
-    if all(host in plans and plans[host].release == release.id for host in hosts):
+    if all(host in plans and plans[host].release_of(component) == release.id for host in hosts):
         raise Refused(
             f"{listed(hosts)} {'has' if len(hosts) == 1 else 'have'} {release.id} already",
             field="to",
             remedy="nothing is left to do",
         )
+    if component is not Component.HYPERVISOR:
+        return
     for server, row in sorted(state.servers.items()):
         if row.removed_at is None and row.spec.machine not in release.machine_types:
             raise Refused(
@@ -287,10 +304,16 @@ def check_upgrade(state: State, release: Release, hosts: Sequence[HostId]) -> No
             )
 
 
-def releases_in_use(state: State, hosts: Sequence[HostId]) -> tuple[ReleaseId, ...]:
+def releases_in_use(
+    state: State, hosts: Sequence[HostId], component: Component = Component.HYPERVISOR
+) -> tuple[ReleaseId, ...]:
+    """As decided; what was never decided, as seen."""
     plans = state.blueprint.hosts if state.blueprint else {}
-    found = (plans[host].release for host in hosts if host in plans)
-    return tuple(sorted({release for release in found if release is not None}))
+    found = {plans[host].release_of(component) for host in hosts if host in plans}
+    if component is not Component.HYPERVISOR:
+        seen = (state.inventories.get(h) for h in hosts if h in plans and not plans[h].release_of(component))
+        found |= {reported(inventory, component) for inventory in seen if inventory is not None}
+    return tuple(sorted(release for release in found if release is not None))
 
 
 def check_promised(state: State, inventory: Inventory, promised: Size) -> None:

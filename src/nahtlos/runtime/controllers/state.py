@@ -18,7 +18,7 @@ from nahtlos.model.inventory import (
     OperationStatus,
 )
 from nahtlos.model.networking import NetworkSpec
-from nahtlos.model.nouns import Size
+from nahtlos.model.nouns import Component, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.world import World
@@ -38,6 +38,8 @@ class State:
     promised: Size
     parallel_moves: int
     release: ReleaseId | None
+    storage_release: ReleaseId | None
+    network_release: ReleaseId | None
     campaign: CampaignRow | None
     """The one that is not over."""
     blueprint: Blueprint | None
@@ -61,6 +63,8 @@ class State:
             volumes={name: row.spec for name, row in self.volumes.items() if not row.removed},
             networks=self.networks,
             release=self.release,
+            storage_release=self.storage_release,
+            network_release=self.network_release,
             campaign=self.campaign.campaign if self.campaign else None,
             placements={name: row.placement for name, row in here.items() if row.placement},
             machine_types=self.machine_types,
@@ -138,6 +142,8 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         promised=await intent.promised(tx),
         parallel_moves=await intent.setting(tx, intent.PARALLEL_MOVES, 1),
         release=await default_release(tx),
+        storage_release=await default_release(tx, Component.STORAGE),
+        network_release=await default_release(tx, Component.NETWORK),
         campaign=await campaigns.current(tx),
         blueprint=await blueprints.target(tx),
         configs=await blueprints.host_configs(tx),
@@ -150,6 +156,8 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
     )
 
 
-async def default_release(tx: AsyncConnection) -> ReleaseId | None:
-    name = await intent.setting_of(tx, intent.DEFAULT_RELEASE, str)
+async def default_release(
+    tx: AsyncConnection, component: Component = Component.HYPERVISOR
+) -> ReleaseId | None:
+    name = await intent.setting_of(tx, intent.DEFAULTS[component], str)
     return None if name is None else ReleaseId(name)

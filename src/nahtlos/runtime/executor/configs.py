@@ -57,6 +57,8 @@ def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
         host=host,
         generation=0,
         release=plan.release if plan and compute else None,
+        storage_release=plan.storage_release if plan and compute else None,
+        network_release=plan.network_release if plan else None,
         networks=networks,
         uplinks=uplinks(world, host),
         servers=_servers(world, host),

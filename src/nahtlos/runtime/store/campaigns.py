@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import Campaign, CampaignState
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId
+from nahtlos.model.nouns import Component
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
 
@@ -30,6 +31,7 @@ async def begin(
     hosts: tuple[HostId, ...],
     moves_forecast: int,
     now: float,
+    component: Component = Component.HYPERVISOR,
 ) -> Campaign:
     """Conflict while another is not over."""
     await check_none_open(tx)
@@ -41,6 +43,7 @@ async def begin(
         state=CampaignState.RUNNING,
         from_releases=from_releases,
         created_at=now,
+        component=component,
     )
     await tx.execute(
         insert(schema.campaigns).values(

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.nouns import HostRole, HostSpec, Release, ServerSpec, Size
+from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import networking, schema
 from nahtlos.runtime.store.documents import text_of, value_of
@@ -27,6 +27,12 @@ from nahtlos.runtime.store.settings import setting_of as setting_of
 
 PROMISED = "promised"
 DEFAULT_RELEASE = "default_release"
+DEFAULTS = {
+    Component.HYPERVISOR: DEFAULT_RELEASE,
+    Component.STORAGE: "default_storage_release",
+    Component.NETWORK: "default_network_release",
+}
+"""Settings that name what hosts which join are given."""
 PARALLEL_MOVES = "parallel_moves"
 
 

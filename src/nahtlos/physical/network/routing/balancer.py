@@ -9,7 +9,6 @@ always in the file, so one that was killed comes back as it was. Never touches n
 import asyncio
 import hashlib
 import os
-import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import LoadBalancerId
 from nahtlos.model.networking import LoadBalancerSpec, Member
+from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.ports import Supervisor, Unit
 
 PREFIX = "haproxy."
@@ -142,13 +142,11 @@ def decode(spec_members: Iterable[Member], info: str, stat: str) -> BalancerStat
 class Balancers:
     """Those of one host."""
 
-    def __init__(self, run_dir: Path, log_dir: Path, supervisor: Supervisor) -> None:
+    def __init__(self, run_dir: Path, log_dir: Path, supervisor: Supervisor, programs: Programs) -> None:
         self._folder = run_dir / "lb"
         self._log_dir = log_dir
         self._supervisor = supervisor
-
-    def program(self) -> str | None:
-        return shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
+        self._programs = programs
 
     def _file(self, id_: LoadBalancerId) -> Path:
         return self._folder / f"{id_}.cfg"
@@ -169,9 +167,7 @@ class Balancers:
 
     async def serve(self, spec: LoadBalancerSpec, namespace: Path) -> tuple[str, ...]:
         """Returns what was found different without having been asked for."""
-        program = self.program()
-        if program is None:
-            raise Unavailable("haproxy is not installed", field="network", remedy="apt-get install haproxy")
+        program = str(self._programs.script("haproxy"))
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path, socket, text = (
             self._file(spec.id),

@@ -25,6 +25,7 @@ from nahtlos.physical.network import links, nft
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Item, Place
+from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.routing import announcement, translation
 from nahtlos.physical.network.routing import plan as decisions
 from nahtlos.physical.network.routing.balancer import Balancers, BalancerStatus
@@ -38,11 +39,12 @@ from nahtlos.physical.settings import AgentSettings
 class Routing(Part):
     name = "routing"
 
-    def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
+    def __init__(self, settings: AgentSettings, supervisor: Supervisor, programs: Programs) -> None:
         self._place = Place(settings.host, settings.role, settings.address)
         self._spaces = Spaces(settings.run_dir)
         self._connections = Connections(self._spaces.namespaces)
-        self._balancers = Balancers(settings.run_dir, settings.state_dir / "log", supervisor)
+        self._balancers = Balancers(settings.run_dir, settings.state_dir / "log", supervisor, programs)
+        self._programs = programs
         self._lock = asyncio.Lock()
 
     @property
@@ -55,7 +57,7 @@ class Routing(Part):
         return self._spaces.namespaces.path(name)
 
     async def capabilities(self) -> dict[str, str]:
-        program = self._balancers.program()
+        program = self._programs.found("haproxy")
         return {
             "routers": "used: a namespace per router, answered by the bridge",
             "load balancers": f"used: {program}" if program else "missing: haproxy (apt-get install haproxy)",

@@ -9,11 +9,9 @@ does not know it refuses, so nothing of one project reaches another by it.
 
 import hashlib
 import ipaddress
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from nahtlos.model.errors import Unavailable
 from nahtlos.model.networking import NetworkSpec, SubnetSpec
 from nahtlos.physical.network.services import addressing
 from nahtlos.physical.network.services.addressing import METADATA, advertised, domain, leased, name_servers
@@ -108,10 +106,3 @@ def _advertised(spec: NetworkSpec) -> Iterable[str]:
         yield f"--dhcp-range=set:{tag},{prefix},static,slaac,{addressing.SELF_ADDRESSED},{LEASE}"
         servers = ",".join(f"[{address}]" for address in name_servers(subnet, spec))
         yield f"--dhcp-option=tag:{tag},option6:dns-server,{servers}"
-
-
-def program() -> str:
-    found = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
-    if found is None:
-        raise Unavailable("dnsmasq is not installed", field="network", remedy="apt-get install dnsmasq-base")
-    return found

@@ -27,6 +27,7 @@ from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import namespaces
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Item, normal
+from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.services import addressing, dhcp, metadata, metadata_server
 from nahtlos.physical.network.services.wiring import unplug_others, wire
 from nahtlos.physical.ports import Supervisor, Unit, UnitStatus
@@ -39,11 +40,12 @@ SOURCES = Path(metadata_server.__file__).parents[4]
 class Services(Part):
     name = "services"
 
-    def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
+    def __init__(self, settings: AgentSettings, supervisor: Supervisor, programs: Programs) -> None:
         self._serving = settings.role is HostRole.COMPUTE
         self._folder = settings.run_dir / "dhcp"
         self._log_dir = settings.state_dir / "log"
         self._supervisor = supervisor
+        self._programs = programs
         self._plugged: frozenset[str] | None = None
         """Networks beside which no others are left plugged in."""
 
@@ -118,7 +120,7 @@ class Services(Part):
         told = dhcp.arguments(
             spec, hosts=files.hosts, names=files.names, leases=files.leases, user=self._user()
         )
-        argv = (dhcp.program(), *told)
+        argv = (*self._programs.words("dnsmasq"), *told)
         words = await self._run(DHCP, spec.id, argv, units, _Mark(_digest(place, *argv), _digest(*content)))
         argv = _metadata_argv(network, files)
         words += await self._run(METADATA, spec.id, argv, units, _Mark(_digest(place, str(SOURCES), *argv)))
