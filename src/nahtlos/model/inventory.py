@@ -43,12 +43,17 @@ class OperationKind(StrEnum):
     MOVE = "move"
     VERIFY = "verify"
     """Boot a probe under the host's configured release before it is given servers."""
+    REPLACE = "replace"
+    """A server's VMM, by one of another release on the same host."""
     RELOCATE = "relocate"
     """A volume goes to another host or backend while it is written."""
     REBUILD = "rebuild"
     """A copy of a volume is brought up to the others."""
     SNAPSHOT = "snapshot"
     BACKUP = "backup"
+    """And what is made from one."""
+    REVERT = "revert"
+    """A volume becomes again what a snapshot holds."""
 
 
 class OperationStatus(Value, frozen=True, kw_only=True):
