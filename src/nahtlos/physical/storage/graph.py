@@ -6,7 +6,8 @@ the same words go onto the daemon's command line and through its monitor.
 
 Nodes are named by volume and number of the layer, so a layer on which clones rest is one node for all.
 `fair-` is in a throttle group of all volumes of its kind: members of a group take turns, and the group's
-limits are the host's budget. `top-` is the volume's own knob and the node to pivot at; every operation names it.
+limits are the host's budget. `top-` is the volume's own knob and the node to pivot at; every operation
+names it.
 """
 
 import hashlib
