@@ -746,3 +746,72 @@ def test_no_text_makes_validation_fail_otherwise_than_by_refusing(text: str) -> 
             call()
         except Refused as refusal:
             assert refusal.field
+
+
+# --- networks that are one with an outside one -----------------------------------------------------------
+
+
+def _outside(**asked: Any) -> NetworkRequest:
+    return NetworkRequest(name="office", cidr="10.50.0.0/24", **{"provider_interface": "eth1", **asked})
+
+
+def test_a_network_is_made_one_with_an_outside_one() -> None:
+    flat = network_requests.new_network(topology(), _outside(), 0)
+    tagged = network_requests.new_network(topology(), _outside(vlan=205), 0)
+    assert flat.provider is not None
+    assert tagged.provider is not None
+    assert (flat.provider.interface, flat.provider.vlan) == ("eth1", 0)
+    assert tagged.provider.vlan == 205
+    assert network_requests.new_network(topology(), _outside(provider_interface=""), 0).provider is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({"vlan": 4095}, "vlan"),
+        ({"vlan": -1}, "vlan"),
+        ({"provider_interface": "", "vlan": 5}, "provider_interface"),
+        ({"provider_interface": "x" * 16}, "provider_interface"),
+        ({"provider_interface": "eth 1"}, "provider_interface"),
+        ({"provider_interface": "../eth1"}, "provider_interface"),
+    ],
+)
+def test_what_is_no_outside_network(asked: dict[str, Any], field: str) -> None:
+    with pytest.raises(Refused) as refused:
+        network_requests.new_network(topology(), _outside(**asked), 0)
+    assert refused.value.field == field
+    assert refused.value.remedy
+
+
+def test_what_an_interface_carries_only_one_network_can_be() -> None:
+    there = topology()
+    for vlan, field in ((0, "provider_interface"), (205, "vlan")):
+        first = network_requests.new_network(there, _outside(vlan=vlan), 0)
+        known = msgspec.structs.replace(there, networks={**there.networks, first.id: first})
+        with pytest.raises(Conflict, match="belongs to network office") as refused:
+            network_requests.new_network(known, msgspec.structs.replace(_outside(vlan=vlan), name="other"), 0)
+        assert refused.value.field == field
+        beside = msgspec.structs.replace(_outside(vlan=vlan + 1), name="other")
+        assert network_requests.new_network(known, beside, 0).provider is not None
+
+
+def test_a_way_out_is_not_given_away() -> None:
+    there = topology(external={EDGE: "eth1"})
+    with pytest.raises(Conflict) as refused:
+        network_requests.new_network(there, _outside(), 0)
+    assert refused.value.field == "provider_interface"
+    assert network_requests.new_network(there, _outside(vlan=7), 0).provider is not None
+
+
+def test_what_belongs_to_the_outside_is_not_made_inside() -> None:
+    there = topology()
+    office = network_requests.new_network(there, _outside(), 0)
+    known = msgspec.structs.replace(there, networks={**there.networks, office.id: office})
+    with pytest.raises(Refused) as refused:
+        routing_requests.new_router(known, RouterRequest(name="r", subnets=(SubnetId("office"),)))
+    assert refused.value.field == "subnet"
+    with pytest.raises(Refused) as refused:
+        balancer_requests.new_balancer(
+            known, HOSTS, LoadBalancerRequest(name="lb9", network=office.id, port=80)
+        )
+    assert refused.value.field == "network"

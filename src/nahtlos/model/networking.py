@@ -47,6 +47,15 @@ class SubnetSpec(Value, frozen=True, kw_only=True):
         return Family.IPV6 if ":" in self.cidr else Family.IPV4
 
 
+class ProviderLink(Value, frozen=True, kw_only=True):
+    """A network outside of the cloud that a network of the cloud is one with: its frames go out of and come in
+    by `interface` of every host that has it."""
+
+    interface: str
+    vlan: int = 0
+    """1 to 4094: frames carry this tag. 0: they carry none."""
+
+
 class NetworkSpec(Value, frozen=True, kw_only=True):
     """A tenant network: one bridge and one VXLAN device on every host that takes part."""
 
@@ -65,6 +74,8 @@ class NetworkSpec(Value, frozen=True, kw_only=True):
     is a router."""
     dhcp_ip: str
     """Answered by every host for its own servers: the same address and MAC everywhere."""
+    provider: ProviderLink | None = None
+    """None: it exists inside of the cloud only."""
     subnets: tuple[SubnetSpec, ...] = ()
 
     @property

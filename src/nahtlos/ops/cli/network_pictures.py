@@ -50,6 +50,9 @@ def networks(views: Sequence[NetworkView]) -> RenderableType:
 def _way_out(view: NetworkView) -> str:
     if view.gateway_host is not None:
         return f"uplink at {view.gateway_host}"
+    if view.provider is not None:
+        tag = f", VLAN {view.provider.vlan}" if view.provider.vlan else ""
+        return f"{view.provider.interface} of every host{tag}"
     routers = sorted({s.router for s in view.subnets if s.router is not None})
     return f"router {', '.join(routers)}" if routers else NOTHING
 

@@ -48,13 +48,24 @@ def network_commands(surroundings: Surroundings) -> typer.Typer:
         gateway: Annotated[
             str | None, typer.Option(help="Gateway address; the first one if left out.")
         ] = None,
+        provider_interface: Annotated[
+            str, typer.Option(help="Interface of every host: the network is one with the outside one there.")
+        ] = "",
+        vlan: Annotated[int, typer.Option(help="Its tag at that interface; 0: none.", min=0)] = 0,
         project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
-        """Create a network with its first subnet. It has no way out until a router is attached."""
+        """Create a network with its first subnet. It has no way out until a router is attached, unless an
+        interface of every host leads to an outside network that it is one with."""
         request = NetworkRequest(
-            name=name, cidr=cidr, mtu=mtu, gateway_ip=gateway, project=ProjectId(project)
+            name=name,
+            cidr=cidr,
+            mtu=mtu,
+            gateway_ip=gateway,
+            provider_interface=provider_interface,
+            vlan=vlan,
+            project=ProjectId(project),
         )
         async with cli.client() as client:
             view = await client.networks.create_network(request)

@@ -94,6 +94,8 @@ class Handover:
             self._lead_to_tap(port)
         else:
             self._lead_to_tunnel(port, network)
+        for part in self._shared.parts:
+            part.move_switched(local(port, network), role)
 
     def _lead_to_tap(self, port: PortConfig) -> None:
         index = index_of(plan.tap_name(port.id))

@@ -29,6 +29,8 @@ from nahtlos.physical.network.plan import (
     PortFlood,
     Setting,
     TunnelEntry,
+    far_end,
+    is_lent,
     port_of_alias,
 )
 
@@ -58,7 +60,9 @@ def taps_of(devices: dict[str, LinkInfo]) -> dict[PortId, tuple[str, str]]:
     return found
 
 
-def device_of(link: LinkInfo, master: str) -> Device:
+def device_of(link: LinkInfo, master: str, lower: str = "") -> Device:
+    if is_lent(link.alias):
+        return Device(link.name, "interface", link.alias, 0, master=master, up=link.up)
     return Device(
         name=link.name,
         kind=link.kind,
@@ -71,6 +75,8 @@ def device_of(link: LinkInfo, master: str) -> Device:
         up=link.up,
         snooping=link.snooping,
         ring=link.queue if link.kind == "tun" else 0,
+        lower=lower,
+        vlan=link.vlan,
     )
 
 
@@ -98,7 +104,7 @@ def setting(path: str) -> Setting | None:
 def refuse_foreign(wanted: Iterable[Item], devices: dict[str, LinkInfo]) -> None:
     """Conflict if a device with a name that this driver needs belongs to somebody else."""
     for item in wanted:
-        if isinstance(item, Device):
+        if isinstance(item, Device) and item.kind != "interface":
             there = devices.get(item.name)
             if there is not None and not there.alias.startswith(OWNED):
                 raise Conflict(
@@ -132,8 +138,13 @@ def _reborn(change: Change) -> bool:
     return (
         isinstance(item, Device)
         and isinstance(before, Device)
-        and (item.kind, item.vni, item.local) != (before.kind, before.vni, before.local)
+        and "interface" not in (item.kind, before.kind)
+        and _nature(item) != _nature(before)
     )
+
+
+def _nature(device: Device) -> tuple[object, ...]:
+    return device.kind, device.vni, device.local, device.lower, device.vlan
 
 
 def _birth(device: Device) -> list[Request]:
@@ -143,13 +154,23 @@ def _birth(device: Device) -> list[Request]:
             request = links.create_bridge(device.name, device.mtu, device.mac)
         case "vxlan":
             request = links.create_vxlan(device.name, device.mtu, device.vni, device.local)
+        case "vlan":
+            request = links.create_vlan(device.name, device.mtu, _present(device.lower), device.vlan)
         case "veth" if not device.master:
-            peer = device.name.replace("gm", "gb", 1)
+            peer = far_end(device.name)
             both = [links.configure(name, alias=device.alias) for name in (device.name, peer)]
             return [links.create_veth(device.name, peer, device.mtu), *both]
         case _:
             return []
     return [request, links.configure(device.name, alias=device.alias)]
+
+
+def _present(name: str) -> int:
+    """Its index; 0 if it has gone, which the kernel then refuses in its own words."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
 
 
 def _settings(device: Device, devices: dict[str, LinkInfo]) -> list[Request]:
@@ -163,7 +184,7 @@ def _settings(device: Device, devices: dict[str, LinkInfo]) -> list[Request]:
     requests.append(
         links.configure(
             device.name,
-            mtu=device.mtu if device.mtu != there.mtu else None,
+            mtu=device.mtu if device.mtu and device.mtu != there.mtu else None,
             mac=device.mac if device.mac and device.mac != there.mac else None,
             master=master if master != there.master else None,
             alias=device.alias if device.alias != there.alias else None,
@@ -225,6 +246,8 @@ def _putting(item: Item, devices: dict[str, LinkInfo]) -> Request | None:
 
 
 def _removal(item: Item, devices: dict[str, LinkInfo]) -> Request | None:
+    if isinstance(item, Device) and item.kind == "interface":
+        return links.release(item.name)
     if isinstance(item, Device):
         # The far end of a pair goes with the near one; asking for both is tolerated.
         return links.delete(item.name)

@@ -13,6 +13,7 @@ from nahtlos.physical.network.netlink import (
     AF_BRIDGE,
     CREATE,
     EXCL,
+    IFF_PROMISC,
     IFF_UP,
     RTM_DELLINK,
     RTM_GETLINK,
@@ -31,13 +32,14 @@ from nahtlos.physical.network.netlink import (
     u32,
 )
 
-IFLA_ADDRESS, IFLA_NAME, IFLA_MTU, IFLA_MASTER, IFLA_PROTINFO = 1, 3, 4, 10, 12
+IFLA_ADDRESS, IFLA_NAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_PROTINFO = 1, 3, 4, 5, 10, 12
 IFLA_TXQUEUE, IFLA_STATE, IFLA_LINKINFO, IFLA_ALIAS, IFLA_STATS, IFLA_NETNS_FD = 13, 16, 18, 20, 23, 28
 INFO_KIND, INFO_DATA, INFO_SLAVE_KIND, INFO_SLAVE_DATA = 1, 2, 4, 5
 BRIDGE_FORWARD_DELAY, BRIDGE_STP, BRIDGE_SNOOPING = 1, 5, 23
 PORT_HAIRPIN, PORT_LEARNING, PORT_UNICAST, PORT_MULTICAST, PORT_BROADCAST, PORT_SUPPRESS = 4, 8, 9, 27, 30, 32
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PORT = 1, 4, 7, 15
 VETH_PEER = 1
+VLAN_ID = 1
 RTM_GETQDISC, TC_ROOT, TCA_STATS2, TCA_STATS_QUEUE = 38, 0xFFFFFFFF, 7, 3
 STATE_UP = 6
 
@@ -79,6 +81,11 @@ class LinkInfo(msgspec.Struct, frozen=True):
     local: str = ""
     queue: int = 0
     snooping: bool = False
+    lower: int = 0
+    """Index of the device that a VLAN is on."""
+    vlan: int = 0
+    promiscuous: bool = False
+    """Asked to take every frame, by somebody who said so (not: by a bridge)."""
     running: bool = False
     """It has a carrier and the kernel has taken note of that: frames pass."""
     stats: Stats = Stats(0, 0, 0)
@@ -143,6 +150,12 @@ def create_veth(
     return _create(name, mtu, "veth", attribute(VETH_PEER, other), index=index)
 
 
+def create_vlan(name: str, mtu: int, lower: int, vlan: int) -> Request:
+    """What device `lower` sends and receives with the tag `vlan`."""
+    request = _create(name, mtu, "vlan", attribute(VLAN_ID, struct.pack("H", vlan)))
+    return msgspec.structs.replace(request, body=request.body + u32(IFLA_LINK, lower))
+
+
 def create_ifb(name: str) -> Request:
     """A device whose frames come in again by the device that they were redirected from."""
     return _create(name, 1500, "ifb")
@@ -163,6 +176,7 @@ def configure(
     name: str,
     *,
     up: bool | None = None,
+    promiscuous: bool | None = None,
     mtu: int | None = None,
     mac: str | None = None,
     master: int | None = None,
@@ -170,7 +184,9 @@ def configure(
     queue: int | None = None,
 ) -> Request:
     """Change what is given of a device; `master` 0 releases it from its bridge."""
-    flags, change = (0, 0) if up is None else (IFF_UP if up else 0, IFF_UP)
+    asked = {IFF_UP: up, IFF_PROMISC: promiscuous}
+    change = sum(flag for flag, on in asked.items() if on is not None)
+    flags = sum(flag for flag, on in asked.items() if on)
     body = _header(0, flags, change) + text(IFLA_NAME, name)
     if mtu is not None:
         body += u32(IFLA_MTU, mtu)
@@ -179,10 +195,16 @@ def configure(
     if master is not None:
         body += u32(IFLA_MASTER, master)
     if alias is not None:
-        body += text(IFLA_ALIAS, alias)
+        body += text(IFLA_ALIAS, alias) if alias else attribute(IFLA_ALIAS, b"")
     if queue is not None:
         body += u32(IFLA_TXQUEUE, queue)
     return Request(RTM_NEWLINK, 0, body, f"configure {name}")
+
+
+def release(name: str) -> Request:
+    """From its bridge; it is nobody's then. Fine if it has gone."""
+    request = configure(name, master=0, alias="")
+    return msgspec.structs.replace(request, tolerated=frozenset({errno.ENODEV}))
 
 
 def set_flood(index: int, flood: Flood, what: str) -> Request:
@@ -244,6 +266,9 @@ def _decode(body: bytes) -> LinkInfo:
         local=".".join(str(b) for b in data.get(VXLAN_LOCAL, b"")) if vxlan else "",
         queue=_number(values.get(IFLA_TXQUEUE)),
         snooping=bool(_number(data.get(BRIDGE_SNOOPING))) if bridge else False,
+        lower=_number(values.get(IFLA_LINK)) if kind == "vlan" else 0,
+        vlan=_number(data.get(VLAN_ID)) if kind == "vlan" else 0,
+        promiscuous=bool(flags & IFF_PROMISC),
         running=_number(values.get(IFLA_STATE)) == STATE_UP,
         stats=_stats(values.get(IFLA_STATS, b"")),
     )

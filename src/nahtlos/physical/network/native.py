@@ -37,6 +37,7 @@ from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.network.programs import Programs
+from nahtlos.physical.network.provider.part import Provider
 from nahtlos.physical.network.routing.part import Routing
 from nahtlos.physical.network.services import addressing
 from nahtlos.physical.network.services.part import Services
@@ -81,7 +82,16 @@ class NativeNetwork:
         shares = Shares(settings.underlay_interface, ports, record, self._bulk_socket)
         self.routing = Routing(settings, supervisor, self._programs)
         firewall = Firewall(settings.role, settings.run_dir / "firewall.json", self._pass_over)
-        self._parts: tuple[Part, ...] = (firewall, shaping, shares, self._tracking, services, self.routing)
+        self._provider = Provider(settings.run_dir / "provider.json", self._underlay, self._fast_socket)
+        self._parts: tuple[Part, ...] = (
+            firewall,
+            shaping,
+            shares,
+            self._tracking,
+            services,
+            self.routing,
+            self._provider,
+        )
         self._shared = Shared(
             self._place, supervisor, self._baseline, self._parts, settings.run_dir, self._ensure_network
         )
@@ -217,7 +227,8 @@ class NativeNetwork:
         settings = plan.desired_settings(config)
         found = await asyncio.to_thread(self._see().look, settings)
         taps = {port: mac for port, (_, mac) in found.taps.items()}
-        wanted = plan.desired_items(config, self._place, taps)
+        ways = self._provider.ways(config.networks, found.links)
+        wanted = plan.desired_items(config, self._place, taps, ways)
         wanted |= {item for part in self._parts for item in part.items(config)}
         held = self._held_names(pinned | self._shared.in_motion, config, found)
         # A kernel that does not know a setting is not asked for it again and again.
@@ -255,7 +266,7 @@ class NativeNetwork:
     async def _filter(
         self, config: HostConfig, pinned: frozenset[PortId], found: kernel.Observed, *, quiet: bool
     ) -> list[str]:
-        networks = [_filtered(network, config) for network in config.networks]
+        networks = [_filtered(n, config, self._provider.port(n.spec)) for n in config.networks]
         applied, digest = self._baseline.applied, nft.digest(networks)
         async with self._shared.filtering:
             present = await self._listed_rules()
@@ -309,6 +320,7 @@ class NativeNetwork:
             underlay = links.read_link(self._shared.fast(), self._underlay)
             self._check_addressing([network], {self._underlay: underlay} if underlay else {})
             self._checked.add(network.spec)
+        self._provider.check(network.spec)
         await self._endpoints.create(port, network, deliver=deliver)
 
     async def port_delete(self, port: PortId) -> None:
@@ -362,7 +374,9 @@ class NativeNetwork:
                 self._built[network.spec.vni] = tuple(link.index for link in there if link is not None)
                 return
             devices = {link.name: link for link in there if link is not None}
-            wanted = plan.network_items(network, self._place)
+            devices_now = self._see().look().links
+            way = self._provider.ways([network], devices_now).get(network.spec.id)
+            wanted = plan.network_items(network, self._place, way)
             kernel.refuse_foreign(wanted, devices)
             sock = self._bulk_socket()
             kernel.create_devices(sock, plan.changes(wanted, self._see().look().items & wanted))
@@ -402,9 +416,9 @@ def _check_uplinks(config: HostConfig, found: kernel.Observed) -> None:
             )
 
 
-def _filtered(network: NetworkConfig, config: HostConfig) -> nft.FilteredNetwork:
+def _filtered(network: NetworkConfig, config: HostConfig, outward: str) -> nft.FilteredNetwork:
     uplinks = tuple(sorted(u.interface for u in config.uplinks if u.network == network.spec.id))
-    return nft.FilteredNetwork(network.spec.vni, uplinks)
+    return nft.FilteredNetwork(network.spec.vni, uplinks, outward, network.spec.dhcp_ip if outward else "")
 
 
 def _is_drift(change: Change, applied: Applied) -> bool:

@@ -19,7 +19,7 @@ import msgspec
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network.plan import bridge_name, gate_name, tunnel_name
+from nahtlos.physical.network.plan import anycast_mac, bridge_name, gate_name, tunnel_name
 
 TABLE = "nahtlos"
 DEADLINE = 10.0
@@ -37,6 +37,10 @@ class Gate(msgspec.Struct, frozen=True, order=True):
 class FilteredNetwork(msgspec.Struct, frozen=True, order=True):
     vni: int
     uplinks: tuple[str, ...]
+    outward: str = ""
+    """Port of the bridge that leads to an outside network; `service` is the address that this cloud answers
+    at there for its own servers."""
+    service: str = ""
 
 
 class Ruleset(msgspec.Struct, frozen=True):
@@ -60,6 +64,8 @@ def compose(networks: Iterable[FilteredNetwork], gates: Iterable[Gate]) -> str:
     lines = [_replaced("netdev"), f"table netdev {TABLE} {{"]
     for network in networks:
         lines += _gate_lines(network.vni, [g for g in gates if g.vni == network.vni])
+        if network.outward:
+            lines += _outward_lines(network)
     lines += ["}", _replaced("inet"), f"table inet {TABLE} {{", *_guard_lines(networks), "}"]
     return "\n".join(lines) + "\n"
 
@@ -83,6 +89,33 @@ def _gate_lines(vni: int, gates: Sequence[Gate]) -> list[str]:
         # Nor does one host's advertisement: each tells its own servers.
         "    icmpv6 type { nd-router-solicit, nd-router-advert } drop",
         f'    ether daddr @{set_name(vni)} fwd to "{gate_name(vni)}"',
+        "  }",
+    ]
+
+
+def _outward_lines(network: FilteredNetwork) -> list[str]:
+    """Every host tells and answers its own servers, with the same MAC and address: none of that gets out, and
+    nobody outside asks or answers in its place. Frames with tags are for other networks."""
+    mac = anycast_mac(network.vni)
+    asked = f"arp daddr ip {network.service} drop"
+    return [
+        f"  chain in{network.vni} {{",
+        f'    type filter hook ingress device "{network.outward}" priority -500; policy accept;',
+        "    ether type { 0x8100, 0x88a8 } drop",
+        f"    ether saddr {mac} drop",
+        f"    ether daddr {mac} drop",
+        "    ether type ip udp sport 67 drop",
+        "    ether type ip udp dport 67 drop",
+        "    ether type ip6 udp sport 547 drop",
+        "    ether type ip6 udp dport 547 drop",
+        f"    {asked}",
+        "  }",
+        f"  chain out{network.vni} {{",
+        f'    type filter hook egress device "{network.outward}" priority -500; policy accept;',
+        f"    ether saddr {mac} drop",
+        "    ether type ip udp dport 67 drop",
+        "    ether type ip6 udp dport 547 drop",
+        f"    {asked}",
         "  }",
     ]
 

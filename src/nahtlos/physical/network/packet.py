@@ -3,10 +3,8 @@
 Owns AF_PACKET. Never decides what is sent.
 """
 
-import ctypes
 import errno
 import os
-import platform
 import socket
 import struct
 import time
@@ -15,8 +13,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from nahtlos.model.errors import Unavailable
-from nahtlos.physical.network import tap
+from nahtlos.physical.network import bpf, tap
 from nahtlos.physical.network.netlink import mac_bytes
 
 SACRIFICE_TYPE = 0x88B5
@@ -25,9 +22,7 @@ SOL_PACKET, PACKET_VNET_HDR, SO_MARK = 263, 15, 36
 HEADER = 10
 """Bytes of virtio-net header that AF_PACKET expects, whatever the tap's size of it is."""
 AGAIN_SECONDS, DEADLINE = 0.001, 1.0
-BPF_PROG_LOAD, SOCKET_FILTER = 5, 1
-SYS_BPF = {"x86_64": 321, "aarch64": 280}
-QUEUE_BY_MARK = struct.pack("BBhiBBhi", 0x61, 0x10, 8, 0, 0x95, 0, 0, 0)
+QUEUE_BY_MARK = bpf.load_word(0, 1, 8) + bpf.leave()
 """r0 = mark of the frame; exit"""
 
 
@@ -46,6 +41,13 @@ def _open(device: str) -> socket.socket:
     sending.bind((device, 0))
     sending.settimeout(DEADLINE)
     return sending
+
+
+def send(device: str, frames: Iterable[bytes]) -> None:
+    """Whole Ethernet frames, out of `device`. OSError if it takes one not."""
+    with _open(device) as sending:
+        for frame in frames:
+            sending.send(frame)
 
 
 # --- the sacrifice -----------------------------------------------------------------------------------
@@ -69,31 +71,14 @@ def sacrifice(device: str, mac: str, queues: list[int]) -> None:
 @contextmanager
 def _steered(fd: int) -> Generator[None]:
     """Meanwhile the mark of a frame says which queue it goes to."""
-    program = _load(QUEUE_BY_MARK)
+    remedy = "give the server's ports one queue each, or allow the agent bpf()"
+    program = bpf.load(bpf.SOCKET_FILTER, QUEUE_BY_MARK, "chooses a queue", field="queues", remedy=remedy)
     try:
         tap.steer(fd, program)
         yield
     finally:
         tap.steer(fd, -1)
         os.close(program)
-
-
-def _load(instructions: bytes) -> int:
-    """A descriptor of a program in the kernel."""
-    code, licence = ctypes.create_string_buffer(instructions), ctypes.create_string_buffer(b"GPL")
-    attributes = struct.pack(
-        "IIQQ", SOCKET_FILTER, len(instructions) // 8, ctypes.addressof(code), ctypes.addressof(licence)
-    ).ljust(128, b"\0")
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.syscall(SYS_BPF.get(platform.machine(), -1), BPF_PROG_LOAD, buffer, len(attributes))
-    if fd < 0:
-        raise Unavailable(
-            f"this kernel loads no steering program: {os.strerror(ctypes.get_errno())}",
-            field="queues",
-            remedy="give the server's ports one queue each, or allow the agent bpf()",
-        )
-    return fd
 
 
 # --- parked frames -----------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ class Part:
     async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
         """The path will be switched. At the destination `port_created` came before."""
 
+    def move_switched(self, port: LocalPort, role: MoveRole) -> None:
+        """This host's entry for it has been flipped. In the middle of the switch: waits for nothing."""
+
     def release(self, port: PortId, tap: str) -> None:
         """Frames of this port that are held back go on at once: at the source its server is about to be
         stopped, at the destination what came for it is about to be returned. Waits for nothing."""

@@ -18,14 +18,16 @@ from typing import ClassVar
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
-from nahtlos.model.ids import HostId, PortId
-from nahtlos.model.networking import Family, NetworkSpec
+from nahtlos.model.ids import HostId, NetworkId, PortId
+from nahtlos.model.networking import Family, NetworkSpec, ProviderLink
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
+from nahtlos.physical.network.provider.ways import Way
 from nahtlos.physical.network.tap import QUEUE
 
 REMEMBERED_PORTS = 1 << 15
+NO_WAYS: Mapping[NetworkId, Way] = {}
 OWNED = "nahtlos/"
 """How the alias of every device of this driver begins: `nahtlos/network/<id>`, `nahtlos/port/<id>/<mac>`."""
 
@@ -48,6 +50,21 @@ def gate_name(vni: int) -> str:
 
 def gate_port_name(vni: int) -> str:
     return f"gb{vni}"
+
+
+def provider_name(vni: int) -> str:
+    """By which a network's bridge reaches a VLAN of the outside."""
+    return f"pv{vni}"
+
+
+def provider_far_name(vni: int) -> str:
+    """The far end of that, where programs do what no VLAN device does."""
+    return f"pw{vni}"
+
+
+def far_end(name: str) -> str:
+    """Of a pair of devices both of which are ours: the one that is in the bridge."""
+    return {"gm": "gb", "pw": "pv"}[name[:2]] + name[2:]
 
 
 def tap_name(port: PortId) -> str:
@@ -79,6 +96,15 @@ def network_alias(network: str) -> str:
     return f"{OWNED}network/{network}"
 
 
+def provider_alias(network: str) -> str:
+    """Of an interface that was there before and is lent to a network."""
+    return f"{OWNED}provider/{network}"
+
+
+def is_lent(alias: str) -> bool:
+    return alias.startswith(provider_alias(""))
+
+
 def port_alias(port: PortId, mac: str) -> str:
     return f"{OWNED}port/{port}/{mac}"
 
@@ -92,14 +118,16 @@ def port_of_alias(alias: str) -> tuple[PortId, str] | None:
 
 
 class Device(msgspec.Struct, frozen=True, cache_hash=True):
-    """A device and its settings. A gate's enslaved end is listed for itself and born with the other."""
+    """A device and its settings. The enslaved end of a pair is listed for itself and born with the other. Of
+    the kind "interface": one of the host's own, which is neither made nor deleted."""
 
     name: str
     kind: str
     alias: str
     mtu: int
+    """0: as it happens to be."""
     mac: str = ""
-    """"": as it happens to be."""
+    """"": likewise."""
     master: str = ""
     vni: int = 0
     local: str = ""
@@ -107,6 +135,9 @@ class Device(msgspec.Struct, frozen=True, cache_hash=True):
     snooping: bool = False
     ring: int = 0
     """Frames a tap keeps for its server; 0 for what is no tap."""
+    lower: str = ""
+    """Device that a VLAN is on."""
+    vlan: int = 0
 
     rank: ClassVar[int] = 0
 
@@ -219,6 +250,10 @@ Item = Device | PortFlood | Setting | Address | Neighbour | TunnelEntry | Forwar
 
 TUNNEL_FLOOD = Flood(unicast=True, multicast=True, broadcast=True, suppress=True)
 """Unicast too: a server that has just been created is found before every host has been told of it."""
+TUNNEL_ASIDE = Flood(suppress=True)
+"""Of a network that is one with an outside one: hosts reach each other there, and the tunnel only passes on
+what came to the old host of a server that moves. Frames that went both ways would go round for ever."""
+OUTWARD = Flood(unicast=True, multicast=True, broadcast=True)
 DELIVERING = Flood(multicast=True, broadcast=True)
 SILENT = Flood()
 
@@ -234,16 +269,22 @@ class Place(msgspec.Struct, frozen=True):
     address: str
 
 
-def desired_items(config: HostConfig, place: Place, taps: Mapping[PortId, str]) -> frozenset[Item]:
+def desired_items(
+    config: HostConfig, place: Place, taps: Mapping[PortId, str], ways: Mapping[NetworkId, Way] = NO_WAYS
+) -> frozenset[Item]:
     """`taps` are the ports that have a tap here, with their MAC. Taps themselves come and go by
     `port_create` and `port_delete`; one that is there is kept enslaved and, if its port belongs here,
-    delivered to."""
+    delivered to. `ways`: networks that reach an outside one from this host."""
     items: set[Item] = set(desired_settings(config))
+    reflected = frozenset(config.reflect)
     for network in config.networks:
         spec = _normal_spec(network.spec)
-        items.update(_devices(spec, place), _own_address(network, place), _paths(network, spec, place))
+        way = ways.get(spec.id)
+        items.update(_devices(spec, place, way), _own_address(network, place), _paths(network, spec, place))
+        tunnel, outward = tunnel_name(spec.vni), leads_out(spec, way)
         for port in network.ports:
-            items.update(_port_items(port, spec.vni, spec.mtu, place, port.id in taps))
+            out = outward if outward and port.id not in reflected else tunnel
+            items.update(_port_items(port, spec.vni, spec.mtu, place, port.id in taps, out))
     return frozenset(items)
 
 
@@ -269,12 +310,12 @@ def _normal_port(port: PortConfig) -> PortConfig:
     return port if port.mac.islower() else msgspec.structs.replace(port, mac=port.mac.lower())
 
 
-def network_items(network: NetworkConfig, place: Place) -> frozenset[Item]:
+def network_items(network: NetworkConfig, place: Place, way: Way | None = None) -> frozenset[Item]:
     """One network without its ports: enough to attach a tap to."""
     spec = _normal_spec(network.spec)
     return frozenset(
         (
-            *_devices(spec, place),
+            *_devices(spec, place, way),
             *_own_address(network, place),
             *_paths(network, spec, place),
             *_settings(network, ()),
@@ -282,7 +323,7 @@ def network_items(network: NetworkConfig, place: Place) -> frozenset[Item]:
     )
 
 
-def _devices(spec: NetworkSpec, place: Place) -> Iterable[Item]:
+def _devices(spec: NetworkSpec, place: Place, way: Way | None) -> Iterable[Item]:
     bridge, tunnel, alias = bridge_name(spec.vni), tunnel_name(spec.vni), network_alias(spec.id)
     gate, gate_port = gate_name(spec.vni), gate_port_name(spec.vni)
     mac = spec.gateway_mac if _is_gateway(spec, place) else bridge_mac(spec.vni)
@@ -290,8 +331,39 @@ def _devices(spec: NetworkSpec, place: Place) -> Iterable[Item]:
     yield Device(tunnel, "vxlan", alias, spec.mtu, master=bridge, vni=spec.vni, local=place.address)
     yield Device(gate, "veth", alias, spec.mtu)
     yield Device(gate_port, "veth", alias, spec.mtu, master=bridge)
-    yield PortFlood(tunnel, TUNNEL_FLOOD)
+    yield PortFlood(tunnel, TUNNEL_FLOOD if spec.provider is None else TUNNEL_ASIDE)
     yield PortFlood(gate_port, SILENT)
+    if spec.provider is not None and way is not None:
+        yield from _provider_devices(spec, spec.provider, way)
+
+
+def _provider_devices(spec: NetworkSpec, provider: ProviderLink, way: Way) -> Iterable[Item]:
+    bridge, name, alias = bridge_name(spec.vni), provider_name(spec.vni), network_alias(spec.id)
+    match way:
+        case Way.FLAT:
+            name = provider.interface
+            yield Device(name, "interface", provider_alias(spec.id), 0, master=bridge)
+        case Way.VLAN_DEVICE:
+            yield Device(
+                name,
+                "vlan",
+                alias,
+                spec.mtu,
+                master=bridge,
+                lower=provider.interface,
+                vlan=provider.vlan,
+            )
+        case Way.PROGRAMS:
+            yield Device(provider_far_name(spec.vni), "veth", alias, spec.mtu)
+            yield Device(name, "veth", alias, spec.mtu, master=bridge)
+    yield PortFlood(name, OUTWARD)
+
+
+def leads_out(spec: NetworkSpec, way: Way | None) -> str:
+    """The port of the bridge that leads to the outside network; empty if none does."""
+    if spec.provider is None or way is None:
+        return ""
+    return spec.provider.interface if way is Way.FLAT else provider_name(spec.vni)
 
 
 def _is_gateway(spec: NetworkSpec, place: Place) -> bool:
@@ -309,7 +381,7 @@ def _paths(network: NetworkConfig, spec: NetworkSpec, place: Place) -> Iterable[
     """What leads to other hosts, whatever ports there are."""
     bridge, tunnel = bridge_name(spec.vni), tunnel_name(spec.vni)
     for vtep in network.vteps:
-        if vtep != place.address:
+        if vtep != place.address and spec.provider is None:
             yield TunnelEntry(tunnel, ANY_MAC, vtep)
     if spec.gateway_mac and not _is_gateway(spec, place):
         yield Neighbour(bridge, spec.gateway_ip, spec.gateway_mac)
@@ -324,14 +396,17 @@ def canonical(address: str) -> str:
 
 
 @functools.lru_cache(maxsize=REMEMBERED_PORTS)
-def _port_items(port: PortConfig, vni: int, mtu: int, place: Place, has_tap: bool) -> tuple[Item, ...]:
-    """Of a port that has not changed they are the very same objects, which compare at once."""
+def _port_items(
+    port: PortConfig, vni: int, mtu: int, place: Place, has_tap: bool, out: str
+) -> tuple[Item, ...]:
+    """`out`: by which device other hosts are reached. Of a port that has not changed they are the very same
+    objects, which compare at once."""
     port = _normal_port(port)
     bridge, tunnel, name = bridge_name(vni), tunnel_name(vni), tap_name(port.id)
     items: list[Item] = [Neighbour(bridge, canonical(ip), port.mac) for ip in port.all_addresses]
     here = port.host == place.host
     if not here:
-        items += [TunnelEntry(tunnel, port.mac, port.vtep), Forward(bridge, port.mac, tunnel)]
+        items += [TunnelEntry(tunnel, port.mac, port.vtep), Forward(bridge, port.mac, out)]
     elif has_tap:
         items.append(Forward(bridge, port.mac, name))
     if has_tap:
@@ -347,7 +422,10 @@ def tap_device(port: PortConfig, vni: int, mtu: int) -> Device:
 def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Setting]:
     vni = network.spec.vni
     bridge = bridge_name(vni)
-    for name in (tunnel_name(vni), gate_name(vni), gate_port_name(vni)):
+    own = [tunnel_name(vni), gate_name(vni), gate_port_name(vni)]
+    if (provider := network.spec.provider) is not None:
+        own += [provider_name(vni), provider_far_name(vni)] if provider.vlan else [provider.interface]
+    for name in own:
         yield Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1")
     # With IPv6 the bridge knows neighbours, so that it can answer for them; no address is its own by itself.
     ipv6 = any(subnet.family is Family.IPV6 for subnet in network.spec.all_subnets)

@@ -151,7 +151,8 @@ class View:
         device = flood = None
         if link is not None:
             master = self._links.get(link.master)
-            device = kernel.device_of(link, master.name if master else "")
+            lower = self._links.get(link.lower)
+            device = kernel.device_of(link, master.name if master else "", lower.name if lower else "")
             if link.flood is not None and link.kind != "bridge":
                 flood = PortFlood(link.name, link.flood)
         self._set(index, DEVICE, device)

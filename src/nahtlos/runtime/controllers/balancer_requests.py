@@ -21,6 +21,7 @@ from nahtlos.model.topology import Topology, family_of
 from nahtlos.runtime.controllers import addresses
 from nahtlos.runtime.controllers.addresses import checked_unicast
 from nahtlos.runtime.controllers.network_requests import (
+    check_inside,
     checked_project,
     known_network,
     same_project,
@@ -55,6 +56,7 @@ def new_balancer(topology: Topology, hosts: Hosts, request: LoadBalancerRequest)
     project = checked_project(request.project)
     network = known_network(topology, request.network)
     same_project(project, network.project, f"network {network.id}", "network")
+    check_inside(network, "what balances load is", "network")
     if request.vip:
         vip = addresses.port_address(topology, network, request.vip, "vip")
         addresses.check_free(topology, network, vip, "vip")

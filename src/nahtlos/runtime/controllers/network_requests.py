@@ -2,6 +2,7 @@
 every refusal names the field and the remedy."""
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 import msgspec
@@ -20,6 +21,7 @@ from nahtlos.model.networking import (
     Family,
     NetworkSpec,
     PortSpec,
+    ProviderLink,
     SubnetSpec,
 )
 from nahtlos.model.topology import IpNetwork, Topology, family_of, within
@@ -45,6 +47,8 @@ TUNNEL_BYTES = 50
 SMALLEST_PREFIX = {Family.IPV4: 29, Family.IPV6: 120}
 """A subnet needs room for its gateway, its DHCP address and some servers."""
 MAX_SUBNETS = 16
+INTERFACE_NAME = re.compile(r"^[^\s/:]{1,15}$")
+LAST_VLAN = 4094
 
 
 # --- what exists -------------------------------------------------------------------------------------
@@ -119,9 +123,63 @@ def new_network(topology: Topology, request: NetworkRequest, underlay_mtu: int) 
         gateway_mac="",
         gateway_host=HostId(""),
         dhcp_ip=str(next(cidr[n] for n in (2, 3) if str(cidr[n]) != gateway)),
+        provider=_provider(topology, request),
     )
     check_mtu(spec, underlay_mtu)
     return spec
+
+
+def _provider(topology: Topology, request: NetworkRequest) -> ProviderLink | None:
+    """The outside network that it is to be one with. What an interface carries, only one network can be."""
+    name, vlan = request.provider_interface, request.vlan
+    if not name:
+        if vlan:
+            raise Refused(
+                f"a VLAN ({vlan}) of no interface",
+                field="provider_interface",
+                remedy="name the hosts' interface to the outside network, or leave the VLAN out",
+            )
+        return None
+    if not INTERFACE_NAME.match(name) or name in (".", ".."):
+        raise Refused(
+            f"'{name}' is no name of an interface",
+            field="provider_interface",
+            remedy="give a name as `ip link` shows it: 1 to 15 characters, no blanks, '/' or ':'",
+        )
+    if not 0 <= vlan <= LAST_VLAN:
+        raise Refused(
+            f"VLAN {vlan}", field="vlan", remedy=f"give 1 to {LAST_VLAN}, or 0 for frames without tag"
+        )
+    _check_interface_free(topology, name, vlan)
+    return ProviderLink(interface=name, vlan=vlan)
+
+
+def _check_interface_free(topology: Topology, name: str, vlan: int) -> None:
+    what = f"VLAN {vlan} of interface {name}" if vlan else f"interface {name} without tags"
+    wanted = ProviderLink(interface=name, vlan=vlan)
+    other = next((n.id for n in topology.networks.values() if n.provider == wanted), None)
+    if other is not None:
+        raise Conflict(
+            f"{what} belongs to network {other}",
+            field="vlan" if vlan else "provider_interface",
+            remedy="name another VLAN or interface, or use that network",
+        )
+    if not vlan and name in {*topology.uplinks.values(), *topology.external.values()}:
+        raise Conflict(
+            f"{what} is an edge host's way out, in the orchestrator's settings",
+            field="provider_interface",
+            remedy="name another interface, or a VLAN of it",
+        )
+
+
+def check_inside(network: NetworkSpec, what: str, field: str) -> None:
+    """Refused if `network` is one with an outside one, where `what` belongs to machines out there."""
+    if network.provider is not None:
+        raise Refused(
+            f"network {network.id} is one with an outside network: {what} there",
+            field=field,
+            remedy="use a network without a provider interface",
+        )
 
 
 def changed_network(spec: NetworkSpec, change: NetworkChange, underlay_mtu: int) -> NetworkSpec:

@@ -25,6 +25,7 @@ def network_view(topology: Topology, network: NetworkId) -> NetworkView:
         mtu=spec.mtu,
         dhcp_ip=spec.dhcp_ip,
         gateway_host=spec.gateway_host or None,
+        provider=spec.provider,
         subnets=tuple(_subnet_view(topology, subnet) for subnet in spec.all_subnets),
         ports=tuple(sorted(port.id for port in topology.ports_of(network))),
         load_balancers=tuple(sorted(b.id for b in topology.balancers.values() if b.network == network)),

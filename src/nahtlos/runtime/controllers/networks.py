@@ -30,6 +30,7 @@ from nahtlos.model.networking import (
     LoadBalancerSpec,
     Member,
     PortBandwidth,
+    ProviderLink,
     Rate,
     Route,
     RouterGateway,
@@ -52,6 +53,10 @@ class NetworkRequest(Value, frozen=True, kw_only=True):
     """0: 1500, or what the underlay leaves if that is less."""
     gateway_ip: str | None = None
     """None: the subnet's first address."""
+    provider_interface: str = ""
+    """Of every host: the network is one with the outside network there. Empty: it is inside of the cloud."""
+    vlan: int = 0
+    """Tag of the outside network's frames at that interface; 0: none."""
     project: ProjectId = DEFAULT_PROJECT
 
 
@@ -182,6 +187,7 @@ class NetworkView(Value, frozen=True, kw_only=True):
     dhcp_ip: str
     gateway_host: HostId | None
     """Of its own uplink; None: routers lead out of it."""
+    provider: ProviderLink | None
     subnets: tuple[SubnetView, ...]
     ports: tuple[PortId, ...]
     load_balancers: tuple[LoadBalancerId, ...]

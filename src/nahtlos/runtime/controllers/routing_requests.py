@@ -29,6 +29,7 @@ from nahtlos.model.topology import Topology, family_of, within
 from nahtlos.runtime.controllers import addresses
 from nahtlos.runtime.controllers.addresses import checked_prefix, checked_unicast
 from nahtlos.runtime.controllers.network_requests import (
+    check_inside,
     checked_project,
     in_use,
     known_port,
@@ -135,6 +136,7 @@ def _attached(topology: Topology, router: RouterSpec, subnets: Iterable[SubnetId
 
 
 def _check_attachable(topology: Topology, router: RouterSpec, network: NetworkSpec, name: SubnetId) -> None:
+    check_inside(network, "its router is", "subnet")
     if network.gateway_host and name == network.id:
         raise Conflict(
             f"the gateway address of {name} belongs to its uplink at {network.gateway_host}",

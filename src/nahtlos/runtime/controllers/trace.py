@@ -18,6 +18,7 @@ from nahtlos.model.networking import (
     Member,
     NetworkSpec,
     PortSpec,
+    ProviderLink,
     Route,
     RouterInterface,
     RouterSpec,
@@ -177,6 +178,11 @@ class _Walk:
     def _from_outside(self, port: PortSpec, packet: Packet) -> None:
         network = self.topology.networks[port.network]
         floating = self.topology.floating_of(port.id, packet.destination)
+        if network.provider is not None:
+            self.say(
+                "outside", f"comes in by {_outside(network.provider)}, where the outside sees its server"
+            )
+            return self._receive(port, self.places.get(port.id, HostId("")), packet)
         if network.gateway_host and within(packet.destination, network.cidr):
             self.say(
                 f"host {network.gateway_host}",
@@ -225,6 +231,8 @@ class _Walk:
                 f"host {network.gateway_host}", f"routes it from {network.id} out of {interface} as it is"
             )
             return self.end(Fate.LEAVES, f"by {interface} of {network.gateway_host}")
+        if network.provider is not None:
+            return self._leaves_by(network.provider, host, f"to the outside's router at {subnet.gateway_ip}")
         router = self.topology.router_of(subnet.id)
         if router is None:
             return self.drop(
@@ -263,6 +271,8 @@ class _Walk:
             for p in self.topology.ports_of(network.id)
             if any(address in ipaddress.ip_network(pair.cidr) for pair in p.allowed_pairs)
         ]
+        if not allowed and network.provider is not None:
+            return self._leaves_by(network.provider, host, f"nobody in the cloud has {address}")
         if not allowed:
             return self.drop(f"network {network.id}", f"nobody has {address}: nobody answers for it")
         names = ", ".join(p.id for p in allowed)
@@ -274,10 +284,20 @@ class _Walk:
         if there is None:
             self.drop(f"port {port.id}", "its server is on no host")
             return
-        self._carry(host, there, f"port {port.id}")
+        provider = self.topology.networks[port.network].provider
+        if provider is not None and host != there:
+            self.say(
+                f"host {host}", f"goes out of {_outside(provider)} to host {there}, where port {port.id} is"
+            )
+        else:
+            self._carry(host, there, f"port {port.id}")
         if self.passed(firewall(self.topology, port, Direction.INGRESS, packet)):
             server = self.topology.servers.get(port.id, "")
             self.end(Fate.DELIVERED, f"to port {port.id} of {server} at {there}")
+
+    def _leaves_by(self, provider: ProviderLink, host: HostId, why: str) -> None:
+        self.say(f"host {host}", f"{why}: goes out of {_outside(provider)}")
+        return self.end(Fate.LEAVES, f"by {_outside(provider)} of {host}")
 
     def _carry(self, here: HostId, there: HostId, to: str) -> None:
         if here == there:
@@ -423,6 +443,10 @@ class _Walk:
 
     def _uplink(self, network: NetworkSpec) -> str:
         return self.topology.uplinks.get(network.id, "") or "no interface"
+
+
+def _outside(provider: ProviderLink) -> str:
+    return f"{provider.interface}, VLAN {provider.vlan}" if provider.vlan else provider.interface
 
 
 def _is_at(router: RouterSpec, address: str) -> bool:
