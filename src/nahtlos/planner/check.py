@@ -12,6 +12,7 @@ from nahtlos.model.inventory import Inventory, OperationState
 from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.planner.draft import Observed, number_of
 from nahtlos.planner.outcome import ended
+from nahtlos.planner.volume_check import volume_violations
 
 EMPTY = Blueprint(id=BlueprintId("bp-0"), parent=None, hosts={}, servers={})
 
@@ -38,6 +39,7 @@ def violations(
         *_switching(before, child),
         *_one_at_a_time(policy, child),
         *_room(policy, inventory, before, child),
+        *volume_violations(policy, before, child),
     )
 
 

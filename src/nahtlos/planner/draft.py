@@ -25,6 +25,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
+from nahtlos.model.volume_work import PlannedVolumeTask
 from nahtlos.planner.rooms import Rooms
 
 LONGEST_REASON = 8
@@ -81,6 +82,8 @@ class Draft:
         self.attempts = dict(base.attempts)
         self.failed_moves: dict[ServerId, Failure] = dict(base.failed_moves)
         self.failed_verifies: dict[HostId, Failure] = dict(base.failed_verifies)
+        self.volume_tasks: dict[OperationId, PlannedVolumeTask] = {t.id: t for t in base.volume_tasks}
+        self.failed_volume_tasks: dict[str, Failure] = dict(base.failed_volume_tasks)
         self.served_requests = dict(base.served_requests)
         self.campaign = base.campaign
         self.upgrading = base.upgrading
@@ -210,6 +213,8 @@ class Draft:
             servers=self.servers,
             moves=tuple(self.moves.values()),
             verifies=tuple(self.verifies.values()),
+            volume_tasks=tuple(self.volume_tasks.values()),
+            failed_volume_tasks=self.failed_volume_tasks,
             attempts=self.attempts,
             failed_moves=self.failed_moves,
             failed_verifies=self.failed_verifies,

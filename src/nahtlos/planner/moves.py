@@ -5,6 +5,7 @@ from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.volumes import why_held_by_volumes
 
 MAX_ATTEMPTS = 5
 LONGEST_PATIENCE = 60.0
@@ -35,6 +36,8 @@ def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
         )
     if status.state is not RunState.RUNNING:
         return _wait(server, WaitKind.HOST, f"{server} is {status.state} on {owner.host}, not running yet")
+    if held := why_held_by_volumes(draft, server):
+        return _wait(server, WaitKind.MOVE, held)
     host = draft.replaced
     if host and draft.hosts[host].replacing is Component.STORAGE and host in draft.volume_hosts(server):
         text = f"{server} is not moved while the storage daemon of {host} is replaced"

@@ -18,6 +18,7 @@ from nahtlos.planner.outcome import absorb_outcomes
 from nahtlos.planner.place import forget_removed_servers, place_new_servers
 from nahtlos.planner.requested import serve_requests
 from nahtlos.planner.upgrade import advance_campaign, review_campaign
+from nahtlos.planner.volumes import plan_volumes
 
 
 def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tuple[Blueprint, PlanReport]:
@@ -33,6 +34,7 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     advance_campaign(draft)
     verify_switching_hosts(draft)
     evacuate_hosts(draft)
+    plan_volumes(draft)
     forget_old_failures(draft)
     blueprint = draft.finish()
     check(policy, inventory, parent, blueprint)
@@ -41,7 +43,8 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
 
 def _report(draft: Draft, blueprint: Blueprint) -> PlanReport:
     changed = blueprint is not draft.parent
-    idle = not blueprint.moves and not blueprint.verifies and not draft.waiting
+    tasks = (*blueprint.moves, *blueprint.verifies, *blueprint.volume_tasks)
+    idle = not tasks and not draft.waiting
     return PlanReport(
         changes=tuple(draft.changes) if changed else (),
         waiting=tuple(dict.fromkeys(draft.waiting)),

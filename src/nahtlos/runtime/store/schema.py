@@ -73,6 +73,67 @@ volumes = Table(
     Column("removed", Boolean, nullable=False),
 )
 
+attachments = Table(
+    "attachments",
+    metadata,
+    Column("volume", String, ForeignKey("volumes.id"), primary_key=True),
+    Column("server", String, nullable=False),
+    Index("ix_attachments_server", "server"),
+)
+"""Which server has a volume beside its system disk; where it has it is in the server's document."""
+
+replica_losses = Table(
+    "replica_losses",
+    metadata,
+    Column("volume", String, primary_key=True),
+    Column("host", String, primary_key=True),
+    Column("times", Integer, nullable=False),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("volume", String, nullable=False),
+    Column("document", Text, nullable=False),
+    Column("removed", Boolean, nullable=False),
+    Index("ix_snapshots_volume", "volume"),
+)
+
+snapshot_exports = Table(
+    "snapshot_exports",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("snapshot", String, ForeignKey("snapshots.id"), nullable=False),
+    Column("document", Text, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+backups = Table(
+    "backups",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("volume", String, nullable=False),
+    Column("document", Text, nullable=False),
+)
+
+backup_targets = Table(
+    "backup_targets",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("place", String, nullable=False),
+)
+
+volume_wishes = Table(
+    "volume_wishes",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("document", Text, nullable=False),
+    Column("asked_at", Float, nullable=False),
+    Column("cancelled", Boolean, nullable=False),
+    sqlite_autoincrement=True,
+)
+
 servers = Table(
     "servers",
     metadata,
