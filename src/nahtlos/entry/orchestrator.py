@@ -23,7 +23,7 @@ from nahtlos.ops.serve import serving
 from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.catalogues import FolderImages, FolderReleases
 from nahtlos.runtime.controllers.orchestrator import Orchestrator
-from nahtlos.runtime.identity import CertificateAuthority, Operators
+from nahtlos.runtime.identity import CertificateAuthority, Keyring, Operators
 from nahtlos.runtime.settings import OrchestratorSettings, load_settings
 from nahtlos.runtime.store.store import Store
 from nahtlos.wire.tls import CA_FILE
@@ -46,6 +46,7 @@ async def run(settings: OrchestratorSettings, *, fd_agents: int, fd_api: int, fd
                 identity=CertificateAuthority.load(settings.ca_dir),
                 releases=FolderReleases(settings.releases_dir),
                 images=FolderImages(settings.images_dir),
+                keyring=Keyring(settings.ca_dir),
             )
             await _serve(settings, orchestrator, fd_agents, fd_api, fd_operator)
             await orchestrator.resign()

@@ -9,13 +9,13 @@ servers: orders come from the planning loop (`post`), reports go to the store.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import msgspec
 
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, Unavailable
-from nahtlos.model.ids import HostId, OperationId
+from nahtlos.model.ids import HostId, KeyId, OperationId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.executor.act import Outbox
@@ -36,6 +36,7 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel
+from nahtlos.wire.volumes import KeyData, KeyRead
 
 HELLO_SECONDS = 10.0
 PING_SECONDS = 2.0
@@ -78,6 +79,8 @@ class Agents:
         self._connections: dict[HostId, _Connection] = {}
         self._latest: dict[HostId, HostInventory] = {}
         self._stored_at: dict[HostId, float] = {}
+        self.secret_for: Callable[[HostId, KeyId], Awaitable[bytes]] = _no_keyring
+        """A volume's key for a host that may have it (`keys.VolumeKeys`)."""
         self.changes = 0
         """Rises whenever `latest` has news or `connected` changes."""
 
@@ -183,6 +186,8 @@ class Agents:
                 await self._take_report(connection, connection.hello.host, body.inventory)
             case Event():
                 self._take_event(connection.hello.host, body)
+            case KeyRead():
+                return KeyData(secret=await self.secret_for(connection.hello.host, body.key))
             case Ping():
                 pass
             case _:
@@ -297,6 +302,12 @@ class Agents:
 
     def _say(self, kind: str, subject: str, text: str) -> None:
         self._log.say(EventDraft(kind=kind, subject=subject, text=text))
+
+
+async def _no_keyring(host: HostId, key: KeyId) -> bytes:
+    raise Refused(
+        "this orchestrator has no keyring", field="key", remedy="start it with one, beside its authority"
+    )
 
 
 def _essence(inventory: HostInventory) -> HostInventory:

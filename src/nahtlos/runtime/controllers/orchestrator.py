@@ -13,6 +13,7 @@ from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
 from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.event_log import EventLog
+from nahtlos.runtime.controllers.keys import Secrets, VolumeKeys
 from nahtlos.runtime.controllers.leader import Leader, LeadershipLost
 from nahtlos.runtime.controllers.loop import PlanningLoop
 from nahtlos.runtime.store.events import EventDraft
@@ -35,11 +36,14 @@ class Orchestrator:
         identity: Identity,
         releases: ReleaseCatalog,
         images: ImageCatalog,
+        keyring: Secrets | None = None,
     ) -> None:
         self.log = EventLog(store)
         self.leader = Leader(store, holder, alone=alone)
         wake = asyncio.Event()
         self.agents = Agents(store, self.log, epoch=lambda: self.leader.epoch, wake=wake.set)
+        if keyring is not None:
+            self.agents.secret_for = VolumeKeys(store, keyring).secret_for
         self.loop = PlanningLoop(store, self.agents, self.log, wake=wake)
         self.cloud = CloudService(
             store,
