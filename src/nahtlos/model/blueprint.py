@@ -15,6 +15,7 @@ from nahtlos.model.ids import (
     HostId,
     OperationId,
     ReleaseId,
+    RouterId,
     ServerId,
     SnapshotId,
     VolumeId,
@@ -89,6 +90,10 @@ class Policy(Value, frozen=True, kw_only=True):
     """What hosts that join are given of these; None: what they come with."""
     campaign: Campaign | None = None
     """The one campaign that is not over (or whose cancellation is not complete)."""
+    gateways: dict[RouterId, HostId] = {}
+    """Routers with a way out, and the host that is asked for as its place."""
+    outside: frozenset[HostId] = frozenset()
+    """Hosts that could be such a place: they have an interface to the outside."""
     placements: dict[ServerId, HostId] = {}
     """Hosts that were asked for when a server was created; only looked at until it is placed."""
     requested_moves: dict[ServerId, HostId | None] = {}
@@ -166,6 +171,26 @@ class PlannedVerify(Value, frozen=True, kw_only=True):
     release: ReleaseId
 
 
+class GatewayPlace(Value, frozen=True, kw_only=True):
+    """Where a router's way out is. Every change of place raises the epoch."""
+
+    host: HostId
+    epoch: int
+
+
+class PlannedGatewayMove(Value, frozen=True, kw_only=True):
+    """One move of a router's way out, decided. `epoch` is that of its place after it."""
+
+    id: OperationId
+    router: RouterId
+    source: HostId
+    destination: HostId
+    epoch: int
+    reason: str
+    patience_seconds: float = 0.0
+    """As of a server's move."""
+
+
 class Blueprint(Value, frozen=True, kw_only=True):
     id: BlueprintId
     """`bp-<number>`, numbers rising by one along the chain."""
@@ -176,6 +201,10 @@ class Blueprint(Value, frozen=True, kw_only=True):
     moves: tuple[PlannedMove, ...] = ()
     """Moves that run, or shall start now."""
     verifies: tuple[PlannedVerify, ...] = ()
+    gateways: dict[RouterId, GatewayPlace] = {}
+    """A way out that is moving is still its source's here."""
+    gateway_moves: tuple[PlannedGatewayMove, ...] = ()
+    failed_gateway_moves: dict[RouterId, Failure] = {}
     volume_tasks: tuple[PlannedVolumeTask, ...] = ()
     """Operations of volumes that run, or shall start now."""
     failed_volume_tasks: dict[str, Failure] = {}

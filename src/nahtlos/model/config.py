@@ -133,6 +133,11 @@ class RouterConfig(Value, frozen=True, kw_only=True):
     gateway_vtep: str = ""
     interface: str = ""
     floating_ips: tuple[FloatingIpSpec, ...] = ()
+    gateway_epoch: int = 0
+    """Rises with every change of the way out's place."""
+    passing: bool = False
+    """The way out has left this host, which still leads out what others send here, because some host has not
+    yet converged to the new place. To the outside it does not answer any more."""
 
 
 class LoadBalancerConfig(Value, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, RouterId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.nouns import HostRole, Size
 from nahtlos.model.values import Value
 
@@ -51,6 +51,8 @@ class OperationKind(StrEnum):
     """A copy of a volume is brought up to the others."""
     SNAPSHOT = "snapshot"
     BACKUP = "backup"
+    GATEWAY = "gateway"
+    """A router's way out goes to another edge host."""
     """And what is made from one."""
     REVERT = "revert"
     """A volume becomes again what a snapshot holds."""
@@ -63,8 +65,9 @@ class OperationStatus(Value, frozen=True, kw_only=True):
     step: str
     server: ServerId | None = None
     volume: VolumeId | None = None
+    router: RouterId | None = None
     epoch: int = 0
-    """Of the server, after the operation."""
+    """Of the server or the way out, after the operation."""
     waits_for: str = ""
     """What it waits for right now, in words; empty if it does not wait."""
     error: ErrorRecord | None = None
@@ -128,7 +131,7 @@ class HostInventory(Value, frozen=True, kw_only=True):
     verified_release: ReleaseId | None = None
     """The release under which a probe last booted here."""
     storage_release: ReleaseId | None = None
-    """That the storage daemon runs by; None: not known, or there is nothing to serve and none was asked for."""
+    """That the storage daemon runs by; None: not known, or nothing is served and none was asked for."""
     network_release: ReleaseId | None = None
     """That every network function here runs by; None: the host's own programs."""
     accelerator: Accelerator | None = None

@@ -22,7 +22,16 @@ from nahtlos.model.config import (
     ServerConfig,
     VolumeEndpoint,
 )
-from nahtlos.model.ids import HostId, KeyId, PortId, ReleaseId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.ids import (
+    HostId,
+    KeyId,
+    PortId,
+    ReleaseId,
+    RouterId,
+    ServerId,
+    SnapshotId,
+    VolumeId,
+)
 from nahtlos.model.inventory import Accelerator, RunState, SnapshotStatus, VolumeStatus
 from nahtlos.model.nouns import Size
 from nahtlos.model.storage import CopyProgress, SnapshotExport, SnapshotSpec, VolumeSpec
@@ -332,6 +341,28 @@ class Network(Protocol):
     async def move_settle(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> None:
         """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
         stays while the configuration says `reflect`."""
+        ...
+
+
+    # a router's way out goes to another host
+
+    async def gateway_prepare(self, config: HostConfig, router: RouterId) -> None:
+        """Destination: `config` is this host's, but with the gateway of `router` here. Everything of it is
+        made, and nothing leads to it yet. It stays until a reconcile wants it, or `gateway_abandon`.
+        Repeatable; NotFound while this host has none of the router's networks."""
+        ...
+
+    async def gateway_abandon(self, number: int) -> None:
+        """What was prepared for router `number` goes with the next reconcile."""
+        ...
+
+    async def gateway_state_export(self, number: int) -> bytes:
+        """What connection tracking remembers of the gateway of router `number`; only drivers read it."""
+        ...
+
+    async def gateway_state_import(self, number: int, state: bytes) -> int:
+        """Take it up, over what may be there; returns how many connections. Repeatable. Refused in a form
+        this host does not know, Unavailable if it has no room."""
         ...
 
 

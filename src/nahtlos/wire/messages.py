@@ -4,13 +4,11 @@ Every message is a tagged struct; unknown fields are ignored, unknown messages a
 kind `refused`), so two neighbouring releases can talk. A message is carried in an `Envelope`.
 
     agent -> orchestrator   Hello, Report, Event, ReplicaLost, KeyRead          answers to commands
-    orchestrator -> agent   Configure, BeginMove, BeginVerify, BeginVolumeTask, Acknowledge, CancelOperation,
-                            ConsoleRead, ConsoleWrite, Ping
+    orchestrator -> agent   Configure, BeginMove, BeginVerify, BeginVolumeTask, BeginGateway, Acknowledge,
+                            CancelOperation, ConsoleRead, ConsoleWrite, Ping
     agent -> agent          PeerHello, MovePrepare, MoveState, MoveSwitch, MoveCommit, MoveAbandon, …
-                            VolumeReceive, VolumeAttach, …
+                            VolumeReceive, VolumeAttach, …, GatewayPrepare, GatewayTake, …
 """
-
-from enum import StrEnum
 
 import msgspec
 
@@ -19,6 +17,15 @@ from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.model.nouns import HostRole
+from nahtlos.wire.gateways import (
+    BeginGateway,
+    GatewayAbandon,
+    GatewayOutcome,
+    GatewayPrepare,
+    GatewayState,
+    GatewayTake,
+)
+from nahtlos.wire.message import Decision as Decision
 from nahtlos.wire.message import Message as Message
 from nahtlos.wire.volumes import (
     BeginVolumeTask,
@@ -216,14 +223,6 @@ class MoveAbandon(Message, frozen=True, kw_only=True):
     id: OperationId
 
 
-class Decision(StrEnum):
-    UNDECIDED = "undecided"
-    COMMITTED = "committed"
-    """The destination owns the server, durably."""
-    ABANDONED = "abandoned"
-    """The destination will never own it by this operation, durably."""
-
-
 class MoveOutcome(Message, frozen=True, kw_only=True):
     """Answer to MoveCommit and MoveAbandon, and to the question below."""
 
@@ -255,6 +254,7 @@ ToAgent = (
     | BeginMove
     | BeginVerify
     | BeginVolumeTask
+    | BeginGateway
     | CancelOperation
     | Acknowledge
     | ConsoleRead
@@ -274,9 +274,23 @@ ToPeer = (
     | MoveFinished
     | VolumeReceive
     | VolumeAttach
+    | GatewayPrepare
+    | GatewayState
+    | GatewayTake
+    | GatewayAbandon
     | Ping
 )
-Answer = Welcome | Done | Failure | ConsoleData | MoveReady | MoveOutcome | ReplicasRecorded | KeyData
+Answer = (
+    Welcome
+    | Done
+    | Failure
+    | ConsoleData
+    | MoveReady
+    | MoveOutcome
+    | GatewayOutcome
+    | ReplicasRecorded
+    | KeyData
+)
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 
 

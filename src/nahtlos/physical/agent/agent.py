@@ -19,6 +19,7 @@ from nahtlos.model.inventory import OperationKind, OperationState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
+from nahtlos.physical.agent.gateways import ForGateway, Gateways
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
@@ -55,6 +56,7 @@ from nahtlos.wire.messages import (
     Report,
     Welcome,
 )
+from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel, Transport
 from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
@@ -110,6 +112,7 @@ class Agent:
             ask=self._ask_orchestrator,
         )
         self._converger = Converger(self._context)
+        self._gateways = Gateways(self._context, self._converger.bring_network)
         self._boot_id = boot_id
         self._on_bug = on_bug
         self._sources: dict[OperationId, SourceMove] = {}
@@ -162,6 +165,8 @@ class Agent:
     def _start_operation(self, journal: Journal, *, recovering: bool) -> None:
         assert self._operations is not None, "the agent does not run"
         match journal.role:
+            case _ if journal.gateway is not None:
+                work = self._gateways.run(journal, recovering=recovering)
             case Role.SOURCE:
                 source = self._sources[journal.id] = SourceMove(self._context, journal)
                 work = source.run(recovering=recovering)
@@ -184,6 +189,7 @@ class Agent:
         finally:
             self._sources.pop(journal.id, None)
             self._destinations.pop(journal.id, None)
+            self._gateways.ended(journal.id)
             self._volume_tasks.pop(journal.id, None)
             self._context.switched(journal.id)
             self._note_change()
@@ -236,6 +242,7 @@ class Agent:
         running = (
             self._sources.get(journal.id)
             or self._destinations.get(journal.id)
+            or self._gateways.get(journal.id)
             or self._volume_tasks.get(journal.id)
         )
         return running.journal if running and journal.running else journal
@@ -316,7 +323,7 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console", "volumes"),
+            capabilities=("move", "verify", "console", "volumes", "gateways"),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )
@@ -357,6 +364,8 @@ class Agent:
                 )
             case BeginVolumeTask():
                 self._begin_volume_task(body.order)
+            case BeginGateway():
+                self._begin(self._gateways.begun(body.order))
             case CancelOperation():
                 self._cancel(body.id)
             case Acknowledge():
@@ -404,7 +413,11 @@ class Agent:
         self._note_change()
 
     def _cancel(self, operation: OperationId) -> None:
-        running = self._sources.get(operation) or self._volume_tasks.get(operation)
+        running = (
+            self._sources.get(operation)
+            or self._gateways.get(operation)
+            or self._volume_tasks.get(operation)
+        )
         if running:
             running.cancel()
         elif self._context.ledger.operation(operation) is None:
@@ -428,6 +441,8 @@ class Agent:
                 return Done()
             if isinstance(body, ForVolume):
                 return await answer_volume(self._context, body, channel.peer)
+            if isinstance(body, ForGateway):
+                return await self._gateways.answer(body, channel.peer)
             if not isinstance(body, ForMove):
                 raise Refused(f"{type(body).__name__} is not for a peer", field="message")
             spoken.add(body.id)

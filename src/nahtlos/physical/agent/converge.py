@@ -12,6 +12,7 @@ from nahtlos.model.errors import ErrorRecord, Refused
 from nahtlos.model.ids import PortId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
+from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
@@ -160,8 +161,15 @@ class Converger:
         unended = (j for j in self._context.ledger.operations() if j.unended)
         return frozenset(volume for journal in unended for volume in journal.volumes)
 
-    async def _network(self, config: HostConfig) -> tuple[str, ...]:
+    async def bring_network(self) -> None:
+        """Only the network, at once; drift is not told."""
+        config = self._context.ledger.config()
+        if config is not None:
+            await self._network(config)
+
+    async def _network(self, told: HostConfig) -> tuple[str, ...]:
         async with self._context.paths:
+            config = gateways.as_decided(told, self._context.ledger.operations())
             pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
             return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
 

@@ -20,9 +20,10 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, Refused, Stale, Unavailable
-from nahtlos.model.ids import OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import OperationId, ReleaseId, RouterId, ServerId, VolumeId
 from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
 from nahtlos.model.values import Value
+from nahtlos.wire.gateways import GatewayOrder
 from nahtlos.wire.messages import Decision, MoveOrder
 from nahtlos.wire.volumes import VolumeTask
 
@@ -70,6 +71,7 @@ class Journal(Value, frozen=True, kw_only=True):
     step: str = "begin"
     order: MoveOrder | None = None
     release: ReleaseId | None = None
+    gateway: GatewayOrder | None = None
     task: VolumeTask | None = None
     notes: dict[str, str] = {}
     """What a volume's operation has to remember from one step to the next."""
@@ -80,6 +82,10 @@ class Journal(Value, frozen=True, kw_only=True):
     @property
     def server(self) -> ServerId | None:
         return self.order.server.spec.id if self.order else None
+
+    @property
+    def router(self) -> RouterId | None:
+        return self.gateway.id_of_router if self.gateway else None
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
@@ -226,6 +232,9 @@ class Ledger:
     def running_for_volume(self, volume: VolumeId) -> Journal | None:
         return next((j for j in self.operations() if j.unended and volume in j.volumes), None)
 
+    def running_for_router(self, router: RouterId) -> Journal | None:
+        return next((j for j in self.operations() if j.unended and j.router == router), None)
+
     def begin(self, journal: Journal) -> Journal:
         """Write an operation down before anything is done for it. The one held already if it is known.
         Conflict if another operation of the same server runs."""
@@ -235,6 +244,8 @@ class Ledger:
         other = self.running(journal.server) if journal.server else None
         if other:
             raise Conflict(f"operation {other.id} of {journal.server} runs here", field="server")
+        if journal.router and (other := self.running_for_router(journal.router)):
+            raise Conflict(f"operation {other.id} of {journal.router} runs here", field="router")
         for volume in journal.volumes:
             if other := self.running_for_volume(volume):
                 raise Conflict(f"operation {other.id} of {volume} runs here", field="volume")
@@ -274,6 +285,23 @@ class Ledger:
             self._put_ownership(db, Ownership(epoch=order.epoch, hold=Hold.OWNED, server=server))
             self._put_operation(db, journal)
         return journal
+
+    def take_gateway(self, operation: OperationId, at: float) -> Journal:
+        """Destination: be the way out from now on. Conflict if the operation was abandoned; repeating it
+        changes nothing. Nothing is left for it to do: it has ended well."""
+        journal = self._known(operation)
+        if journal.decision is Decision.ABANDONED:
+            raise Conflict(f"operation {operation} was abandoned", field="operation")
+        if journal.decision is Decision.COMMITTED:
+            return journal
+        taken = _replace(
+            journal,
+            decision=Decision.COMMITTED,
+            state=OperationState.DONE,
+            step="done",
+            times={**journal.times, "taken": at, "done": at},
+        )
+        return self.note(taken, "take")
 
     def abandon(self, operation: OperationId, error: ErrorRecord) -> Journal:
         """Destination: never own the server by this operation. Leaves a committed one as it is."""

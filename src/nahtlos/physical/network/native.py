@@ -23,7 +23,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
-from nahtlos.model.ids import PortId, ReleaseId
+from nahtlos.model.ids import PortId, ReleaseId, RouterId
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import doctor, kernel, links, nft, nft_chains, plan
@@ -355,6 +355,18 @@ class NativeNetwork:
 
     async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
         return await self._tracking.load(port, state)
+
+    async def gateway_prepare(self, config: HostConfig, router: RouterId) -> None:
+        await self.routing.gateway_prepare(config, router)
+
+    async def gateway_abandon(self, number: int) -> None:
+        await self.routing.gateway_abandon(number)
+
+    async def gateway_state_export(self, number: int) -> bytes:
+        return await self.routing.gateway_state_export(number)
+
+    async def gateway_state_import(self, number: int, state: bytes) -> int:
+        return await self.routing.gateway_state_import(number, state)
 
     def _is_built(self, vni: int, names: tuple[str, ...]) -> bool:
         """The devices that were there the last time are there still."""

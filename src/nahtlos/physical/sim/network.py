@@ -10,13 +10,13 @@ import itertools
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
-from nahtlos.model.errors import NotFound, Refused
-from nahtlos.model.ids import PortId, ReleaseId
+from nahtlos.model.errors import NotFound, Refused, Unavailable
+from nahtlos.model.ids import PortId, ReleaseId, RouterId
 from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.faults import Life
 from nahtlos.physical.sim.paths import TO_TUNNEL, Frame, Tap
-from nahtlos.physical.sim.world import SimHost, World
+from nahtlos.physical.sim.world import SimGateway, SimHost, World
 
 POLL_SECONDS = 0.0005
 EMPTY_POLLS = 3
@@ -64,6 +64,7 @@ class SimNetwork(SimDriver):
                 for port in network.ports:
                     if port.id not in desired.pinned:
                         found += self._put_right(desired.config, port)
+            found += self._lead_out(desired.config)
             wanted = desired.config.network_release
             if wanted != self.host.network_release:
                 if wanted is not None:
@@ -232,6 +233,59 @@ class SimNetwork(SimDriver):
             self._loaded.pop(port.id, None)
             if role is MoveRole.SOURCE:
                 self._remove(port.id)
+
+    # --- ways out of routers ---
+
+    def _lead_out(self, config: HostConfig) -> list[str]:
+        held, found = self.host.gateways, list[str]()
+        for router in config.routers:
+            gateway, number = router.spec.gateway, router.spec.number
+            here = gateway is not None and gateway.host == self.host.id
+            now = held.get(number)
+            if here or (router.passing and now is not None):
+                state = now or held.setdefault(number, SimGateway())
+                if state.answers != here:
+                    self.world.note(self.host.id, "way out" if here else "way out passes on", router.spec.id)
+                state.answers, state.passes, state.prepared = here, router.passing and not here, False
+        wanted = {
+            r.spec.number
+            for r in config.routers
+            if r.passing or (r.spec.gateway is not None and r.spec.gateway.host == self.host.id)
+        }
+        for number in [n for n, g in held.items() if n not in wanted and not g.prepared]:
+            del held[number]
+            found.append(f"way out of router {number}")
+        return found
+
+    async def gateway_prepare(self, config: HostConfig, router: RouterId) -> None:
+        async with self.verb("gateway_prepare", router):
+            spec = next((r.spec for r in config.routers if r.spec.id == router), None)
+            if spec is None:
+                raise NotFound(f"router {router} has no network here", field="router")
+            if spec.number not in self.host.gateways:
+                self.host.gateways[spec.number] = SimGateway(prepared=True)
+
+    async def gateway_abandon(self, number: int) -> None:
+        async with self.verb("gateway_abandon", str(number)):
+            held = self.host.gateways.get(number)
+            if held is not None and held.prepared:
+                held.prepared = False
+
+    async def gateway_state_export(self, number: int) -> bytes:
+        async with self.verb("gateway_state_export", str(number)):
+            return msgspec.json.encode(sorted(self._gateway(number).connections))
+
+    async def gateway_state_import(self, number: int, state: bytes) -> int:
+        async with self.verb("gateway_state_import", str(number)):
+            known = msgspec.json.decode(state, type=list[int])
+            self._gateway(number).connections.update(known)
+            return len(known)
+
+    def _gateway(self, number: int) -> SimGateway:
+        held = self.host.gateways.get(number)
+        if held is None:
+            raise Unavailable(f"{self.host.id} has no way out of router {number}")
+        return held
 
     async def _emptied(self, tap: Tap, timeout: float, *, polls: int) -> bool:
         """True once the ring was seen empty `polls` times in a row."""

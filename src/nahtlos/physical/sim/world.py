@@ -86,6 +86,18 @@ class ServerFacts:
     """The highest by which it has run."""
 
 
+@dataclass
+class SimGateway:
+    """A router's way out, or what was made to become one."""
+
+    answers: bool = False
+    """To the outside."""
+    passes: bool = False
+    """It has left, and leads out what others still send here."""
+    prepared: bool = False
+    connections: set[int] = field(default_factory=set[int])
+
+
 @dataclass(eq=False)
 class SimHost:
     id: HostId
@@ -102,6 +114,8 @@ class SimHost:
     storage_restarts: int = 0
     storage_release: ReleaseId | None = None
     network_release: ReleaseId | None = None
+    gateways: dict[int, "SimGateway"] = field(default_factory=dict[int, "SimGateway"])
+    """By number of their router."""
     fds: dict[str, int] = field(default_factory=dict[str, int])
     """Stored descriptors: real ones, except taps, which are -1."""
     listening: dict[str, int] = field(default_factory=dict[str, int])
