@@ -27,7 +27,7 @@ from nahtlos.model.networking import (
     SecurityGroupSpec,
 )
 from nahtlos.model.nouns import HostSpec, ServerSpec
-from nahtlos.model.storage import DiskLimits, SnapshotExport, SnapshotSpec, VolumeSpec
+from nahtlos.model.storage import DiskBudget, DiskLimits, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
 
 
@@ -165,6 +165,7 @@ class HostConfig(Value, frozen=True, kw_only=True):
     None on a host without the compute role."""
     storage_release: ReleaseId | None = None
     """None: the storage daemon is left as it is."""
+    disk_budget: DiskBudget = DiskBudget()
     network_release: ReleaseId | None = None
     """Of what serves networks beside the kernel. None: the host's own programs."""
     networks: tuple[NetworkConfig, ...] = ()

@@ -87,6 +87,9 @@ class VolumeStatus(Value, frozen=True, kw_only=True):
     clients: int = 0
     problem: str = ""
     """Why it cannot be used, in words; empty if it can."""
+    spent_epoch: int = 0
+    """Not 0: the host was restarted since it was served by this epoch. Its clients may believe in writes that
+    are gone, so it is served by a later one only."""
 
 
 class SnapshotStatus(Value, frozen=True, kw_only=True):

@@ -66,6 +66,15 @@ class DiskLimits(Value, frozen=True, kw_only=True):
     burst_seconds: int = 1
 
 
+class DiskBudget(Value, frozen=True, kw_only=True):
+    """What a host's disks may be asked for. Volumes of one kind take turns within it."""
+
+    tenants: DiskLimits = DiskLimits()
+    """All volumes that are served."""
+    copies: DiskLimits = DiskLimits()
+    """All volumes a copy is being written into: rebuilds and relocations that arrive."""
+
+
 class VolumeSpec(Value, frozen=True, kw_only=True):
     """A volume and the host that serves it. `epoch` is part of the export's name and fences old clients."""
 
@@ -91,6 +100,8 @@ class VolumeSpec(Value, frozen=True, kw_only=True):
     encryption_key: KeyId | None = None
     """LUKS; the key itself is in the cloud's keyring."""
     deletion: Deletion = Deletion.DISCARD
+    preallocated: bool = False
+    """A blank qcow2 volume has all of its tables from the start: small writes are several times as fast."""
 
     @property
     def export(self) -> str:

@@ -32,9 +32,9 @@ from nahtlos.model.ids import (
     SnapshotId,
     VolumeId,
 )
-from nahtlos.model.inventory import Accelerator, RunState, SnapshotStatus, VolumeStatus
+from nahtlos.model.inventory import Accelerator, PoolStatus, RunState, SnapshotStatus, VolumeStatus
 from nahtlos.model.nouns import Size
-from nahtlos.model.storage import CopyProgress, SnapshotExport, SnapshotSpec, VolumeSpec
+from nahtlos.model.storage import CopyProgress, DiskBudget, SnapshotExport, SnapshotSpec, VolumeSpec
 
 
 class VmmId(msgspec.Struct, frozen=True, order=True):
@@ -380,6 +380,7 @@ class StorageDesired(msgspec.Struct, frozen=True, kw_only=True):
     """Snapshots to be readable from outside; others are withdrawn."""
     release: ReleaseId | None = None
     """Of the storage daemon. None: whatever it runs."""
+    budget: DiskBudget = DiskBudget()
     pinned: frozenset[VolumeId] = frozenset()
     """Volumes that take part in an operation here: neither created, nor served otherwise, nor resized."""
 
@@ -400,6 +401,10 @@ class Storage(Protocol):
         ...
 
     async def observe(self) -> tuple[VolumeStatus, ...]: ...
+
+    async def pool(self) -> PoolStatus | None:
+        """Where this host keeps its volumes; None if it keeps none itself."""
+        ...
 
     async def release(self) -> ReleaseId | None:
         """That the daemon runs by; None while there is none."""
