@@ -153,6 +153,7 @@ class Converger:
                 removed_snapshots=config.removed_snapshots,
                 exports=config.snapshot_exports,
                 release=config.storage_release,
+                budget=config.disk_budget,
                 pinned=self._busy_volumes() | frozenset(config.pinned_volumes),
             )
         )

@@ -103,6 +103,7 @@ async def inventory(
         network_release=await context.drivers.network.release(),
         servers=servers_of(context.ledger.ownership(), vmms, context.now()),
         volumes=volumes,
+        pool=await context.drivers.storage.pool(),
         snapshots=await context.drivers.storage.snapshots(),
         operations=tuple(
             operation_status(j, context.waits.get(j.id, ""), context.progress.get(j.id, 0.0))

@@ -4,7 +4,7 @@
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
-from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
+from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.ports import StorageDesired
 from nahtlos.physical.sim.driver import SimDriver
@@ -46,6 +46,9 @@ class SimStorage(SimDriver):
                 )
                 for v in self.host.volumes.values()
             )
+
+    async def pool(self) -> PoolStatus | None:
+        return None
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         raise _lacking("snapshot")
