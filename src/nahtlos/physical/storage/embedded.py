@@ -10,6 +10,7 @@ switched by itself. Never deletes a volume that is not named in `removed`.
 """
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,7 @@ import msgspec
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
-from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
+from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.nouns import Component
 from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
@@ -83,6 +84,15 @@ class EmbeddedStorage:
         return tuple(
             VolumeStatus(id=volume, epoch=epochs.get(volume, 0), served=volume in epochs, size_mib=size)
             for volume, size in present.items()
+        )
+
+    async def pool(self) -> PoolStatus | None:
+        folder = self._settings.state_dir
+        found = await asyncio.to_thread(os.statvfs, folder) if folder.is_dir() else None
+        return (
+            PoolStatus(total=found.f_blocks * found.f_frsize, free=found.f_bavail * found.f_frsize)
+            if found
+            else None
         )
 
     async def release(self) -> ReleaseId | None:

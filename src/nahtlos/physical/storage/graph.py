@@ -114,7 +114,7 @@ def served(record: VolumeRecord) -> bool:
 
 
 def layer_nodes(
-    records: RecordMap, ref: LayerRef, places: Places, *, writable: bool, backing: str | None
+    records: RecordMap, ref: LayerRef, places: Places, *, writable: bool, backing: str | None = None
 ) -> tuple[Options, ...]:
     """The nodes of one layer alone, the last one its format's. `backing`: the node under it, if any."""
     layer = records[ref.volume].layer(ref.number)
@@ -298,9 +298,11 @@ def parsed_export(identity: str) -> Export | None:
 # --- a whole host ------------------------------------------------------------------------------------
 
 
-def everything(records: RecordMap, places: Places) -> tuple[tuple[Options, ...], tuple[Options, ...]]:
-    """Objects and nodes of every volume that is served, each once, in the order in which they can be made."""
-    volumes = [volume for volume in sorted(records) if served(records[volume])]
+def everything(
+    records: RecordMap, places: Places, among: Iterable[VolumeId]
+) -> tuple[tuple[Options, ...], tuple[Options, ...]]:
+    """Objects and nodes of all of these that are served, each once, in the order in which they can be made."""
+    volumes = [volume for volume in among if served(records[volume])]
     objects = _once("id", (o for v in volumes for o in (*secrets(records, v, places), limits_object(v))))
     blocks = _once("node-name", (n for v in volumes for n in nodes(records, v, places)))
     return tuple(objects), tuple(blocks)

@@ -15,6 +15,7 @@ for one that runs and has not yet done the step. Files that no record names are 
 """
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -166,11 +167,13 @@ class _Commit(msgspec.Struct, frozen=True):
 
 
 class Records:
-    """The records of one folder, in memory and on disk. One per process and folder; methods block shortly."""
+    """The records of one folder, in memory and on disk. One per process and folder. `commit` waits for the
+    disk: in an event loop, call it in a thread (`Serving.keep`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[VolumeId, VolumeRecord] | None = None
+        self._writing = threading.Lock()
 
     def all(self) -> RecordMap:
         if self._known is None:
@@ -188,18 +191,16 @@ class Records:
 
     def commit(self, *written: VolumeRecord, removed: Iterable[VolumeId] = ()) -> None:
         """Durable on return; after a crash in between all of it or nothing."""
-        known = dict(self.all())
         change = _Commit(written, tuple(removed))
-        if len(change.written) + len(change.removed) > 1:
-            self._write(_JOURNAL, change)
-            self._apply(change)
-            self._remove(_JOURNAL)
-        else:
-            self._apply(change)
-        known |= {record.volume: record for record in written}
-        for volume in change.removed:
-            known.pop(volume, None)
-        self._known = known
+        with self._writing:
+            if len(change.written) + len(change.removed) > 1:
+                self._write(_JOURNAL, change)
+                self._apply(change)
+                self._remove(_JOURNAL)
+            else:
+                self._apply(change)
+            known = {**self.all(), **{record.volume: record for record in written}}
+            self._known = {name: record for name, record in known.items() if name not in change.removed}
 
     def _load(self) -> dict[VolumeId, VolumeRecord]:
         if not self.folder.is_dir():
