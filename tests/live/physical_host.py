@@ -48,16 +48,18 @@ def image() -> ImageId:
 
 
 class Place:
-    """A namespace with a loopback interface, and the hosts in it."""
+    """A namespace with a loopback interface, its own or one that is there, and the hosts in it."""
 
-    def __init__(self, name: str) -> None:
-        self.namespace = f"nlt-{name}-{os.getpid()}"
+    def __init__(self, name: str, *, namespace: str = "") -> None:
+        self.namespace = namespace or f"nlt-{name}-{os.getpid()}"
+        self._owned = not namespace
         self.folder = Path(tempfile.mkdtemp(prefix="nlt-"))
         self.ram = Path(tempfile.mkdtemp(prefix="nlt-", dir="/dev/shm"))
         self.authority = CertificateAuthority.open(self.folder / "ca")
         self.hosts: list[Host] = []
-        _run("ip", "netns", "add", self.namespace)
-        _run("ip", "-n", self.namespace, "link", "set", "lo", "up")
+        if self._owned:
+            _run("ip", "netns", "add", self.namespace)
+            _run("ip", "-n", self.namespace, "link", "set", "lo", "up")
 
     def host(self, name: str) -> "Host":
         host = Host(self, HostId(name), str(ADDRESSES[len(self.hosts) + 1]))
@@ -67,7 +69,8 @@ class Place:
     async def close(self) -> None:
         for host in self.hosts:
             await host.close()
-        _run("ip", "netns", "del", self.namespace)
+        if self._owned:
+            _run("ip", "netns", "del", self.namespace)
         shutil.rmtree(self.folder)
         shutil.rmtree(self.ram)
 

@@ -9,6 +9,18 @@ from nahtlos.model.nouns import HostRole, Size
 
 MIGRATION_PORTS = (49152, 49215)
 """First and last TCP port at which streams of servers are received, on the underlay address."""
+CEPH_NBD_PORT = 10810
+
+
+class CephSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How this host reaches a Ceph cluster. The user's key is where the cluster's configuration says."""
+
+    configuration: Path
+    user: str
+    """Without "client."."""
+    pool: str
+    nbd_port: int = CEPH_NBD_PORT
+    """Where images are served that must be reached without Ceph: relocation."""
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +48,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     underlay_interface: str = "eth0"
     capacity: Size
     nbd_port: int = 10809
+    ceph: CephSettings | None = None
+    """None: this host has no Ceph volumes."""
 
 
 def load_settings(path: Path) -> AgentSettings:
