@@ -33,8 +33,13 @@ from nahtlos.wire.volumes import (
     KeyRead,
     ReplicaLost,
     ReplicasRecorded,
+    SetCopySpeed,
     VolumeAttach,
+    VolumeForget,
+    VolumeFreeze,
     VolumeReceive,
+    VolumeSnapshot,
+    VolumeThaw,
 )
 
 PROTOCOL_MIN = 1
@@ -278,6 +283,7 @@ ToPeer = (
     | GatewayState
     | GatewayTake
     | GatewayAbandon
+    | SetCopySpeed
     | Ping
 )
 Answer = (
@@ -296,6 +302,10 @@ AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """`id` numbers the sender's messages from 1; an answer carries the id it answers in `reply_to`.
+    | VolumeForget
+    | VolumeFreeze
+    | VolumeThaw
+    | VolumeSnapshot
     `epoch` is the orchestrator's (0 in what agents send): an agent refuses one lower than it has seen."""
 
     id: int

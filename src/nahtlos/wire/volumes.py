@@ -52,6 +52,8 @@ class RelocateOrder(VolumeOrder, frozen=True, kw_only=True):
     target: VolumeEndpoint
     client: VolumeClient | None = None
     bytes_per_second: int = 0
+    deadline: float = 24 * 3600.0
+    """Seconds after which a copy that has not caught up is given up."""
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
@@ -80,6 +82,8 @@ class SnapshotOrder(VolumeOrder, frozen=True, kw_only=True):
     group: str
     snapshots: tuple[SnapshotSpec, ...]
     clients: tuple[VolumeClient, ...] = ()
+    stop_seconds: float = 1.0
+    """The longest that servers stand still; a group that takes longer is undone."""
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
@@ -126,6 +130,47 @@ class VolumeReceive(Message, frozen=True, kw_only=True):
 
     id: OperationId
     volume: VolumeSpec
+
+
+class VolumeForget(Message, frozen=True, kw_only=True):
+    """Coordinator to a host it had told `VolumeReceive`: the operation was undone, what was received counts
+    for nothing. Also keeps a `VolumeReceive` that arrives late from having any effect."""
+
+    id: OperationId
+    volume: VolumeId
+
+
+class VolumeFreeze(Message, frozen=True, kw_only=True):
+    """Coordinator to the host that owns `server`: its guest stands still until `VolumeThaw`, and no longer
+    than `seconds`. Conflict if it does not own the server, or a move of it runs."""
+
+    id: OperationId
+    server: ServerId
+    seconds: float
+
+
+class VolumeThaw(Message, frozen=True, kw_only=True):
+    """Conflict if the guest has not stood still all the time since `VolumeFreeze` of the same operation was
+    answered; it runs on in any case."""
+
+    id: OperationId
+    server: ServerId
+
+
+class VolumeSnapshot(Message, frozen=True, kw_only=True):
+    """Coordinator to a host that keeps some of a group: take them (`Storage.snapshot`), or with `undo` delete
+    them again."""
+
+    id: OperationId
+    snapshots: tuple[SnapshotSpec, ...]
+    undo: bool = False
+
+
+class SetCopySpeed(Message, frozen=True, kw_only=True):
+    """Orchestrator to the coordinator of a copy that runs: from now on so fast; 0 for no limit."""
+
+    id: OperationId
+    bytes_per_second: int
 
 
 class VolumeAttach(Message, frozen=True, kw_only=True):

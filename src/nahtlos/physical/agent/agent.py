@@ -24,7 +24,8 @@ from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
-from nahtlos.physical.agent.volumes.tasks import VolumeTaskRun, kind_of, task_for
+from nahtlos.physical.agent.volumes.freeze import check_movable
+from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.wire.messages import (
@@ -57,6 +58,7 @@ from nahtlos.wire.messages import (
     Welcome,
 )
 from nahtlos.wire.gateways import BeginGateway
+    SetCopySpeed,
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel, Transport
 from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
@@ -113,6 +115,7 @@ class Agent:
         )
         self._converger = Converger(self._context)
         self._gateways = Gateways(self._context, self._converger.bring_network)
+            spawn=self._spawn,
         self._boot_id = boot_id
         self._on_bug = on_bug
         self._sources: dict[OperationId, SourceMove] = {}
@@ -202,6 +205,10 @@ class Agent:
             "it looks at what runs and goes on from there",
         )
         self._context.on_bug(error)
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        assert self._operations is not None, "the agent does not run"
+        self._operations.create_task(work)
+
         self._context.say("operation.stuck", journal.id, record.message)
         held = self._context.ledger.operation(journal.id) or journal
         try:
@@ -379,6 +386,8 @@ class Agent:
                 await self._context.drivers.hypervisor.console_write(vmm, body.data)
             case Ping():
                 pass
+            case SetCopySpeed():
+                self._set_speed(body)
             case _:
                 raise Refused(f"{type(body).__name__} is not for an agent", field="message")
         return Done()
@@ -406,6 +415,7 @@ class Agent:
         self._begin(Journal(id=order.id, kind=kind_of(order), role=Role.COORDINATOR, task=order))
 
     def _begin(self, journal: Journal) -> None:
+            check_movable(self._context, held, order.server)
         if self._context.ledger.operation(journal.id) is not None:
             return
         begun = msgspec.structs.replace(journal, times={"begin": self._context.now()})
@@ -441,6 +451,12 @@ class Agent:
                 return Done()
             if isinstance(body, ForVolume):
                 return await answer_volume(self._context, body, channel.peer)
+    def _set_speed(self, body: SetCopySpeed) -> None:
+        task = self._volume_tasks.get(body.id)
+        if not isinstance(task, PacedRun):
+            raise NotFound(f"no copy {body.id} runs here", field="operation")
+        task.set_speed(body.bytes_per_second)
+
             if isinstance(body, ForGateway):
                 return await self._gateways.answer(body, channel.peer)
             if not isinstance(body, ForMove):

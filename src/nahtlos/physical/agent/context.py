@@ -1,7 +1,7 @@
 """What the parts of one agent share: its settings, drivers and ledger, and how they make themselves heard."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
@@ -20,6 +20,21 @@ BREATH_SECONDS = 0.25
 and to put right would take the CPUs from it just then."""
 
 
+@dataclass(eq=False)
+class Freeze:
+    """A server that stands still for a moment because an operation asked for it."""
+
+    operation: OperationId
+    stopped: bool = False
+    """Its guest ran, and stands still for this."""
+    broken: bool = False
+    """Its guest was not held still all the time."""
+
+
+def _nowhere(work: Coroutine[None, None, None]) -> None:
+    work.close()
+
+
 @dataclass(frozen=True)
 class Context:
     settings: AgentSettings
@@ -35,6 +50,11 @@ class Context:
     """Hears of exceptions that are none of `model.errors`."""
     ask: Callable[[Message, float], Awaitable[Message]]
     """The orchestrator's answer within so many seconds. Unavailable while none is connected."""
+    spawn: Callable[[Coroutine[None, None, None]], None] = _nowhere
+    """Runs it beside everything else; it must not raise."""
+    freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
+    """Servers nothing but `volumes.freeze` may start, resume or move. Not durable: an agent that was started
+    again finds guests that stand still, and convergence lets them go on."""
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])

@@ -15,6 +15,7 @@ from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
+from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
 
@@ -135,7 +136,8 @@ class Converger:
             self.generation = config.generation
 
     def busy(self) -> frozenset[ServerId]:
-        return frozenset(j.server for j in self._context.ledger.operations() if j.unended and j.server)
+        moving = {j.server for j in self._context.ledger.operations() if j.unended and j.server}
+        return frozenset(moving | self._context.freezes.keys())
 
     async def _collect(self, problems: list[ErrorRecord], act: Awaitable[tuple[str, ...]]) -> tuple[str, ...]:
         try:
@@ -145,9 +147,10 @@ class Converger:
             return ()
 
     async def _volumes(self, config: HostConfig) -> tuple[str, ...]:
-        return await self._context.drivers.storage.reconcile(
+        held = holds.held(self._context.ledger)
+        found = await self._context.drivers.storage.reconcile(
             StorageDesired(
-                volumes=config.volumes,
+                volumes=holds.wanted(config.volumes, held),
                 removed=config.removed_volumes,
                 snapshots=config.snapshots,
                 removed_snapshots=config.removed_snapshots,
@@ -157,6 +160,8 @@ class Converger:
                 pinned=self._busy_volumes() | frozenset(config.pinned_volumes),
             )
         )
+        holds.settle(self._context.ledger, config)
+        return found
 
     def _busy_volumes(self) -> frozenset[VolumeId]:
         unended = (j for j in self._context.ledger.operations() if j.unended)

@@ -11,7 +11,7 @@ come between.
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +36,7 @@ create table if not exists config (id integer primary key check (id = 1), genera
                                    digest text not null, body blob not null);
 create table if not exists ownership (server text primary key, epoch integer not null,
                                       state text not null, body blob not null);
+create table if not exists facts (key text primary key, value blob not null);
 create table if not exists operations (number integer primary key autoincrement, id text not null unique,
                                        acknowledged integer not null default 0, body blob not null);
 """
@@ -266,6 +267,25 @@ class Ledger:
 
     def take(self, operation: OperationId, at: float) -> Journal:
         """Destination: own the server from now on. The point of no return of a move.
+    def facts(self, prefix: str) -> dict[str, bytes]:
+        """What operations have to leave behind for others, by key."""
+        rows = self._db.execute("select key, value from facts where substr(key, 1, ?) = ? order by key", (
+            len(prefix),
+            prefix,
+        ))
+        return dict(rows.fetchall())
+
+    def remember(self, name: str, facts: Mapping[str, bytes | None], journal: Journal | None = None) -> None:
+        """Write facts down, with the step of an operation they belong to; None forgets one."""
+        with self._write(name) as db:
+            for key, value in facts.items():
+                if value is None:
+                    db.execute("delete from facts where key = ?", (key,))
+                else:
+                    db.execute("replace into facts values (?, ?)", (key, value))
+            if journal is not None:
+                self._put_operation(db, journal)
+
         Conflict if the operation was abandoned, Stale if this host knows a later owner of the server;
         repeating it changes nothing."""
         journal = self._known(operation)

@@ -1,11 +1,25 @@
 """What an agent answers the coordinators of volumes' operations on other hosts."""
 
-from nahtlos.model.errors import Refused
-from nahtlos.physical.agent.context import Context
-from nahtlos.wire.messages import Done, Message
-from nahtlos.wire.volumes import VolumeAttach, VolumeReceive
+import msgspec
 
-ForVolume = VolumeReceive | VolumeAttach
+from nahtlos.model.config import ServerConfig, VolumeAttachment
+from nahtlos.model.errors import Conflict, Refused, Stale
+from nahtlos.model.inventory import RunState
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.volumes import holds
+from nahtlos.physical.agent.volumes.freeze import freeze, owned, thaw
+from nahtlos.physical.ports import StorageDesired, VmmId
+from nahtlos.wire.messages import Done, Message
+from nahtlos.wire.volumes import (
+    VolumeAttach,
+    VolumeForget,
+    VolumeFreeze,
+    VolumeReceive,
+    VolumeSnapshot,
+    VolumeThaw,
+)
+
+ForVolume = VolumeReceive | VolumeAttach | VolumeForget | VolumeFreeze | VolumeThaw | VolumeSnapshot
 
 
 async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message:
@@ -13,9 +27,100 @@ async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message
     config = context.ledger.config()
     if config is None or peer not in {f"host/{host.id}" for host in config.hosts}:
         raise Refused(f"{peer} is no host of this cloud", field="peer")
+    await carry_out(context, body)
+    return Done()
+
+
+async def carry_out(context: Context, body: ForVolume) -> None:
+    """Also what a coordinator asks of its own host."""
     match body:
         case VolumeReceive():
-            await context.drivers.storage.receive(body.volume)
-            return Done()
+            await _receive(context, body)
+        case VolumeForget():
+            await _forget(context, body)
         case VolumeAttach():
-            raise Refused(f"{type(body).__name__} is not answered yet", field="message")
+            await _attach(context, body)
+        case VolumeSnapshot():
+            await _snapshot(context, body)
+        case VolumeFreeze():
+            await freeze(context, body)
+        case VolumeThaw():
+            await thaw(context, body)
+
+
+async def _receive(context: Context, body: VolumeReceive) -> None:
+    if body.volume.host != context.settings.host:
+        raise Refused(f"{body.volume.id} is for {body.volume.host}", field="volume")
+    holds.receive(context.ledger, body.id, body.volume)
+    await context.drivers.storage.receive(body.volume)
+
+
+async def _forget(context: Context, body: VolumeForget) -> None:
+    """What was received goes, unless this host's configuration has come to name it."""
+    config = context.ledger.config()
+    if config is not None and any(volume.id == body.volume for volume in config.volumes):
+        return
+    if holds.forget(context.ledger, body.id, body.volume):
+        await context.drivers.storage.reconcile(_only(context, removed=(body.volume,)))
+
+
+def _only(context: Context, **desired: object) -> StorageDesired:
+    """What is said of these alone: the rest stays as it is, exports included."""
+    config = context.ledger.config()
+    exports = config.snapshot_exports if config else ()
+    return msgspec.structs.replace(StorageDesired(exports=exports), **desired)
+
+
+async def _snapshot(context: Context, body: VolumeSnapshot) -> None:
+    if body.undo:
+        ids = tuple(each.id for each in body.snapshots)
+        await context.drivers.storage.reconcile(_only(context, removed_snapshots=ids))
+    else:
+        await context.drivers.storage.snapshot(body.snapshots)
+
+
+async def _attach(context: Context, body: VolumeAttach) -> None:
+    """Written down first: should its VMM end meanwhile, it is started with the new path. Until this was
+    answered both paths lead to the same data."""
+    held = owned(context, body.server)
+    server = reached_by(held.server, body.attachment)
+    context.ledger.adopt(server)
+    vmm = VmmId(body.server, held.epoch)
+    vmms = await context.drivers.hypervisor.observe()
+    status = next((each for each in vmms if each.id == vmm), None)
+    if status is not None and status.state is not RunState.CRASHED:
+        await context.drivers.hypervisor.disks_reconcile(vmm, server)
+    _still_owned(context, server)
+    context.say("volume.attached", body.attachment.volume, f"{body.server} reaches it elsewhere", id=body.id)
+
+
+def _still_owned(context: Context, server: ServerConfig) -> None:
+    """Conflict if a move has begun meanwhile: who has it next is to be told, too."""
+    held = owned(context, server.spec.id)
+    if held.epoch != server.epoch:
+        raise Conflict(f"{server.spec.id} has moved meanwhile", field="server")
+
+
+def reached_by(server: ServerConfig, attachment: VolumeAttachment) -> ServerConfig:
+    """`server` with this volume reached as `attachment` says; its size and limits stay. Conflict if it has no
+    such volume, Stale if it reaches it by a later epoch."""
+    found = [_redirected(each, attachment) for each in server.all_volumes]
+    if all(each.volume != attachment.volume for each in found):
+        raise Conflict(f"{server.spec.id} has no volume {attachment.volume}", field="volume")
+    return msgspec.structs.replace(server, volume=found[0], data_volumes=tuple(found[1:]))
+
+
+def _redirected(known: VolumeAttachment, new: VolumeAttachment) -> VolumeAttachment:
+    if known.volume != new.volume:
+        return known
+    if epoch_of(known) > epoch_of(new):
+        raise Stale(f"{known.volume} is reached as {known.export} already", field="volume")
+    return msgspec.structs.replace(
+        known, address=new.address, port=new.port, export=new.export, copies=new.copies, rbd=new.rbd
+    )
+
+
+def epoch_of(attachment: VolumeAttachment) -> int:
+    """Of the export's name; 0 where there is none."""
+    _, _, epoch = attachment.export.rpartition(".e")
+    return int(epoch) if epoch.isdecimal() else 0

@@ -1,7 +1,7 @@
 """Which operation an order becomes. Owns nothing of what they do."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import OperationKind
@@ -29,6 +29,13 @@ class VolumeTaskRun(Protocol):
         ...
 
     async def run(self, *, recovering: bool) -> Journal: ...
+
+
+@runtime_checkable
+class PacedRun(Protocol):
+    """One whose copying can be made faster or slower."""
+
+    def set_speed(self, bytes_per_second: int) -> None: ...
 
 
 _KINDS: dict[type[VolumeOrder], OperationKind] = {
