@@ -261,6 +261,7 @@ ToAgent = (
     | BeginVolumeTask
     | BeginGateway
     | CancelOperation
+    | SetCopySpeed
     | Acknowledge
     | ConsoleRead
     | ConsoleWrite
@@ -279,11 +280,14 @@ ToPeer = (
     | MoveFinished
     | VolumeReceive
     | VolumeAttach
+    | VolumeForget
+    | VolumeFreeze
+    | VolumeThaw
+    | VolumeSnapshot
     | GatewayPrepare
     | GatewayState
     | GatewayTake
     | GatewayAbandon
-    | SetCopySpeed
     | Ping
 )
 Answer = (
@@ -302,10 +306,6 @@ AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """`id` numbers the sender's messages from 1; an answer carries the id it answers in `reply_to`.
-    | VolumeForget
-    | VolumeFreeze
-    | VolumeThaw
-    | VolumeSnapshot
     `epoch` is the orchestrator's (0 in what agents send): an agent refuses one lower than it has seen."""
 
     id: int

@@ -23,8 +23,8 @@ from nahtlos.physical.agent.gateways import ForGateway, Gateways
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
-from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.freeze import check_movable
+from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
@@ -55,10 +55,10 @@ from nahtlos.wire.messages import (
     PeerHello,
     Ping,
     Report,
+    SetCopySpeed,
     Welcome,
 )
 from nahtlos.wire.gateways import BeginGateway
-    SetCopySpeed,
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel, Transport
 from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
@@ -112,10 +112,10 @@ class Agent:
             changed=self._note_change,
             on_bug=on_bug or _ignore,
             ask=self._ask_orchestrator,
+            spawn=self._spawn,
         )
         self._converger = Converger(self._context)
         self._gateways = Gateways(self._context, self._converger.bring_network)
-            spawn=self._spawn,
         self._boot_id = boot_id
         self._on_bug = on_bug
         self._sources: dict[OperationId, SourceMove] = {}
@@ -197,6 +197,10 @@ class Agent:
             self._context.switched(journal.id)
             self._note_change()
 
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        assert self._operations is not None, "the agent does not run"
+        self._operations.create_task(work)
+
     def _note_stuck(self, journal: Journal, error: Exception) -> None:
         record = ErrorRecord(
             kind="bug",
@@ -205,10 +209,6 @@ class Agent:
             "it looks at what runs and goes on from there",
         )
         self._context.on_bug(error)
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        assert self._operations is not None, "the agent does not run"
-        self._operations.create_task(work)
-
         self._context.say("operation.stuck", journal.id, record.message)
         held = self._context.ledger.operation(journal.id) or journal
         try:
@@ -375,6 +375,8 @@ class Agent:
                 self._begin(self._gateways.begun(body.order))
             case CancelOperation():
                 self._cancel(body.id)
+            case SetCopySpeed():
+                self._set_speed(body)
             case Acknowledge():
                 self._context.ledger.acknowledge(body.ids)
             case ConsoleRead():
@@ -386,8 +388,6 @@ class Agent:
                 await self._context.drivers.hypervisor.console_write(vmm, body.data)
             case Ping():
                 pass
-            case SetCopySpeed():
-                self._set_speed(body)
             case _:
                 raise Refused(f"{type(body).__name__} is not for an agent", field="message")
         return Done()
@@ -404,6 +404,7 @@ class Agent:
                 raise Conflict(
                     f"{me} does not own {order.server.spec.id} by epoch {order.server.epoch}", field="server"
                 )
+            check_movable(self._context, held, order.server)
         self._begin(Journal(id=order.id, kind=OperationKind.MOVE, role=role, order=order))
 
     def _begin_volume_task(self, order: VolumeTask) -> None:
@@ -415,7 +416,6 @@ class Agent:
         self._begin(Journal(id=order.id, kind=kind_of(order), role=Role.COORDINATOR, task=order))
 
     def _begin(self, journal: Journal) -> None:
-            check_movable(self._context, held, order.server)
         if self._context.ledger.operation(journal.id) is not None:
             return
         begun = msgspec.structs.replace(journal, times={"begin": self._context.now()})
@@ -432,6 +432,12 @@ class Agent:
             running.cancel()
         elif self._context.ledger.operation(operation) is None:
             raise NotFound(f"operation {operation} is not known here", field="operation")
+
+    def _set_speed(self, body: SetCopySpeed) -> None:
+        task = self._volume_tasks.get(body.id)
+        if not isinstance(task, PacedRun):
+            raise NotFound(f"no copy {body.id} runs here", field="operation")
+        task.set_speed(body.bytes_per_second)
 
     def _console_of(self, server: ServerId) -> VmmId:
         held = self._context.ledger.owner(server)
@@ -451,12 +457,6 @@ class Agent:
                 return Done()
             if isinstance(body, ForVolume):
                 return await answer_volume(self._context, body, channel.peer)
-    def _set_speed(self, body: SetCopySpeed) -> None:
-        task = self._volume_tasks.get(body.id)
-        if not isinstance(task, PacedRun):
-            raise NotFound(f"no copy {body.id} runs here", field="operation")
-        task.set_speed(body.bytes_per_second)
-
             if isinstance(body, ForGateway):
                 return await self._gateways.answer(body, channel.peer)
             if not isinstance(body, ForMove):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Error, ErrorRecord, Refused
-from nahtlos.model.ids import OperationId
+from nahtlos.model.ids import OperationId, ServerId
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings

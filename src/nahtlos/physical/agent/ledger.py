@@ -265,8 +265,6 @@ class Ledger:
             self._put_operation(db, journal)
         return journal
 
-    def take(self, operation: OperationId, at: float) -> Journal:
-        """Destination: own the server from now on. The point of no return of a move.
     def facts(self, prefix: str) -> dict[str, bytes]:
         """What operations have to leave behind for others, by key."""
         rows = self._db.execute("select key, value from facts where substr(key, 1, ?) = ? order by key", (
@@ -286,6 +284,8 @@ class Ledger:
             if journal is not None:
                 self._put_operation(db, journal)
 
+    def take(self, operation: OperationId, at: float) -> Journal:
+        """Destination: own the server from now on. The point of no return of a move.
         Conflict if the operation was abandoned, Stale if this host knows a later owner of the server;
         repeating it changes nothing."""
         journal = self._known(operation)
