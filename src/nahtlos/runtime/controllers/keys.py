@@ -1,5 +1,6 @@
 """Which host is given which volume key: one that holds a copy of a volume encrypted by it, or takes part in
-an operation that brings one there. Everybody else is refused in the same words, whether or not the key exists.
+an operation that brings one there. Everybody else is refused in the same words, whether or not the key is
+there.
 """
 
 import asyncio
