@@ -1,4 +1,5 @@
-"""Encryption at rest: the keys of this host's volumes where its storage daemon finds them, and LUKS containers.
+"""Encryption at rest: the keys of this host's volumes where its storage daemon finds them, and LUKS
+containers.
 
 Keys come from the keyring and are kept in `folder`, on a tmpfs and for root only, so that a daemon that is
 started again serves at once and nothing is left of them when the host is switched off. Never writes a key
@@ -78,14 +79,12 @@ async def make_layer(bundle: Bundle, layer: Path, size: int, key: Path, *, image
     """A new layer of `size` bytes at `layer`, blank or beginning with a raw image. Whole or not at all."""
     new, blank = (layer.with_name(f".{layer.name}.{part}") for part in ("new", "blank"))
     secret = ("--object", f"secret,id=k,file={key}")
-    options = f"key-secret=k,iter-time={ITERATION_MS}"
+    form = ("-f", "raw", "-O", "luks", "-o", f"key-secret=k,iter-time={ITERATION_MS}")
     try:
         new.unlink(missing_ok=True)
         await _run(bundle, ("create", "-q", "-f", LAYER_FORMAT, str(blank), str(size)))
         blank.chmod(0o600)
-        await _run(
-            bundle, ("convert", *secret, "-f", "raw", "-O", "luks", "-o", options, str(blank), str(new))
-        )
+        await _run(bundle, ("convert", *secret, *form, str(blank), str(new)))
         new.chmod(0o600)
         if image is not None:
             await _run(
