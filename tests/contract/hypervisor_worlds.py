@@ -1,20 +1,24 @@
 """Two hosts on which the plays about hypervisors and storage run: real ones (QEMU, storage daemons, taps in a
-namespace) and simulated ones (virtual time). Plays know only the protocols of `physical.ports`."""
+namespace), those with volumes in a Ceph cluster, and simulated ones (virtual time). Plays know only the
+protocols of `physical.ports`."""
 
 import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import pytest
 
+from nahtlos.lab.ceph import missing_programs
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.storage import VolumeSpec
-from nahtlos.physical.ports import Hypervisor, Storage, VmmId
+from nahtlos.model.storage import StorageBackend, VolumeSpec
+from nahtlos.physical.ports import Hypervisor, Storage, StorageDesired, VmmId
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import OLD, Cloudlet, Conductor, server_spec
 from nahtlos.physical.sim.faults import Life
@@ -43,6 +47,7 @@ class OneHost(Protocol):
 
 
 class Hosts(Protocol):
+    backend: StorageBackend
     first: OneHost
     second: OneHost
     release: ReleaseId
@@ -87,6 +92,8 @@ class _SimulatedHost:
 
 
 class _SimulatedHosts:
+    backend = StorageBackend.EMBEDDED
+
     def __init__(self, folder: Path) -> None:
         cloudlet = Cloudlet.build(folder, hosts=2, seed=1)
         self.first: OneHost = _SimulatedHost(cloudlet, HostId("host-1"))
@@ -144,6 +151,8 @@ def physical() -> Stage:
             await self._host.until_ended(vmm.unit)
 
     class PhysicalHosts:
+        backend = StorageBackend.EMBEDDED
+
         def __init__(self, place: physical_host.Place) -> None:
             self._one = place.host("host-1")
             self.first: OneHost = PhysicalHost(self._one)
@@ -170,9 +179,88 @@ def physical() -> Stage:
     return run
 
 
+# --- real, with Ceph ---
+
+
+@contextmanager
+def ceph_world() -> Iterator[Stage]:
+    """One cluster for many plays; each of them must name its volumes otherwise than those before."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    if missing_programs():
+        pytest.skip(f"{', '.join(missing_programs())} are not installed")
+    sys.path.insert(0, str(LIVE))
+    try:
+        import ceph_host
+        import physical_host
+    finally:
+        sys.path.remove(str(LIVE))
+    if not any(physical_host.RELEASES.glob("qemu-*")):
+        pytest.skip("no release is built")
+    with ceph_host.cluster("contract-ceph") as (namespace, cluster):
+
+        class CephHost:
+            def __init__(self, host: physical_host.Host) -> None:
+                self._host = host
+                self.name, self.address = host.settings.host, host.settings.address
+                self.hypervisor = host.hypervisor
+                self.real = ceph_host.ceph_storage(host, cluster)
+                self.storage: Storage = self.real
+
+            async def plug(self, server: ServerConfig) -> None:
+                await self._host.plug(server)
+
+            async def kill_vmm(self, vmm: VmmId) -> None:
+                os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
+                await self._host.until_ended(vmm.unit)
+
+        class CephHosts:
+            backend = StorageBackend.CEPH
+
+            def __init__(self, place: physical_host.Place) -> None:
+                self._one = place.host("host-1")
+                self.made = [CephHost(self._one), CephHost(place.host("host-2"))]
+                self.first: OneHost = self.made[0]
+                self.second: OneHost = self.made[1]
+                self.release = physical_host.release("10.0")
+
+            def server(self) -> ServerConfig:
+                server = physical_host.server_on(self._one, "web-1")
+                rbd = self.made[0].real.endpoint(server.volume.volume)
+                volume = msgspec.structs.replace(server.volume, rbd=rbd)
+                return msgspec.structs.replace(server, volume=volume)
+
+            def volume(self, name: str, *, epoch: int = 1) -> VolumeSpec:
+                return ceph_host.in_ceph(physical_host.volume_on(self._one, name, epoch=epoch))
+
+        def run(play: Play) -> None:
+            async def main() -> None:
+                place = physical_host.Place("contract", namespace=namespace)
+                hosts = CephHosts(place)
+                try:
+                    await play(hosts)
+                finally:
+                    for host in hosts.made:
+                        held = tuple(v.id for v in await host.storage.observe())
+                        await host.storage.reconcile(StorageDesired(removed=held))
+                        await host.real.close()
+                    await place.close()
+
+            with ceph_host.inside(namespace):
+                asyncio.run(main())
+
+        yield run
+
+
 WORLDS = [
     pytest.param("simulated", id="simulated"),
     pytest.param("physical", id="physical", marks=[pytest.mark.live, pytest.mark.timeout(240)]),
+]
+
+
+STORAGE_WORLDS = [
+    *WORLDS,
+    pytest.param("ceph", id="ceph", marks=[pytest.mark.live, pytest.mark.timeout(240)]),
 ]
 
 

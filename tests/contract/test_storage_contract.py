@@ -1,19 +1,28 @@
 """What every storage driver must do: the promises of `physical.ports.Storage`. Each play runs on simulated
-hosts and, where it can, on real ones."""
+hosts and, where it can, on real ones: with files of theirs, and with images of a Ceph cluster."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypervisor_worlds import WORLDS, Hosts, Stage, stage_of
+from hypervisor_worlds import STORAGE_WORLDS, Hosts, Stage, ceph_world, stage_of
 
 from nahtlos.model.errors import Error
 from nahtlos.model.ids import VolumeId
 from nahtlos.physical.ports import StorageDesired, VmmId
 
 
-@pytest.fixture(params=WORLDS)
+@pytest.fixture(scope="module")
+def ceph() -> Iterator[Stage]:
+    with ceph_world() as stage:
+        yield stage
+
+
+@pytest.fixture(params=STORAGE_WORLDS)
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Stage:
+    if request.param == "ceph":
+        return request.getfixturevalue("ceph")
     return stage_of(request.param, tmp_path)
 
 

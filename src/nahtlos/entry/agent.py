@@ -24,6 +24,8 @@ from nahtlos.physical.hypervisor.driver import QemuHypervisor
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings, load_settings
+from nahtlos.physical.storage.backends import Backends
+from nahtlos.physical.storage.ceph.driver import CephStorage
 from nahtlos.physical.storage.embedded import EmbeddedStorage
 from nahtlos.physical.supervisor.client import SupervisorClient
 from nahtlos.wire.credentials import host_key_and_csr, write_pki_dir
@@ -65,7 +67,7 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
         supervisor=supervisor,
         hypervisor=QemuHypervisor(settings, supervisor),
         network=NativeNetwork(settings, supervisor),
-        storage=EmbeddedStorage(settings, supervisor),
+        storage=_storage(settings, supervisor),
     )
     agent = Agent(
         settings,
@@ -81,6 +83,11 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
         await task
     except asyncio.CancelledError:
         log.info("stopped")
+
+
+def _storage(settings: AgentSettings, supervisor: SupervisorClient) -> Backends:
+    ceph = CephStorage(settings, settings.ceph, supervisor) if settings.ceph else None
+    return Backends(EmbeddedStorage(settings, supervisor), ceph)
 
 
 def join(settings: AgentSettings, url: str, ca: Path, token: str) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from nahtlos.model.config import RbdEndpoint, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
-from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
+from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, StorageBackend, VolumeSpec
 from nahtlos.physical.ports import StorageDesired, Supervisor
 from nahtlos.physical.settings import AgentSettings, CephSettings
@@ -54,9 +54,8 @@ class CephStorage:
         ]
         removed = [v for v in desired.removed if v in self._known and v not in desired.pinned]
         async with self._lock:
-            if not volumes and not removed and not self._known:
+            if not volumes and not self._file.exists():
                 return ()
-            self._know(self._known | {volume.id for volume in volumes})
             done: list[str] = []
             failed: list[Error] = []
             acts: list[Callable[[], Awaitable[list[str]]]] = [
@@ -78,6 +77,9 @@ class CephStorage:
         found = await self._facts(self._known)
         host = self._settings.host
         return tuple(images.volume_status(image, host) for image in found if image.host == host)
+
+    async def pool(self) -> PoolStatus | None:
+        return None
 
     async def release(self) -> ReleaseId | None:
         return None
@@ -214,6 +216,7 @@ class CephStorage:
     async def _volume(self, volume: VolumeSpec) -> list[str]:
         image = await self._image(volume.id)
         wanted = images.steps(volume, image, self._settings.host)
+        self._know(self._known | {volume.id})
         done: list[str] = []
         if Act.MAKE in wanted:
             await self._make(volume)
@@ -294,10 +297,11 @@ class CephStorage:
     async def _delete(self, volume: VolumeId) -> list[str]:
         await self._gateway.close(volume)
         image = await self._image(volume)
-        if image is not None and image.host == self._settings.host:
+        own = image is not None and image.host == self._settings.host
+        if image is not None and own:
             await self._put_away(image)
         self._know(self._known - {volume})
-        return [f"volume {volume} deleted"]
+        return [f"volume {volume} deleted"] if own else []
 
     async def _put_away(self, image: ImageFacts) -> None:
         """It is no volume from here on. Its snapshots stay."""

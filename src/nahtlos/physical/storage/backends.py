@@ -1,0 +1,172 @@
+"""One `physical.ports.Storage` over the backends of a host: each verb goes to the one whose volume it is.
+
+Where a verb names only a volume or a snapshot, it is the one that holds it. A volume that changes its backend
+is held by both until its relocation is finished: verbs of the source's side then mean the one that gives it
+away, and what is observed of it is the copy of the higher epoch. Owns no state.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.errors import Error, Refused
+from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
+from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
+from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, StorageBackend, VolumeSpec
+from nahtlos.physical.ports import Storage, StorageDesired
+
+
+class CephBackend(Storage, Protocol):
+    def holds(self, volume: VolumeId) -> bool: ...
+
+    async def serve(self, volume: VolumeSpec) -> None: ...
+
+
+class Backends:
+    def __init__(self, embedded: Storage, ceph: CephBackend | None) -> None:
+        self._embedded = embedded
+        self._ceph = ceph
+
+    # --- volumes -----------------------------------------------------------------------------------
+
+    async def reconcile(self, desired: StorageDesired) -> tuple[str, ...]:
+        """What is wrong with one backend does not keep the other from being put right."""
+        parts: dict[StorageBackend, list[VolumeSpec]] = {backend: [] for backend in StorageBackend}
+        for volume in desired.volumes:
+            parts[volume.backend].append(volume)
+        if parts[StorageBackend.CEPH] and self._ceph is None:
+            raise _no_ceph(parts[StorageBackend.CEPH][0])
+        acts: list[Callable[[], Awaitable[tuple[str, ...]]]] = [
+            partial(self._embedded.reconcile, _part(desired, parts[StorageBackend.EMBEDDED]))
+        ]
+        if self._ceph is not None:
+            acts.append(partial(self._ceph.reconcile, _part(desired, parts[StorageBackend.CEPH])))
+        done: list[str] = []
+        failed: list[Error] = []
+        for act in acts:
+            try:
+                done += await act()
+            except Error as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return tuple(done)
+
+    async def observe(self) -> tuple[VolumeStatus, ...]:
+        found: dict[VolumeId, VolumeStatus] = {}
+        for storage in self._all:
+            for status in await storage.observe():
+                known = found.get(status.id)
+                if known is None or status.epoch > known.epoch:
+                    found[status.id] = status
+        return tuple(found.values())
+
+    async def pool(self) -> PoolStatus | None:
+        return await self._embedded.pool()
+
+    async def release(self) -> ReleaseId | None:
+        return await self._embedded.release()
+
+    async def receive(self, volume: VolumeSpec) -> None:
+        await self._of(volume).receive(volume)
+
+    async def serve(self, volume: VolumeSpec) -> None:
+        if volume.backend is StorageBackend.CEPH:
+            await self._required(volume).serve(volume)
+
+    async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
+        return await (await self._holder(volume)).digest(volume, offset, length)
+
+    # --- snapshots ---------------------------------------------------------------------------------
+
+    async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        """All or none, also over both backends."""
+        there = {status.id for status in await self.snapshots()}
+        groups = [
+            (storage, tuple([s for s in snapshots if await self._holder(s.volume) is storage]))
+            for storage in self._all
+        ]
+        made: list[tuple[Storage, tuple[SnapshotSpec, ...]]] = []
+        try:
+            for storage, part in groups:
+                if part:
+                    await storage.snapshot(part)
+                    made.append((storage, part))
+        except Error:
+            for storage, part in made:
+                new = tuple(snapshot.id for snapshot in part if snapshot.id not in there)
+                await storage.reconcile(StorageDesired(removed_snapshots=new))
+            raise
+
+    async def snapshots(self) -> tuple[SnapshotStatus, ...]:
+        return tuple([status for storage in self._all for status in await storage.snapshots()])
+
+    async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
+        await self._of(volume).revert(volume, snapshot)
+
+    # --- relocation --------------------------------------------------------------------------------
+
+    async def relocate_start(
+        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+    ) -> None:
+        await self._of(volume).relocate_start(volume, target, bytes_per_second=bytes_per_second)
+
+    async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
+        return await (await self._giving(volume)).relocate_progress(volume)
+
+    async def relocate_complete(self, volume: VolumeId) -> None:
+        await (await self._giving(volume)).relocate_complete(volume)
+
+    async def relocate_cancel(self, volume: VolumeId) -> None:
+        await (await self._giving(volume)).relocate_cancel(volume)
+
+    async def relocate_finish(self, volume: VolumeId) -> None:
+        await (await self._giving(volume)).relocate_finish(volume)
+
+    # --- whose it is -------------------------------------------------------------------------------
+
+    @property
+    def _all(self) -> tuple[Storage, ...]:
+        return (self._embedded,) if self._ceph is None else (self._embedded, self._ceph)
+
+    def _of(self, volume: VolumeSpec) -> Storage:
+        return self._required(volume) if volume.backend is StorageBackend.CEPH else self._embedded
+
+    def _required(self, volume: VolumeSpec) -> CephBackend:
+        if self._ceph is None:
+            raise _no_ceph(volume)
+        return self._ceph
+
+    async def _holder(self, volume: VolumeId) -> Storage:
+        """By the higher epoch where both do."""
+        if self._ceph is None or not self._ceph.holds(volume):
+            return self._embedded
+        held = [(await _epoch(storage, volume), storage is self._ceph) for storage in self._all]
+        return self._ceph if max(held)[1] else self._embedded
+
+    async def _giving(self, volume: VolumeId) -> Storage:
+        """The one that copies it or has copied it away."""
+        if self._ceph is not None and self._ceph.holds(volume):
+            progress = await self._ceph.relocate_progress(volume)
+            if progress.phase is not CopyPhase.NONE:
+                return self._ceph
+        return self._embedded
+
+
+async def _epoch(storage: Storage, volume: VolumeId) -> int:
+    return max((status.epoch for status in await storage.observe() if status.id == volume), default=-1)
+
+
+def _part(desired: StorageDesired, volumes: Iterable[VolumeSpec]) -> StorageDesired:
+    return msgspec.structs.replace(desired, volumes=tuple(volumes))
+
+
+def _no_ceph(volume: VolumeSpec) -> Refused:
+    return Refused(
+        f"'{volume.id}' is in Ceph, and this host reaches no Ceph cluster",
+        field="backend",
+        remedy="give its agent the setting 'ceph'",
+    )
