@@ -48,7 +48,9 @@ def newest(host: Host) -> Path:
     return max(folders, key=lambda path: read_bundle(path).version)
 
 
-async def stand_in(host: Host, export: str, *, pki: Path | None = None, name: str = "client") -> Path:
+async def stand_in(
+    host: Host, export: str, *, pki: Path | None = None, name: str = "client", port: int = 0
+) -> Path:
     """A daemon that has the volume as a server would, and offers it on a unix socket without TLS."""
     bundle = read_bundle(newest(host))
     door = host.settings.run_dir / f"{name}.nbd"
@@ -56,7 +58,7 @@ async def stand_in(host: Host, export: str, *, pki: Path | None = None, name: st
     node = {
         "driver": "nbd",
         "node-name": "volume",
-        "server": {"type": "inet", "host": host.settings.address, "port": str(host.settings.nbd_port)},
+        "server": {"type": "inet", "host": host.settings.address, "port": str(port or host.settings.nbd_port)},
         "export": export,
         "reconnect-delay": 30,
         "tls-creds": TLS_CLIENT,

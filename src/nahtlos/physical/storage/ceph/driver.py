@@ -199,6 +199,10 @@ class CephStorage:
             await self._owned(volume.id)
             await self._gateway.open(volume.id, volume.epoch)
 
+    @property
+    def nbd_port(self) -> int:
+        return self._ceph.nbd_port
+
     def holds(self, volume: VolumeId) -> bool:
         return volume in self._known
 
@@ -332,7 +336,7 @@ class CephStorage:
         image = await self._owned(wanted.volume)
         if wanted.id in {each.name for each in image.live_snapshots}:
             return False
-        await self._note(image, {images.GROUP + wanted.id: wanted.group})
+        await self._note(image, {images.GROUP + wanted.id: wanted.group or None})
         await self._rbd.ask("snapshot", name=image.name, snapshot=wanted.id)
         return True
 

@@ -168,7 +168,7 @@ class Pool:
         self._rbd.rename(self._io, name, to)
 
     def note(self, name: str, metadata: dict[str, str | None]) -> None:
-        """None removes a key."""
+        """None removes a key. No value may be empty: the binding would lose count when it lists them."""
         with rbd.Image(self._io, name) as image:
             known = dict(image.metadata_list())
             for key, value in metadata.items():

@@ -1,0 +1,334 @@
+"""The Ceph driver on a real cluster. The writer reaches its image as a server does: by QEMU's own rbd driver,
+here in a storage daemon that offers it on a unix socket."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from ceph_host import ceph_storage, cluster, in_ceph, inside
+from physical_host import Host, Place, volume_on
+from test_storage import Disk, Writer, block, stand_in
+
+from nahtlos.lab.ceph import GRACE, CephCluster, missing_programs
+from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.errors import Conflict, NotFound, Refused
+from nahtlos.model.ids import KeyId, SnapshotId, VolumeId
+from nahtlos.model.storage import (
+    CopyPhase,
+    Deletion,
+    Replica,
+    SnapshotSpec,
+    VolumeFormat,
+    VolumeSpec,
+)
+from nahtlos.physical.hypervisor.bundle import read_bundle
+from nahtlos.physical.ports import Storage, StorageDesired, Unit
+from nahtlos.physical.storage.backends import Backends
+from nahtlos.physical.storage.ceph import doors
+from nahtlos.physical.storage.ceph.driver import CephStorage
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(bool(missing_programs()), reason="Ceph is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[tuple[str, CephCluster]]:
+    with cluster("ceph") as made:
+        yield made
+
+
+class Site:
+    """Two hosts beside the cluster."""
+
+    def __init__(self, place: Place, ceph: CephCluster) -> None:
+        self.ceph = ceph
+        self.hosts = (place.host("host-1"), place.host("host-2"))
+        self.storages = [ceph_storage(host, ceph) for host in self.hosts]
+        self.host, self.other = self.hosts
+        self.storage, self.beside = self.storages
+        self.disks: list[Disk] = []
+
+    def volume(self, name: str, *, size_mib: int = 64, epoch: int = 1) -> VolumeSpec:
+        return in_ceph(volume_on(self.host, name, size_mib=size_mib, epoch=epoch, empty=True))
+
+    async def have(self, *volumes: VolumeSpec) -> None:
+        await self.storage.reconcile(StorageDesired(volumes=volumes))
+
+    async def client(self, volume: str, *, version: str = "", image: str = "") -> Disk:
+        """As a server has it: without the driver."""
+        rbd = self.storage.endpoint(image or volume)
+        node = {
+            "driver": "rbd",
+            "node-name": "volume",
+            "pool": rbd.pool,
+            "image": rbd.image,
+            "user": rbd.user,
+            "conf": rbd.configuration,
+            "cache": {"direct": True},
+        }
+        folders = sorted(self.host.settings.releases_dir.glob(f"qemu-{version}*"))
+        bundle = read_bundle(folders[-1])
+        name = f"client-{volume}-{version or 'any'}-{time.monotonic_ns() % 10_000}"
+        door = self.host.settings.run_dir / f"{name}.nbd"
+        await self.host.supervisor.start(
+            Unit(
+                name=name,
+                argv=(
+                    *bundle.storage_daemon(),
+                    *("--blockdev", msgspec.json.encode(node).decode()),
+                    *("--nbd-server", f"addr.type=unix,addr.path={door}"),
+                    *("--export", "type=nbd,id=e,node-name=volume,name=volume,writable=on"),
+                ),
+                environment=bundle.environment,
+                log=self.host.settings.state_dir / f"{name}.log",
+            )
+        )
+        async with asyncio.timeout(20):
+            while not door.is_socket():
+                await asyncio.sleep(0.01)
+        return self.disk(door)
+
+    def disk(self, door: Path) -> Disk:
+        self.disks.append(Disk(door))
+        return self.disks[-1]
+
+    async def until_gone(self, prefix: str) -> None:
+        """Images under hidden names are swept by passes."""
+        async with asyncio.timeout(20):
+            while any(name.startswith(prefix) for name in self.images()):
+                await self.have()
+                await asyncio.sleep(0.05)
+
+    def images(self) -> list[str]:
+        return self.ceph.run("rbd", "ls", "volumes").split()
+
+    def endpoint(self, host: Host, volume: VolumeSpec, port: int) -> VolumeEndpoint:
+        return VolumeEndpoint(
+            host=host.settings.host, address=host.settings.address, port=port, export=volume.export
+        )
+
+
+@pytest.fixture
+def site(pool: tuple[str, CephCluster]) -> Iterator[Site]:
+    """In its own event loop's turn: entering the namespace is the thread's matter, not a task's."""
+    namespace, ceph = pool
+    with inside(namespace):
+        place = Place("ceph", namespace=namespace)
+        yield Site(place, ceph)
+
+
+@pytest.fixture(autouse=True)
+async def left_clean(site: Site) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        for disk in site.disks:
+            disk.close()
+        for storage in site.storages:
+            held = tuple(status.id for status in await storage.observe())
+            snapshots = tuple(status.id for status in await storage.snapshots())
+            await storage.reconcile(StorageDesired(removed=held, removed_snapshots=snapshots))
+            await storage.close()
+        await site.host.place.close()
+
+
+def taken(name: str, volume: str) -> SnapshotSpec:
+    return SnapshotSpec(id=SnapshotId(name), volume=VolumeId(volume))
+
+
+async def test_image_is_reached_by_every_release_and_what_it_was_made_from_is_in_it(site: Site) -> None:
+    volume = in_ceph(volume_on(site.host, "root"))
+    await site.have(volume)
+    original = (site.host.settings.images_dir / f"{volume.image}.raw").read_bytes()[: 8 * 4096]
+    for version in ("10.0", "11.1"):
+        disk = await site.client("root", version=version)
+        assert b"".join(disk.read(n) for n in range(8)) == original
+        assert disk.size == volume.size_mib << 20
+    (status,) = await site.storage.observe()
+    assert 0 < status.allocated_bytes < volume.size_mib << 20
+    assert status.clients == 2
+    assert site.images() == ["root"]
+
+
+async def test_snapshots_clones_and_their_volume_go_in_any_order(site: Site) -> None:
+    volume = site.volume("one")
+    await site.have(volume)
+    disk = await site.client("one")
+    disk.write(0, block(1))
+    await site.storage.snapshot((taken("first", "one"),))
+    disk.write(0, block(2))
+    clone = msgspec.structs.replace(site.volume("two", size_mib=80), snapshot=SnapshotId("first"))
+    await site.have(volume, clone)
+    copy = await site.client("two")
+    assert (copy.read(0), disk.read(0)) == (block(1), block(2))
+    (status,) = await site.storage.snapshots()
+    assert (status.volume, status.clones) == ("one", ("two",))
+
+    await site.storage.reconcile(StorageDesired(volumes=(clone,), removed=(volume.id,)))
+    assert {v.id for v in await site.storage.observe()} == {"two"}
+    assert [s.id for s in await site.storage.snapshots()] == ["first"]
+    third = msgspec.structs.replace(site.volume("three"), snapshot=SnapshotId("first"))
+    await site.have(clone, third)
+    await site.storage.reconcile(StorageDesired(removed_snapshots=(SnapshotId("first"),)))
+    await site.until_gone(".gone.")
+    assert sorted(site.images()) == ["three", "two"]
+    for name in ("two", "three"):
+        again = await site.client(name)
+        assert again.read(0) == block(1)
+
+
+async def test_a_volume_is_reverted_only_when_nobody_has_it_open(site: Site) -> None:
+    volume = site.volume("back")
+    await site.have(volume)
+    disk = await site.client("back")
+    disk.write(0, block(1))
+    await site.storage.snapshot((taken("then", "back"),))
+    disk.write(0, block(2))
+    with pytest.raises(Conflict, match="is open at"):
+        await site.storage.revert(volume, SnapshotId("then"))
+    await stop_clients(site)
+    await site.storage.revert(volume, SnapshotId("then"))
+    disk = await site.client("back")
+    assert disk.read(0) == block(1)
+    with pytest.raises(NotFound):
+        await site.storage.revert(volume, SnapshotId("never"))
+
+
+async def test_a_higher_epoch_shuts_out_who_writes(site: Site) -> None:
+    await site.have(site.volume("data"))
+    old = await site.client("data")
+    old.write(0, block(0))
+    began = time.monotonic()
+    await site.have(site.volume("data", epoch=2))
+    with pytest.raises((AssertionError, ConnectionError)):
+        while time.monotonic() < began + 5:
+            old.write(1, block(1))
+    assert time.monotonic() - began < 1.0
+    new = await site.client("data")
+    assert new.read(0) == block(0)
+    new.write(2, block(2))
+    assert [v.epoch for v in await site.storage.observe()] == [2]
+
+
+async def test_osd_that_dies_costs_a_writer_time_and_nothing_else(site: Site) -> None:
+    await site.have(site.volume("data", size_mib=256))
+    disk = await site.client("data")
+    writer = Writer(disk)
+    writer.start()
+    try:
+        await asyncio.sleep(0.3)
+        site.ceph.kill_osd(1)
+        before = writer.acknowledged
+        async with asyncio.timeout(GRACE + 12):
+            while writer.acknowledged < before + 50:
+                await asyncio.sleep(0.05)
+    finally:
+        writer.ends.set()
+        await asyncio.to_thread(writer.join)
+        site.ceph.return_osd(1)
+    assert await asyncio.to_thread(writer.wrong) == []
+    assert writer.longest < GRACE + 6, f"{writer.longest:.1f} s"
+
+
+async def test_gateway_that_is_killed_forgets_no_write_it_acknowledged(site: Site) -> None:
+    """No flush: what is acknowledged is in the cluster."""
+    await site.storage.receive(site.volume("data"))
+    disk = site.disk(await stand_in(site.host, "data.e1", port=doors_port(site)))
+    for number in range(40):
+        disk.write(number, block(number))
+    pid = await site.host.pid(doors.UNIT)
+    os.kill(pid, signal.SIGKILL)
+    await site.host.until_pid(doors.UNIT, other_than=pid)
+    assert [n for n in range(40) if disk.read(n) != block(n)] == []
+
+
+async def test_administration_passes_to_another_host_without_a_copy_and_without_a_fence(site: Site) -> None:
+    volume = site.volume("data")
+    await site.have(volume)
+    disk = await site.client("data")
+    disk.write(0, block(0))
+    there = msgspec.structs.replace(volume, host=site.other.settings.host, epoch=2)
+    with pytest.raises(Refused, match="administered by host-1"):
+        await site.beside.reconcile(StorageDesired(volumes=(msgspec.structs.replace(there, epoch=1),)))
+    await site.beside.receive(there)
+    await relocate(site.storage, volume, site.endpoint(site.other, there, 0))
+    await site.storage.relocate_finish(volume.id)
+    assert await site.storage.observe() == ()
+    await site.storage.reconcile(StorageDesired(removed=(volume.id,)))
+    await site.beside.reconcile(StorageDesired(volumes=(there,)))
+    assert [(v.id, v.epoch) for v in await site.beside.observe()] == [("data", 2)]
+    disk.write(1, block(1))
+    assert disk.read(0) == block(0)
+
+
+async def test_what_an_agent_left_half_made_is_no_volume_and_is_made_anew(site: Site) -> None:
+    site.ceph.run("rbd", "create", "volumes/.new.root", "--size", "8")
+    volume = in_ceph(volume_on(site.host, "root"))
+    assert await site.storage.observe() == ()
+    await site.have(volume)
+    assert [(v.id, v.size_mib) for v in await site.storage.observe()] == [("root", volume.size_mib)]
+    await site.storage.close()
+    fresh = ceph_storage(site.host, site.ceph)
+    assert await fresh.reconcile(StorageDesired(volumes=(volume,))) == ()
+    assert [v.id for v in await fresh.observe()] == ["root"]
+    await fresh.close()
+
+
+async def test_what_no_image_can_be_is_refused_by_field(site: Site) -> None:
+    one = site.volume("one")
+    await site.have(one)
+    wrong = {
+        "format": msgspec.structs.replace(one, format=VolumeFormat.QCOW2),
+        "replicas": msgspec.structs.replace(one, replicas=(Replica(host=site.other.settings.host),)),
+        "encryption_key": msgspec.structs.replace(one, encryption_key=KeyId("k")),
+        "size_mib": site.volume("one", size_mib=32),
+        "snapshot": msgspec.structs.replace(site.volume("two"), snapshot=SnapshotId("never")),
+        "image": msgspec.structs.replace(in_ceph(volume_on(site.host, "three")), image="no-such"),
+    }
+    for field, volume in wrong.items():
+        with pytest.raises(Refused) as refusal:
+            await site.have(volume)
+        assert refusal.value.field == field
+    with pytest.raises(Refused, match="reaches no Ceph"):
+        await Backends(site.host.storage, None).reconcile(StorageDesired(volumes=(one,)))
+
+
+async def test_deleted_volume_may_have_to_be_overwritten_first(site: Site) -> None:
+    volume = msgspec.structs.replace(site.volume("secret"), deletion=Deletion.ZERO)
+    await site.have(volume)
+    disk = await site.client("secret")
+    disk.write(5, block(5))
+    await stop_clients(site)
+    await site.storage.reconcile(StorageDesired(removed=(volume.id,)))
+    await site.until_gone(".gone.")
+    assert site.images() == []
+
+
+async def stop_clients(site: Site) -> None:
+    for name in await site.host.supervisor.units():
+        if name.startswith("client"):
+            await site.host.supervisor.stop(name)
+
+
+async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint) -> None:
+    await storage.relocate_start(volume, target, bytes_per_second=0)
+    async with asyncio.timeout(30):
+        while (progress := await storage.relocate_progress(volume.id)).phase is not CopyPhase.READY:
+            assert progress.phase is not CopyPhase.FAILED, progress.error
+            await asyncio.sleep(0.02)
+    await storage.relocate_complete(volume.id)
+
+
+def doors_port(site: Site) -> int:
+    storage = site.storage
+    assert isinstance(storage, CephStorage)
+    return storage.nbd_port
