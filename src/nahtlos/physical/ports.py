@@ -189,7 +189,22 @@ class Hypervisor(Protocol):
         """Attach, detach, enlarge, limit, and reach every volume by exactly the copies `server` names: a copy
         that is not named any more is let go, one that is new is used from now on (whoever calls this has made
         sure that it holds every acknowledged write). Each change is atomic for the guest; it sees no error.
-        Returns what was changed. Refused where the machine has no place left."""
+        Returns what was changed. Refused where the machine has no place left, Unavailable while a copy does not
+        answer or a guest does not let go of a disk; a later call goes on from there. A guest that its disks have
+        stopped is not resumed, but may be, afterwards."""
+        ...
+
+    async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
+        """VMMs whose guest was stopped by its disks: at once when that happens, at the latest after `timeout`
+        seconds. Copies that leave requests unanswered are cut off meanwhile, which stops their guests."""
+        ...
+
+    async def disks_check(self, vmm: VmmId) -> tuple[DiskProblem, ...]:
+        """`VmmStatus.disk_problems`, and which copies are lost: their daemon does not answer within 2 s."""
+        ...
+
+    async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
+        """Of a server that does not run: copies whose daemon does not answer, where there are several."""
         ...
 
     # moves: destination
@@ -342,7 +357,6 @@ class Network(Protocol):
         """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
         stays while the configuration says `reflect`."""
         ...
-
 
     # a router's way out goes to another host
 

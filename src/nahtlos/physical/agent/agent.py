@@ -25,6 +25,7 @@ from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.volumes.freeze import check_movable
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
+from nahtlos.physical.agent.volumes.replicas import DiskKeeper
 from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
@@ -138,6 +139,7 @@ class Agent:
                 self._operations = tasks
                 self._resume_operations()
                 tasks.create_task(self._converge_loop(), name="converge")
+                tasks.create_task(DiskKeeper(self._context).run(), name="disks")
                 tasks.create_task(self._orchestrator_loop(), name="orchestrator")
         finally:
             self._operations = None
@@ -424,9 +426,7 @@ class Agent:
 
     def _cancel(self, operation: OperationId) -> None:
         running = (
-            self._sources.get(operation)
-            or self._gateways.get(operation)
-            or self._volume_tasks.get(operation)
+            self._sources.get(operation) or self._gateways.get(operation) or self._volume_tasks.get(operation)
         )
         if running:
             running.cancel()

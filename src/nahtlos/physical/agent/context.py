@@ -58,6 +58,8 @@ class Context:
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])
+    disk_problems: dict[ServerId, str] = field(default_factory=dict[ServerId, str])
+    """Servers that stand still because of their disks: why, and what to do."""
 
     paths: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the network is brought to the configuration. An operation passes through it once after

@@ -16,6 +16,7 @@ from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.volumes import holds
+from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without_lost
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
 
@@ -26,7 +27,8 @@ class Act(StrEnum):
     RESTART = "restart"
     """Owned here, and its VMM is gone."""
     RESUME = "resume"
-    """Owned here, and its VMM stands still though no operation asks for that."""
+    """Owned here, and its VMM stands still though no operation asks for that. One that its disks have stopped
+    is `volumes.replicas`'s."""
     REMOVE = "remove"
     END_STRAY = "end-stray"
     """A VMM of an epoch this host does not own and no operation needs."""
@@ -59,10 +61,14 @@ def server_steps(
             steps.append(ServerStep(act=Act.REMOVE, server=held.server, epoch=held.epoch))
         elif held.hold is Hold.OWNED and (vmm is None or vmm.state is RunState.CRASHED):
             steps.append(ServerStep(act=Act.RESTART, server=held.server, epoch=held.epoch))
-        elif held.hold is Hold.OWNED and vmm is not None and vmm.state is RunState.PAUSED and not vmm.sent:
+        elif held.hold is Hold.OWNED and vmm is not None and _stands_still(vmm):
             steps.append(ServerStep(act=Act.RESUME, server=held.server, epoch=held.epoch))
     steps.extend(_strays(owned, present, busy))
     return tuple(steps)
+
+
+def _stands_still(vmm: VmmStatus) -> bool:
+    return vmm.state is RunState.PAUSED and not vmm.sent and not vmm.disk_problems
 
 
 def _strays(
@@ -124,6 +130,7 @@ class Converger:
         drift += await self._collect(problems, self._network(config))
         await self._context.calm()
         await self._servers(config, problems)
+        await self._disks(config, problems)
         if drift and self.generation == config.generation:
             for text in drift:
                 self._context.say("drift", self._context.settings.host, text)
@@ -196,6 +203,30 @@ class Converger:
                 problems.append(ErrorRecord.of(error))
                 self._context.say("server.problem", step.server.spec.id, f"{step.act}: {error}")
 
+    async def _disks(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
+        """Of servers that run: attached, detached, enlarged, limited, reached as the configuration says."""
+        lost = lost_exports(self._context.ledger)
+        for wanted in config.servers:
+            server = wanted.spec.id
+            held = self._context.ledger.owner(server)
+            if held is None or held.hold is not Hold.OWNED or server in self.busy():
+                continue
+            pinned = self._busy_volumes() | frozenset(config.pinned_volumes)
+            new = wanted_disks(wanted, held.server, lost=lost, pinned=pinned)
+            if new == held.server:
+                continue
+            try:
+                for text in await self._context.drivers.hypervisor.disks_reconcile(
+                    VmmId(server, held.epoch), new
+                ):
+                    self._context.say("server.disk", server, text)
+                if server not in self.busy():
+                    self._context.ledger.adopt(new)
+            except Exception as raised:
+                error = self._context.error_of(raised)
+                problems.append(ErrorRecord.of(error))
+                self._context.say("server.problem", server, f"disks: {error}")
+
     async def _take_step(self, config: HostConfig, step: ServerStep) -> None:
         server = step.server.spec.id
         if server in self.busy():
@@ -229,6 +260,7 @@ class Converger:
             await self._context.drivers.network.port_create(
                 port, self._context.network_of(port), deliver=True
             )
+        server = await without_lost(self._context, server)
         await self._context.drivers.hypervisor.start(server, config.release)
         self._context.say("server.started", server.spec.id, f"started by release {config.release}")
 

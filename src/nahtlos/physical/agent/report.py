@@ -109,6 +109,7 @@ async def inventory(
             operation_status(j, context.waits.get(j.id, ""), context.progress.get(j.id, 0.0))
             for j in journals
         ),
+        disk_problems=tuple(context.disk_problems.values()),
         drift=converger.drift,
         problems=converger.problems,
         network=converger.network,

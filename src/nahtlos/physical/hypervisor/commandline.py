@@ -4,7 +4,7 @@ The guest's hardware must be the same on every host and under every release that
 versioned machine, named CPU, fixed PCI addresses, no defaults. A change here that a running guest can see
 is a change of its hardware and needs a new machine type.
 
-    pcie.0   03.0 disk   04.0.. NICs   10.0, 10.1 spare root ports   1f.* (the machine's own)
+    pcie.0   03.0 disk   04.0.. NICs   10.0, 10.1 root ports for data disks   1f.* (the machine's own)
 """
 
 import uuid
@@ -13,22 +13,20 @@ from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.config import PortConfig, ServerConfig, VolumeAttachment
+from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.networking import PortSpec
+from nahtlos.physical.hypervisor.disks import DATA_DISKS, QUEUE_SIZE, TLS_CLIENT, disk_arguments
 
-DISK_ADDRESS = 0x3
 FIRST_NIC_ADDRESS = 0x4
 NICS = 8
 ROOT_PORTS_ADDRESS = 0x10
-ROOT_PORTS = 2
+ROOT_PORTS = DATA_DISKS
 """Each costs 1 to 3 ms of every move under emulation: its windows are mapped anew when it arrives."""
 WITHOUT = "sata=off,smbus=off,vmport=off"
 """Devices of the machine that no guest of ours uses and every move would carry."""
 WITHOUT_VAPIC = "apic-common.vapic=off"
 """Speeds up 32-bit Windows without a virtual APIC, and costs every move of others 3 ms under emulation."""
-QUEUE_SIZE = 256
-"""Of every virtio queue for data, said aloud because defaults differ between releases."""
 SERVERS = uuid.UUID("5b0c1a52-6f0e-4a53-9f7e-6e6168746c6f")
 """Namespace of the UUIDs that guests read from their firmware."""
 
@@ -36,11 +34,8 @@ PROBE_NIC = "nic"
 RAM = "ram0"
 """Part of the migration stream: the name of the memory's block."""
 TLS_SERVER = "tls-server"
-TLS_CLIENT = "tls-client"
 HOSTS_ONLY = "hosts-only"
 """Ids of objects every VMM has for its moves and its volume."""
-QOS_NODE = "top"
-QOS_GROUP = "limits"
 TLS_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
 
 
@@ -92,7 +87,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_root_ports(),
         *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
-        *_disk(shape.server.volume),
+        *disk_arguments(shape.server),
         *(part for i, port in enumerate(server.ports) for part in _nic(i, port)),
         *(("-incoming", "defer", "-S") if shape.incoming else ()),
     )
@@ -200,43 +195,6 @@ def _credentials(pki_dir: Path) -> tuple[str, ...]:
         *tls_object(TLS_SERVER, "server", pki_dir),
         *tls_object(TLS_CLIENT, "client", pki_dir),
         *hosts_only_object(HOSTS_ONLY),
-    )
-
-
-def _disk(volume: VolumeAttachment) -> tuple[str, ...]:
-    """The throttle filter is the root: the QoS knob and the pivot point of the volume."""
-    connection = {
-        "driver": "nbd",
-        "node-name": "volume",
-        "server": {"type": "inet", "host": volume.address, "port": str(volume.port)},
-        "export": volume.export,
-        "reconnect-delay": 30,
-        "tls-creds": TLS_CLIENT,
-        "discard": "unmap",
-    }
-    top = {
-        "driver": "throttle",
-        "node-name": QOS_NODE,
-        "throttle-group": QOS_GROUP,
-        "file": "volume",
-        "discard": "unmap",
-    }
-    device = {
-        "driver": "virtio-blk-pci",
-        "id": "disk",
-        "drive": QOS_NODE,
-        "bus": "pcie.0",
-        "addr": f"{DISK_ADDRESS:#x}",
-        "bootindex": 0,
-        "num-queues": 1,
-        "queue-size": QUEUE_SIZE,
-        "werror": "stop",
-        "rerror": "stop",
-    }
-    return (
-        *object_argument("throttle-group", QOS_GROUP),
-        *("-blockdev", _json(connection), "-blockdev", _json(top)),
-        *("-device", _json(device), "-boot", "strict=on"),
     )
 
 

@@ -29,16 +29,25 @@ from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
     HOSTS_ONLY,
-    TLS_CLIENT,
     TLS_FILES,
     TLS_SERVER,
     VmmShape,
     server_arguments,
     tap_fds,
 )
+from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
+from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
-from nahtlos.physical.ports import MigrationProgress, Supervisor, Unit, UnitStatus, VmmId, VmmStatus
+from nahtlos.physical.ports import (
+    DiskProblem,
+    MigrationProgress,
+    Supervisor,
+    Unit,
+    UnitStatus,
+    VmmId,
+    VmmStatus,
+)
 from nahtlos.physical.settings import MIGRATION_PORTS, AgentSettings
 
 MONITOR_WITHIN = 30.0
@@ -54,6 +63,7 @@ class QemuHypervisor:
         self._bundles = Bundles(settings.releases_dir)
         self._prober = Prober(settings, supervisor)
         self._vmms: dict[VmmId, Vmm] = {}
+        self._care = DiskCare(supervisor)
 
     async def close(self) -> None:
         """Let go of all monitors. VMMs run on."""
@@ -88,6 +98,7 @@ class QemuHypervisor:
         try:
             async with asyncio.timeout(OBSERVE_WITHIN):
                 word = await vmm.state()
+                problems = await self._care.stopped(vmm) if word == STOPPED_BY_DISK else ()
         except (Error, TimeoutError):
             # It lives but does not answer (yet): what it said last is the best there is.
             return VmmStatus(id=identity, state=vmm.last_state, release=release, size=size)
@@ -102,6 +113,7 @@ class QemuHypervisor:
             size=size,
             migrated=waits and word not in ("inmigrate", "running"),
             sent=word in ("postmigrate", "finish-migrate"),
+            disk_problems=problems,
         )
 
     async def start(self, server: ServerConfig, release: ReleaseId) -> None:
@@ -135,7 +147,18 @@ class QemuHypervisor:
     # --- disks -------------------------------------------------------------------------------------
 
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
-        raise Refused("disks of a VMM that runs cannot be changed yet", field="verb")
+        found = self._running(vmm)
+        async with found.changing_disks:
+            return await self._care.reconcile(found, server)
+
+    async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
+        return await self._care.watch(self._vmms, timeout)
+
+    async def disks_check(self, vmm: VmmId) -> tuple[DiskProblem, ...]:
+        return await self._care.check(self._running(vmm))
+
+    async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
+        return await lost_copies(disk for disk in disks_of(server) if len(disk.keys) > 1)
 
     # --- moves: destination ------------------------------------------------------------------------
 
@@ -189,6 +212,9 @@ class QemuHypervisor:
         # `cont` while the stream arrives would let the guest start by itself later.
         if not found.received and await found.state() == "inmigrate":
             raise Refused(f"{vmm.unit} has not received its server yet", field="vmm")
+        if found.ran_here:
+            async with found.changing_disks:
+                await self._care.complete(found)
         await found.execute("cont")
         found.last_state = RunState.RUNNING
         found.note_resumed()
@@ -219,7 +245,7 @@ class QemuHypervisor:
     # --- one VMM -----------------------------------------------------------------------------------
 
     def _vmm(self, vmm: VmmId) -> Vmm:
-        return cached(self._vmms, self._settings, vmm)
+        return cached(self._vmms, self._settings, vmm, self._care.heard)
 
     def _running(self, vmm: VmmId) -> Vmm:
         found = self._vmm(vmm)
@@ -241,6 +267,7 @@ class QemuHypervisor:
                 vmm.write_record(record)
                 await self._supervisor.start(unit)
             await self._answering(vmm)
+        await self._care.settle(vmm)
         return vmm
 
     async def _described(self, vmm: Vmm, record: VmmRecord) -> Unit:

@@ -5,7 +5,7 @@ unit and knows what it is. Never starts or ends the process.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,6 +19,7 @@ from nahtlos.physical.ports import VmmId
 from nahtlos.physical.settings import AgentSettings
 
 UNIT_PREFIX = "vmm."
+DISK_EVENTS = ("STOP", "BLOCK_IO_ERROR", "QUORUM_REPORT_BAD", "QUORUM_FAILURE")
 
 
 class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +66,7 @@ def run_state(status: str) -> RunState:
 
 
 class Vmm:
-    def __init__(self, identity: VmmId, paths: VmmPaths) -> None:
+    def __init__(self, identity: VmmId, paths: VmmPaths, on_disks: Callable[[], None] | None = None) -> None:
         self.id = identity
         self.paths = paths
         self.lock = asyncio.Lock()
@@ -73,6 +74,12 @@ class Vmm:
         self.last_state = RunState.STARTING
         self.received = False
         """Its incoming stream is known to be complete."""
+        self.changing_disks = asyncio.Lock()
+        self.failed_nodes: set[str] = set()
+        """Block nodes that its quorums have complained of since somebody last looked."""
+        self.blamed: dict[str, list[float]] = {}
+        """When which connection's copy was found to have failed although it answers."""
+        self._on_disks = on_disks
         self._changed = asyncio.Event()
         self._connecting = asyncio.Lock()
         self._qmp: Qmp | None = None
@@ -96,6 +103,12 @@ class Vmm:
         record = self.record
         if record is not None and record.incoming and not record.resumed:
             self.write_record(msgspec.structs.replace(record, resumed=True))
+
+    @property
+    def ran_here(self) -> bool:
+        """Its graph may have been changed since it was started."""
+        record = self.record
+        return record is not None and (not record.incoming or record.resumed)
 
     def log_tail(self, limit: int = 600) -> str:
         try:
@@ -161,6 +174,11 @@ class Vmm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         self._changed.set()
+        if name in DISK_EVENTS:
+            if name == "QUORUM_REPORT_BAD":
+                self.failed_nodes.add(str(data.get("node-name", "")))
+            if self._on_disks is not None:
+                self._on_disks()
         if name == "MIGRATION" and data.get("status") == "completed":
             record = self.record
             self.received = self.received or bool(record and record.incoming)
@@ -171,10 +189,15 @@ def ensure_folders(settings: AgentSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def cached(vmms: dict[VmmId, Vmm], settings: AgentSettings, vmm: VmmId) -> Vmm:
+def cached(
+    vmms: dict[VmmId, Vmm],
+    settings: AgentSettings,
+    vmm: VmmId,
+    on_disks: Callable[[], None] | None = None,
+) -> Vmm:
     """The one object for `vmm`, made when first asked for."""
     if vmm not in vmms:
-        vmms[vmm] = Vmm(vmm, paths_of(settings, vmm))
+        vmms[vmm] = Vmm(vmm, paths_of(settings, vmm), on_disks)
     return vmms[vmm]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId
 from nahtlos.model.inventory import RunState
-from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId
+from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId
 from nahtlos.physical.sim.paths import Tap
 
 SHORTEST_PASS = 0.001
@@ -61,6 +61,8 @@ class Vmm:
     arrival: asyncio.Event = field(default_factory=asyncio.Event)
     """Something was decided about what arrives: it came, or it never will."""
     console: bytearray = field(default_factory=bytearray)
+    disk_problems: tuple[DiskProblem, ...] = ()
+    """Why its disks have stopped it."""
 
     @property
     def running(self) -> bool:

@@ -6,7 +6,8 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
-from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId, VmmStatus
+from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId, VmmStatus
+from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.guests import Vmm
 
@@ -54,7 +55,22 @@ class SimHypervisor(SimDriver):
             self._living(vmm).console.extend(data)
 
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
-        raise Refused("disks of a VMM that runs cannot be changed yet", field="verb")
+        async with self.verb("disks_reconcile", vmm.unit):
+            return change_disks(self.world, self._living(vmm), server)
+
+    async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
+        """Waits until there is something to tell: time passes too fast here for looking every moment."""
+        await self.host.disks_told.wait()
+        self.host.disks_told.clear()
+        return tuple(vmm.id for vmm in self.host.vmms.values() if vmm.disk_problems and not vmm.ended)
+
+    async def disks_check(self, vmm: VmmId) -> tuple[DiskProblem, ...]:
+        async with self.verb("disks_check", vmm.unit):
+            return self._living(vmm).disk_problems
+
+    async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
+        async with self.verb("copies_lost", server.spec.id):
+            return copies_lost(self.world, server)
 
     # --- destination ---
 
@@ -141,4 +157,5 @@ def _status(vmm: Vmm) -> VmmStatus:
         size=vmm.server.spec.size,
         migrated=vmm.migrated and not vmm.has_run,
         sent=vmm.sent,
+        disk_problems=vmm.disk_problems,
     )

@@ -110,6 +110,8 @@ class SimHost:
     """Present, but a probe under them does not boot; with the reason."""
     vmms: dict[VmmId, Vmm] = field(default_factory=dict[VmmId, Vmm])
     volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
+    disks_told: asyncio.Event = field(default_factory=asyncio.Event)
+    """Disks have stopped a guest here."""
     storage_up: bool = True
     storage_restarts: int = 0
     storage_release: ReleaseId | None = None

@@ -1,0 +1,249 @@
+"""Servers whose disks have stopped them, and copies of their volumes that are lost.
+
+    guest stands still --why?--> a copy is lost --the orchestrator records it--> reached by the others -.
+                          |          `no orchestrator: it waits, and says so                            | |->
+                          connections broke, their daemons answer: made anew -----------------------| `-> no
+                          space, or its only copy fails: again, less and less often -------------+-> goes on
+
+The order is what keeps every acknowledged write: a copy that did not take a write is durably no current one
+before the guest learns that the write is done. A copy once lost is never reached again by the export it was
+lost with (a fact of the ledger), whatever an older configuration says: it comes back under another epoch.
+
+Nothing is touched while an operation of the server runs or it is frozen: who ends that looks here again.
+"""
+
+import asyncio
+
+import msgspec
+
+from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
+from nahtlos.model.errors import Conflict, Error, Refused
+from nahtlos.model.ids import ServerId, VolumeId
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Hold, Ledger, Ownership
+from nahtlos.physical.ports import DiskProblem, DiskTrouble, VmmId
+from nahtlos.wire.volumes import ReplicaLost, ReplicasRecorded
+
+PREFIX = "lost/"
+LOOK_SECONDS = 0.5
+"""How often connections are looked at; a guest that is stopped is seen at once."""
+RECORD_SECONDS = 10.0
+AGAIN_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Between attempts to let a guest go on whose disk fails or has no room; the last one for ever."""
+REMEDIES = {
+    DiskTrouble.NO_SPACE: "free space in its pool, or enlarge it: the server goes on by itself",
+    DiskTrouble.ERROR: "look at the disk under the volume and at the log of its storage daemon; "
+    "it is tried again every {pause:g} s",
+    DiskTrouble.REPLICA_LOST: "it goes on with the other copies; this one is rebuilt when its host is back",
+}
+
+
+def lost_exports(ledger: Ledger) -> frozenset[str]:
+    """Exports by which copies were lost: never to be reached again."""
+    return frozenset(name.removeprefix(PREFIX) for name in ledger.facts(PREFIX))
+
+
+def place(endpoint: VolumeEndpoint) -> str:
+    return f"{endpoint.host} {endpoint.export}"
+
+
+def without(attachment: VolumeAttachment, lost: frozenset[str]) -> VolumeAttachment:
+    """Reached by the copies that are not lost. As it is if there are none."""
+    left = tuple(each for each in attachment.copies if place(each) not in lost)
+    return attachment if not left or left == attachment.copies else reached_by_copies(attachment, left)
+
+
+def reached_by_copies(attachment: VolumeAttachment, copies: tuple[VolumeEndpoint, ...]) -> VolumeAttachment:
+    first = copies[0]
+    return msgspec.structs.replace(
+        attachment, address=first.address, port=first.port, export=first.export, copies=copies
+    )
+
+
+def wanted_disks(
+    wanted: ServerConfig,
+    held: ServerConfig,
+    *,
+    lost: frozenset[str],
+    pinned: frozenset[VolumeId],
+) -> ServerConfig:
+    """`held` with the disks of `wanted`: what the configuration says of volumes that take part in an
+    operation is not acted on, nor are copies reached that were lost."""
+    known = {each.volume: each for each in held.all_volumes}
+
+    def settled(each: VolumeAttachment) -> VolumeAttachment:
+        return known[each.volume] if each.volume in pinned and each.volume in known else without(each, lost)
+
+    going = {each.volume for each in held.data_volumes} - {each.volume for each in wanted.data_volumes}
+    if going & pinned:
+        return held
+    return msgspec.structs.replace(
+        held,
+        spec=msgspec.structs.replace(held.spec, data_volumes=wanted.spec.data_volumes),
+        volume=settled(wanted.volume),
+        data_volumes=tuple(settled(each) for each in wanted.data_volumes),
+    )
+
+
+async def record_loss(context: Context, server: ServerConfig, problem: DiskProblem) -> ServerConfig:
+    """Have it recorded that this copy is not current, here as well; how the server's disks are reached then.
+    Unavailable while no orchestrator is connected, Conflict if no other copy is current."""
+    assert problem.replica is not None, problem
+    known = next(each for each in server.all_volumes if each.volume == problem.volume)
+    gone = [place(each) for each in known.copies if each.host == problem.replica]
+    if not gone:
+        return server
+    asked = ReplicaLost(
+        server=server.spec.id, epoch=server.epoch, volume=problem.volume, lost=problem.replica
+    )
+    answer = await context.ask(asked, RECORD_SECONDS)
+    if not isinstance(answer, ReplicasRecorded):
+        raise Refused(f"the orchestrator answered {type(answer).__name__} to a lost copy")
+    context.ledger.remember("lost", {f"{PREFIX}{each}": b"" for each in gone})
+    lost = lost_exports(context.ledger)
+    left = tuple(each for each in known.copies if place(each) not in lost)
+    if not left:
+        raise Conflict(
+            f"every copy of {problem.volume} is lost",
+            field="volume",
+            remedy="bring a host with a current copy back",
+        )
+    after = with_attachment(server, reached_by_copies(known, left))
+    context.ledger.adopt(after)
+    context.say(
+        "volume.replica-lost",
+        problem.volume,
+        f"the copy on {problem.replica} is lost to {server.spec.id}: {problem.text}",
+    )
+    return after
+
+
+def with_attachment(server: ServerConfig, attachment: VolumeAttachment) -> ServerConfig:
+    found = tuple(attachment if each.volume == attachment.volume else each for each in server.all_volumes)
+    return msgspec.structs.replace(server, volume=found[0], data_volumes=found[1:])
+
+
+async def without_lost(context: Context, server: ServerConfig) -> ServerConfig:
+    """Before a VMM is started: a copy that does not answer then would keep it from starting."""
+    for problem in await context.drivers.hypervisor.copies_lost(server):
+        server = await record_loss(context, server, problem)
+    return server
+
+
+class Attempt(msgspec.Struct):
+    """A guest that could not go on: when to try again."""
+
+    number: int = 0
+    due: float = 0.0
+
+
+class DiskKeeper:
+    """Lets servers go on that their disks have stopped."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._attempts: dict[ServerId, Attempt] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.look()
+            except Exception as error:
+                self._context.say(
+                    "disks.problem", self._context.settings.host, str(self._context.error_of(error))
+                )
+                await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        stopped = await self._context.drivers.hypervisor.disks_watch(timeout=LOOK_SECONDS)
+        names = {vmm.server for vmm in stopped}
+        for server in (self._attempts.keys() | self._context.disk_problems.keys()) - names:
+            self._forget(server)
+        for vmm in stopped:
+            await self._settle(vmm)
+        if stopped:
+            await asyncio.sleep(0.02)  # what keeps failing must not spin
+
+    def _forget(self, server: ServerId) -> None:
+        """It runs again (or is gone)."""
+        attempt = self._attempts.get(server)
+        now = asyncio.get_running_loop().time()
+        if attempt is not None and now < attempt.due:
+            return  # it was let go a moment ago: not known yet whether it can
+        self._attempts.pop(server, None)
+        if self._context.disk_problems.pop(server, None):
+            self._context.changed()
+
+    def _ours(self, vmm: VmmId) -> Ownership | None:
+        held = self._context.ledger.owner(vmm.server)
+        if held is None or held.hold is not Hold.OWNED or held.epoch != vmm.epoch:
+            return None
+        if self._context.ledger.running(vmm.server) is not None or vmm.server in self._context.freezes:
+            return None
+        return held
+
+    async def _settle(self, vmm: VmmId) -> None:
+        attempt = self._attempts.setdefault(vmm.server, Attempt())
+        if asyncio.get_running_loop().time() < attempt.due or self._ours(vmm) is None:
+            return
+        try:
+            await self._let_go_on(vmm, attempt)
+        except Error as error:
+            self._say(vmm, f"{vmm.server} stands still: {error}")
+            self._later(attempt)
+        except Exception as error:
+            self._say(vmm, f"{vmm.server} stands still: {self._context.error_of(error)}")
+            self._later(attempt)
+
+    async def _let_go_on(self, vmm: VmmId, attempt: Attempt) -> None:
+        problems = await self._context.drivers.hypervisor.disks_check(vmm)
+        held = self._ours(vmm)
+        if held is None:
+            return
+        lost = [each for each in problems if each.trouble is DiskTrouble.REPLICA_LOST]
+        server = held.server
+        for problem in lost:
+            server = await record_loss(self._context, server, problem)
+        told = self._told(vmm, problems, server)
+        if told and attempt.number == 0 and not lost:
+            self._say(vmm, told)
+        await self._context.drivers.hypervisor.disks_reconcile(vmm, server)
+        if self._ours(vmm) is None:
+            return
+        await self._context.drivers.hypervisor.resume(vmm)
+        if lost:
+            self._context.disk_problems.pop(vmm.server, None)
+            attempt.number, attempt.due = 0, 0.0
+        else:
+            if attempt.number:
+                self._say(vmm, told)
+            self._later(attempt)
+        self._context.changed()
+
+    def _told(self, vmm: VmmId, problems: tuple[DiskProblem, ...], server: ServerConfig) -> str:
+        several = {each.volume for each in server.all_volumes if len(each.copies) > 1}
+        words = [
+            f"{each.volume} of {vmm.server}: {each.text} ({self._remedy(each, vmm)})"
+            for each in problems
+            if each.trouble is DiskTrouble.NO_SPACE or each.volume not in several
+        ]
+        return "; ".join(words)
+
+    def _remedy(self, problem: DiskProblem, vmm: VmmId) -> str:
+        pause = self._pause(self._attempts.get(vmm.server, Attempt()))
+        return REMEDIES[problem.trouble].format(pause=pause)
+
+    def _pause(self, attempt: Attempt) -> float:
+        return AGAIN_SECONDS[min(attempt.number, len(AGAIN_SECONDS) - 1)]
+
+    def _later(self, attempt: Attempt) -> None:
+        attempt.due = asyncio.get_running_loop().time() + self._pause(attempt)
+        attempt.number += 1
+
+    def _say(self, vmm: VmmId, text: str) -> None:
+        held = self._context.disk_problems
+        if text and held.get(vmm.server) != text:
+            held[vmm.server] = text
+            self._context.say("server.disks", vmm.server, text)
+            self._context.changed()

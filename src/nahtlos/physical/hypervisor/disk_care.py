@@ -1,0 +1,212 @@
+"""Watching over the disks of VMMs that run: what stopped a guest, which copy of a volume is lost, how it is
+reached again. Knows connections and graphs; never decides that a copy does not count any more, nor lets a
+guest run.
+
+A copy counts as lost for a VMM when its daemon does not answer (see `disks_live.doors`), or answers and fails
+the same VMM again and again. A connection over which a request stays unanswered is ended from outside: the
+quorum then fails, and the guest stands still until somebody has decided.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from nahtlos.model.config import ServerConfig
+from nahtlos.model.errors import Error
+from nahtlos.physical.hypervisor import disks
+from nahtlos.physical.hypervisor.connections import Address, answers, bound, end, silences
+from nahtlos.physical.hypervisor.disks import Disk, disks_of
+from nahtlos.physical.hypervisor.disks_live import CONNECT_WITHIN, LiveDisks, doors, statuses
+from nahtlos.physical.hypervisor.vmm import Vmm
+from nahtlos.physical.ports import DiskProblem, DiskTrouble, Supervisor, VmmId
+
+STOPPED_BY_DISK = "io-error"
+"""QEMU's run state."""
+HUNG_SECONDS = 1.5
+"""A request unanswered for so long, and no greeting at the door: its daemon hangs."""
+GREET_SECONDS = 0.5
+SLOW_SECONDS = 15.0
+"""The same, of a daemon that greets: its disk hangs."""
+BLAMED_TIMES, BLAMED_SECONDS = 3, 30.0
+"""A copy that answers and still fails so often within so long is lost."""
+
+
+class DiskCare:
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._event = asyncio.Event()
+
+    def heard(self) -> None:
+        """Some VMM has told something about its disks."""
+        self._event.set()
+
+    # --- changes ---
+
+    async def reconcile(self, vmm: Vmm, server: ServerConfig) -> tuple[str, ...]:
+        """The record names what is wanted before it is: an interrupted change is completed by the next
+        call."""
+        record = vmm.record
+        disks_of(server)
+        if record is not None and record.server != server:
+            vmm.write_record(msgspec.structs.replace(record, server=server))
+        done = await LiveDisks(vmm, server).reconcile(anew=await self._failed(vmm, server))
+        await self._bound(vmm, server)
+        return done
+
+    async def complete(self, vmm: Vmm) -> None:
+        """Before a guest runs again: what was begun and interrupted."""
+        record = vmm.record
+        if record is not None and any(len(disk.keys) > 1 for disk in disks_of(record.server)):
+            await self.reconcile(vmm, record.server)
+
+    async def settle(self, vmm: Vmm) -> None:
+        """A VMM was started: its connections are bounded from now on."""
+        record = vmm.record
+        if record is not None:
+            await self._bound(vmm, record.server)
+
+    async def _failed(self, vmm: Vmm, server: ServerConfig) -> frozenset[str]:
+        """Roots of quorums with a connection that broke."""
+        if await vmm.state() != STOPPED_BY_DISK:
+            return frozenset()
+        found = await statuses(vmm)
+        several = {disk.root for disk in disks_of(server) if len(disk.keys) > 1}
+        return frozenset(root for root, status in found.items() if status == "failed" and root in several)
+
+    async def _bound(self, vmm: Vmm, server: ServerConfig) -> None:
+        pid, addresses = await self._pid(vmm), _addresses(server)
+        if pid is not None and addresses:
+            await asyncio.to_thread(bound, pid, addresses)
+
+    async def _pid(self, vmm: Vmm) -> int | None:
+        unit = (await self._supervisor.units()).get(vmm.id.unit)
+        return unit.pid if unit else None
+
+    # --- what is wrong ---
+
+    async def stopped(self, vmm: Vmm) -> tuple[DiskProblem, ...]:
+        """Why a guest that its disks have stopped stands still, as its VMM tells it. Quick."""
+        record = vmm.record
+        if record is None:
+            return ()
+        found = await statuses(vmm)
+        return tuple(
+            problem
+            for disk in disks_of(record.server)
+            if (problem := _problem(disk, found.get(disk.root, "ok"))) is not None
+        )
+
+    async def check(self, vmm: Vmm) -> tuple[DiskProblem, ...]:
+        """The same, with the copies that are lost."""
+        record = vmm.record
+        told = await self.stopped(vmm)
+        if record is None:
+            return told
+        failed = {problem.volume for problem in told if problem.trouble is DiskTrouble.ERROR}
+        several = [d for d in disks_of(record.server) if d.volume in failed and len(d.keys) > 1]
+        lost = await lost_copies(several)
+        known = {problem.volume for problem in lost}
+        blamed = [b for disk in several if disk.volume not in known for b in self._blamed(vmm, disk)]
+        return (*told, *lost, *blamed)
+
+    def _blamed(self, vmm: Vmm, disk: Disk) -> Iterable[DiskProblem]:
+        now = time.monotonic()
+        nodes, vmm.failed_nodes = vmm.failed_nodes, set()
+        keys = {disks.key_in(node) for node in nodes}
+        for key, endpoint in zip(disk.keys, disk.endpoints, strict=True):
+            if key not in keys:
+                continue
+            times = [t for t in vmm.blamed.get(key, []) if now - t < BLAMED_SECONDS] + [now]
+            vmm.blamed[key] = times
+            if len(times) >= BLAMED_TIMES:
+                text = f"its daemon answers and failed {len(times)} times in {BLAMED_SECONDS:g} s"
+                yield DiskProblem(
+                    volume=disk.volume,
+                    trouble=DiskTrouble.REPLICA_LOST,
+                    replica=endpoint.host,
+                    text=text,
+                )
+
+    # --- watching ---
+
+    async def watch(self, vmms: Mapping[VmmId, Vmm], timeout: float) -> tuple[VmmId, ...]:
+        """Those whose guest its disks have stopped: at once when a VMM tells so, else after `timeout`."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._event.wait()
+        except TimeoutError:
+            await self._end_silences(vmms.values())
+        self._event.clear()
+        return tuple([v for v, vmm in vmms.items() if vmm.record is not None and await _stopped(vmm)])
+
+    async def _end_silences(self, vmms: Iterable[Vmm]) -> None:
+        units = await self._supervisor.units()
+        for vmm in tuple(vmms):
+            unit, record = units.get(vmm.id.unit), vmm.record
+            addresses = _addresses(record.server) if record else frozenset[Address]()
+            if unit is None or unit.pid is None or not addresses:
+                continue
+            try:
+                await asyncio.to_thread(bound, unit.pid, addresses)
+                found = await asyncio.to_thread(silences, unit.pid, addresses)
+            except OSError:
+                continue  # it has just ended
+            for silence in found:
+                if silence.seconds > SLOW_SECONDS or (
+                    silence.seconds > HUNG_SECONDS and not await _greets(silence.address)
+                ):
+                    await asyncio.to_thread(end, unit.pid, silence.address)
+
+
+async def lost_copies(several: Iterable[Disk]) -> tuple[DiskProblem, ...]:
+    """Copies whose daemon does not answer."""
+    found: list[DiskProblem] = []
+    for disk in several:
+        for endpoint, open_ in zip(disk.endpoints, await doors(disk), strict=True):
+            if not open_:
+                found.append(
+                    DiskProblem(
+                        volume=disk.volume,
+                        trouble=DiskTrouble.REPLICA_LOST,
+                        replica=endpoint.host,
+                        text=f"nobody answers at {endpoint.address}:{endpoint.port}",
+                    )
+                )
+    return tuple(found)
+
+
+def _problem(disk: Disk, status: str) -> DiskProblem | None:
+    match status:
+        case "nospace":
+            return DiskProblem(
+                volume=disk.volume, trouble=DiskTrouble.NO_SPACE, text="the pool under it is full"
+            )
+        case "failed":
+            return DiskProblem(
+                volume=disk.volume, trouble=DiskTrouble.ERROR, text="it does not take requests"
+            )
+        case _:
+            return None
+
+
+async def _stopped(vmm: Vmm) -> bool:
+    try:
+        return await vmm.state() == STOPPED_BY_DISK
+    except Error:
+        return False
+
+
+async def _greets(address: Address) -> bool:
+    return await answers(address, connect_within=CONNECT_WITHIN, greet_within=GREET_SECONDS)
+
+
+def _addresses(server: ServerConfig) -> frozenset[Address]:
+    """Of volumes with several copies: others wait for their only one as long as it takes."""
+    return frozenset(
+        (each.address, each.port)
+        for disk in disks_of(server)
+        if len(disk.keys) > 1
+        for each in disk.endpoints
+    )

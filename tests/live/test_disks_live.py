@@ -1,0 +1,111 @@
+"""Disks of a guest that runs, changed on a real QEMU: limits, further disks, sizes; by an agent that was started a
+moment ago as well. The guest writes blocks that prove themselves all the while."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+from disk_guest import Guest, entered
+from physical_host import Host, Place, release, server_on, volume_on
+
+from nahtlos.model.config import ServerConfig, VolumeAttachment
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import VolumeId
+from nahtlos.model.storage import DiskLimits
+from nahtlos.physical.hypervisor.disks_live import graph_of
+from nahtlos.physical.ports import StorageDesired, VmmId
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+]
+
+
+@pytest.fixture
+async def place() -> AsyncIterator[Place]:
+    place = Place("dsk")
+    try:
+        with entered(place):
+            yield place
+    finally:
+        await place.close()
+
+
+def data_disk(host: Host, name: str, *, epoch: int = 1) -> VolumeAttachment:
+    return VolumeAttachment(
+        volume=VolumeId(name),
+        address=host.settings.address,
+        port=host.settings.nbd_port,
+        export=f"{name}.e{epoch}",
+    )
+
+
+def with_data(server: ServerConfig, *volumes: VolumeAttachment) -> ServerConfig:
+    spec = msgspec.structs.replace(server.spec, data_volumes=tuple(v.volume for v in volumes))
+    return msgspec.structs.replace(server, spec=spec, data_volumes=volumes)
+
+
+async def console(host: Host, vmm: VmmId) -> str:
+    data, _ = await host.hypervisor.console(vmm, 0, 1 << 20)
+    return data.decode(errors="replace")
+
+
+async def started(place: Place, host: Host, name: str) -> tuple[ServerConfig, Guest]:
+    server = server_on(host, name)
+    blank = tuple(volume_on(host, each, size_mib=16, empty=True) for each in ("one", "two", "three"))
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, f"{name}-root"), *blank)))
+    await host.plug(server)
+    await host.hypervisor.start(server, release("10.0"))
+    guest = Guest(place, host, server)
+    await guest.ready()
+    return server, guest
+
+
+async def test_disks_come_and_go_are_limited_and_grow_under_a_writer(place: Place) -> None:
+    host = place.host("host-1")
+    server, guest = await started(place, host, "server")
+    vmm = VmmId(server.spec.id, 1)
+    await guest.writes(500)
+    await guest.acknowledges(20)
+
+    two = with_data(server, data_disk(host, "one"), data_disk(host, "two"))
+    assert set(await host.hypervisor.disks_reconcile(vmm, two)) == {"one attached", "two attached"}
+    assert await host.hypervisor.disks_reconcile(vmm, two) == ()
+    await host.restart_drivers()
+    assert await host.hypervisor.disks_reconcile(vmm, two) == ()
+    three = with_data(server, *two.data_volumes, data_disk(host, "three"))
+    with pytest.raises(Refused) as refused:
+        await host.hypervisor.disks_reconcile(vmm, three)
+    assert refused.value.field == "data_volumes"
+    assert refused.value.remedy
+
+    slow = msgspec.structs.replace(
+        two, volume=msgspec.structs.replace(server.volume, limits=DiskLimits(iops=20))
+    )
+    assert await host.hypervisor.disks_reconcile(vmm, slow) == ("limits limits",)
+    await asyncio.sleep(0.5)
+    began, before = time.monotonic(), (await guest.disk())["acknowledged"]
+    await asyncio.sleep(2.0)
+    rate = ((await guest.disk())["acknowledged"] - before) / (time.monotonic() - began)
+    assert rate < 25, rate
+    await host.hypervisor.disks_reconcile(vmm, two)
+    began = time.monotonic()
+    await guest.acknowledges(50)
+    assert time.monotonic() - began < 50 / rate
+
+    second = msgspec.structs.replace(
+        two.spec, data_volumes=(VolumeId(""), VolumeId("two"))
+    )  # keeps its place
+    only = msgspec.structs.replace(two, spec=second, data_volumes=two.data_volumes[1:])
+    assert len(await host.hypervisor.disks_reconcile(vmm, only)) == 1
+    graph = await graph_of(host.hypervisor._running(vmm))  # pyright: ignore[reportPrivateUsage]
+    assert sorted(name[:6] for name in graph.devices) == ["data1-", "disk"]
+    assert not graph.orphans()
+    assert len(graph.groups) == 2
+
+    assert (await guest.disk())["errors"] == 0
+    assert await guest.verified() > 70
