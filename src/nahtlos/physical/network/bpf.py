@@ -23,6 +23,11 @@ def load_word(target: int, source: int, offset: int) -> bytes:
     return struct.pack("BBhi", 0x61, source << 4 | target, offset, 0)
 
 
+def load_frame(size: int, offset: int) -> bytes:
+    """register 0 = `size` (2 or 4) bytes of the frame, whose description register 6 points to"""
+    return struct.pack("BBhi", {2: 0x28, 4: 0x20}[size], 0, 0, offset)
+
+
 def put(target: int, value: int) -> bytes:
     return struct.pack("BBhi", 0xB7, target, 0, value)
 
@@ -50,6 +55,11 @@ def skip_if_equal(register: int, value: int, over: int) -> bytes:
 
 def skip_unless_equal(register: int, value: int, over: int) -> bytes:
     return struct.pack("BBhi", 0x55, register, over, value)
+
+
+def skip_unless_same(value: int, over: int) -> bytes:
+    """The next `over` instructions, unless register 0 has these 32 bits"""
+    return struct.pack("BBhI", 0x56, 0, over, value)
 
 
 def call(function: int) -> bytes:

@@ -47,7 +47,7 @@ class Endpoints:
                 await self._drop_descriptors(port.id)
             fds = await self._new_tap(port)
         await self._add_queues(port, fds)
-        tap.refuse_own(fds[0], netlink.mac_bytes(port.mac))
+        tap.refuse_own(fds[0], netlink.mac_bytes(port.mac), queues=port.queues)
         self._attach(port, network, there)
         for part in self._shared.parts:
             await part.port_created(local(port, network))

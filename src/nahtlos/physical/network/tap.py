@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nahtlos.model.errors import Unavailable
+from nahtlos.physical.network import bpf
 
 DEVICE = Path("/dev/net/tun")
 TUNSETIFF, TUNGETIFF, TUNGETHEADER = 0x400454CA, 0x800454D2, 0x800454D7
-TUNATTACHFILTER, TUNSETSTEERING = 0x401054D5, 0x800454E0
+TUNATTACHFILTER, TUNDETACHFILTER, TUNSETFILTEREBPF = 0x401054D5, 0x401054D6, 0x800454E1
+TUNSETSTEERING = 0x800454E0
 TAP, NO_PI, HEADER, MANY_QUEUES, DETACHED = 0x0002, 0x1000, 0x4000, 0x0100, 0x0400
 """HEADER: each frame carries a virtio-net header, so checksums and segments stay the guest's business.
 DETACHED: the VMM does not use this queue now; the kernel puts nothing into it."""
@@ -44,11 +46,46 @@ def open_tap(name: str, *, many_queues: bool = False) -> int:
     return fd
 
 
-def refuse_own(fd: int, mac: bytes) -> None:
+def refuse_own(fd: int, mac: bytes, *, queues: int = 1) -> None:
     """What the port itself sent is never put into its ring. While a server moves, its last broadcasts from
     the old host reach the new one: a guest that hears its own neighbour solicitation thinks that its
-    address is taken. Repeatable; holds for every queue, and as long as the tap lives."""
+    address is taken. Repeatable; holds for every queue, and as long as the tap lives.
+
+    An older kind of filter is kept as an address in this process's memory: a VMM that takes a further queue
+    into use has it read from its own, is refused, and ends itself. It serves taps of one queue, on kernels
+    that load no program."""
     high, low = struct.unpack(">IH", mac)
+    try:
+        program = bpf.load(bpf.SOCKET_FILTER, _not_from(high, low), "refuses frames", field="queues")
+    except Unavailable:
+        if queues > 1:
+            raise
+        _attach_filter(fd, high, low)
+        return
+    try:
+        fcntl.ioctl(fd, TUNSETFILTEREBPF, struct.pack("i", program))
+        fcntl.ioctl(fd, TUNDETACHFILTER, bytes(16))
+    finally:
+        os.close(program)
+
+
+def _not_from(high: int, low: int) -> bytes:
+    return b"".join(
+        (
+            bpf.copy(6, 1),
+            bpf.load_frame(4, 6),
+            bpf.skip_unless_same(high, 4),
+            bpf.load_frame(2, 10),
+            bpf.skip_unless_same(low, 2),
+            bpf.put(0, 0),
+            bpf.leave(),
+            bpf.put(0, -1),  # all of it
+            bpf.leave(),
+        )
+    )
+
+
+def _attach_filter(fd: int, high: int, low: int) -> None:
     program = b"".join(
         struct.pack("HBBI", *line)
         for line in (
