@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nahtlos.model.config import ServerConfig
-from nahtlos.model.ids import HostId, ReleaseId
+from nahtlos.model.ids import HostId, ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId
 from nahtlos.physical.sim.paths import Tap
@@ -33,8 +33,11 @@ class Guest:
     """A server's memory. A move copies it; whatever runs the older copy afterwards is a second server."""
 
     boot: int
-    writes: int = 0
-    """Writes to the volume that this memory knows of."""
+    writes: dict[VolumeId, int] = field(default_factory=dict[VolumeId, int])
+    """Writes to each volume that this memory knows of."""
+
+    def copied(self) -> "Guest":
+        return Guest(boot=self.boot, writes=dict(self.writes))
 
 
 @dataclass(eq=False)

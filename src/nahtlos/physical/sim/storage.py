@@ -1,14 +1,16 @@
-"""`physical.ports.Storage` over the simulated world. Volumes are on the host's disk: they survive all but
-`remove`."""
+"""`physical.ports.Storage` over the simulated world. Volumes and snapshots are on the host's disk: they
+survive all but their removal. What volumes are and what must never happen to them: `sim.volumes`."""
+
+import hashlib
 
 from nahtlos.model.config import VolumeEndpoint
-from nahtlos.model.errors import Refused
+from nahtlos.model.errors import Conflict, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import CopyProgress, SnapshotSpec, VolumeSpec
+from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.ports import StorageDesired
 from nahtlos.physical.sim.driver import SimDriver
-from nahtlos.physical.sim.world import Volume
+from nahtlos.physical.sim.volumes import COPY_BYTES_PER_SECOND, Snapshot, Volume
 
 
 class SimStorage(SimDriver):
@@ -18,21 +20,45 @@ class SimStorage(SimDriver):
         volumes = [v for v in desired.volumes if v.id not in desired.pinned]
         removed = [v for v in desired.removed if v not in desired.pinned]
         async with self.verb("reconcile"):
-            held, found = self.host.volumes, list[str]()
-            for spec in volumes:
-                if spec.id not in held:
-                    held[spec.id] = Volume(spec)
-                    found.append(f"volume {spec.id}")
-                elif held[spec.id].spec != spec:
-                    held[spec.id].spec = spec
-                    found.append(f"export of {spec.id}")
-            for volume in removed:
-                if held.pop(volume, None):
-                    found.append(f"removed {volume}")
+            found = [text for spec in volumes for text in self._made(spec)]
+            found += [text for volume in removed for text in self._removed(volume)]
+            for snapshot in desired.removed_snapshots:
+                found += self._snapshot_removed(snapshot)
             if desired.release is not None and desired.release != self.host.storage_release:
                 self.host.check_release(desired.release)
                 self.world.replace_storage(self.host.id, desired.release)
             return tuple(found)
+
+    def _made(self, spec: VolumeSpec) -> list[str]:
+        held = self.host.volumes.get(spec.id)
+        if held is None:
+            writes = self._found(spec.snapshot).writes if spec.snapshot else 0
+            self.host.volumes[spec.id] = Volume(spec, writes=writes)
+            self.world.disks.acknowledged.setdefault(spec.id, writes)
+            return [f"volume {spec.id}"]
+        if held.proxy is not None:
+            return []  # what is said here is of a volume that has left
+        if spec.size_mib < held.spec.size_mib:
+            raise Refused(f"{spec.id} has {held.spec.size_mib} MiB already", field="size_mib")
+        self.world.disks.touch(spec.id)
+        changed = held.spec != spec
+        held.spec, held.received = spec, False
+        self.world.disks.touch(spec.id)
+        return [f"export of {spec.id}"] if changed else []
+
+    def _removed(self, volume: VolumeId) -> list[str]:
+        clones = [s.spec.id for s in self.host.snapshots.values() if s.spec.volume == volume]
+        if clones and volume in self.host.volumes:
+            raise Conflict(f"{volume} has snapshots: {', '.join(sorted(clones))}", field="volume")
+        return [f"removed {volume}"] if self.host.volumes.pop(volume, None) else []
+
+    def _snapshot_removed(self, snapshot: SnapshotId) -> list[str]:
+        if clones := self._clones(snapshot):
+            raise Conflict(f"{', '.join(clones)} rest on {snapshot}", field="snapshot")
+        return [f"removed {snapshot}"] if self.host.snapshots.pop(snapshot, None) else []
+
+    def _clones(self, snapshot: SnapshotId) -> tuple[VolumeId, ...]:
+        return tuple(sorted(v.spec.id for v in self.host.volumes.values() if v.spec.snapshot == snapshot))
 
     async def release(self) -> ReleaseId | None:
         async with self.verb("release"):
@@ -42,7 +68,11 @@ class SimStorage(SimDriver):
         async with self.verb("observe"):
             return tuple(
                 VolumeStatus(
-                    id=v.spec.id, epoch=v.spec.epoch, served=self.host.storage_up, size_mib=v.spec.size_mib
+                    id=v.spec.id,
+                    epoch=v.spec.epoch,
+                    served=self.host.storage_up,
+                    size_mib=v.spec.size_mib,
+                    clients=len(self.world.disks.clients(self.host, v)),
                 )
                 for v in self.host.volumes.values()
             )
@@ -50,38 +80,136 @@ class SimStorage(SimDriver):
     async def pool(self) -> PoolStatus | None:
         return None
 
+    # --- snapshots ---
+
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
-        raise _lacking("snapshot")
+        async with self.verb("snapshot"):
+            self._check_up()
+            new = [each for each in snapshots if each.id not in self.host.snapshots]
+            volumes = [self._own(each.volume) for each in new]
+            self.world.disks.touch(*(each.volume for each in new))
+            for each, volume in zip(new, volumes, strict=True):
+                self.host.snapshots[each.id] = Snapshot(each, volume.writes)
+            self.world.disks.touch(*(each.volume for each in new))
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
-        return ()
+        return tuple(
+            SnapshotStatus(
+                id=each.spec.id,
+                volume=each.spec.volume,
+                group=each.spec.group,
+                size_mib=each.spec.size_mib,
+                clones=self._clones(each.spec.id),
+            )
+            for each in self.host.snapshots.values()
+        )
 
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
-        raise _lacking("revert")
+        async with self.verb("revert", volume.id):
+            held, taken = self._own(volume.id), self._found(snapshot)
+            self._check_unused(held)
+            if taken.spec.volume != volume.id:
+                raise Refused(f"{snapshot} is of {taken.spec.volume}", field="snapshot")
+            held.writes = taken.writes
+            self.world.disks.reverted(volume.id, taken.writes)
+
+    # --- relocation: source ---
 
     async def relocate_start(
         self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
     ) -> None:
-        raise _lacking("relocate_start")
+        async with self.verb("relocate_start", volume.id):
+            self._check_up()
+            held = self._held(volume.id)
+            if held.proxy is not None:
+                return
+            if held.spec.epoch != volume.epoch:
+                raise Stale(f"{volume.id} is served by epoch {held.spec.epoch}", field="volume")
+            self.world.disks.touch(volume.id)
+            job = held.job
+            if job is None or job.phase is CopyPhase.FAILED or job.target != target:
+                self.world.disks.begin_copy(self.host, held, target, bytes_per_second)
+            else:
+                job.set_rate(bytes_per_second or COPY_BYTES_PER_SECOND, self.world.now())
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
-        raise _lacking("relocate_progress")
+        async with self.verb("relocate_progress", volume):
+            held = self.host.volumes.get(volume)
+            if held is None or held.proxy is not None:
+                return CopyProgress(phase=CopyPhase.DONE if held else CopyPhase.NONE)
+            self.world.disks.touch(volume)
+            return held.job.progress() if held.job else CopyProgress(phase=CopyPhase.NONE)
 
     async def relocate_complete(self, volume: VolumeId) -> None:
-        raise _lacking("relocate_complete")
+        async with self.verb("relocate_complete", volume):
+            self._check_up()
+            held = self._held(volume)
+            if held.proxy is not None:
+                return
+            self.world.disks.touch(volume)
+            if held.job is None or held.job.phase is not CopyPhase.READY:
+                raise Refused(f"{volume} is not all at its target", field="volume")
+            held.proxy, held.job = held.job.target, None
+            self.world.disks.touch(volume)
 
     async def relocate_cancel(self, volume: VolumeId) -> None:
-        raise _lacking("relocate_cancel")
+        async with self.verb("relocate_cancel", volume):
+            held = self.host.volumes.get(volume)
+            if held is None:
+                return
+            if held.proxy is not None:
+                raise Conflict(f"{volume} is at {held.proxy.host} already", field="volume")
+            self.world.disks.touch(volume)
+            held.job = None
 
     async def relocate_finish(self, volume: VolumeId) -> None:
-        raise _lacking("relocate_finish")
+        async with self.verb("relocate_finish", volume):
+            held = self.host.volumes.get(volume)
+            if held is None:
+                return
+            if held.proxy is None:
+                raise Refused(f"{volume} has not left {self.host.id}", field="volume")
+            self._check_unused(held)
+            del self.host.volumes[volume]
+
+    # --- destination ---
 
     async def receive(self, volume: VolumeSpec) -> None:
-        raise _lacking("receive")
+        async with self.verb("receive", volume.id):
+            held = self.host.volumes.get(volume.id)
+            if held is not None and held.spec.epoch == volume.epoch:
+                return  # said twice, or late: what is there may be all there is
+            if held is not None and not held.received:
+                raise Conflict(f"{self.host.id} has {volume.id} already", field="volume")
+            self.host.volumes[volume.id] = Volume(volume, whole=False, received=True)
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
-        raise _lacking("digest")
+        async with self.verb("digest", volume):
+            held = self._held(volume)
+            return hashlib.sha256(f"{volume} {held.writes} {held.whole} {offset} {length}".encode()).digest()
 
+    # --- here ---
 
-def _lacking(verb: str) -> Refused:
-    return Refused(f"the simulated storage has no {verb} yet", field="verb")
+    def _check_up(self) -> None:
+        if not self.host.storage_up:
+            raise Unavailable(f"the storage daemon of {self.host.id} does not answer")
+
+    def _held(self, volume: VolumeId) -> Volume:
+        if volume not in self.host.volumes:
+            raise NotFound(f"volume '{volume}' is not on {self.host.id}", field="volume")
+        return self.host.volumes[volume]
+
+    def _own(self, volume: VolumeId) -> Volume:
+        held = self._held(volume)
+        if held.proxy is not None:
+            raise Refused(f"{volume} has left {self.host.id}", field="volume")
+        return held
+
+    def _found(self, snapshot: SnapshotId) -> Snapshot:
+        return self.world.disks.found(self.host, snapshot)
+
+    def _check_unused(self, volume: Volume) -> None:
+        if clients := self.world.disks.clients(self.host, volume):
+            raise Conflict(
+                f"{volume.spec.id} is open: {', '.join(sorted(c.id.unit for c in clients))}", field="volume"
+            )

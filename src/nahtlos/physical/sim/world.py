@@ -10,6 +10,7 @@ Checked at every transition:
     rebooted      a server was booted again though nothing outside our hands had ended it
     epoch         a server ran by an older epoch after a newer one
     last-copy     an agent ended the only VMM that still held a server
+What must never happen to volumes: see `sim.volumes`.
 """
 
 import asyncio
@@ -22,16 +23,16 @@ from pathlib import Path
 import msgspec
 
 from nahtlos.model.config import PortConfig, ServerConfig
-from nahtlos.model.errors import Refused, Unavailable
-from nahtlos.model.ids import HostId, PortId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import HostId, PortId, ReleaseId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import HostRole, Size
-from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
 from nahtlos.physical.sim.guests import Guest, Stream, Vmm
 from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
+from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
 STORAGE_RESTART_SECONDS = 0.03
 BOOT_SECONDS = (1.5, 4.0)
@@ -58,13 +59,6 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return f"{self.at:12.6f}  {self.host:<10} {self.what:<28} {self.subject} {self.moment}"
-
-
-@dataclass(eq=False)
-class Volume:
-    spec: VolumeSpec
-    writes: int = 0
-    """Acknowledged ones."""
 
 
 @dataclass(eq=False)
@@ -112,6 +106,7 @@ class SimHost:
     volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
     disks_told: asyncio.Event = field(default_factory=asyncio.Event)
     """Disks have stopped a guest here."""
+    snapshots: dict[SnapshotId, Snapshot] = field(default_factory=dict[SnapshotId, Snapshot])
     storage_up: bool = True
     storage_restarts: int = 0
     storage_release: ReleaseId | None = None
@@ -147,6 +142,7 @@ class World:
         self.hosts: dict[HostId, SimHost] = {}
         self.servers: dict[ServerId, ServerFacts] = {}
         self.paths = Paths(self.now)
+        self.disks = Disks(self)
         self.violations: list[Violation] = []
         self.trace: list[Step] = []
         self.dirty_rates: dict[ServerId, int] = {}
@@ -171,7 +167,7 @@ class World:
             Step(at=self.now(), host=host, what=what, subject=subject, moment=moment, call=call)
         )
 
-    def _violated(self, kind: str, subject: str, text: str) -> None:
+    def violated(self, kind: str, subject: str, text: str) -> None:
         self.violations.append(Violation(at=self.now(), kind=kind, subject=subject, text=text))
         self.note("", f"VIOLATION {kind}", subject, text)
 
@@ -241,6 +237,7 @@ class World:
         """The host goes dark: VMMs, taps, tunnels and stored descriptors are gone, its disk is not."""
         here = self.hosts[host]
         self.note(host, "power off", host)
+        self.disks.daemon_ended(here)
         for vmm in tuple(here.vmms.values()):
             self._end_vmm(vmm, f"{host} lost power")
         here.vmms.clear()
@@ -262,6 +259,7 @@ class World:
         here = self.hosts[host]
         if here.powered and here.storage_up:
             self.note(host, "storage daemon killed", host)
+            self.disks.daemon_ended(here)
             here.storage_up = False
             here.storage_restarts += 1
             virtual_loop().call_later(STORAGE_RESTART_SECONDS, self._storage_back, here, here.boots)
@@ -272,12 +270,14 @@ class World:
         self.note(host, "storage daemon replaced", release)
         here.storage_release = release
         if here.storage_up:
+            self.disks.daemon_ended(here)
             here.storage_up = False
             virtual_loop().call_later(STORAGE_RESTART_SECONDS, self._storage_back, here, here.boots)
 
     def _storage_back(self, here: SimHost, boots: int) -> None:
         if here.boots == boots and here.powered:
             here.storage_up = True
+            self.disks.touch(*here.volumes)
 
     def stall_link(self, one: HostId, other: HostId, *, on: bool) -> None:
         """Streams between the two make no progress (but do not break)."""
@@ -294,25 +294,6 @@ class World:
             if frozenset((stream.source.host, stream.destination.host)) == frozenset((one, other)):
                 self.note(one, "stream cut", stream.source.id.unit)
                 stream.fail("connection reset")
-
-    # --- volumes ---
-
-    def volume_of(self, server: ServerConfig) -> Volume:
-        """The volume as its client finds it. Unavailable if nobody serves it by that name."""
-        wanted = server.volume
-        host = next((h for h in self.hosts.values() if h.address == wanted.address), None)
-        volume = host.volumes.get(wanted.volume) if host else None
-        if host is None or volume is None or not host.storage_up:
-            raise Unavailable(f"nobody serves {wanted.export} at {wanted.address}", field="volume")
-        if wanted.export != f"{volume.spec.id}.e{volume.spec.epoch}":
-            raise Refused(f"{wanted.address} has no export {wanted.export}", field="volume")
-        return volume
-
-    def _disk(self, vmm: Vmm) -> Volume | None:
-        for host in self.hosts.values():
-            if vmm.server.volume.volume in host.volumes:
-                return host.volumes[vmm.server.volume.volume]
-        return None
 
     # --- taps ---
 
@@ -345,7 +326,7 @@ class World:
             if tap is None:
                 raise Refused(f"{host.id} has no tap for {port.id}", field="port")
             taps.append(tap)
-        self.volume_of(server)
+        self.disks.check_served(server.all_volumes)
         vmm = Vmm(
             id=vmm_id,
             host=host.id,
@@ -369,10 +350,9 @@ class World:
         facts = self.facts(vmm.id.server)
         facts.boots += 1
         if facts.boots > 1 and not facts.gone:
-            self._violated("rebooted", vmm.id.server, f"booted again at {vmm.host} by epoch {vmm.id.epoch}")
+            self.violated("rebooted", vmm.id.server, f"booted again at {vmm.host} by epoch {vmm.id.epoch}")
         facts.gone = False
-        disk = self._disk(vmm)
-        vmm.guest = Guest(boot=facts.boots, writes=disk.writes if disk else 0)
+        vmm.guest = Guest(boot=facts.boots)
         vmm.console += f"boot {facts.boots} at {vmm.host}\n".encode()
         self._run(vmm)
         if not facts.up:
@@ -414,7 +394,7 @@ class World:
         facts = self.facts(vmm.id.server)
         others = [v for v in self.running(vmm.id.server) if v is not vmm]
         if others:
-            self._violated(
+            self.violated(
                 "two-copies",
                 vmm.id.server,
                 f"runs as {vmm.id.unit} at {vmm.host} and as "
@@ -423,7 +403,7 @@ class World:
         self._check_memory(vmm)
         if vmm.id.epoch < facts.epoch:
             text = f"runs by epoch {vmm.id.epoch} after it ran by {facts.epoch}"
-            self._violated("epoch", vmm.id.server, text)
+            self.violated("epoch", vmm.id.server, text)
         facts.epoch = max(facts.epoch, vmm.id.epoch)
         vmm.has_run = True
         for tap in vmm.taps:
@@ -437,22 +417,16 @@ class World:
         self.note(vmm.host, "runs", vmm.id.unit)
 
     def _check_memory(self, vmm: Vmm) -> None:
-        disk = self._disk(vmm)
         if vmm.guest is None:
-            self._violated("stale-copy", vmm.id.server, f"{vmm.id.unit} runs without ever having received it")
-        elif disk is not None:
-            if vmm.guest.writes != disk.writes:
-                self._violated(
-                    "stale-copy",
-                    vmm.id.server,
-                    f"{vmm.id.unit} at {vmm.host} knows {vmm.guest.writes} of {disk.writes} writes",
-                )
-            disk.writes += 1
-            vmm.guest.writes = disk.writes
+            self.violated("stale-copy", vmm.id.server, f"{vmm.id.unit} runs without ever having received it")
+        else:
+            self.disks.use(vmm)
 
     def pause(self, vmm: Vmm) -> None:
         if not vmm.running:
             return
+        if not vmm.disk_problems:
+            self.disks.use(vmm)
         for tap in vmm.taps:
             self.paths.touch(tap.mac)
         vmm.state = RunState.PAUSED
@@ -480,7 +454,7 @@ class World:
         if not vmm.ended:
             others = [v for v in self.vmms_of(vmm.id.server) if v is not vmm and v.guest]
             if vmm.guest and not others and not facts.deleted and not facts.gone:
-                self._violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
+                self.violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
             self._end_vmm(vmm, None)
         self.hosts[vmm.host].vmms.pop(vmm.id, None)
 
@@ -538,7 +512,7 @@ class World:
         if stream.phase is MigrationPhase.COMPLETED:
             assert source.guest is not None
             source.sent = True
-            destination.guest = Guest(boot=source.guest.boot, writes=source.guest.writes)
+            destination.guest = source.guest.copied()
             destination.migrated = True
             destination.state = RunState.PAUSED
             destination.console += source.console

@@ -67,8 +67,10 @@ async def _forget(context: Context, body: VolumeForget) -> None:
 def _only(context: Context, **desired: object) -> StorageDesired:
     """What is said of these alone: the rest stays as it is, exports included."""
     config = context.ledger.config()
-    exports = config.snapshot_exports if config else ()
-    return msgspec.structs.replace(StorageDesired(exports=exports), **desired)
+    if config is None:
+        return msgspec.structs.replace(StorageDesired(), **desired)
+    as_before = StorageDesired(exports=config.snapshot_exports, budget=config.disk_budget)
+    return msgspec.structs.replace(as_before, **desired)
 
 
 async def _snapshot(context: Context, body: VolumeSnapshot) -> None:

@@ -7,6 +7,7 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import OperationKind
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
+from nahtlos.physical.agent.volumes.relocation import Relocation
 from nahtlos.wire.volumes import (
     BackupOrder,
     RebuildOrder,
@@ -45,7 +46,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
     BackupOrder: OperationKind.BACKUP,
     RestoreOrder: OperationKind.BACKUP,
 }
-_RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {}
+_RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {RelocateOrder: Relocation}
 
 
 def kind_of(order: VolumeTask) -> OperationKind:
