@@ -101,6 +101,14 @@ async def make_layer(bundle: Bundle, layer: Path, size: int, key: Path, *, image
         new.unlink(missing_ok=True)
 
 
+async def make_container(bundle: Bundle, path: Path, size: int, key: Path) -> None:
+    """An empty container of `size` bytes, for a while. What was never written in it reads as chance."""
+    secret = ("--object", f"secret,id=k,file={key}", "-o", f"key-secret=k,iter-time={ITERATION_MS}")
+    path.unlink(missing_ok=True)
+    await _run(bundle, ("create", "-q", "-f", "luks", *secret, str(path), str(size)))
+    path.chmod(0o600)
+
+
 def contents(layer: Path) -> dict[str, object]:
     """What is in a layer, as a block node whose secret is `k`."""
     file = {"driver": "file", "filename": str(layer)}

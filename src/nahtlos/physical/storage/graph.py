@@ -225,9 +225,11 @@ def secrets(records: RecordMap, volume: VolumeId, places: Places) -> tuple[Optio
         return ()
     layers = layers_of(records, active_chain(records, volume))
     keys = sorted({layer.encryption_key for layer in layers if layer.encryption_key is not None})
-    return tuple(
-        {"qom-type": "secret", "id": secret_id(key), "file": str(places.key_file(key))} for key in keys
-    )
+    return tuple(secret(key, places) for key in keys)
+
+
+def secret(key: KeyId, places: Places) -> Options:
+    return {"qom-type": "secret", "id": secret_id(key), "file": str(places.key_file(key))}
 
 
 def limits_object(volume: VolumeId) -> Options:
@@ -301,7 +303,7 @@ def parsed_export(identity: str) -> Export | None:
 def everything(
     records: RecordMap, places: Places, among: Iterable[VolumeId]
 ) -> tuple[tuple[Options, ...], tuple[Options, ...]]:
-    """Objects and nodes of all of these that are served, each once, in the order in which they can be made."""
+    """Objects and nodes of those that are served, each once, in the order in which they can be made."""
     volumes = [volume for volume in among if served(records[volume])]
     objects = _once("id", (o for v in volumes for o in (*secrets(records, v, places), limits_object(v))))
     blocks = _once("node-name", (n for v in volumes for n in nodes(records, v, places)))

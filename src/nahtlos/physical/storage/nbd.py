@@ -9,10 +9,11 @@ import ssl
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from nahtlos.model.errors import NotFound, Refused, Unavailable
+from nahtlos.wire.tls import party_of
 
 DEFAULT_PORT = 10809
 ANSWER_SECONDS = 30.0
@@ -72,10 +73,16 @@ def parsed(uri: str) -> Address:
 
 class NbdClient:
     """An open connection to one export. `contexts`: what `extents` can be asked for beside `ALLOCATION`;
-    those the server does not have are left out of `self.contexts`."""
+    those the server does not have are left out of `self.contexts`. `expect`: the party its certificate must
+    prove."""
 
     def __init__(
-        self, at: Address, *, tls: ssl.SSLContext | None = None, contexts: tuple[str, ...] = (ALLOCATION,)
+        self,
+        at: Address,
+        *,
+        tls: ssl.SSLContext | None = None,
+        expect: str | None = None,
+        contexts: tuple[str, ...] = (ALLOCATION,),
     ) -> None:
         self._at = at
         self._cookie = 0
@@ -85,7 +92,7 @@ class NbdClient:
         try:
             self._socket = socket.create_connection((at.host, at.port), ANSWER_SECONDS)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._open(tls, contexts)
+            self._open(tls, expect, contexts)
         except OSError as error:
             raise self._unreachable(error) from error
 
@@ -215,7 +222,7 @@ class NbdClient:
 
     # --- opening -----------------------------------------------------------------------------------
 
-    def _open(self, tls: ssl.SSLContext | None, contexts: tuple[str, ...]) -> None:
+    def _open(self, tls: ssl.SSLContext | None, expect: str | None, contexts: tuple[str, ...]) -> None:
         password, magic, flags = _GREETING.unpack(self._exactly(_GREETING.size))
         if password != b"NBDMAGIC" or magic != _OPTION_MAGIC or not flags & 1:
             raise self._nonsense("no greeting of an NBD server")
@@ -223,6 +230,7 @@ class NbdClient:
         if tls is not None:
             self._option(_STARTTLS, b"")
             self._socket = tls.wrap_socket(self._socket)
+            self._check_party(self._socket, expect)
         structured = self._option(_STRUCTURED, b"", needed=False) is not None
         name = self._at.export.encode()
         named = struct.pack(">I", len(name)) + name
@@ -235,6 +243,13 @@ class NbdClient:
         for kind, body in self._option(_GO, named + b"\0\0") or ():
             if kind == _INFO and body[:2] == b"\0\0":
                 self.size, self._flags = struct.unpack_from(">QH", body, 2)
+
+    def _check_party(self, secured: ssl.SSLSocket, expect: str | None) -> None:
+        party = party_of(cast("dict[str, object]", secured.getpeercert()))
+        if expect is not None and party != expect:
+            raise Refused(
+                f"{self._at.host} proved to be {party or 'nobody known'}, not {expect}", field="target"
+            )
 
     def _option(self, option: int, data: bytes, *, needed: bool = True) -> list[tuple[int, bytes]] | None:
         """What is answered up to its end; None if it is refused and not `needed`."""
