@@ -148,7 +148,7 @@ class Run:
     async def _move(self) -> None:
         world, conductor = self.world, self.conductor
         await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
-        self._since = {}
+        self.begin()
         if isinstance(self.faults, StruckFrame):
             self.faults.armed = True
         order = conductor.move(SERVER, DESTINATION)
@@ -160,6 +160,10 @@ class Run:
         await world.until(conductor.converged, timeout=bound, what="convergence")
         await world.until(self._tidy, timeout=bound, what="exactly one running copy and nothing left over")
         await asyncio.sleep(0.5)
+
+    def begin(self) -> None:
+        """From here on moments are counted."""
+        self._since = {}
 
     def _tidy(self) -> bool:
         return not self._left_over()
@@ -192,11 +196,15 @@ class Run:
             self.problems.append(f"stuck: {self.status.error}")
         place, epoch = self.conductor.places[SERVER]
         if self.status is not None and not world.facts(SERVER).excuses:
-            wanted = (DESTINATION, 2) if self.status.state is OperationState.DONE else (SOURCE, 1)
-            if (place, epoch) != wanted:
+            if (place, epoch) != self._place_wanted():
                 self.problems.append(f"{self.status.state}, and it is on {place} by epoch {epoch}")
         if not world.facts(SERVER).excuses and not self.loss_excused:
             self._judge_packets()
+
+    def _place_wanted(self) -> tuple[str, int]:
+        """Where the server belongs as the operation ended, and by which epoch."""
+        assert self.status is not None
+        return (DESTINATION, 2) if self.status.state is OperationState.DONE else (SOURCE, 1)
 
     def _judge_packets(self) -> None:
         for flow in self.world.paths.flows.values():

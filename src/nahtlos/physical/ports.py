@@ -209,8 +209,13 @@ class Hypervisor(Protocol):
 
     # moves: destination
 
-    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
-        """Start a VMM that waits (`-incoming defer -S`), capabilities cleared and set. Repeatable."""
+    async def incoming_start(
+        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+    ) -> None:
+        """Start a VMM that waits (`-incoming defer -S`), capabilities cleared and set. Repeatable.
+
+        `in_place`: for the server that runs here by `server.epoch`. Its memory is shared, not copied, and its
+        ports are those of `Network.replace_prepare`."""
         ...
 
     async def incoming_listen(self, vmm: VmmId, address: str) -> str:
@@ -230,6 +235,16 @@ class Hypervisor(Protocol):
     async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
         """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
         destination's certificate must prove. Refused if it failed at once."""
+        ...
+
+    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
+        """Begin to send everything but the memory to `to`, which was started in place. It will not switch
+        over by itself. False if this release cannot be held back so: then nothing has begun, and
+        `replace_send` after the pause sends all of it."""
+        ...
+
+    async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
+        """After `pause`, where `replace_start` was not possible."""
         ...
 
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress: ...
@@ -357,6 +372,37 @@ class Network(Protocol):
         """After the end. Destination: broadcasts reach the tap again. Source: the tap goes; its gate
         stays while the configuration says `reflect`."""
         ...
+
+    # the server stays, its VMM is replaced
+
+    async def replace_prepare(self, port: PortConfig) -> None:
+        """Descriptors for the next VMM of this host, in the store as `spare.<port>` (further queues:
+        `spare.<port>/1` onwards); nothing is delivered to them yet. Repeatable."""
+        ...
+
+    async def replace_join(self, port: PortConfig) -> bool:
+        """Once the next VMM waits: it swallows one frame nobody misses (False if it did not within its
+        deadline), and is ready for those that are to come."""
+        ...
+
+    async def replace_switch(self, port: PortConfig) -> None:
+        """Frames go to the next VMM's queues from now on, and wait there until it runs."""
+        ...
+
+    async def replace_leave(self, port: PortConfig, *, timeout: float) -> bool:
+        """Wait until the running guest has taken what is left in its queues; then nothing is put into them
+        any more, and it may still send. False if it did not within `timeout` seconds: nothing has changed."""
+        ...
+
+    async def replace_revert(self, port: PortConfig) -> int:
+        """The next VMM has ended or will never run: frames go to the old one again, also those its queues had
+        kept. Returns their number. Repeatable, also if nothing was prepared."""
+        ...
+
+    async def replace_settle(self, port: PortConfig) -> None:
+        """The old VMM has ended: the next one's descriptors are the port's `tap.<port>`. Repeatable."""
+        ...
+
 
     # a router's way out goes to another host
 

@@ -4,8 +4,8 @@ Every message is a tagged struct; unknown fields are ignored, unknown messages a
 kind `refused`), so two neighbouring releases can talk. A message is carried in an `Envelope`.
 
     agent -> orchestrator   Hello, Report, Event, ReplicaLost, KeyRead          answers to commands
-    orchestrator -> agent   Configure, BeginMove, BeginVerify, BeginVolumeTask, BeginGateway, Acknowledge,
-                            CancelOperation, ConsoleRead, ConsoleWrite, Ping
+    orchestrator -> agent   Configure, BeginMove, BeginReplace, BeginVerify, BeginVolumeTask, BeginGateway,
+                            Acknowledge, CancelOperation, ConsoleRead, ConsoleWrite, Ping
     agent -> agent          PeerHello, MovePrepare, MoveState, MoveSwitch, MoveCommit, MoveAbandon, …
                             VolumeReceive, VolumeAttach, …, GatewayPrepare, GatewayTake, …
 """
@@ -140,6 +140,27 @@ class BeginMove(Message, frozen=True, kw_only=True):
     order: MoveOrder
 
 
+class ReplaceOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """The server stays on `host`; a VMM of `release` takes it over."""
+
+    id: OperationId
+    host: HostId
+    server: ServerConfig
+    """As it is owned; `server.epoch` is the old VMM's, the new one's is one more."""
+    ports: tuple[PortConfig, ...]
+    release: ReleaseId
+
+    @property
+    def epoch(self) -> int:
+        return self.server.epoch + 1
+
+
+class BeginReplace(Message, frozen=True, kw_only=True):
+    """Repeating it changes nothing."""
+
+    order: ReplaceOrder
+
+
 class BeginVerify(Message, frozen=True, kw_only=True):
     """Boot a probe under `release` (which must be the configured one) and report the outcome."""
 
@@ -257,6 +278,7 @@ class MoveFinished(Message, frozen=True, kw_only=True):
 ToAgent = (
     Configure
     | BeginMove
+    | BeginReplace
     | BeginVerify
     | BeginVolumeTask
     | BeginGateway

@@ -21,6 +21,7 @@ from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
 from nahtlos.physical.agent.gateways import ForGateway, Gateways
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
+from nahtlos.physical.agent.replacement import Replacement
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.volumes.freeze import check_movable
@@ -34,6 +35,7 @@ from nahtlos.wire.messages import (
     PROTOCOL_MIN,
     Acknowledge,
     BeginMove,
+    BeginReplace,
     BeginVerify,
     CancelOperation,
     Configure,
@@ -55,6 +57,7 @@ from nahtlos.wire.messages import (
     MoveSwitch,
     PeerHello,
     Ping,
+    ReplaceOrder,
     Report,
     SetCopySpeed,
     Welcome,
@@ -122,6 +125,7 @@ class Agent:
         self._sources: dict[OperationId, SourceMove] = {}
         self._destinations: dict[OperationId, DestinationMove] = {}
         self._volume_tasks: dict[OperationId, VolumeTaskRun] = {}
+        self._replacements: dict[OperationId, Replacement] = {}
         self._operations: asyncio.TaskGroup | None = None
         self._orchestrator: Session | None = None
         """Once it has welcomed this agent."""
@@ -181,6 +185,9 @@ class Agent:
             case Role.COORDINATOR:
                 task = self._volume_tasks[journal.id] = task_for(self._context, journal)
                 work = task.run(recovering=recovering)
+            case Role.HOST if journal.kind is OperationKind.REPLACE:
+                replacement = self._replacements[journal.id] = Replacement(self._context, journal)
+                work = replacement.run(recovering=recovering)
             case Role.HOST:
                 work = self._verify(journal)
         self._operations.create_task(self._guard(journal, work), name=f"operation {journal.id}")
@@ -196,6 +203,7 @@ class Agent:
             self._destinations.pop(journal.id, None)
             self._gateways.ended(journal.id)
             self._volume_tasks.pop(journal.id, None)
+            self._replacements.pop(journal.id, None)
             self._context.switched(journal.id)
             self._note_change()
 
@@ -253,6 +261,7 @@ class Agent:
             or self._destinations.get(journal.id)
             or self._gateways.get(journal.id)
             or self._volume_tasks.get(journal.id)
+            or self._replacements.get(journal.id)
         )
         return running.journal if running and journal.running else journal
 
@@ -332,7 +341,7 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console", "volumes", "gateways"),
+            capabilities=("move", "verify", "console", "volumes", "gateways", "replace"),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )
@@ -367,6 +376,8 @@ class Agent:
                     self._note_change()
             case BeginMove():
                 self._begin_move(body.order)
+            case BeginReplace():
+                self._begin_replace(body.order)
             case BeginVerify():
                 self._begin(
                     Journal(id=body.id, kind=OperationKind.VERIFY, role=Role.HOST, release=body.release)
@@ -409,6 +420,12 @@ class Agent:
             check_movable(self._context, held, order.server)
         self._begin(Journal(id=order.id, kind=OperationKind.MOVE, role=role, order=order))
 
+    def _begin_replace(self, order: ReplaceOrder) -> None:
+        me = self._context.settings.host
+        if order.host != me:
+            raise Refused(f"{order.id} is for {order.host}, not {me}", field="order")
+        self._begin(Journal(id=order.id, kind=OperationKind.REPLACE, role=Role.HOST, replace=order))
+
     def _begin_volume_task(self, order: VolumeTask) -> None:
         me = self._context.settings.host
         if order.coordinator != me:
@@ -426,7 +443,10 @@ class Agent:
 
     def _cancel(self, operation: OperationId) -> None:
         running = (
-            self._sources.get(operation) or self._gateways.get(operation) or self._volume_tasks.get(operation)
+            self._sources.get(operation)
+            or self._gateways.get(operation)
+            or self._volume_tasks.get(operation)
+            or self._replacements.get(operation)
         )
         if running:
             running.cancel()

@@ -24,7 +24,7 @@ from nahtlos.model.ids import OperationId, ReleaseId, RouterId, ServerId, Volume
 from nahtlos.model.inventory import Accelerator, OperationKind, OperationState
 from nahtlos.model.values import Value
 from nahtlos.wire.gateways import GatewayOrder
-from nahtlos.wire.messages import Decision, MoveOrder
+from nahtlos.wire.messages import Decision, MoveOrder, ReplaceOrder
 from nahtlos.wire.volumes import VolumeTask
 
 KEPT_OPERATIONS = 2000
@@ -71,6 +71,7 @@ class Journal(Value, frozen=True, kw_only=True):
     state: OperationState = OperationState.RUNNING
     step: str = "begin"
     order: MoveOrder | None = None
+    replace: ReplaceOrder | None = None
     release: ReleaseId | None = None
     gateway: GatewayOrder | None = None
     task: VolumeTask | None = None
@@ -82,7 +83,8 @@ class Journal(Value, frozen=True, kw_only=True):
 
     @property
     def server(self) -> ServerId | None:
-        return self.order.server.spec.id if self.order else None
+        order = self.order or self.replace
+        return order.server.spec.id if order else None
 
     @property
     def router(self) -> RouterId | None:
@@ -297,11 +299,33 @@ class Ledger:
         known = self.owner(order.server.spec.id)
         if known is not None and known.epoch >= order.epoch:
             raise Stale(f"{order.server.spec.id} is past epoch {order.server.epoch}", field="epoch")
-        server = msgspec.structs.replace(order.server, epoch=order.epoch)
+        server = _with_epoch(order.server, order.epoch)
         journal = _replace(
             journal, decision=Decision.COMMITTED, step="committed", times={**journal.times, "committed": at}
         )
         with self._write("take") as db:
+            self._put_ownership(db, Ownership(epoch=order.epoch, hold=Hold.OWNED, server=server))
+            self._put_operation(db, journal)
+        return journal
+
+    def take_over(self, journal: Journal, at: float) -> Journal:
+        """This host owns the server by one more epoch: the point of no return of a replacement. Conflict if
+        it was abandoned, Stale if another epoch is known; repeating it changes nothing."""
+        order = journal.replace
+        assert order is not None, f"operation {journal.id} replaces no VMM"
+        if self._known(journal.id).decision is Decision.ABANDONED:
+            raise Conflict(f"operation {journal.id} was abandoned", field="operation")
+        known = self.owner(order.server.spec.id)
+        if known is None or known.hold is not Hold.OWNED or known.epoch not in (order.epoch - 1, order.epoch):
+            raise Stale(f"{order.server.spec.id} is past epoch {order.server.epoch}", field="epoch")
+        server = _with_epoch(order.server, order.epoch)
+        journal = _replace(
+            journal,
+            decision=Decision.COMMITTED,
+            step="committed",
+            times={**journal.times, "committed": at},
+        )
+        with self._write("take over") as db:
             self._put_ownership(db, Ownership(epoch=order.epoch, hold=Hold.OWNED, server=server))
             self._put_operation(db, journal)
         return journal
@@ -380,6 +404,10 @@ class Ledger:
 
 def _ignore(name: str) -> None:
     """No test watches the writes."""
+
+
+def _with_epoch(server: ServerConfig, epoch: int) -> ServerConfig:
+    return msgspec.structs.replace(server, epoch=epoch)
 
 
 def _replace(journal: Journal, **changes: object) -> Journal:

@@ -44,6 +44,8 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
 
     qmp: Path
     qmp_emergency: Path
+    stream: Path
+    """Where it receives a server of its own host."""
     console: Path
     console_log: Path
     log: Path
@@ -59,11 +61,14 @@ class VmmShape(msgspec.Struct, frozen=True, kw_only=True):
     version: tuple[int, ...]
     """Of QEMU."""
     incoming: bool
+    in_place: bool = False
 
 
-def tap_fds(port: PortSpec | PortConfig) -> tuple[str, ...]:
-    """The names under which the supervisor holds the descriptors of a port's tap, one per queue."""
-    return (f"tap.{port.id}", *(f"tap.{port.id}/{number}" for number in range(1, port.queues)))
+def tap_fds(port: PortSpec | PortConfig, *, in_place: bool = False) -> tuple[str, ...]:
+    """The names under which the supervisor holds the descriptors of a port, one per queue: those of its tap,
+    or those for a VMM that takes the server over in place."""
+    first = f"{'spare' if in_place else 'tap'}.{port.id}"
+    return (first, *(f"{first}/{number}" for number in range(1, port.queues)))
 
 
 def server_arguments(shape: VmmShape) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
         *disk_arguments(shape.server),
-        *(part for i, port in enumerate(server.ports) for part in _nic(i, port)),
+        *(part for i, port in enumerate(server.ports) for part in _nic(i, port, shape.in_place)),
         *(("-incoming", "defer", "-S") if shape.incoming else ()),
     )
 
@@ -198,7 +203,7 @@ def _credentials(pki_dir: Path) -> tuple[str, ...]:
     )
 
 
-def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
+def _nic(index: int, port: PortSpec, in_place: bool) -> tuple[str, ...]:
     device: dict[str, object] = {
         "driver": "virtio-net-pci",
         "id": f"nic{index}",
@@ -210,7 +215,7 @@ def _nic(index: int, port: PortSpec) -> tuple[str, ...]:
         "rx_queue_size": QUEUE_SIZE,
         "tx_queue_size": QUEUE_SIZE,
     }
-    fds = [f"{{fd:{name}}}" for name in tap_fds(port)]
+    fds = [f"{{fd:{name}}}" for name in tap_fds(port, in_place=in_place)]
     if len(fds) == 1:
         return ("-netdev", f"tap,id=net{index},fd={fds[0]}", "-device", _json(device))
     # An interrupt for each queue in both directions, one for the control queue, one for changes.

@@ -162,10 +162,15 @@ class QemuHypervisor:
 
     # --- moves: destination ------------------------------------------------------------------------
 
-    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
-        record = VmmRecord(server=server, epoch=epoch, release=release, incoming=True)
+    async def incoming_start(
+        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+    ) -> None:
+        record = VmmRecord(server=server, epoch=epoch, release=release, incoming=True, in_place=in_place)
         vmm = await self._launch(record)
         if await vmm.state() == "inmigrate" and vmm.record is not None and not vmm.record.listening:
+            if in_place:
+                await migration.set_capabilities(vmm, migration.DESTINATION | migration.IN_PLACE)
+                return
             await migration.set_capabilities(vmm, migration.DESTINATION)
             tls = {"tls-creds": TLS_SERVER, "tls-authz": HOSTS_ONLY}
             await vmm.execute("migrate-set-parameters", tls)
@@ -176,7 +181,7 @@ class QemuHypervisor:
         if record is None or not record.incoming:
             raise Refused(f"{vmm.unit} does not wait for a server", field="vmm")
         for _ in range(LISTEN_ATTEMPTS):
-            uri = record.listening or f"tcp:{_bracketed(address)}:{_free_port(address)}"
+            uri = record.listening or _address_of(found, record, address)
             found.write_record(msgspec.structs.replace(record, listening=uri))
             try:
                 await found.execute("migrate-incoming", {"uri": uri})
@@ -229,6 +234,24 @@ class QemuHypervisor:
         )
         await migration.begin(found, uri)
 
+    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
+        found, uri = self._running(vmm), self._stream_of(to)
+        if migration.HELD not in await migration.capabilities(found):
+            return False
+        await migration.set_capabilities(found, migration.SOURCE | migration.IN_PLACE)
+        await migration.set_source_parameters(found, migration.UNLIMITED, migration.NO_TLS)
+        await migration.begin(found, uri)
+        return True
+
+    async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
+        await migration.send_whole(self._running(vmm), self._stream_of(to))
+
+    def _stream_of(self, to: VmmId) -> str:
+        record = self._running(to).record
+        if record is None or not record.in_place or not record.listening:
+            raise Refused(f"{to.unit} does not wait for a server of this host", field="vmm")
+        return record.listening
+
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress:
         return await migration.progress(self._running(vmm))
 
@@ -264,6 +287,8 @@ class QemuHypervisor:
                 await self._supervisor.stop(vmm.id.unit, grace=0)  # an ended one is still listed
                 await vmm.disconnect()
                 vmm.remove_files()
+                if record.in_place:
+                    vmm.share_memory(self._vmm(VmmId(vmm.id.server, record.server.epoch)).paths)
                 vmm.write_record(record)
                 await self._supervisor.start(unit)
             await self._answering(vmm)
@@ -275,7 +300,9 @@ class QemuHypervisor:
         bundle = await self._bundles.checked(record.release)
         self._check_machine(bundle, record.server)
         self._check_credentials()
-        taps = tuple(name for port in record.server.spec.ports for name in tap_fds(port))
+        taps = tuple(
+            name for port in record.server.spec.ports for name in tap_fds(port, in_place=record.in_place)
+        )
         missing = set(taps) - await self._supervisor.stored()
         if missing:
             raise Refused(
@@ -291,6 +318,7 @@ class QemuHypervisor:
             accelerator=accelerator.name,
             version=bundle.version,
             incoming=record.incoming,
+            in_place=record.in_place,
         )
         return Unit(
             name=vmm.id.unit,
@@ -329,6 +357,12 @@ class QemuHypervisor:
             if time.monotonic() > until:
                 raise Unavailable(f"{vmm.id.unit} does not answer within {MONITOR_WITHIN:g} s")
             await asyncio.sleep(0.01)
+
+
+def _address_of(vmm: Vmm, record: VmmRecord, address: str) -> str:
+    if record.in_place:
+        return f"unix:{vmm.paths.stream}"
+    return f"tcp:{_bracketed(address)}:{_free_port(address)}"
 
 
 def _bracketed(address: str) -> str:

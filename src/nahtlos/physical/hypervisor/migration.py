@@ -16,6 +16,10 @@ from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 DESTINATION = frozenset({"events", "return-path"})
 SOURCE = DESTINATION | {"switchover-ack"}
+IN_PLACE = frozenset({"x-ignore-shared"})
+"""On both sides, besides the above: memory both can see is not sent."""
+HELD = "switchover-ack"
+NO_TLS: Arguments = {"tls-creds": ""}
 UNLIMITED = 4 << 30
 """Bytes per second."""
 STARTED_WITHIN = 10.0
@@ -67,15 +71,19 @@ async def progress(monitor: Monitor) -> MigrationProgress:
     return progress_of(await monitor.execute("query-migrate"))
 
 
+async def capabilities(monitor: Monitor) -> list[str]:
+    answer = await monitor.execute("query-migrate-capabilities")
+    return [str(c["capability"]) for c in cast("list[dict[str, object]]", answer["value"])]
+
+
 async def set_capabilities(monitor: Monitor, wanted: frozenset[str]) -> None:
     """Exactly these: capabilities stay on a process from one migration to the next."""
-    answer = await monitor.execute("query-migrate-capabilities")
-    known = [str(c["capability"]) for c in cast("list[dict[str, object]]", answer["value"])]
+    known = await capabilities(monitor)
     lacking = wanted.difference(known)
     if lacking:
         raise Refused(f"this QEMU has no {', '.join(sorted(lacking))}", field="release")
-    capabilities = [{"capability": name, "state": name in wanted} for name in known]
-    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    states = [{"capability": name, "state": name in wanted} for name in known]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": states})
 
 
 async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments) -> None:
@@ -88,6 +96,13 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
             **tls,
         },
     )
+
+
+async def send_whole(monitor: Monitor, uri: str) -> None:
+    """Of a guest that stands still, in place, by a release that cannot be held. Refused if it failed."""
+    await set_capabilities(monitor, frozenset({"events"}) | IN_PLACE)
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **NO_TLS})
+    await begin(monitor, uri)
 
 
 async def begin(monitor: Monitor, uri: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from nahtlos.model.config import ServerConfig
+from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.physical.hypervisor.commandline import VmmPaths
@@ -27,6 +28,8 @@ class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     release: ReleaseId
     incoming: bool
+    in_place: bool = False
+    """It takes over the server that runs here by `server.epoch`, memory and all."""
     listening: str = ""
     """URI of the stream, noted before QEMU is told to listen."""
     resumed: bool = False
@@ -46,6 +49,7 @@ def paths_of(settings: AgentSettings, vmm: VmmId) -> VmmPaths:
     return VmmPaths(
         qmp=settings.run_dir / f"{vmm.unit}.qmp",
         qmp_emergency=settings.run_dir / f"{vmm.unit}.emergency",
+        stream=settings.run_dir / f"{vmm.unit}.stream",
         console=settings.run_dir / f"{vmm.unit}.console",
         console_log=logs / f"{vmm.unit}.console",
         log=logs / f"{vmm.unit}.log",
@@ -116,10 +120,25 @@ class Vmm:
         except OSError:
             return ""
 
+    def share_memory(self, of: VmmPaths) -> None:
+        """Its memory is the file of another VMM of this host, under a name of its own: it stays when that one
+        and its name go."""
+        try:
+            self.paths.ram.hardlink_to(of.ram)
+        except FileNotFoundError:
+            raise Refused(f"{of.ram} is gone: there is no memory to take over", field="server") from None
+
     def remove_files(self) -> None:
         """Everything but the log, of which the last one per server is kept."""
         paths = self.paths
-        for path in (paths.ram, paths.qmp, paths.qmp_emergency, paths.console, paths.console_log):
+        for path in (
+            paths.ram,
+            paths.qmp,
+            paths.qmp_emergency,
+            paths.stream,
+            paths.console,
+            paths.console_log,
+        ):
             path.unlink(missing_ok=True)
         if paths.log.exists():
             paths.log.replace(paths.log.with_name(f"{UNIT_PREFIX}{self.id.server}.previous.log"))

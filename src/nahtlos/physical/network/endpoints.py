@@ -57,9 +57,10 @@ class Endpoints:
             self._deliver(port, network, new=there is None)
 
     async def _new_tap(self, port: PortConfig) -> list[int]:
-        """Stored before anything can reach it: from here on it outlives this process."""
+        """Stored before anything can reach it: from here on it outlives this process. Made for many queues
+        also where there is one: the next VMM's descriptor becomes another (see `replacement`)."""
         name = plan.tap_name(port.id)
-        fd = tap.open_tap(name, many_queues=port.queues > 1)
+        fd = tap.open_tap(name, many_queues=True)
         self._descriptors[port.id] = [fd]
         kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
         await self._shared.supervisor.store_fd(stored_name(port.id, 0), fd)
@@ -146,6 +147,16 @@ class Endpoints:
         if not fds:
             raise Unavailable(f"port {port} has no tap on this host", field="port")
         return fds
+
+    async def replace(self, port: PortId, queues: list[int]) -> None:
+        """These descriptors, queues of the same tap, take the place of those it has. They are the caller's no
+        more. One by one, lowest first: the kernel puts the last queue in the place of one that goes."""
+        for number, fd in enumerate(self._descriptors.pop(port, ())):
+            os.close(fd)
+            await self._shared.supervisor.store_fd(stored_name(port, number), queues[number])
+        for number, fd in enumerate(queues):
+            await self._shared.supervisor.store_fd(stored_name(port, number), fd)
+        self._descriptors[port] = queues
 
     async def _drop_descriptors(self, port: PortId) -> None:
         for fd in self._descriptors.pop(port, ()):

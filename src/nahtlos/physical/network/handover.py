@@ -113,7 +113,11 @@ class Handover:
     def _flip(self, port: PortConfig, *requests: Request) -> None:
         self._shared.in_motion.add(port.id)
         self._shared.fast().change(requests)
-        self._flipped[port.id] = time.monotonic()
+        self.note_flip(port.id)
+
+    def note_flip(self, port: PortId) -> None:
+        """Frames take another way from now on: `drain` lets those land that had passed before."""
+        self._flipped[port] = time.monotonic()
 
     def _let_land(self, port: PortId) -> None:
         """Blocks the loop for half a millisecond at most, and once for all ports that were flipped

@@ -38,6 +38,7 @@ from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Change, Device, Item, Setting
 from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.provider.part import Provider
+from nahtlos.physical.network.replacement import Replacement
 from nahtlos.physical.network.routing.part import Routing
 from nahtlos.physical.network.services import addressing
 from nahtlos.physical.network.services.part import Services
@@ -97,6 +98,7 @@ class NativeNetwork:
         )
         self._endpoints = Endpoints(self._shared)
         self._handover = Handover(self._shared, self._endpoints)
+        self._replacement = Replacement(self._shared, self._endpoints, self._handover)
 
     # --- sockets -------------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class NativeNetwork:
             self._view = None
         self._shared.close()
         self._endpoints.close()
+        self._replacement.close()
         for part in self._parts:
             part.close()
         if self._bulk is not None:
@@ -355,6 +358,24 @@ class NativeNetwork:
 
     async def move_state_load(self, port: PortId, state: bytes) -> tuple[str, ...]:
         return await self._tracking.load(port, state)
+
+    async def replace_prepare(self, port: PortConfig) -> None:
+        await self._replacement.prepare(port)
+
+    async def replace_join(self, port: PortConfig) -> bool:
+        return await self._replacement.join(port)
+
+    async def replace_switch(self, port: PortConfig) -> None:
+        await self._replacement.switch(port)
+
+    async def replace_leave(self, port: PortConfig, *, timeout: float) -> bool:
+        return await self._replacement.leave(port, timeout=timeout)
+
+    async def replace_revert(self, port: PortConfig) -> int:
+        return await self._replacement.revert(port)
+
+    async def replace_settle(self, port: PortConfig) -> None:
+        await self._replacement.settle(port)
 
     async def gateway_prepare(self, config: HostConfig, router: RouterId) -> None:
         await self.routing.gateway_prepare(config, router)

@@ -19,8 +19,8 @@ from nahtlos.physical.network import bpf
 DEVICE = Path("/dev/net/tun")
 TUNSETIFF, TUNGETIFF, TUNGETHEADER = 0x400454CA, 0x800454D2, 0x800454D7
 TUNATTACHFILTER, TUNDETACHFILTER, TUNSETFILTEREBPF = 0x401054D5, 0x401054D6, 0x800454E1
-TUNSETSTEERING = 0x800454E0
-TAP, NO_PI, HEADER, MANY_QUEUES, DETACHED = 0x0002, 0x1000, 0x4000, 0x0100, 0x0400
+TUNSETSTEERING, TUNSETQUEUE = 0x800454E0, 0x400454D9
+TAP, NO_PI, HEADER, MANY_QUEUES, ATTACHED, DETACHED = 0x0002, 0x1000, 0x4000, 0x0100, 0x0200, 0x0400
 """HEADER: each frame carries a virtio-net header, so checksums and segments stay the guest's business.
 DETACHED: the VMM does not use this queue now; the kernel puts nothing into it."""
 
@@ -44,6 +44,31 @@ def open_tap(name: str, *, many_queues: bool = False) -> int:
         os.close(fd)
         raise Unavailable(f"cannot make tap {name}: {error.strerror}", field="network") from error
     return fd
+
+
+def is_attached(fd: int) -> bool:
+    """It is a queue of some device: not, once that was deleted."""
+    try:
+        fcntl.ioctl(fd, TUNGETIFF, bytes(40))
+    except OSError:
+        return False
+    return True
+
+
+def join(fd: int, name: str) -> None:
+    """A descriptor whose device was deleted becomes another queue of the tap `name`, which was made for many.
+    Whoever else holds the descriptor has that queue with it."""
+    try:
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP | NO_PI | HEADER | MANY_QUEUES))
+    except OSError as error:
+        raise Unavailable(f"tap {name} takes no further queue: {error.strerror}", field="network") from error
+
+
+def use(fd: int, *, on: bool) -> None:
+    """Whether the kernel puts frames into this queue. What is in it is thrown away when it ceases to; whoever
+    holds it may send by it all the same."""
+    if in_use(fd) != on:
+        fcntl.ioctl(fd, TUNSETQUEUE, struct.pack("16xH22x", ATTACHED if on else DETACHED))
 
 
 def refuse_own(fd: int, mac: bytes, *, queues: int = 1) -> None:

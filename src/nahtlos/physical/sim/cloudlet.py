@@ -37,11 +37,13 @@ from nahtlos.wire.messages import (
     PROTOCOL_MAX,
     Acknowledge,
     BeginMove,
+    BeginReplace,
     Configure,
     Done,
     Hello,
     Message,
     MoveOrder,
+    ReplaceOrder,
     Report,
     Welcome,
 )
@@ -62,15 +64,19 @@ MEMORY_MIB = 64
 PRECOPY_DEADLINE = 6.0
 
 
-def host_specs(count: int) -> tuple[HostSpec, ...]:
-    edge = HostSpec(id=EDGE, role=HostRole.EDGE, address="10.99.0.5", peer_port=PEER_PORT)
+def host_specs(count: int, edges: int = 1) -> tuple[HostSpec, ...]:
+    """Edge hosts first: `edge-1` and so on, then `host-1` and so on."""
+    edge = (
+        HostSpec(id=HostId(f"edge-{i}"), role=HostRole.EDGE, address=f"10.99.0.{4 + i}", peer_port=PEER_PORT)
+        for i in range(1, edges + 1)
+    )
     hosts = (
         HostSpec(
             id=HostId(f"host-{i}"), role=HostRole.COMPUTE, address=f"10.99.0.{10 + i}", peer_port=PEER_PORT
         )
         for i in range(1, count + 1)
     )
-    return (edge, *hosts)
+    return (*edge, *hosts)
 
 
 def network_spec() -> NetworkSpec:
@@ -177,6 +183,7 @@ class Conductor:
         self.places: dict[ServerId, tuple[HostId, int]] = {}
         """Host and epoch."""
         self.orders: dict[OperationId, MoveOrder] = {}
+        self.replacements: dict[OperationId, ReplaceOrder] = {}
         self.ended: dict[tuple[OperationId, HostId], OperationStatus] = {}
         self.reports: dict[HostId, HostInventory] = {}
         self.epoch = 1
@@ -210,6 +217,23 @@ class Conductor:
         self.orders[order.id] = order
         self._wake.set()
         return order
+
+    def replace(self, server: ServerId, release: ReleaseId, number: int = 1) -> ReplaceOrder:
+        host, epoch = self.places[server]
+        order = ReplaceOrder(
+            id=OperationId(f"op-{server}-{epoch}-in-place-{number}"),
+            host=host,
+            server=self.server_config(server, epoch),
+            ports=self._ports(server, host),
+            release=release,
+        )
+        self.replacements[order.id] = order
+        self._wake.set()
+        return order
+
+    def replaced(self, order: ReplaceOrder) -> OperationStatus | None:
+        """How it ended."""
+        return self.ended.get((order.id, order.host))
 
     def over(self, order: MoveOrder) -> OperationStatus | None:
         """How it ended at its source, once it has ended on both hosts."""
@@ -308,6 +332,9 @@ class Conductor:
             await session.request(Configure(config=self._configs[host]), timeout=3.0)
             for order in self._to_begin(host):
                 await session.request(BeginMove(order=order), timeout=3.0)
+            for replacement in self.replacements.values():
+                if replacement.host == host and self.replaced(replacement) is None:
+                    await session.request(BeginReplace(order=replacement), timeout=3.0)
             done = tuple(o for (o, h) in self.ended if h == host)
             if done:
                 await session.request(Acknowledge(ids=done), timeout=3.0)

@@ -51,6 +51,8 @@ class Vmm:
     taps: list[Tap]
     dirty_rate: int
     """Bytes a second the guest dirties."""
+    in_place: bool = False
+    """It receives a server of its own host, whose memory it shares."""
     guest: Guest | None = None
     """None while a destination has not received it."""
     uri: str | None = None
@@ -106,7 +108,8 @@ class Stream:
         self._now = now
         self._done = done
         self._at = now()
-        self._remaining = source.memory_bytes * TOUCHED
+        self._touched = 0.0 if destination.in_place else source.memory_bytes * TOUCHED
+        self._remaining = self._touched
         self._transferred = 0.0
         self._passes = 1
         self._pass_seconds = 0.0
@@ -145,8 +148,7 @@ class Stream:
         self._pass_seconds += seconds
 
     def _next_pass(self) -> None:
-        most = self.source.memory_bytes * TOUCHED
-        self._remaining = min(self._pass_seconds * self.source.dirty_rate, most)
+        self._remaining = min(self._pass_seconds * self.source.dirty_rate, self._touched)
         self._passes += 1
         self._pass_seconds = 0.0
 

@@ -9,7 +9,7 @@ from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId, VmmStatus
 from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.driver import SimDriver
-from nahtlos.physical.sim.guests import Vmm
+from nahtlos.physical.sim.guests import LINK_BYTES_PER_SECOND, Vmm
 
 
 class SimHypervisor(SimDriver):
@@ -74,13 +74,15 @@ class SimHypervisor(SimDriver):
 
     # --- destination ---
 
-    async def incoming_start(self, server: ServerConfig, epoch: int, release: ReleaseId) -> None:
+    async def incoming_start(
+        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+    ) -> None:
         vmm_id = VmmId(server.spec.id, epoch)
         async with self.verb("incoming_start", vmm_id.unit):
             self._check_release(release)
             held = self.host.vmms.get(vmm_id)
             if held is None or held.ended:
-                self.world.start_vmm(self.host, server, epoch, release, boot=False)
+                self.world.start_vmm(self.host, server, epoch, release, boot=False, in_place=in_place)
 
     async def incoming_listen(self, vmm: VmmId, address: str) -> str:
         async with self.verb("incoming_listen", vmm.unit):
@@ -112,6 +114,23 @@ class SimHypervisor(SimDriver):
     async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
         async with self.verb("migrate_start", vmm.unit):
             self.world.begin_stream(self._living(vmm), uri, peer, bandwidth)
+
+    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
+        async with self.verb("replace_start", vmm.unit):
+            if self._living(vmm).release in self.host.impatient_releases:
+                return False
+            self._send_to(vmm, to)
+            return True
+
+    async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
+        async with self.verb("replace_send", vmm.unit):
+            self._send_to(vmm, to)
+
+    def _send_to(self, vmm: VmmId, to: VmmId) -> None:
+        uri = self._living(to).uri
+        if uri is None:
+            raise Refused(f"{to.unit} does not wait for a server", field="vmm")
+        self.world.begin_stream(self._living(vmm), uri, self.host.id, LINK_BYTES_PER_SECOND)
 
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress:
         async with self.verb("migrate_progress", vmm.unit):

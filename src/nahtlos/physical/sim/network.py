@@ -240,6 +240,7 @@ class SimNetwork(SimDriver):
         held, found = self.host.gateways, list[str]()
         for router in config.routers:
             gateway, number = router.spec.gateway, router.spec.number
+            self.host.leads_to[number] = router.gateway_vtep
             here = gateway is not None and gateway.host == self.host.id
             now = held.get(number)
             if here or (router.passing and now is not None):
@@ -286,6 +287,68 @@ class SimNetwork(SimDriver):
         if held is None:
             raise Unavailable(f"{self.host.id} has no way out of router {number}")
         return held
+
+    # --- replacements ---
+
+    async def replace_prepare(self, port: PortConfig) -> None:
+        async with self.verb("replace_prepare", port.id):
+            tap = self._tap(port.id)
+            if port.id in self.host.board.spares:
+                return
+            self.world.paths.add_spare(Tap(port=port.id, mac=tap.mac, host=tap.host, delay=tap.delay))
+            self.host.fds[f"spare.{port.id}"] = -1
+
+    async def replace_join(self, port: PortConfig) -> bool:
+        async with self.verb("replace_join", port.id):
+            spare = self._spare(port.id)
+            if not self._serves_next(port.id) and spare.swallowed is None:
+                spare.put(Frame(None, 0, self.world.now()))
+            return await self._emptied(spare, SACRIFICE_SECONDS, polls=1)
+
+    async def replace_switch(self, port: PortConfig) -> None:
+        async with self.verb("replace_switch", port.id):
+            self._spare(port.id)
+            if not self._serves_next(port.id):
+                self.world.paths.swap(self.host.id, port.id)
+                self._next_serves.add(port.id)
+
+    async def replace_leave(self, port: PortConfig, *, timeout: float) -> bool:
+        async with self.verb("replace_leave", port.id):
+            return await self._emptied(self._spare(port.id), timeout, polls=EMPTY_POLLS)
+
+    async def replace_revert(self, port: PortConfig) -> int:
+        async with self.verb("replace_revert", port.id):
+            if port.id not in self.host.board.spares:
+                return 0
+            returned = 0
+            if self._serves_next(port.id):
+                self.world.paths.swap(self.host.id, port.id)
+                returned = self.world.paths.deliver_again(self.host.id, port.id)
+            self._forget_spare(port.id)
+            return returned
+
+    async def replace_settle(self, port: PortConfig) -> None:
+        async with self.verb("replace_settle", port.id):
+            if port.id in self.host.board.spares:
+                self._forget_spare(port.id)
+
+    @property
+    def _next_serves(self) -> set[PortId]:
+        """Ports whose frames go to the next VMM's queues. Lasts, as in a kernel."""
+        return self.host.board.switched
+
+    def _serves_next(self, port: PortId) -> bool:
+        return port in self._next_serves
+
+    def _spare(self, port: PortId) -> Tap:
+        spare = self.host.board.spares.get(port)
+        if spare is None:
+            raise Unavailable(f"port {port} is not prepared for another VMM", field="port")
+        return spare
+
+    def _forget_spare(self, port: PortId) -> None:
+        self.world.paths.remove_spare(self.host.id, port)
+        self.host.fds.pop(f"spare.{port}", None)
 
     async def _emptied(self, tap: Tap, timeout: float, *, polls: int) -> bool:
         """True once the ring was seen empty `polls` times in a row."""

@@ -184,6 +184,14 @@ class Switchboard:
     gates: set[str] = field(default_factory=set[str])
     """MACs whose frames may come in by the tunnel and leave by it again."""
     taps: dict[PortId, Tap] = field(default_factory=dict[PortId, Tap])
+    spares: dict[PortId, Tap] = field(default_factory=dict[PortId, Tap])
+    """Queues of the next VMM of a port, or of the one before: no frame comes to them."""
+    switched: set[PortId] = field(default_factory=set[PortId])
+    """Ports whose `taps` entry is the next VMM's already."""
+
+    @property
+    def rings(self) -> "tuple[Tap, ...]":
+        return (*self.taps.values(), *self.spares.values())
 
 
 class Paths:
@@ -231,7 +239,7 @@ class Paths:
             if mac in self.firewalls.guarded:
                 self._exercise(flow, now)
         for board in self.boards.values():
-            for tap in board.taps.values():
+            for tap in board.rings:
                 if tap.mac == mac:
                     tap.drain(now)
 
@@ -247,7 +255,7 @@ class Paths:
 
     def _end_idle(self, flow: Flow) -> None:
         """A connection's end is seen where frames pass now, once none of its own waits anywhere."""
-        waiting = {id(f.connection) for b in self.boards.values() for t in b.taps.values() for f in t.held}
+        waiting = {id(f.connection) for b in self.boards.values() for t in b.rings for f in t.held}
         place, passed = self._route(self.boards[flow.origin], flow.mac, tunnelled=False)
         for connection in tuple(self._ending.get(flow.mac, ())):
             if id(connection) not in waiting and isinstance(place, Tap):
@@ -286,6 +294,7 @@ class Paths:
         self.boards[tap.host].taps[tap.port] = tap
 
     def remove_tap(self, host: HostId, port: PortId) -> None:
+        self.remove_spare(host, port)
         tap = self.boards[host].taps.get(port)
         if tap:
             self.touch(tap.mac)
@@ -295,6 +304,34 @@ class Paths:
             del self.boards[host].taps[port]
             if self.boards[host].entries.get(tap.mac) == port:
                 del self.boards[host].entries[tap.mac]
+
+    def add_spare(self, tap: Tap) -> None:
+        self.boards[tap.host].spares[tap.port] = tap
+
+    def swap(self, host: HostId, port: PortId) -> None:
+        """Frames go to the other VMM's queues."""
+        board = self.boards[host]
+        self.touch(board.taps[port].mac)
+        board.taps[port], board.spares[port] = board.spares[port], board.taps[port]
+
+    def deliver_again(self, host: HostId, port: PortId) -> int:
+        """What the spare's ring has kept goes to the tap's; returns the number of frames."""
+        board = self.boards[host]
+        spare, tap = board.spares[port], board.taps[port]
+        self.touch(tap.mac)
+        kept = tuple(spare.ring)
+        spare.ring.clear()
+        for frame in kept:
+            tap.put(frame)
+        return len(kept)
+
+    def remove_spare(self, host: HostId, port: PortId) -> None:
+        self.boards[host].switched.discard(port)
+        spare = self.boards[host].spares.pop(port, None)
+        if spare is not None:
+            self.touch(spare.mac)
+            spare.discard("in a queue of a VMM that was replaced", self._now())
+            spare.detached(self._now())
 
     def reinject(self, tap: Tap) -> int:
         """Send the frames parked in `tap` through the tunnel; returns their number."""
@@ -315,10 +352,12 @@ class Paths:
         board = self.boards[host]
         now = self._now()
         if not on:
-            for tap in board.taps.values():
+            for tap in board.rings:
                 tap.discard("host lost power", now)
                 tap.detached(now)
             board.taps.clear()
+            board.spares.clear()
+            board.switched.clear()
             board.entries.clear()
             board.tunnels.clear()
             board.gates.clear()
@@ -450,4 +489,4 @@ def lost(flows: Iterable[Flow]) -> int:
 
 def waiting(boards: Mapping[HostId, Switchboard], mac: str) -> int:
     """Frames for `mac` in rings."""
-    return sum(len(t.ring) for b in boards.values() for t in b.taps.values() if t.mac == mac)
+    return sum(len(t.ring) for b in boards.values() for t in b.rings if t.mac == mac)

@@ -113,8 +113,12 @@ class SimHost:
     network_release: ReleaseId | None = None
     gateways: dict[int, "SimGateway"] = field(default_factory=dict[int, "SimGateway"])
     """By number of their router."""
+    leads_to: dict[int, str] = field(default_factory=dict[int, str])
+    """Likewise: the tunnel end that what is for outside is sent to."""
     fds: dict[str, int] = field(default_factory=dict[str, int])
     """Stored descriptors: real ones, except taps, which are -1."""
+    impatient_releases: set[ReleaseId] = field(default_factory=set[ReleaseId])
+    """They cannot be kept from switching over by themselves."""
     listening: dict[str, int] = field(default_factory=dict[str, int])
     """Stored listening sockets: the port of each."""
     units: dict[str, tuple[Unit, UnitStatus]] = field(default_factory=dict[str, tuple[Unit, UnitStatus]])
@@ -316,13 +320,20 @@ class World:
     # --- VMMs ---
 
     def start_vmm(
-        self, host: SimHost, server: ServerConfig, epoch: int, release: ReleaseId, *, boot: bool
+        self,
+        host: SimHost,
+        server: ServerConfig,
+        epoch: int,
+        release: ReleaseId,
+        *,
+        boot: bool,
+        in_place: bool = False,
     ) -> Vmm:
-        """A new process: it boots the server, or waits for it to arrive."""
+        """A new process: it boots the server, or waits for it to arrive, `in_place` from its own host."""
         vmm_id = VmmId(server.spec.id, epoch)
         taps: list[Tap] = []
         for port in server.spec.ports:
-            tap = host.board.taps.get(port.id)
+            tap = (host.board.spares if in_place else host.board.taps).get(port.id)
             if tap is None:
                 raise Refused(f"{host.id} has no tap for {port.id}", field="port")
             taps.append(tap)
@@ -335,6 +346,7 @@ class World:
             state=RunState.INCOMING,
             pid=self.new_pid(),
             taps=taps,
+            in_place=in_place,
             dirty_rate=self.dirty_rates.get(server.spec.id, 8 << 20),
         )
         host.vmms[vmm_id] = vmm
@@ -497,13 +509,14 @@ class World:
             raise Refused(f"{uri} proved to be {destination.host}, not {peer}", field="peer")
         if source.stream and source.stream.phase is MigrationPhase.ACTIVE:
             raise Refused(f"{source.id.unit} is being sent already", field="vmm")
-        if not source.running:
+        if not source.running and not destination.in_place:
             raise Refused(f"{source.id.unit} does not run", field="vmm")
         stream = Stream(source, destination, rate, self.now, self._stream_ended)
         stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
         source.stream = stream
         source.sent = False
         self._streams.append(stream)
+        stream.source_paused()  # if it stands still
 
     def _stream_ended(self, stream: Stream) -> None:
         source, destination = stream.source, stream.destination

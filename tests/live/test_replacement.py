@@ -1,0 +1,243 @@
+"""A server's VMM is replaced by one of another release, in place, under traffic: the real guest, driver and
+kernel, and the agent's own operation. Nothing is lost, memory and disk are as they were."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import msgspec
+import pytest
+from network_namespaces import missing_programs
+from physical_host import Host, Place, release, server_on, volume_on
+from test_addressing import Client, network_spec
+from test_guest_addresses import Networked, console_says
+
+from nahtlos.lab.probe.datagrams import large_buffer
+from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
+from nahtlos.model.errors import Unavailable
+from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId
+from nahtlos.model.inventory import OperationKind, OperationState, RunState
+from nahtlos.model.networking import PortSpec
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Journal, Ledger, Role
+from nahtlos.physical.agent.replacement import Replacement
+from nahtlos.physical.ports import Drivers, NetworkDesired, StorageDesired, VmmId
+from nahtlos.wire.messages import Message, ReplaceOrder
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(bool(missing_programs()), reason=missing_programs()),
+]
+RED = network_spec("red", 310)
+MAC, CLIENT_MAC = "52:54:00:4d:00:10", "52:54:00:4d:00:20"
+NUMBER = struct.Struct("<8sQI")
+INTERVAL = 0.001
+
+
+class Elsewhere:
+    """A driver that runs on another thread's loop."""
+
+    def __init__(self, networked: Networked) -> None:
+        self._networked = networked
+
+    def __getattr__(self, verb: str) -> Any:
+        async def call(*arguments: Any, **named: Any) -> Any:
+            act = getattr(self._networked.driver, verb)
+            return await self._networked.call(lambda: act(*arguments, **named))
+
+        return call
+
+
+class Echoes(threading.Thread):
+    """Numbered datagrams to the guest's echo port, a thousand a second, and what came back."""
+
+    def __init__(self, client: Client, address: str) -> None:
+        super().__init__()
+        self._sock = client.within(lambda: self._open(address))
+        self.sent = self.received = self.doubled = 0
+        self.longest = 0.0
+        self._ends = threading.Event()
+
+    @staticmethod
+    def _open(address: str) -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        large_buffer(sock)
+        sock.connect((address, 7))
+        sock.setblocking(False)
+        return sock
+
+    def run(self) -> None:
+        seen: set[int] = set()
+        began = last = time.monotonic()
+        while not self._ends.is_set() or time.monotonic() - last < 1.0:
+            now = time.monotonic()
+            if not self._ends.is_set() and now - began >= self.sent * INTERVAL:
+                self._sock.send(NUMBER.pack(b"nahtlos1", 7, self.sent) + bytes(44))
+                self.sent += 1
+            try:
+                number = NUMBER.unpack_from(self._sock.recv(2000))[2]
+            except BlockingIOError:
+                time.sleep(0.0002)
+                continue
+            self.doubled += number in seen
+            seen.add(number)
+            self.longest, last = max(self.longest, now - last), now
+            self.received = len(seen)
+        self._sock.close()
+
+    def stop(self) -> None:
+        self._ends.set()
+        self.join(20)
+
+
+class Stage:
+    """One host with one network, a server in it and a client."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.networked = Networked(host)
+        self.client: Client | None = None
+        plain = server_on(host, "web")
+        port = PortSpec(id=PortId("web-red"), network=RED.id, mac=MAC, ip="10.77.0.16")
+        self.server = msgspec.structs.replace(plain, spec=msgspec.structs.replace(plain.spec, ports=(port,)))
+        place = {"host": host.settings.host, "vtep": host.settings.address}
+        self.port = PortConfig(id=port.id, server=plain.spec.id, mac=MAC, ip=port.ip, **place)
+        asking = PortConfig(
+            id=PortId("client-red"), server=ServerId("client"), mac=CLIENT_MAC, ip="10.77.0.32", **place
+        )
+        vteps = (host.settings.address,)
+        self.network = NetworkConfig(spec=RED, ports=(self.port, asking), gateway_vtep="", vteps=vteps)
+        self.config = HostConfig(
+            host=host.settings.host, generation=1, release=None, networks=(self.network,)
+        )
+        self.ledger = Ledger(":memory:")
+        self.epoch = 1
+        self.number = 0
+
+    async def begin(self, under: ReleaseId) -> None:
+        self.ledger.accept(self.config)
+        self.ledger.own(self.server)
+        await self.reconcile()
+        driver = self.networked.driver
+        for port in self.network.ports:
+            await self.networked.call(lambda p=port: driver.port_create(p, self.network, deliver=True))
+        await self.reconcile()
+        await self.host.storage.reconcile(StorageDesired(volumes=(volume_on(self.host, "web-root"),)))
+        await self.host.hypervisor.start(self.server, under)
+        fd = await self.host.supervisor.fetch_fd("tap.client-red")
+        assert fd is not None
+        self.client = await asyncio.to_thread(Client, "r-red", CLIENT_MAC, 1500, fd)
+        os.close(fd)
+        self.client.run("ip", "addr", "add", "10.77.0.32/24", "dev", "eth0")
+        await console_says(self.host, self.vmm, "NAHTLOS-READY 10.77.0.16")
+
+    async def reconcile(self) -> tuple[str, ...]:
+        driver = self.networked.driver
+        return await self.networked.call(lambda: driver.reconcile(NetworkDesired(config=self.config)))
+
+    @property
+    def vmm(self) -> VmmId:
+        return VmmId(self.server.spec.id, self.epoch)
+
+    def context(self, hypervisor: Any = None) -> Context:
+        async def no_orchestrator(body: Message, timeout: float) -> Message:
+            raise Unavailable("none here")
+
+        return Context(
+            settings=self.host.settings,
+            drivers=Drivers(
+                supervisor=self.host.supervisor,
+                hypervisor=hypervisor or self.host.hypervisor,
+                network=cast("Any", Elsewhere(self.networked)),
+                storage=self.host.storage,
+            ),
+            ledger=self.ledger,
+            transport=cast("Any", None),
+            now=time.time,
+            emit=lambda _: None,
+            changed=lambda: None,
+            on_bug=lambda error: print("bug", repr(error)),
+            ask=no_orchestrator,
+        )
+
+    def replacement(self, to: ReleaseId, hypervisor: Any = None) -> Replacement:
+        self.number += 1
+        current = msgspec.structs.replace(self.server, epoch=self.epoch)
+        order = ReplaceOrder(
+            id=OperationId(f"op-{self.number}"),
+            host=self.host.settings.host,
+            server=current,
+            ports=(self.port,),
+            release=to,
+        )
+        journal = Journal(id=order.id, kind=OperationKind.REPLACE, role=Role.HOST, replace=order)
+        self.ledger.begin(journal)
+        return Replacement(self.context(hypervisor), journal)
+
+    async def replace(self, to: ReleaseId) -> Journal:
+        ended = await self.replacement(to).run(recovering=False)
+        if ended.state is OperationState.DONE:
+            self.epoch += 1
+        return ended
+
+    async def guest(self) -> dict[str, Any]:
+        _, offset = await self.host.hypervisor.console(self.vmm, 0, 1 << 20)
+        await self.host.hypervisor.console_write(self.vmm, b"status\n")
+        async with asyncio.timeout(10):
+            while True:
+                data, _ = await self.host.hypervisor.console(self.vmm, offset, 1 << 20)
+                if found := re.search(rb"\{.*\}\s", data, re.DOTALL):
+                    return json.loads(found.group())
+                await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+        await self.networked.close()
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    place = Place("rep")
+    stage = Stage(place.host("host-1"))
+    try:
+        yield stage
+    finally:
+        await stage.close()
+        await place.close()
+
+
+async def test_to_the_next_release_and_back_nothing_is_lost(stage: Stage) -> None:
+    old, new = release("10.0"), release("11.1")
+    await stage.begin(old)
+    before = await stage.guest()
+    assert stage.client is not None
+    echoes = Echoes(stage.client, "10.77.0.16")
+    echoes.start()
+    for to in (new, old, new):
+        await asyncio.sleep(0.5)
+        ended = await stage.replace(to)
+        assert ended.state is OperationState.DONE, ended.error
+        (found,) = await stage.host.hypervisor.observe()
+        assert (found.id, found.state, found.release) == (stage.vmm, RunState.RUNNING, to)
+        times = ended.times
+        print({k: round((v - times["stopped"]) * 1000, 1) for k, v in times.items()})
+    await asyncio.sleep(0.5)
+    echoes.stop()
+    print(echoes.sent, echoes.received, echoes.doubled, f"{echoes.longest * 1000:.1f} ms")
+    assert (echoes.received, echoes.doubled) == (echoes.sent, 0)
+    after = await stage.guest()
+    assert after["boot_id"] == before["boot_id"]
+    assert after["memory"]["errors"] == after["disk"]["errors"] == 0
+    assert await stage.reconcile() == ()
+    assert len(list(stage.host.settings.ram_dir.iterdir())) == 1
+    assert await stage.host.supervisor.stored() >= {"tap.web-red"}
+    assert "spare.web-red" not in await stage.host.supervisor.stored()
