@@ -484,6 +484,11 @@ class Storage(Protocol):
 
     # relocation: source
 
+    async def serve(self, volume: VolumeSpec) -> None:
+        """Reachable at this host by `volume.export`, beside any other way to it: what is copied from here
+        must be written through here. Nothing to do for what is served here anyway."""
+        ...
+
     async def relocate_start(
         self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
     ) -> None:

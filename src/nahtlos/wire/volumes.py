@@ -5,9 +5,9 @@ An order names its coordinator: the one agent that carries it out, journals it a
 
 import msgspec
 
-from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
-from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, VolumeId
-from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
+from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
+from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeFormat, VolumeSpec
 from nahtlos.wire.message import Message
 
 
@@ -50,6 +50,8 @@ class RelocateOrder(VolumeOrder, frozen=True, kw_only=True):
     destination: VolumeSpec
     """As it shall be; its `host` may be the same if only the backend or format changes."""
     target: VolumeEndpoint
+    rbd: RbdEndpoint | None = None
+    """How servers reach it there, if that is not by `target`."""
     client: VolumeClient | None = None
     bytes_per_second: int = 0
     deadline: float = 24 * 3600.0
@@ -112,7 +114,53 @@ class RestoreOrder(VolumeOrder, frozen=True, kw_only=True):
         return (self.volume.id,)
 
 
-VolumeTask = RelocateOrder | RebuildOrder | SnapshotOrder | BackupOrder | RestoreOrder
+class SnapshotFileOrder(VolumeOrder, frozen=True, kw_only=True):
+    """A snapshot of the coordinator becomes a file there, whole and on its own."""
+
+    volume: VolumeId
+    snapshot: SnapshotId
+    file: str
+    """Its whole path. It appears when it is complete."""
+    format: VolumeFormat
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        """It is in nobody's way: what a snapshot holds does not change."""
+        return ()
+
+
+class ScrubOrder(VolumeOrder, frozen=True, kw_only=True):
+    """The copies of a volume are compared, while it is written. What differs is marked as such."""
+
+    volume: VolumeSpec
+    bytes_per_second: int = 0
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+class RevertOrder(VolumeOrder, frozen=True, kw_only=True):
+    """The coordinator's copy becomes again what the snapshot holds. No server has the volume."""
+
+    volume: VolumeSpec
+    snapshot: SnapshotId
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume.id,)
+
+
+VolumeTask = (
+    RelocateOrder
+    | RebuildOrder
+    | SnapshotOrder
+    | BackupOrder
+    | RestoreOrder
+    | RevertOrder
+    | SnapshotFileOrder
+    | ScrubOrder
+)
 
 
 # --- messages ----------------------------------------------------------------------------------------
@@ -197,6 +245,26 @@ class ReplicasRecorded(Message, frozen=True, kw_only=True):
     """How the volume is to be reached now."""
 
     attachment: VolumeAttachment
+
+
+class VolumeDigest(Message, frozen=True, kw_only=True):
+    """Coordinator to a host with a copy: `Storage.digest`."""
+
+    volume: VolumeId
+    offset: int
+    length: int
+
+
+class VolumeDigested(Message, frozen=True, kw_only=True):
+    sha256: bytes
+
+
+class VolumeMark(Message, frozen=True, kw_only=True):
+    """Coordinator to a host whose copy was found wrong: say so (`VolumeStatus.problem`) until it is made anew."""
+
+    volume: VolumeId
+    epoch: int
+    problem: str
 
 
 class KeyRead(Message, frozen=True, kw_only=True):

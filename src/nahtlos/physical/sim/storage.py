@@ -115,6 +115,9 @@ class SimStorage(SimDriver):
 
     # --- relocation: source ---
 
+    async def serve(self, volume: VolumeSpec) -> None:
+        """What is here is served from here."""
+
     async def relocate_start(
         self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
     ) -> None:

@@ -22,8 +22,6 @@ from nahtlos.physical.ports import Storage, StorageDesired
 class CephBackend(Storage, Protocol):
     def holds(self, volume: VolumeId) -> bool: ...
 
-    async def serve(self, volume: VolumeSpec) -> None: ...
-
 
 class Backends:
     def __init__(self, embedded: Storage, ceph: CephBackend | None) -> None:
@@ -74,8 +72,7 @@ class Backends:
         await self._of(volume).receive(volume)
 
     async def serve(self, volume: VolumeSpec) -> None:
-        if volume.backend is StorageBackend.CEPH:
-            await self._required(volume).serve(volume)
+        await self._of(volume).serve(volume)
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         return await (await self._holder(volume)).digest(volume, offset, length)

@@ -115,6 +115,9 @@ class EmbeddedStorage:
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         raise _lacking("revert")
 
+    async def serve(self, volume: VolumeSpec) -> None:
+        """What is here is served from here."""
+
     async def relocate_start(
         self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
     ) -> None:

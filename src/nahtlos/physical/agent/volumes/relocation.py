@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from nahtlos.model.config import VolumeAttachment
+from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
-from nahtlos.model.ids import HostId
+from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import CopyPhase, CopyProgress
+from nahtlos.model.storage import CopyPhase, CopyProgress, StorageBackend
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes import holds
@@ -159,10 +159,25 @@ class Relocation:
         """An error here is followed by a look at what came of it."""
         order = self._order
         try:
+            await self._come_through_here()
             await self._storage.relocate_start(order.volume, order.target, bytes_per_second=self._speed)
         except Unavailable as error:
             self._say_wait(f"the storage to begin copying ({error.message})")
             await self._sleep(ASK_AGAIN_SECONDS)
+
+    async def _come_through_here(self) -> None:
+        """What a server writes past this host is not copied."""
+        if not self._passed_by:
+            return
+        await self._storage.serve(self._order.volume)
+        await self._lead_to(_attachment(self._order.volume.id, self._order.source))
+
+    @property
+    def _passed_by(self) -> bool:
+        """Whether servers reach the volume without this host, and it leaves the pool it is in."""
+        embedded = StorageBackend.EMBEDDED
+        order = self._order
+        return order.volume.backend is not embedded and order.destination.backend is embedded
 
     async def _wait(self, progress: CopyProgress) -> None:
         now = self._context.now()
@@ -221,6 +236,8 @@ class Relocation:
         await self._until_done("the storage to stop copying", cancel)
         if completed:
             return True
+        if self._passed_by:
+            await self._until_done("who has it open to go back", self._lead_back)
         await self._forget()
         self._end(OperationState.UNDONE, error)
         return False
@@ -266,18 +283,21 @@ class Relocation:
             raise
 
     async def _pivot(self) -> None:
-        """Returns when the server reaches the volume at its new place, wherever it is."""
+        order = self._order
+        await self._lead_to(_attachment(order.volume.id, order.target, order.rbd))
+
+    async def _lead_back(self) -> None:
+        client, volume = self._order.client, self._order.volume.id
+        for before in client.attachments if client else ():
+            if before.volume == volume:
+                await self._lead_to(before)
+
+    async def _lead_to(self, attachment: VolumeAttachment) -> None:
+        """Returns when the server reaches the volume so, wherever it is."""
         client = self._order.client
         if client is None:
             return
-        target = self._order.target
-        body = VolumeAttach(
-            id=self._order.id,
-            server=client.server,
-            attachment=VolumeAttachment(
-                volume=self._order.volume.id, address=target.address, port=target.port, export=target.export
-            ),
-        )
+        body = VolumeAttach(id=self._order.id, server=client.server, attachment=attachment)
         others = [host for host in self._hosts.all if host != client.at.host]
         answers = [await self._attached(host, body) for host in (client.at.host, *others)]
         if None in answers:
@@ -351,3 +371,11 @@ class Relocation:
 
 
 _NOT_MINE = "not mine"
+
+
+def _attachment(
+    volume: VolumeId, endpoint: VolumeEndpoint, rbd: RbdEndpoint | None = None
+) -> VolumeAttachment:
+    return VolumeAttachment(
+        volume=volume, address=endpoint.address, port=endpoint.port, export=endpoint.export, rbd=rbd
+    )

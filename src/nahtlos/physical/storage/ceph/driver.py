@@ -159,7 +159,7 @@ class CephStorage:
             if door is not None:
                 if not door.completed:
                     raise Refused(f"'{volume}' was not relocated", field="volume")
-                await self._gateway.close(volume)
+                await self._gateway.close(volume, hard=False)
                 if image is not None:
                     await self._put_away(image)
             elif image is not None and image.host == self._settings.host:
@@ -191,13 +191,13 @@ class CephStorage:
             )
         )
 
-    # --- beside the port -----------------------------------------------------------------------------
-
     async def serve(self, volume: VolumeSpec) -> None:
-        """Over NBD too, by `volume.export`, until nothing of it is relocated any more."""
+        """Over NBD, until a `reconcile` finds that no operation needs it."""
         async with self._lock:
             await self._owned(volume.id)
             await self._gateway.open(volume.id, volume.epoch)
+
+    # --- beside the port ---------------------------------------------------------------------------
 
     @property
     def nbd_port(self) -> int:

@@ -72,11 +72,13 @@ class Gateway:
         await self._keep(door)
         await self._serve(door)
 
-    async def close(self, volume: VolumeId) -> None:
-        """Hard: who still comes is told that it is gone. Repeatable."""
+    async def close(self, volume: VolumeId, *, hard: bool = True) -> None:
+        """Hard: who still comes is told that it is gone; else Conflict if somebody does. Repeatable."""
         door = self.doors.get(volume)
         if door is None:
             return
+        if not hard:
+            await self._close_softly(door)
         others = {kept.volume: kept for kept in self._kept.doors if kept.volume != volume}
         self._write(msgspec.structs.replace(self._kept, doors=tuple(others.values())))
         if not others:
@@ -249,6 +251,14 @@ class Gateway:
         ):
             await self._remove_node(name)
         await self._tolerating("object-del", {"id": doors.limits_group(door.volume)})
+
+    async def _close_softly(self, door: Door) -> None:
+        if door.export not in await self._exports():
+            return
+        try:
+            await self._execute("block-export-del", {"id": door.export, "mode": "safe"})
+        except Denied as denied:
+            raise Conflict(f"'{door.volume}' is still reached by this host", field="volume") from denied
 
     async def _remove_node(self, name: str) -> None:
         if name in await self._node_names():
