@@ -36,7 +36,7 @@ ADDRESSES = ipaddress.ip_network("127.20.0.0/24")
 
 
 def release(version: str) -> ReleaseId:
-    found = sorted(path.name for path in RELEASES.glob(f"qemu-{version}.*"))
+    found = sorted(path.name for path in RELEASES.glob(f"qemu-{version}[.-]*"))
     assert found, f"no release {version} is built"
     return ReleaseId(found[-1])
 
