@@ -1,6 +1,8 @@
-"""A guest of `physical_host` seen from its tap: what it says of its disk, and for how long it does not answer."""
+"""A guest of `physical_host` seen from its tap: what it says of its disk, and for how long it does not
+answer."""
 
 import asyncio
+import contextlib
 import ctypes
 import http.client
 import json
@@ -8,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,10 @@ def inside(place: Place, act: Callable[[], Any]) -> Any:
     return found[0]
 
 
-@contextmanager
+@contextlib.contextmanager
 def entered(place: Place) -> Generator[None]:
-    """This thread in the place's namespace: where an agent would be, who asks storage daemons whether they live."""
+    """This thread in the place's namespace: where an agent would be, who asks storage daemons whether they
+    live."""
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/proc/thread-self/ns/net").open() as before:
         with Path(f"/run/netns/{place.namespace}").open() as namespace:
@@ -88,11 +90,10 @@ class Guest:
     async def ready(self) -> None:
         async with asyncio.timeout(WITHIN):
             while True:
-                try:
+                with contextlib.suppress(OSError, TimeoutError):
                     await self.get("/status", within=2.0)
                     return
-                except (OSError, TimeoutError):
-                    await asyncio.sleep(0.2)
+                await asyncio.sleep(0.2)
 
     async def writes(self, per_s: int) -> None:
         await self.get(f"/set?disk_per_s={per_s}")

@@ -1,5 +1,5 @@
-"""Disks of a guest that runs, changed on a real QEMU: limits, further disks, sizes; by an agent that was started a
-moment ago as well. The guest writes blocks that prove themselves all the while."""
+"""Disks of a guest that runs, changed on a real QEMU: limits, further disks, sizes; by an agent that was
+started a moment ago as well. The guest writes blocks that prove themselves all the while."""
 
 import asyncio
 import os

@@ -28,10 +28,14 @@ Address = tuple[str, int]
 
 
 class Silence(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that has not been answered."""
+    """A connection over which nothing has come for a while."""
 
     address: Address
     seconds: float
+    """Since something was sent."""
+    unanswered: bool
+    """Certainly a request. The kernel counts in ticks: what was sent within the tick of the last answer may
+    be one, or not."""
 
 
 def bound(pid: int, addresses: Iterable[Address]) -> int:
@@ -48,14 +52,14 @@ def bound(pid: int, addresses: Iterable[Address]) -> int:
 
 
 def silences(pid: int, addresses: Iterable[Address]) -> tuple[Silence, ...]:
-    """Connections over which something was sent after the last that was received, and since when. NBD answers
-    every request and says nothing else."""
+    """Connections over which nothing was received after the last that was sent. NBD answers every request and
+    says nothing else."""
     found: list[Silence] = []
     for held, address in _connected(pid, frozenset(addresses)):
         words = struct.unpack_from("=12I", held.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 8)
         sent, received = words[_LAST_SENT], words[_LAST_RECEIVED]
-        if sent < received:
-            found.append(Silence(address=address, seconds=sent / 1000))
+        if sent <= received:
+            found.append(Silence(address=address, seconds=sent / 1000, unanswered=sent < received))
     return tuple(found)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error
 from nahtlos.physical.hypervisor import disks
-from nahtlos.physical.hypervisor.connections import Address, answers, bound, end, silences
+from nahtlos.physical.hypervisor.connections import Address, Silence, answers, bound, end, silences
 from nahtlos.physical.hypervisor.disks import Disk, disks_of
 from nahtlos.physical.hypervisor.disks_live import CONNECT_WITHIN, LiveDisks, doors, statuses
 from nahtlos.physical.hypervisor.vmm import Vmm
@@ -27,6 +27,7 @@ STOPPED_BY_DISK = "io-error"
 HUNG_SECONDS = 1.5
 """A request unanswered for so long, and no greeting at the door: its daemon hangs."""
 GREET_SECONDS = 0.5
+IDLE_LOOK_SECONDS = 1.0
 SLOW_SECONDS = 15.0
 """The same, of a daemon that greets: its disk hangs."""
 BLAMED_TIMES, BLAMED_SECONDS = 3, 30.0
@@ -37,6 +38,7 @@ class DiskCare:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._event = asyncio.Event()
+        self._looked: dict[Address, float] = {}
 
     def heard(self) -> None:
         """Some VMM has told something about its disks."""
@@ -51,14 +53,17 @@ class DiskCare:
         disks_of(server)
         if record is not None and record.server != server:
             vmm.write_record(msgspec.structs.replace(record, server=server))
-        done = await LiveDisks(vmm, server).reconcile(anew=await self._failed(vmm, server))
+        live, failed = LiveDisks(vmm, server), await self._failed(vmm, server)
+        done = await (live.connect_anew(failed) if failed else live.reconcile())
         await self._bound(vmm, server)
         return done
 
     async def complete(self, vmm: Vmm) -> None:
         """Before a guest runs again: what was begun and interrupted."""
         record = vmm.record
-        if record is not None and any(len(disk.keys) > 1 for disk in disks_of(record.server)):
+        if record is None or all(len(disk.keys) == 1 for disk in disks_of(record.server)):
+            return
+        if not await LiveDisks(vmm, record.server).is_whole():
             await self.reconcile(vmm, record.server)
 
     async def settle(self, vmm: Vmm) -> None:
@@ -142,7 +147,28 @@ class DiskCare:
         return tuple([v for v, vmm in vmms.items() if vmm.record is not None and await _stopped(vmm)])
 
     async def _end_silences(self, vmms: Iterable[Vmm]) -> None:
+        """Of daemons that hang, and of those whose disk does."""
+        found = [each for each in await self._silences(vmms) if each[1].seconds > HUNG_SECONDS]
+        addresses = {s.address for _, s in found if s.unanswered or self._due(s.address)}
+        async with asyncio.TaskGroup() as group:
+            looks = {address: group.create_task(_greets(address)) for address in addresses}
+        hung = {address for address, look in looks.items() if not look.result()}
+        slow = {s.address for _, s in found if s.unanswered and s.seconds > SLOW_SECONDS}
+        for pid, silence in found:
+            if silence.address in hung | slow:
+                await asyncio.to_thread(end, pid, silence.address)
+
+    def _due(self, address: Address) -> bool:
+        """A connection that may only be idle is looked into now and then."""
+        now = time.monotonic()
+        if now - self._looked.get(address, 0.0) < IDLE_LOOK_SECONDS:
+            return False
+        self._looked[address] = now
+        return True
+
+    async def _silences(self, vmms: Iterable[Vmm]) -> list[tuple[int, Silence]]:
         units = await self._supervisor.units()
+        found: list[tuple[int, Silence]] = []
         for vmm in tuple(vmms):
             unit, record = units.get(vmm.id.unit), vmm.record
             addresses = _addresses(record.server) if record else frozenset[Address]()
@@ -150,14 +176,10 @@ class DiskCare:
                 continue
             try:
                 await asyncio.to_thread(bound, unit.pid, addresses)
-                found = await asyncio.to_thread(silences, unit.pid, addresses)
+                found += [(unit.pid, s) for s in await asyncio.to_thread(silences, unit.pid, addresses)]
             except OSError:
                 continue  # it has just ended
-            for silence in found:
-                if silence.seconds > SLOW_SECONDS or (
-                    silence.seconds > HUNG_SECONDS and not await _greets(silence.address)
-                ):
-                    await asyncio.to_thread(end, unit.pid, silence.address)
+        return found
 
 
 async def lost_copies(several: Iterable[Disk]) -> tuple[DiskProblem, ...]:

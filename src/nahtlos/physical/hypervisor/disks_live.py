@@ -33,19 +33,26 @@ MIB = 1 << 20
 
 
 async def graph_of(vmm: Vmm) -> Graph:
-    nodes = _list(await vmm.execute("query-named-block-nodes", {"flat": True}))
-    blocks = _list(await vmm.execute("query-block"))
-    raw = await vmm.execute("x-debug-query-block-graph")
+    async with asyncio.TaskGroup() as asked:
+        named = asked.create_task(vmm.execute("query-named-block-nodes", {"flat": True}))
+        devices = asked.create_task(vmm.execute("query-block"))
+        edged = asked.create_task(vmm.execute("x-debug-query-block-graph"))
+        objects = asked.create_task(vmm.execute("qom-list", {"path": "/objects"}))
+    raw = edged.result()
     names = {n["id"]: str(n["name"]) for n in cast("list[dict[str, object]]", raw["nodes"])}
     edges: dict[str, list[Edge]] = {}
     for edge in cast("list[dict[str, object]]", raw["edges"]):
         edges.setdefault(names[edge["parent"]], []).append(Edge(str(edge["name"]), names[edge["child"]]))
-    groups = _list(await vmm.execute("qom-list", {"path": "/objects"}))
     return Graph(
-        sizes={str(n["node-name"]): int(cast("dict[str, int]", n["image"])["virtual-size"]) for n in nodes},
+        sizes={
+            str(n["node-name"]): int(cast("dict[str, int]", n["image"])["virtual-size"])
+            for n in _list(named.result())
+        },
         edges={parent: tuple(found) for parent, found in edges.items()},
-        devices=dict(d for block in blocks if (d := _device(block)) is not None),
-        groups=frozenset(str(g["name"]) for g in groups if g["type"] == "child<throttle-group>"),
+        devices=dict(d for block in _list(devices.result()) if (d := _device(block)) is not None),
+        groups=frozenset(
+            str(o["name"]) for o in _list(objects.result()) if o["type"] == "child<throttle-group>"
+        ),
     )
 
 
@@ -85,15 +92,28 @@ class LiveDisks:
         self._regrouped = False
         """Which group a root is in is not told by the VMM: where it may have changed, all are told again."""
 
-    async def reconcile(self, *, anew: frozenset[str] = frozenset()) -> tuple[str, ...]:
-        """`anew`: roots whose connections are made anew although they lead where they should."""
+    async def reconcile(self) -> tuple[str, ...]:
         graph = await graph_of(self._vmm)
         await self._detach_unwanted(graph)
         await self._limits(graph)
         for disk in self._wanted:
-            await self._bring(disk, await graph_of(self._vmm), anew=disk.root in anew)
+            await self._bring(disk, await graph_of(self._vmm))
         await self._clear_away()
         return tuple(self._done)
+
+    async def connect_anew(self, roots: frozenset[str]) -> tuple[str, ...]:
+        """Only that, for a guest that waits for it; what is left behind the next `reconcile` takes away."""
+        for disk in self._wanted:
+            if disk.root in roots:
+                await self._lead(disk, await graph_of(self._vmm))
+                self._done.append(f"{disk.volume} is reached by {len(disk.keys)} copies")
+        return tuple(self._done)
+
+    async def is_whole(self) -> bool:
+        """No change was interrupted that a guest must not run with."""
+        graph = await graph_of(self._vmm)
+        ways = ((disk, disks.way_of(graph, disk.root)) for disk in self._wanted)
+        return all(way is not None and disks.reaches(way, disk.keys) for disk, way in ways)
 
     async def _say(self, command: str, within: float = 5.0, /, **arguments: object) -> dict[str, object]:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
@@ -118,11 +138,11 @@ class LiveDisks:
 
     # --- one disk ---
 
-    async def _bring(self, disk: Disk, graph: Graph, *, anew: bool) -> None:
+    async def _bring(self, disk: Disk, graph: Graph) -> None:
         way = disks.way_of(graph, disk.root)
         if way is None:
             await self._add_root(disk, graph)
-        elif anew or not disks.reaches(way, disk.keys) or self._outgrown(disk, graph, way.top):
+        elif not disks.reaches(way, disk.keys) or self._outgrown(disk, graph, way.top):
             await self._lead(disk, graph)
             self._done.append(f"{disk.volume} is reached by {len(disk.keys)} copies")
         elif self._regrouped:

@@ -17,7 +17,7 @@ import asyncio
 import msgspec
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
-from nahtlos.model.errors import Conflict, Error, Refused
+from nahtlos.model.errors import Conflict, Refused
 from nahtlos.model.ids import ServerId, VolumeId
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ledger, Ownership
@@ -28,13 +28,14 @@ PREFIX = "lost/"
 LOOK_SECONDS = 0.5
 """How often connections are looked at; a guest that is stopped is seen at once."""
 RECORD_SECONDS = 10.0
-AGAIN_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
+AGAIN_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Between attempts to let a guest go on whose disk fails or has no room; the last one for ever."""
+RUNS_SECONDS = 15.0
+"""A guest that was let go and has not been stopped again for so long runs."""
 REMEDIES = {
     DiskTrouble.NO_SPACE: "free space in its pool, or enlarge it: the server goes on by itself",
     DiskTrouble.ERROR: "look at the disk under the volume and at the log of its storage daemon; "
     "it is tried again every {pause:g} s",
-    DiskTrouble.REPLICA_LOST: "it goes on with the other copies; this one is rebuilt when its host is back",
 }
 
 
@@ -131,10 +132,14 @@ async def without_lost(context: Context, server: ServerConfig) -> ServerConfig:
 
 
 class Attempt(msgspec.Struct):
-    """A guest that could not go on: when to try again."""
+    """Attempts to let a guest go on, in a row."""
 
     number: int = 0
-    due: float = 0.0
+    at: float = 0.0
+
+    @property
+    def pause(self) -> float:
+        return AGAIN_SECONDS[min(self.number, len(AGAIN_SECONDS) - 1)]
 
 
 class DiskKeeper:
@@ -166,13 +171,12 @@ class DiskKeeper:
             await asyncio.sleep(0.02)  # what keeps failing must not spin
 
     def _forget(self, server: ServerId) -> None:
-        """It runs again (or is gone)."""
+        """It runs (or is gone)."""
         attempt = self._attempts.get(server)
-        now = asyncio.get_running_loop().time()
-        if attempt is not None and now < attempt.due:
-            return  # it was let go a moment ago: not known yet whether it can
-        self._attempts.pop(server, None)
-        if self._context.disk_problems.pop(server, None):
+        since = asyncio.get_running_loop().time() - attempt.at if attempt else RUNS_SECONDS
+        if since > RUNS_SECONDS:
+            self._attempts.pop(server, None)
+        if since > LOOK_SECONDS and self._context.disk_problems.pop(server, None):
             self._context.changed()
 
     def _ours(self, vmm: VmmId) -> Ownership | None:
@@ -185,61 +189,54 @@ class DiskKeeper:
 
     async def _settle(self, vmm: VmmId) -> None:
         attempt = self._attempts.setdefault(vmm.server, Attempt())
-        if asyncio.get_running_loop().time() < attempt.due or self._ours(vmm) is None:
+        now = asyncio.get_running_loop().time()
+        if now - attempt.at > RUNS_SECONDS + attempt.pause:
+            attempt.number = 0
+        if now < attempt.at + attempt.pause or self._ours(vmm) is None:
             return
         try:
             await self._let_go_on(vmm, attempt)
-        except Error as error:
-            self._say(vmm, f"{vmm.server} stands still: {error}")
-            self._later(attempt)
         except Exception as error:
             self._say(vmm, f"{vmm.server} stands still: {self._context.error_of(error)}")
-            self._later(attempt)
+            self._count(attempt)
 
     async def _let_go_on(self, vmm: VmmId, attempt: Attempt) -> None:
-        problems = await self._context.drivers.hypervisor.disks_check(vmm)
+        hypervisor = self._context.drivers.hypervisor
+        problems = await hypervisor.disks_check(vmm)
         held = self._ours(vmm)
         if held is None:
             return
-        lost = [each for each in problems if each.trouble is DiskTrouble.REPLICA_LOST]
         server = held.server
-        for problem in lost:
-            server = await record_loss(self._context, server, problem)
-        told = self._told(vmm, problems, server)
-        if told and attempt.number == 0 and not lost:
-            self._say(vmm, told)
-        await self._context.drivers.hypervisor.disks_reconcile(vmm, server)
+        for problem in problems:
+            if problem.trouble is DiskTrouble.REPLICA_LOST:
+                server = await record_loss(self._context, server, problem)
+        self._say(vmm, self._told(problems, server, attempt))
+        await hypervisor.disks_reconcile(vmm, server)
         if self._ours(vmm) is None:
             return
-        await self._context.drivers.hypervisor.resume(vmm)
-        if lost:
-            self._context.disk_problems.pop(vmm.server, None)
-            attempt.number, attempt.due = 0, 0.0
-        else:
-            if attempt.number:
-                self._say(vmm, told)
-            self._later(attempt)
+        await hypervisor.resume(vmm)
+        self._count(attempt)
+        if server != held.server:
+            attempt.number = 0
         self._context.changed()
+        await hypervisor.disks_reconcile(vmm, server)
 
-    def _told(self, vmm: VmmId, problems: tuple[DiskProblem, ...], server: ServerConfig) -> str:
-        several = {each.volume for each in server.all_volumes if len(each.copies) > 1}
-        words = [
-            f"{each.volume} of {vmm.server}: {each.text} ({self._remedy(each, vmm)})"
-            for each in problems
-            if each.trouble is DiskTrouble.NO_SPACE or each.volume not in several
-        ]
-        return "; ".join(words)
-
-    def _remedy(self, problem: DiskProblem, vmm: VmmId) -> str:
-        pause = self._pause(self._attempts.get(vmm.server, Attempt()))
-        return REMEDIES[problem.trouble].format(pause=pause)
-
-    def _pause(self, attempt: Attempt) -> float:
-        return AGAIN_SECONDS[min(attempt.number, len(AGAIN_SECONDS) - 1)]
-
-    def _later(self, attempt: Attempt) -> None:
-        attempt.due = asyncio.get_running_loop().time() + self._pause(attempt)
+    def _count(self, attempt: Attempt) -> None:
+        attempt.at = asyncio.get_running_loop().time()
         attempt.number += 1
+
+    def _told(self, problems: tuple[DiskProblem, ...], server: ServerConfig, attempt: Attempt) -> str:
+        """What a person has to know of; of several copies only that which comes again and again."""
+        quiet = set[VolumeId]()
+        if attempt.number < len(AGAIN_SECONDS):
+            quiet = {each.volume for each in server.all_volumes if len(each.copies) > 1}
+        return "; ".join(
+            f"{each.volume} of {server.spec.id}: {each.text} "
+            f"({REMEDIES[each.trouble].format(pause=attempt.pause)})"
+            for each in problems
+            if each.trouble is DiskTrouble.NO_SPACE
+            or (each.trouble is DiskTrouble.ERROR and each.volume not in quiet)
+        )
 
     def _say(self, vmm: VmmId, text: str) -> None:
         held = self._context.disk_problems

@@ -1,0 +1,246 @@
+"""A guest that writes to several copies at once loses them: daemons and hosts killed, hung, cut off. What the
+agent does about it is the real thing (`DiskKeeper`); the orchestrator is a list that takes a moment to be
+written."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from disk_guest import Guest, entered
+from physical_host import Host, Place, release, server_on, volume_on
+
+from nahtlos.lab.disk_check import check_volume
+from nahtlos.model.config import ServerConfig, VolumeEndpoint
+from nahtlos.model.errors import Conflict, Unavailable
+from nahtlos.model.ids import HostId
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Ledger
+from nahtlos.physical.agent.volumes.replicas import DiskKeeper, reached_by_copies
+from nahtlos.physical.ports import Drivers, StorageDesired, VmmId
+from nahtlos.wire.messages import Message
+from nahtlos.wire.volumes import ReplicaLost, ReplicasRecorded
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+]
+RECORD_SECONDS = 0.03
+"""What the orchestrator's record takes here."""
+STILL_SECONDS = 0.1
+"""For which a guest may stand still beside that."""
+BUSY = 4
+"""How many times longer everything may take on a machine that is busy with other tests."""
+GOES_ON_SECONDS = 10.0
+
+
+@dataclass
+class Cloudlet:
+    place: Place
+    hosts: list[Host]
+    server: ServerConfig
+    guest: Guest
+    ledger: Ledger
+    lost: list[HostId] = field(default_factory=list[HostId])
+    connected: bool = True
+    said: list[str] = field(default_factory=list[str])
+
+    @property
+    def vmm(self) -> VmmId:
+        return VmmId(self.server.spec.id, 1)
+
+    def copies(self) -> tuple[HostId, ...]:
+        held = self.ledger.owner(self.server.spec.id)
+        assert held is not None
+        return tuple(each.host for each in held.server.volume.copies)
+
+    async def ask(self, body: Message, timeout: float) -> Message:
+        if not self.connected:
+            raise Unavailable("no orchestrator is connected")
+        assert isinstance(body, ReplicaLost)
+        assert body.epoch == 1
+        await asyncio.sleep(RECORD_SECONDS)
+        left = tuple(
+            each
+            for each in self.server.volume.copies
+            if each.host not in self.lost and each.host != body.lost
+        )
+        if not left:
+            raise Conflict(f"the copy on {body.lost} is the only current one", field="lost")
+        self.lost.append(body.lost)
+        return ReplicasRecorded(attachment=reached_by_copies(self.server.volume, left))
+
+    def keeper(self) -> DiskKeeper:
+        host = self.hosts[0]
+        drivers = Drivers(
+            supervisor=host.supervisor,
+            hypervisor=host.hypervisor,
+            network=None,  # pyright: ignore[reportArgumentType]
+            storage=host.storage,
+        )
+        context = Context(
+            settings=host.settings,
+            drivers=drivers,
+            ledger=self.ledger,
+            transport=None,  # pyright: ignore[reportArgumentType]
+            now=lambda: 0.0,
+            emit=lambda event: self.said.append(f"{event.kind}: {event.text}"),
+            changed=lambda: None,
+            on_bug=_raise,
+            ask=self.ask,
+        )
+        return DiskKeeper(context)
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncGenerator[None]:
+        task = asyncio.create_task(self.keeper().run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def stands_still_for(self, act: Callable[[], object]) -> float:
+        """Seconds from `act` on until the guest acknowledges writes again; its longest silence."""
+        with self.guest.pulse() as pulse:
+            await asyncio.sleep(0.1)
+            act()
+            await asyncio.sleep(0.3)
+            async with asyncio.timeout(GOES_ON_SECONDS):
+                await self.guest.acknowledges(30)
+        return pulse.longest
+
+    async def daemon(self, number: int) -> int:
+        return await self.hosts[number].pid("qsd")
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.fixture
+async def place() -> AsyncIterator[Place]:
+    place = Place("rep")
+    try:
+        with entered(place):
+            yield place
+    finally:
+        for host in place.hosts:  # what they started is ended by a supervisor that runs
+            if host.running.process.poll() is not None:
+                await host.restart_supervisor()
+        await place.close()
+
+
+async def replicated(place: Place, copies: int, under: str = "10.0") -> Cloudlet:
+    hosts = [place.host(f"host-{number}") for number in range(1, copies + 1)]
+    for host in hosts:
+        await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "server-root"),)))
+    server = server_on(hosts[0], "server")
+    endpoints = tuple(
+        VolumeEndpoint(
+            host=host.settings.host,
+            address=host.settings.address,
+            port=host.settings.nbd_port,
+            export="server-root.e1",
+        )
+        for host in hosts
+    )
+    server = msgspec.structs.replace(server, volume=reached_by_copies(server.volume, endpoints))
+    ledger = Ledger(place.folder / "ledger.db")
+    ledger.own(server)
+    await hosts[0].plug(server)
+    await hosts[0].hypervisor.start(server, release(under))
+    guest = Guest(place, hosts[0], server)
+    await guest.ready()
+    await guest.writes(400)
+    await guest.acknowledges(20)
+    return Cloudlet(place, hosts, server, guest, ledger)
+
+
+def lose_power(cloudlet: Cloudlet, number: int, daemon: int) -> Callable[[], None]:
+    """All of a host's processes at once: nobody holds its sockets any more."""
+
+    def act() -> None:
+        os.kill(cloudlet.hosts[number].running.process.pid, signal.SIGKILL)
+        os.kill(daemon, signal.SIGKILL)
+
+    return act
+
+
+def cut_off(place: Place, address: str) -> None:
+    rules = (
+        "add table inet cut",
+        "add chain inet cut out { type filter hook output priority 0; }",
+        f"add rule inet cut out ip daddr {address} drop",
+        f"add rule inet cut out ip saddr {address} drop",
+    )
+    for rule in rules:
+        subprocess.run(["ip", "netns", "exec", place.namespace, "nft", *rule.split()], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("under", ["10.0", "11.1"])
+async def test_copies_are_lost_one_by_one_down_to_the_last(place: Place, under: str) -> None:
+    cloudlet = await replicated(place, 3, under)
+    bound = BUSY * (STILL_SECONDS + RECORD_SECONDS)
+    async with cloudlet.kept():
+        second, third = await cloudlet.daemon(1), await cloudlet.daemon(2)
+        ridden_out = await cloudlet.stands_still_for(lambda: os.kill(second, signal.SIGKILL))
+        assert cloudlet.lost == []
+        assert ridden_out < bound + 0.3
+
+        dead = await cloudlet.stands_still_for(lose_power(cloudlet, 2, third))
+        assert cloudlet.lost == [HostId("host-3")]
+        assert cloudlet.copies() == (HostId("host-1"), HostId("host-2"))
+        assert dead < bound
+
+        second = await cloudlet.daemon(1)
+        hung = await cloudlet.stands_still_for(lambda: os.kill(second, signal.SIGSTOP))
+        assert cloudlet.lost == [HostId("host-3"), HostId("host-2")]
+        assert cloudlet.copies() == (HostId("host-1"),)
+        assert hung < BUSY
+        os.kill(second, signal.SIGCONT)
+
+        first = await cloudlet.daemon(0)
+        last = await cloudlet.stands_still_for(lambda: os.kill(first, signal.SIGKILL))
+        assert cloudlet.lost == [HostId("host-3"), HostId("host-2")]
+        assert (await cloudlet.guest.disk())["errors"] == 0
+        written = await cloudlet.guest.verified()
+    print(f"{under}: daemon {ridden_out:.3f} dead {dead:.3f} hung {hung:.3f} only one {last:.3f} s")
+    found = check_volume(cloudlet.hosts[0].settings.state_dir / "volumes" / "server-root.raw", written)
+    assert (found.lost, found.wrong) == (0, 0)
+
+
+async def test_copy_that_is_cut_off_is_given_up_when_its_kernel_is_silent(place: Place) -> None:
+    cloudlet = await replicated(place, 2)
+    async with cloudlet.kept():
+        still = await cloudlet.stands_still_for(lambda: cut_off(place, cloudlet.hosts[1].settings.address))
+        print(f"cut off: {still:.3f} s")
+        assert cloudlet.lost == [HostId("host-2")]
+        assert (await cloudlet.guest.disk())["errors"] == 0
+        await cloudlet.guest.verified()
+
+
+async def test_without_an_orchestrator_the_server_waits_and_says_so(place: Place) -> None:
+    cloudlet = await replicated(place, 2)
+    cloudlet.connected = False
+    daemon = await cloudlet.daemon(1)
+    async with cloudlet.kept():
+        lose_power(cloudlet, 1, daemon)()
+        await asyncio.sleep(1.5)
+        assert cloudlet.lost == []
+        assert any("no orchestrator is connected" in each for each in cloudlet.said), cloudlet.said
+    # That agent is killed; the next one finds what is to be done in the VMM.
+    await cloudlet.hosts[0].restart_drivers()
+    await cloudlet.hosts[0].hypervisor.observe()
+    cloudlet.connected = True
+    async with cloudlet.kept():
+        await cloudlet.guest.acknowledges(30)
+        assert cloudlet.lost == [HostId("host-2")]
+        assert (await cloudlet.guest.disk())["errors"] == 0
+        await cloudlet.guest.verified()
