@@ -176,6 +176,7 @@ class SimulatedCloud:
     folder: Path
     seed: int
     hosts: int = 3
+    edges: int = 1
     capacity: Size = field(default_factory=lambda: Size(vcpus=8, memory_mib=2048))
     promised: Size = field(default_factory=Size)
     parallel_moves: int = 1
@@ -189,17 +190,20 @@ class SimulatedCloud:
         self.network = MemoryNetwork(
             self.faults or Faults(self.seed, delay=(0.0001, 0.0008)), on_failure=self._failed
         )
-        self.specs: tuple[HostSpec, ...] = host_specs(self.hosts)
+        self.specs: tuple[HostSpec, ...] = host_specs(self.hosts, self.edges)
         self.problems: list[str] = []
         self.settings = CloudSettings(
-            networks=(network_spec(),), promised=self.promised, parallel_moves=self.parallel_moves
+            networks=(network_spec(),),
+            promised=self.promised,
+            parallel_moves=self.parallel_moves,
+            external={spec.id: "out0" for spec in self.specs if spec.role is HostRole.EDGE},
         )
         for spec in self.specs:
             self.world.add_host(
                 spec.id, spec.address, role=spec.role, capacity=self.capacity, releases=(OLD, NEW, FUNCTIONS)
             )
         database = self.folder / DATABASE
-        shutil.copyfile(_template(), database)
+        shutil.copyfile(_template(self.edges), database)
         self.orchestrator = OrchestratorProcess(self, database)
         self.agents = {
             spec.id: AgentProcess(
@@ -217,7 +221,7 @@ class SimulatedCloud:
 
     @property
     def compute(self) -> tuple[HostId, ...]:
-        return tuple(s.id for s in self.specs if s.id != EDGE)
+        return tuple(s.id for s in self.specs if s.role is HostRole.COMPUTE)
 
     async def run(self, play: Callable[["SimulatedCloud"], Awaitable[None]]) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -270,14 +274,14 @@ class SimulatedCloud:
 
 
 @cache
-def _template() -> Path:
+def _template(edges: int) -> Path:
     """A database of today's schema in which the hosts have joined."""
     folder = Path(tempfile.mkdtemp(prefix="nahtlos-sim-", dir=memory()))
 
     async def make() -> None:
         store = await Store.open(folder / DATABASE, clock=virtual_loop().wall)
         async with store.writing() as tx:
-            for spec in host_specs(3):
+            for spec in host_specs(3, edges):
                 await intent.put_host(tx, spec, 0.0)
         await store.close()
 

@@ -127,8 +127,8 @@ class World:
             capacity=self.capacities[host],
             releases=self.releases[host],
             verified_release=self.verified[host],
-            storage_release=self.storage[host],
-            network_release=self.network[host],
+            storage_release=self.storage.get(host, OLD),
+            network_release=self.network.get(host),
             problems=(self.problems[host],) if host in self.problems else (),
             servers=(*servers, *self.extra.get(host, ())),
             operations=tuple(

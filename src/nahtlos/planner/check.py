@@ -40,6 +40,7 @@ def violations(
         *_one_at_a_time(policy, child),
         *_room(policy, inventory, before, child),
         *volume_violations(policy, before, child),
+        *_gateways(observed, before, child),
     )
 
 
@@ -153,6 +154,32 @@ def _one_at_a_time(policy: Policy, child: Blueprint) -> Iterator[str]:
         drained = host not in policy.hosts or policy.intents.get(host) is HostIntent.DRAINED
         if plan.phase is HostPhase.EMPTYING and not drained:
             yield f"{host} is emptied beside {child.upgrading}, and nobody drains it"
+
+
+def _gateways(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """A way out changes its place by a move that is seen to be done, and by nothing else."""
+    routers = [move.router for move in child.gateway_moves]
+    if len(routers) != len(set(routers)):
+        yield f"ways out move twice at once: {routers}"
+    known = {move.id: move for move in before.gateway_moves}
+    for move in child.gateway_moves:
+        place = child.gateways.get(move.router)
+        if place is not None and (place.host != move.source or place.epoch >= move.epoch):
+            yield f"{move.id} does not start from the place of {move.router}"
+        if move.source == move.destination:
+            yield f"{move.id} moves {move.router} to where it is"
+    done = {
+        (move.router, move.destination, move.epoch)
+        for move in known.values()
+        if (status := ended(observed, move.id, (move.source, move.destination)))
+        and status.state is OperationState.DONE
+    }
+    for router, place in child.gateways.items():
+        old = before.gateways.get(router)
+        if old is None or old == place or old.host not in child.hosts:
+            continue
+        if (router, place.host, place.epoch) not in done:
+            yield f"the way out of {router} goes from {old.host} to {place.host} without a move"
 
 
 def _room(policy: Policy, inventory: Inventory, before: Blueprint, child: Blueprint) -> Iterator[str]:

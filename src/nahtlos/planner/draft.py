@@ -13,16 +13,18 @@ from nahtlos.model.blueprint import (
     Campaign,
     CampaignState,
     Failure,
+    GatewayPlace,
     HostIntent,
     HostPhase,
     HostPlan,
+    PlannedGatewayMove,
     PlannedMove,
     PlannedVerify,
     Policy,
     Waiting,
     WaitKind,
 )
-from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, ServerId
+from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, RouterId, ServerId
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
 from nahtlos.model.volume_work import PlannedVolumeTask
@@ -79,6 +81,9 @@ class Draft:
         self.moves: dict[OperationId, PlannedMove] = {move.id: move for move in base.moves}
         self.moving: dict[ServerId, PlannedMove] = {move.server: move for move in base.moves}
         self.verifies: dict[OperationId, PlannedVerify] = {verify.id: verify for verify in base.verifies}
+        self.gateways: dict[RouterId, GatewayPlace] = dict(base.gateways)
+        self.gateway_moves: dict[OperationId, PlannedGatewayMove] = {m.id: m for m in base.gateway_moves}
+        self.failed_gateway_moves: dict[RouterId, Failure] = dict(base.failed_gateway_moves)
         self.attempts = dict(base.attempts)
         self.failed_moves: dict[ServerId, Failure] = dict(base.failed_moves)
         self.failed_verifies: dict[HostId, Failure] = dict(base.failed_verifies)
@@ -152,6 +157,16 @@ class Draft:
         known = self.policy.machine_types.get(release) if release is not None else None
         return known is None or spec is None or spec.machine in known
 
+    @property
+    def moving_gateways(self) -> frozenset[RouterId]:
+        return frozenset(move.router for move in self.gateway_moves.values())
+
+    def holds(self, host: HostId) -> bool:
+        """Whether something is at `host` that a drain has to take away first."""
+        servers = any(assignment.host == host for assignment in self.servers.values())
+        gateways = any(place.host == host for place in self.gateways.values())
+        return servers or gateways or any(n.gateway_host == host for n in self.policy.networks)
+
     def volume_hosts(self, server: ServerId) -> set[HostId]:
         """Hosts that serve volumes of `server`."""
         spec = self.policy.servers.get(server)
@@ -188,8 +203,7 @@ class Draft:
             case HostIntent.CORDONED:
                 return HostPhase.CORDONED
             case HostIntent.DRAINED:
-                held = any(assignment.host == host for assignment in self.servers.values())
-                return HostPhase.EMPTYING if held else HostPhase.DRAINED
+                return HostPhase.EMPTYING if self.holds(host) else HostPhase.DRAINED
 
     def set_phase(self, host: HostId, phase: HostPhase) -> None:
         plan = self.hosts[host]
@@ -215,6 +229,9 @@ class Draft:
             verifies=tuple(self.verifies.values()),
             volume_tasks=tuple(self.volume_tasks.values()),
             failed_volume_tasks=self.failed_volume_tasks,
+            gateways=self.gateways,
+            gateway_moves=tuple(self.gateway_moves.values()),
+            failed_gateway_moves=self.failed_gateway_moves,
             attempts=self.attempts,
             failed_moves=self.failed_moves,
             failed_verifies=self.failed_verifies,

@@ -22,7 +22,7 @@ def settle_hosts(draft: Draft) -> None:
     for host in sorted(draft.hosts):
         if host not in draft.policy.hosts:
             _leave(draft, host)
-        elif draft.is_compute(host):
+        else:
             _follow_intent(draft, host)
 
 

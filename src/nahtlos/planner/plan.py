@@ -12,6 +12,7 @@ from nahtlos.planner.capacity import capacity_report, count_rooms
 from nahtlos.planner.check import check
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.evacuate import evacuate_hosts
+from nahtlos.planner.gateways import plan_gateways
 from nahtlos.planner.hosts import settle_hosts, verify_switching_hosts
 from nahtlos.planner.moves import forget_old_failures
 from nahtlos.planner.outcome import absorb_outcomes
@@ -35,6 +36,7 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     verify_switching_hosts(draft)
     evacuate_hosts(draft)
     plan_volumes(draft)
+    plan_gateways(draft)
     forget_old_failures(draft)
     blueprint = draft.finish()
     check(policy, inventory, parent, blueprint)
@@ -43,7 +45,8 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
 
 def _report(draft: Draft, blueprint: Blueprint) -> PlanReport:
     changed = blueprint is not draft.parent
-    tasks = (*blueprint.moves, *blueprint.verifies, *blueprint.volume_tasks)
+    moves = (*blueprint.moves, *blueprint.gateway_moves)
+    tasks = (*moves, *blueprint.verifies, *blueprint.volume_tasks)
     idle = not tasks and not draft.waiting
     return PlanReport(
         changes=tuple(draft.changes) if changed else (),

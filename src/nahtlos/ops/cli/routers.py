@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import FloatingIpId, HostId, PortId, ProjectId, RouterId, SubnetId
 from nahtlos.model.networking import Route, RouterGateway
 from nahtlos.ops.cli import network_pictures as pictures
@@ -70,6 +71,29 @@ def router_commands(surroundings: Surroundings) -> typer.Typer:
         """Detach subnets."""
         change = RouterChange(detach=tuple(SubnetId(s) for s in subnets))
         await _change(cli, router, change, wait=wait, deadline=deadline)
+
+    @command(app, "set", surroundings)
+    async def set_(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        router: Router,
+        gateway_host: Annotated[str, typer.Option(help="Edge host to lead out at.", show_default=False)],
+        wait: Wait = True,
+        deadline: Deadline = DEADLINE,
+    ) -> None:
+        """Move the way out to another edge host; its address and all connections stay."""
+        async with cli.client() as client:
+            gateway = (await client.networks.router(RouterId(router))).gateway
+            if gateway is None:
+                raise Conflict(
+                    f"{router} has no way out",
+                    field="gateway_host",
+                    remedy=f"nahtlos router gateway set {router} --host {gateway_host} --address ADDRESS",
+                )
+            moved = RouterGateway(host=HostId(gateway_host), address=gateway.address, snat=gateway.snat)
+            value = await client.networks.change_router(RouterId(router), RouterChange(gateway=moved))
+            text = f"the way out of {router} moves to {gateway_host}"
+            await settle(cli, client, text, wait=wait, deadline=deadline)
+        cli.show(value, pictures.router(value))
 
     @command(app, "delete", surroundings)
     async def delete(  # pyright: ignore[reportUnusedFunction]

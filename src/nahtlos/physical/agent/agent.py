@@ -385,6 +385,7 @@ class Agent:
             case BeginVolumeTask():
                 self._begin_volume_task(body.order)
             case BeginGateway():
+                await self._gateways.supersede(body.order)
                 self._begin(self._gateways.begun(body.order))
             case CancelOperation():
                 self._cancel(body.id)

@@ -9,11 +9,12 @@
 The destination alone decides, by one durable write. Until then it has everything, and nothing leads to it.
 From then on both host the way out: the new one answers to the outside, the old one leads out what hosts that
 have not converged yet still send there, and what it learns meanwhile follows. Its end is the orchestrator's
-word that every host knows (`RouterConfig.passing` is gone). A step that was interrupted is repeated.
+word that every host knows (`RouterConfig.settled`). A step that was interrupted is repeated.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from enum import StrEnum
 
 import msgspec
 
@@ -42,6 +43,8 @@ PREPARE_SECONDS = 10.0
 PREPARE_AGAIN_SECONDS = 0.1
 SILENCE_SECONDS = 60.0
 """Without a word of the source an untaken gateway is given up."""
+CARRY_OVER_SECONDS = 20.0
+"""For a destination that does not answer, before it is asked to take anything."""
 CARRY_SECONDS = (0.05, 2.0)
 """What the old place learns follows at once after the switch, when hosts still send there, later seldom."""
 
@@ -90,12 +93,26 @@ def prepared(config: HostConfig, order: GatewayOrder) -> HostConfig:
     return msgspec.structs.replace(config, routers=tuple(routers))
 
 
-def may_forget(config: HostConfig | None, order: GatewayOrder) -> bool:
-    """Every host sends to the new place, as far as the source has been told."""
-    router = next((r for r in config.routers if r.spec.id == order.id_of_router), None) if config else None
-    if router is None or router.spec.gateway is None:
-        return config is not None
-    return router.gateway_epoch >= order.epoch and not router.passing
+class Told(StrEnum):
+    """What the source's configuration says of a way out that it has handed over."""
+
+    NOTHING = "nothing"
+    """Some host may still send here."""
+    SETTLED = "settled"
+    """Every host sends to the new place."""
+    GONE = "gone"
+    """There is no such way out any more, or it has gone further: nobody asks for what is known here."""
+
+
+def told(config: HostConfig | None, order: GatewayOrder) -> Told:
+    if config is None:
+        return Told.NOTHING
+    router = next((r for r in config.routers if r.spec.id == order.id_of_router), None)
+    if router is None or router.spec.gateway is None or router.gateway_epoch > order.epoch:
+        return Told.GONE
+    if router.gateway_epoch < order.epoch:
+        return Told.NOTHING
+    return Told.SETTLED if router.settled or not router.passing else Told.NOTHING
 
 
 # --- source ------------------------------------------------------------------------------------------
@@ -132,7 +149,7 @@ class SourceGateway:
             outcome = await self._resolve(Unavailable("the source's agent was restarted"))
         else:
             try:
-                await self._carry_over()
+                await self._until_carried_over()
                 outcome = await self._ask_to_take()
             except Exception as raised:
                 error = self._context.error_of(raised)
@@ -146,6 +163,22 @@ class SourceGateway:
         else:
             record = outcome.error or ErrorRecord(kind="unavailable", message="the destination gave it up")
             self._end(OperationState.UNDONE, record)
+
+    async def _until_carried_over(self) -> None:
+        """Tried for a while: nobody waits for it, and both agents may be restarted meanwhile."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CARRY_OVER_SECONDS
+        while True:
+            try:
+                await self._carry_over()
+            except Unavailable as error:
+                if loop.time() > until:
+                    raise
+                self._context.waits[self._order.id] = f"{self._order.destination.host} ({error.message})"
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            else:
+                self._context.waits.pop(self._order.id, None)
+                return
 
     async def _carry_over(self) -> None:
         self._check_held()
@@ -210,20 +243,27 @@ class SourceGateway:
             await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     async def _pass_on(self) -> None:
-        """Forward only: what this place still learns follows, until it is told that nobody sends here."""
+        """Forward only: what this place still learns follows, once more after it was told that nobody sends
+        here any more."""
         pause = CARRY_SECONDS[0]
-        while not may_forget(self._context.ledger.config(), self._order):
-            self._context.waits[self._order.id] = "every host to send to the new place"
-            try:
-                await self._peer.tell(GatewayState(id=self._order.id, state=await self._state()), ASK_SECONDS)
-            except Exception as error:
-                why = self._context.error_of(error).message
-                self._context.waits[self._order.id] = (
-                    f"{self._order.destination.host} to hear the rest ({why})"
-                )
+        while True:
+            said = told(self._context.ledger.config(), self._order)
+            if said is Told.GONE or (await self._carry_on() and said is Told.SETTLED):
+                break
             await asyncio.sleep(pause)
             pause = min(2 * pause, CARRY_SECONDS[1])
         self._end(OperationState.DONE, None)
+
+    async def _carry_on(self) -> bool:
+        """Whether the destination has what is known here now."""
+        self._context.waits[self._order.id] = "every host to send to the new place"
+        try:
+            await self._peer.tell(GatewayState(id=self._order.id, state=await self._state()), ASK_SECONDS)
+        except Exception as error:
+            why = self._context.error_of(error).message
+            self._context.waits[self._order.id] = f"{self._order.destination.host} to hear the rest ({why})"
+            return False
+        return True
 
     # --- record ---
 
@@ -408,6 +448,16 @@ class Gateways:
             raise Refused(f"the move {' -> '.join(order.hosts)} is not for {me}", field="order")
         role = Role.SOURCE if me == order.source.host else Role.DESTINATION
         return Journal(id=order.id, kind=OperationKind.GATEWAY, role=role, gateway=order)
+
+    async def supersede(self, order: GatewayOrder) -> None:
+        """An earlier move to here that was not decided is given up: the orchestrator has done so, too."""
+        earlier = self._context.ledger.running_for_router(order.id_of_router)
+        if earlier is None or earlier.gateway is None or earlier.role is not Role.DESTINATION:
+            return
+        if earlier.gateway.epoch < order.epoch:
+            running = self._running.get(earlier.id)
+            operation = running if isinstance(running, DestinationGateway) else self._destination(earlier)
+            await operation.answer(GatewayAbandon(id=earlier.id))
 
     def run(self, journal: Journal, *, recovering: bool) -> Coroutine[None, None, Journal]:
         if journal.role is Role.SOURCE:

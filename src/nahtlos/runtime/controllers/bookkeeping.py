@@ -6,14 +6,15 @@ ended outside every blueprint, a campaign that is over.
 
 from dataclasses import dataclass
 
-from nahtlos.model.blueprint import CampaignState, Policy
+from nahtlos.model.blueprint import CampaignState, HostIntent, Policy
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, RouterId, ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole
 from nahtlos.planner.upgrade import campaign_over
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.executor.decide import OVER, move_order
+from nahtlos.runtime.executor.decide import OVER, move_order, operations_of
+from nahtlos.runtime.executor.gateway_orders import gateway_order
 from nahtlos.runtime.executor.world import World
 
 
@@ -25,6 +26,8 @@ class Chores:
     stray_ends: tuple[tuple[HostId, OperationId], ...] = ()
     impossible_moves: tuple[tuple[HostId, OperationId, ErrorRecord], ...] = ()
     """Moves that can never begin, with the host that will say so."""
+    moved_gateways: tuple[tuple[RouterId, HostId, HostId], ...] = ()
+    """Routers whose way out a drain has moved: from where it was asked for, to where it is asked for now."""
     campaign_over: bool = False
 
     def __bool__(self) -> bool:
@@ -38,6 +41,7 @@ def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> 
         gone_volumes=_gone_volumes(state, inventory),
         stray_ends=_stray_ends(state, inventory, world),
         impossible_moves=_impossible_moves(world),
+        moved_gateways=_moved_gateways(world),
         campaign_over=policy.campaign is not None
         and policy.campaign.state in (CampaignState.RUNNING, CampaignState.CANCELLED)
         and campaign_over(policy, world.blueprint),
@@ -92,7 +96,7 @@ def _gone_volumes(state: State, inventory: Inventory) -> tuple[VolumeId, ...]:
 def _stray_ends(state: State, inventory: Inventory, world: World) -> tuple[tuple[HostId, OperationId], ...]:
     """Ended operations that wait for an acknowledgement although no blueprint names them and no record
     tells of their end."""
-    current = {o.id for o in (*world.blueprint.moves, *world.blueprint.verifies)}
+    current = operations_of(world.blueprint)
     return tuple(
         (host, o.id)
         for host, seen in sorted(inventory.hosts.items())
@@ -109,4 +113,23 @@ def _impossible_moves(world: World) -> tuple[tuple[HostId, OperationId, ErrorRec
         if told is None and move.id not in world.refused and move_order(world, move) is None:
             error = ErrorRecord(kind="refused", message=f"{move.server} is not to exist any more")
             found.append((move.source, move.id, error))
+    for gateway in world.blueprint.gateway_moves:
+        told = world.status(gateway.source, gateway.id) or world.status(gateway.destination, gateway.id)
+        if told is None and gateway.id not in world.refused and gateway_order(world, gateway) is None:
+            error = ErrorRecord(kind="refused", message=f"{gateway.router} has no way out any more")
+            found.append((gateway.source, gateway.id, error))
     return tuple(found)
+
+
+def _moved_gateways(world: World) -> tuple[tuple[RouterId, HostId, HostId], ...]:
+    """It stays where a drain has sent it, also once the drained host is taken back."""
+    moving = {move.router for move in world.blueprint.gateway_moves}
+    places, policy = world.blueprint.gateways, world.policy
+    return tuple(
+        (router, asked, places[router].host)
+        for router, asked in sorted(policy.gateways.items())
+        if router in places
+        and router not in moving
+        and places[router].host != asked
+        and policy.intents.get(asked) is HostIntent.DRAINED
+    )

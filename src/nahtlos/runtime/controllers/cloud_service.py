@@ -110,7 +110,7 @@ class CloudService:
     async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView:
         async with self._looks.changing() as tx:
             state, _ = await self._read(tx)
-            requests.compute_host(state, host)
+            requests.check_intent(state, host, intent)
             await intents.set_intent(tx, host, intent)
         self._said("host.intent", host, f"{host} is to be {intent}")
         return await self.host(host)

@@ -27,7 +27,7 @@ from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.controllers.waits import LastingWaits
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
-from nahtlos.runtime.store import blueprints, campaigns, intent, operations
+from nahtlos.runtime.store import blueprints, campaigns, intent, networking, operations
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import Store
@@ -127,6 +127,8 @@ class PlanningLoop:
                 status = world.status(host, operation)
                 if status is not None:
                     await operations.end(tx, outcomes.stray_record(status, host), now)
+            for router, before, at in found.moved_gateways:
+                await networking.place_gateway(tx, router, before, at)
             for host, operation, error in found.impossible_moves:
                 await operations.refuse(tx, operation, host, error)
             if found.campaign_over and state.campaign is not None:

@@ -12,19 +12,21 @@ from nahtlos.model.blueprint import (
     Blueprint,
     HostPlan,
     OperationRecord,
+    PlannedGatewayMove,
     PlannedMove,
     PlannedVerify,
     Policy,
 )
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId
-from nahtlos.model.inventory import Inventory, OperationState, OperationStatus
+from nahtlos.model.inventory import Inventory, OperationKind, OperationState, OperationStatus
 from nahtlos.planner.predict import MoveSample
 from nahtlos.runtime.store.events import EventDraft
 
 RUNNING = OperationState.RUNNING.value
 DONE = OperationState.DONE.value
 UNDONE = OperationState.UNDONE.value
+GATEWAY = OperationKind.GATEWAY.value
 
 # Steps by the clocks of the two hosts, as the agents name them in the times of a move.
 STOPPED_AT_SOURCE = "stopped"
@@ -67,6 +69,19 @@ def begun(
         for verify in blueprint.verifies
         if verify.id not in before
     ]
+    records += [
+        OperationRecord(
+            id=gateway.id,
+            kind=GATEWAY,
+            subject=gateway.router,
+            state=RUNNING,
+            source=gateway.source,
+            destination=gateway.destination,
+            reason=gateway.reason,
+        )
+        for gateway in blueprint.gateway_moves
+        if gateway.id not in before
+    ]
     return records
 
 
@@ -82,7 +97,10 @@ def ended(
     after = _ids(blueprint)
     moves = [_ended_move(m, blueprint, seen, known.get(m.id)) for m in parent.moves if m.id not in after]
     verifies = [_ended_verify(v, seen, known.get(v.id)) for v in parent.verifies if v.id not in after]
-    return moves + verifies
+    gateways = [
+        _ended_gateway(g, blueprint, seen, known.get(g.id)) for g in parent.gateway_moves if g.id not in after
+    ]
+    return moves + verifies + gateways
 
 
 def left(parent: Blueprint | None, blueprint: Blueprint) -> tuple[OperationId, ...]:
@@ -126,7 +144,9 @@ def sample_of(record: OperationRecord, memory_mib: int) -> MoveSample | None:
 
 
 def _ids(blueprint: Blueprint | None) -> set[OperationId]:
-    return {o.id for o in (*blueprint.moves, *blueprint.verifies)} if blueprint else set()
+    if blueprint is None:
+        return set()
+    return {o.id for o in (*blueprint.moves, *blueprint.verifies, *blueprint.gateway_moves)}
 
 
 def _ended_move(
@@ -154,6 +174,29 @@ def _ended_move(
         release_after=(after or _planned_release(blueprint, move.destination))
         if done
         else record.release_before,
+    )
+
+
+def _ended_gateway(
+    move: PlannedGatewayMove, blueprint: Blueprint, seen: Inventory, known: OperationRecord | None
+) -> OperationRecord:
+    statuses = _statuses(seen, move.id, (move.source, move.destination))
+    place = blueprint.gateways.get(move.router)
+    done = place is not None and (place.host, place.epoch) == (move.destination, move.epoch)
+    record = known or OperationRecord(
+        id=move.id,
+        kind=GATEWAY,
+        subject=move.router,
+        state=RUNNING,
+        source=move.source,
+        destination=move.destination,
+        reason=move.reason,
+    )
+    return msgspec.structs.replace(
+        record,
+        state=DONE if done else UNDONE,
+        error=None if done else _error(statuses),
+        times=_times(statuses),
     )
 
 
@@ -240,6 +283,11 @@ def _announce_replacing(host: HostId, before: HostPlan | None, plan: HostPlan) -
 
 
 def _announce_begin(record: OperationRecord) -> EventDraft:
+    if record.kind == GATEWAY:
+        text = f"the way out of {record.subject} moves from {record.source} to {record.destination}: "
+        return EventDraft(
+            kind="gateway.begun", subject=record.subject, text=text + record.reason, data=_places(record)
+        )
     if record.kind != "move":
         text = f"{record.subject} verifies {record.release_after}"
         return EventDraft(
@@ -253,6 +301,10 @@ def _announce_end(record: OperationRecord) -> EventDraft:
     why = f": {record.error.message}" if record.error else ""
     seconds = max(record.times.values()) - min(record.times.values()) if record.times else 0.0
     data: dict[str, str | int | float] = {**_places(record), "state": record.state, "seconds": seconds}
+    if record.kind == GATEWAY:
+        how = f"is at {record.destination}" if record.state == DONE else f"stays at {record.source}{why}"
+        text = f"the way out of {record.subject} {how}"
+        return EventDraft(kind="gateway.ended", subject=record.subject, text=text, data=data)
     if record.kind != "move":
         text = f"{record.subject} has verified {record.release_after}: {record.state}{why}"
         return EventDraft(kind="verify.ended", subject=record.subject, text=text, data=data)

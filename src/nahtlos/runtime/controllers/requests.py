@@ -4,17 +4,19 @@ the remedy."""
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from nahtlos.model.blueprint import GatewayPlace, HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import (
     HostId,
     ImageId,
     ReleaseId,
+    RouterId,
     ServerId,
     VolumeId,
     checked_name,
 )
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.networking import PortSpec
+from nahtlos.model.networking import PortSpec, RouterSpec
 from nahtlos.model.nouns import Component, HostRole, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.planner.place import room_for
@@ -53,6 +55,34 @@ def compute_host(state: State, host: HostId, field: str = "host") -> HostId:
             remedy=f"hosts that do: {listed(others)}",
         )
     return host
+
+
+def check_intent(state: State, host: HostId, intent: HostIntent) -> None:
+    """A drain that cannot come to its end for want of another host is refused; what waits is told later."""
+    role = state.hosts[known_host(state, host)].spec.role
+    if role is not HostRole.EDGE or intent is not HostIntent.DRAINED:
+        return
+    topology = state.topology()
+    places = state.blueprint.gateways if state.blueprint else {}
+    here = [r for r, spec in topology.routers.items() if spec.gateway and _place_of(spec, places) == host]
+    others = [
+        other
+        for other, row in state.hosts.items()
+        if other != host and row.spec.role is HostRole.EDGE and topology.external_interface(other)
+    ]
+    if here and not others:
+        raise Conflict(
+            f"{host} has the way out of {listed(here)}, and no other edge host has one to the outside",
+            field="host",
+            remedy="join another edge host and name its interface under `external` in the settings, or take "
+            "the way out away: nahtlos router gateway unset",
+        )
+
+
+def _place_of(router: RouterSpec, places: Mapping[RouterId, GatewayPlace]) -> HostId | None:
+    if router.id in places:
+        return places[router.id].host
+    return router.gateway.host if router.gateway else None
 
 
 def known_server(state: State, server: ServerId) -> ServerId:

@@ -18,7 +18,7 @@ from nahtlos.model.inventory import (
     OperationStatus,
 )
 from nahtlos.model.networking import NetworkSpec
-from nahtlos.model.nouns import Component, Size
+from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.world import World
@@ -66,6 +66,8 @@ class State:
             storage_release=self.storage_release,
             network_release=self.network_release,
             campaign=self.campaign.campaign if self.campaign else None,
+            gateways={r.id: r.gateway.host for r in self.functions.routers.values() if r.gateway},
+            outside=self._outside(),
             placements={name: row.placement for name, row in here.items() if row.placement},
             machine_types=self.machine_types,
             requested_moves={name: row.move_to for name, row in here.items() if row.move_requested},
@@ -84,9 +86,25 @@ class State:
                 )
         return Inventory(hosts=hosts, connected=connected & self.hosts.keys())
 
+    def _outside(self) -> frozenset[HostId]:
+        """Edge hosts that a router can lead out by."""
+        topology = self.topology()
+        edges = (host for host, row in self.hosts.items() if row.spec.role is HostRole.EDGE)
+        return frozenset(host for host in edges if topology.external_interface(host))
+
     def _refused(self, operation: OperationId, error: ErrorRecord) -> OperationStatus:
         moves = {m.id: m for m in (self.blueprint.moves if self.blueprint else ())}
         move = moves.get(operation)
+        gateways = {m.id: m.router for m in (self.blueprint.gateway_moves if self.blueprint else ())}
+        if operation in gateways:
+            return OperationStatus(
+                id=operation,
+                kind=OperationKind.GATEWAY,
+                state=OperationState.UNDONE,
+                step="refused",
+                router=gateways[operation],
+                error=error,
+            )
         return OperationStatus(
             id=operation,
             kind=OperationKind.MOVE if move else OperationKind.VERIFY,
@@ -123,7 +141,7 @@ class State:
             refused=frozenset(self.refusals),
             held_back=frozenset(
                 move.id
-                for move in blueprint.moves
+                for move in (*blueprint.moves, *blueprint.gateway_moves)
                 if now < self.begun_at.get(move.id, now) + move.patience_seconds
             ),
         )

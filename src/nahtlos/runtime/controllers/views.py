@@ -129,6 +129,7 @@ def _running(blueprint: Blueprint | None, inventory: Inventory) -> tuple[Operati
         return ()
     asked = [(m.id, (m.source, m.destination)) for m in blueprint.moves]
     asked += [(v.id, (v.host,)) for v in blueprint.verifies]
+    asked += [(g.id, (g.source, g.destination)) for g in blueprint.gateway_moves]
     found: list[OperationStatus] = []
     for operation, hosts in asked:
         seen = [inventory.hosts[h] for h in hosts if h in inventory.hosts]

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 
 from nahtlos.model.errors import Error, ErrorRecord, Refused, Stale
 from nahtlos.model.ids import OperationId
-from nahtlos.runtime.executor.decide import HostOrders
-from nahtlos.wire.messages import Acknowledge, BeginMove, BeginVerify, Configure
+from nahtlos.runtime.executor.decide import Begin, HostOrders
+from nahtlos.wire.messages import Acknowledge, BeginVerify, Configure
 from nahtlos.wire.session import Session
 
 COMMAND_TIMEOUT = 10.0
@@ -74,8 +74,8 @@ class Outbox:
         if orders.acknowledge:
             await self._session.request(Acknowledge(ids=orders.acknowledge), timeout=COMMAND_TIMEOUT)
 
-    async def _begin(self, order: BeginMove | BeginVerify) -> None:
-        operation = order.order.id if isinstance(order, BeginMove) else order.id
+    async def _begin(self, order: Begin) -> None:
+        operation = order.id if isinstance(order, BeginVerify) else order.order.id
         told_at = self._begun.get(operation)
         if told_at is not None and self._reports < told_at + REPORTS_UNTIL_AGAIN:
             return

@@ -7,23 +7,26 @@ once the destination says that it knows it.
 
 from collections.abc import Iterable
 
-from nahtlos.model.blueprint import PlannedMove
+from nahtlos.model.blueprint import Blueprint, PlannedMove
 from nahtlos.model.config import HostConfig
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.values import Value
 from nahtlos.runtime.executor.configs import next_config, server_config
+from nahtlos.runtime.executor.gateway_orders import begin_gateways
 from nahtlos.runtime.executor.world import World
+from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder
 
 OVER = (OperationState.DONE, OperationState.UNDONE)
+Begin = BeginMove | BeginVerify | BeginGateway
 
 
 class HostOrders(Value, frozen=True, kw_only=True):
     """In this order: the configuration, what to begin, what may be forgotten."""
 
     config: HostConfig
-    begin: tuple[BeginMove | BeginVerify, ...] = ()
+    begin: tuple[Begin, ...] = ()
     acknowledge: tuple[OperationId, ...] = ()
 
 
@@ -46,9 +49,9 @@ def decide(world: World) -> Orders:
     return Orders(hosts=orders, new_configs=changed)
 
 
-def _begins(world: World, host: HostId) -> tuple[BeginMove | BeginVerify, ...]:
+def _begins(world: World, host: HostId) -> tuple[Begin, ...]:
     moves = (order for move in world.blueprint.moves if (order := _begin_move(world, move, host)))
-    return (*moves, *_begin_verifies(world, host))
+    return (*moves, *_begin_verifies(world, host), *begin_gateways(world, host))
 
 
 def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | None:
@@ -95,10 +98,15 @@ def _begin_verifies(world: World, host: HostId) -> Iterable[BeginVerify]:
             yield BeginVerify(id=verify.id, release=verify.release)
 
 
+def operations_of(blueprint: Blueprint) -> set[OperationId]:
+    moves = (*blueprint.moves, *blueprint.gateway_moves)
+    return {o.id for o in (*moves, *blueprint.verifies)}
+
+
 def _acknowledgements(world: World, host: HostId) -> tuple[OperationId, ...]:
     """Ended operations that no blueprint waits for and whose end is recorded."""
     inventory = world.inventory.hosts.get(host)
-    current = {o.id for o in (*world.blueprint.moves, *world.blueprint.verifies)}
+    current = operations_of(world.blueprint)
     return tuple(
         o.id
         for o in (inventory.operations if inventory else ())

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+import msgspec
+
+from nahtlos.model.blueprint import GatewayPlace
 from nahtlos.model.config import (
     LoadBalancerConfig,
     NetworkConfig,
@@ -46,24 +49,39 @@ def security_groups(world: World, networks: Iterable[NetworkConfig]) -> tuple[Se
 def routers(world: World, host: HostId, networks: Iterable[NetworkConfig]) -> tuple[RouterConfig, ...]:
     """Those that route between `networks`. What only the host with the way out needs is told to it alone."""
     here = {network.spec.id for network in networks}
-    found: list[RouterConfig] = []
-    for _, spec in sorted(world.topology.routers.items()):
-        gateway = spec.gateway
-        at = world.policy.hosts.get(gateway.host) if gateway else None
-        mine = at is not None and at.id == host
-        if mine or any(touches(spec, network) for network in here):
-            found.append(
-                RouterConfig(
-                    spec=spec,
-                    gateway_vtep=at.address if at else "",
-                    interface=world.topology.external_interface(host) if mine else "",
-                    floating_ips=_floating_ips(world, spec) if mine else (),
-                )
-            )
-    return tuple(found)
+    known = sorted(world.topology.routers.items())
+    return tuple(
+        _router(world, host, spec)
+        for _, spec in known
+        if host in world.gateways.hosts(spec) or any(touches(spec, network) for network in here)
+    )
 
 
-def _floating_ips(world: World, router: RouterSpec) -> tuple[FloatingIpSpec, ...]:
+def _router(world: World, host: HostId, router: RouterSpec) -> RouterConfig:
+    place = world.gateways.place(router)
+    at = world.policy.hosts.get(place.host) if place else None
+    passes = world.gateways.passes(host, router)
+    leads_out = passes or (at is not None and at.id == host)
+    return RouterConfig(
+        spec=_placed(router, place),
+        gateway_vtep=at.address if at else "",
+        interface=world.topology.external_interface(host) if leads_out else "",
+        floating_ips=floating_ips(world, router) if leads_out else (),
+        gateway_epoch=place.epoch if place else 0,
+        passing=passes,
+        settled=passes and world.gateways.settled(host, router),
+    )
+
+
+def _placed(router: RouterSpec, place: GatewayPlace | None) -> RouterSpec:
+    """With its way out where it is, which may not be where it is asked for."""
+    if router.gateway is None or place is None or router.gateway.host == place.host:
+        return router
+    gateway = msgspec.structs.replace(router.gateway, host=place.host)
+    return msgspec.structs.replace(router, gateway=gateway)
+
+
+def floating_ips(world: World, router: RouterSpec) -> tuple[FloatingIpSpec, ...]:
     """That lead to a port that is there: a server may have been deleted by who knows no floating IPs."""
     ports = {port.id for spec in world.policy.servers.values() for port in spec.ports}
     known = sorted(world.topology.floating_ips.items())

@@ -11,6 +11,7 @@ from nahtlos.model.networking import NetworkSpec, RouterSpec
 from nahtlos.model.nouns import HostRole, HostSpec
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
+from nahtlos.runtime.executor.gateways import Gateways
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,10 @@ class World:
                 places.update({port.id: host for port in spec.ports})
         return places
 
+    @cached_property
+    def gateways(self) -> Gateways:
+        return Gateways(self.blueprint, self.inventory, self.configs, frozenset(self.policy.hosts))
+
     # --- the virtual network, as all hosts see it: worked out once for all of them ---
 
     @cached_property
@@ -68,7 +73,7 @@ class World:
         if host.role is HostRole.COMPUTE or network.gateway_host == host.id:
             return True
         routed = any(
-            router.gateway is not None and router.gateway.host == host.id and touches(router, network.id)
+            touches(router, network.id) and host.id in self.gateways.hosts(router)
             for router in self.topology.routers.values()
         )
         carried = self.topology.balancers.values()

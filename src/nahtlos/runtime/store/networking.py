@@ -209,6 +209,15 @@ async def put_router(tx: AsyncConnection, spec: RouterSpec) -> None:
     await _write(tx, schema.routers, spec.id, spec)
 
 
+async def place_gateway(tx: AsyncConnection, router: RouterId, before: HostId, at: HostId) -> None:
+    """The way out is asked for at `at` from now on, unless somebody has meanwhile asked for another host than
+    `before`."""
+    for spec in await _values(tx, schema.routers, RouterSpec):
+        if spec.id == router and spec.gateway is not None and spec.gateway.host == before:
+            gateway = msgspec.structs.replace(spec.gateway, host=at)
+            await put_router(tx, msgspec.structs.replace(spec, gateway=gateway))
+
+
 async def forget_router(tx: AsyncConnection, router: RouterId) -> None:
     await _forget(tx, schema.routers, router, f"router/{router}")
 
