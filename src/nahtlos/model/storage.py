@@ -163,6 +163,8 @@ class BackupSpec(Value, frozen=True, kw_only=True):
     volume: VolumeId
     target: str
     """A folder at the volume's host, or an `nbd://` address."""
+    host: HostId = HostId("")
+    """Who wrote it: whose folder it is. A backup from a folder is restored there."""
     base: BackupId | None = None
     created_at: float = 0.0
     size_mib: int = 0

@@ -191,7 +191,12 @@ def _backup(draft: Draft, work: BackingUp) -> Decided | Unready:
         return _gone(work, work.backup.volume)
     if not volume.current:
         return Unready(work, WaitKind.BLOCKED, f"no copy of {volume.id} is current")
-    whole = msgspec.structs.replace(
-        work, backup=msgspec.structs.replace(work.backup, size_mib=volume.size_mib)
-    )
-    return Decided(whole, volume.current[0], (volume.current[0],), "")
+    host = _where_base_was_made(work, volume)
+    told = msgspec.structs.replace(work.backup, size_mib=volume.size_mib, host=host)
+    return Decided(msgspec.structs.replace(work, backup=told), host, (host,), "")
+
+
+def _where_base_was_made(work: BackingUp, volume: VolumeSpec) -> HostId:
+    """There it is known what has changed since."""
+    base = work.base.host if work.base is not None else volume.host
+    return base if base in volume.current else volume.current[0]

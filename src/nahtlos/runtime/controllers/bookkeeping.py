@@ -4,7 +4,7 @@ Requests that were served, servers no host runs any more, volumes no host keeps 
 ended outside every blueprint, a campaign that is over.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nahtlos.model.blueprint import CampaignState, HostIntent, Policy
 from nahtlos.model.errors import ErrorRecord
@@ -13,6 +13,7 @@ from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole
 from nahtlos.planner.upgrade import campaign_over
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_chores import VolumeChores, volume_chores
 from nahtlos.runtime.executor.decide import OVER, move_order, operations_of
 from nahtlos.runtime.executor.gateway_orders import gateway_order
 from nahtlos.runtime.executor.world import World
@@ -29,6 +30,7 @@ class Chores:
     moved_gateways: tuple[tuple[RouterId, HostId, HostId], ...] = ()
     """Routers whose way out a drain has moved: from where it was asked for, to where it is asked for now."""
     campaign_over: bool = False
+    of_volumes: VolumeChores = field(default_factory=VolumeChores)
 
     def __bool__(self) -> bool:
         return self != Chores()
@@ -36,6 +38,7 @@ class Chores:
 
 def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> Chores:
     return Chores(
+        of_volumes=volume_chores(state, policy, inventory, world),
         served_requests=_served_requests(policy, world),
         gone_servers=_gone_servers(state, inventory, world),
         gone_volumes=_gone_volumes(state, inventory),
@@ -83,14 +86,23 @@ def _has_removed(state: State, inventory: Inventory, host: HostId, server: Serve
 
 
 def _gone_volumes(state: State, inventory: Inventory) -> tuple[VolumeId, ...]:
-    gone: list[VolumeId] = []
-    for volume in state.removed_volumes():
-        config, seen = state.configs.get(volume.host), inventory.hosts.get(volume.host)
-        if config is None or seen is None or volume.id not in config.removed_volumes:
-            continue
-        if seen.generation >= config.generation and all(v.id != volume.id for v in seen.volumes):
-            gone.append(volume.id)
-    return tuple(gone)
+    """No host that had a copy has it any more."""
+    return tuple(
+        volume.id
+        for volume in state.removed_volumes()
+        if all(
+            _has_deleted(state, inventory, copy.host, volume.id)
+            for copy in volume.copies
+            if copy.host in state.hosts
+        )
+    )
+
+
+def _has_deleted(state: State, inventory: Inventory, host: HostId, volume: VolumeId) -> bool:
+    config, seen = state.configs.get(host), inventory.hosts.get(host)
+    if config is None or seen is None or volume not in config.removed_volumes:
+        return False
+    return seen.generation >= config.generation and all(v.id != volume for v in seen.volumes)
 
 
 def _stray_ends(state: State, inventory: Inventory, world: World) -> tuple[tuple[HostId, OperationId], ...]:

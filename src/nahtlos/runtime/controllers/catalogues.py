@@ -5,8 +5,10 @@ import asyncio
 from pathlib import Path
 from typing import Protocol
 
+from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, ImageId, ReleaseId
 from nahtlos.model.nouns import Release
+from nahtlos.runtime.controllers.volumes import ImageRequest, ImageView
 from nahtlos.runtime.releases import list_releases, load_release
 
 HASHING_SECONDS = 120.0
@@ -37,6 +39,16 @@ class ImageCatalog(Protocol):
         """Every image, and its size in MiB, rounded up."""
         ...
 
+    def coming(self) -> tuple[ImageView, ...]:
+        """Those that are being taken in, or could not be."""
+        ...
+
+    async def take_in(self, request: ImageRequest) -> ImageView:
+        """Begin to; it is among `coming` from then on, and in the end among the images."""
+        ...
+
+    async def delete(self, image: ImageId) -> None: ...
+
 
 class FolderReleases:
     """Bundles under `<folder>/<release>/`."""
@@ -62,6 +74,24 @@ class FolderImages:
     async def images(self) -> dict[ImageId, int]:
         async with asyncio.timeout(LISTING_SECONDS):
             return await asyncio.to_thread(self._list)
+
+    def coming(self) -> tuple[ImageView, ...]:
+        return ()
+
+    async def take_in(self, request: ImageRequest) -> ImageView:
+        raise Refused(
+            "this orchestrator takes in no images",
+            field="file",
+            remedy="put the raw image into its images folder, and into that of every host",
+        )
+
+    async def delete(self, image: ImageId) -> None:
+        async with asyncio.timeout(LISTING_SECONDS):
+            await asyncio.to_thread(self._delete, image)
+
+    def _delete(self, image: ImageId) -> None:
+        for path in self._folder.glob(f"{image}.*"):
+            path.unlink()
 
     def _list(self) -> dict[ImageId, int]:
         return {

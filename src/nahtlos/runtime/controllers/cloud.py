@@ -16,12 +16,37 @@ from nahtlos.model.blueprint import (
     OperationRecord,
     Waiting,
 )
-from nahtlos.model.ids import CampaignId, HostId, ImageId, PortId, ProjectId, ReleaseId, ServerId
+from nahtlos.model.ids import (
+    CampaignId,
+    HostId,
+    ImageId,
+    OperationId,
+    PortId,
+    ProjectId,
+    ReleaseId,
+    ServerId,
+    VolumeId,
+)
 from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
 from nahtlos.model.networking import DEFAULT_PROJECT
 from nahtlos.model.nouns import Component, HostRole, Release, Size
+from nahtlos.model.storage import VolumeFormat
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
+from nahtlos.runtime.controllers.volumes import Volumes
+
+
+class KeptVolumes(Value, frozen=True, kw_only=True):
+    """What a host keeps of volumes; and where it gives them away, how far that has come."""
+
+    volumes: tuple[VolumeId, ...] = ()
+    bytes: int = 0
+    leaving: tuple[OperationId, ...] = ()
+    """Operations that bring copies elsewhere now."""
+    bytes_left: int = 0
+    bytes_per_second: float = 0.0
+    """As measured; 0: not known."""
+    seconds_left: float | None = None
 
 
 class HostView(Value, frozen=True, kw_only=True):
@@ -42,6 +67,7 @@ class HostView(Value, frozen=True, kw_only=True):
     generation: int
     target_generation: int
     seen_at: float | None
+    kept: KeptVolumes = KeptVolumes()
     inventory: HostInventory | None = None
     """Only in the view of a single host."""
 
@@ -114,6 +140,11 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     host: HostId | None = None
     """Asks for a host; refused with by how much it lacks and where it would fit."""
     project: ProjectId = DEFAULT_PROJECT
+    volumes: tuple[VolumeId, ...] = ()
+    """Attached from the start, in this order."""
+    copies: int = 1
+    """Of its system disk."""
+    volume_format: VolumeFormat = VolumeFormat.RAW
     networks: tuple[PortRequest, ...] = ()
     """One port each. None: one in the project's only network, or the only one with an uplink."""
 
@@ -135,6 +166,9 @@ class JoinAnswer(Value, frozen=True, kw_only=True):
 class Cloud(Protocol):
     @property
     def networks(self) -> Networks: ...
+
+    @property
+    def volumes(self) -> Volumes: ...
 
     async def status(self) -> Status: ...
 

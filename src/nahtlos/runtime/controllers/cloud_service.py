@@ -20,7 +20,7 @@ from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, 
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import MoveSample, forecast
-from nahtlos.runtime.controllers import outcomes, requests, views
+from nahtlos.runtime.controllers import outcomes, requests, views, volume_requests
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
 from nahtlos.runtime.controllers.cloud import (
@@ -39,6 +39,7 @@ from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
 from nahtlos.runtime.controllers.port_requests import new_ports
 from nahtlos.runtime.controllers.state import State, read
+from nahtlos.runtime.controllers.volume_service import KeyMaker, VolumeService
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations
 from nahtlos.runtime.store import intent as intents
@@ -64,6 +65,7 @@ class CloudService:
         identity: Identity,
         releases: ReleaseCatalog,
         images: ImageCatalog,
+        keys: KeyMaker | None = None,
     ) -> None:
         self._store = store
         self._looks = Looks(store, agents)
@@ -75,6 +77,7 @@ class CloudService:
         self._releases = releases
         self._images = images
         self.networks = NetworkService(self._looks, said=self._said)
+        self.volumes = VolumeService(self._looks, said=self._said, images=images, keys=keys)
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -204,17 +207,20 @@ class CloudService:
                 raise Conflict(f"a server '{name}' exists", field="name", remedy="choose another name")
             if request.host is not None:
                 requests.compute_host(state, request.host)
-            spec, volume = requests.server_of(
+            spec, disk = requests.server_of(
                 request,
                 size=size,
                 image=image,
                 machine=requests.machine_type((await intents.releases(tx)).values()),
                 ports=new_ports(state.topology(), name, project, request.networks),
-                volume_host=requests.volume_host(state, inventory),
             )
+            volume = volume_requests.system_disk(state, inventory, disk, request.copies)
+            spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
             requests.check_promise(state, size)
             requests.check_room(state, inventory, spec, request.host)
             await intents.add_server(tx, spec, volume, self._store.clock(), request.host)
+            for each in data:
+                await self.volumes.attach(tx, each, spec)
         self._said("server.created", name, f"{name} is to be: {requests.words(size)}, {spec.ports[0].ip}")
         return await self.server(name)
 

@@ -18,6 +18,8 @@ from nahtlos.runtime.store.store import Store
 class Secrets(Protocol):
     """As `identity.Keyring`; blocks shortly."""
 
+    def create(self, key: KeyId) -> None: ...
+
     def secret(self, key: KeyId) -> bytes: ...
 
 

@@ -73,6 +73,10 @@ class Looks:
         """As `tx` sees it."""
         return await read(tx, self._reported.latest)
 
+    @property
+    def connected(self) -> frozenset[HostId]:
+        return self._reported.connected
+
     def wall(self) -> float:
         """The store's clock, seconds."""
         return self._store.clock()

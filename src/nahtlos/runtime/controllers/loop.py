@@ -19,15 +19,16 @@ from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import Inventory
 from nahtlos.planner.plan import plan
 from nahtlos.planner.upgrade import has, upgraded_hosts
-from nahtlos.runtime.controllers import outcomes
+from nahtlos.runtime.controllers import outcomes, volume_records
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.bookkeeping import Chores, chores
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.controllers.state import State, read
+from nahtlos.runtime.controllers.volume_chores import write_volume_chores
 from nahtlos.runtime.controllers.waits import LastingWaits
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
-from nahtlos.runtime.store import blueprints, campaigns, intent, networking, operations
+from nahtlos.runtime.store import blueprints, campaigns, intent, networking, operations, volumes
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import Store
@@ -120,7 +121,9 @@ class PlanningLoop:
             for server in found.gone_servers:
                 await intent.forget_server(tx, server)
                 drafts.append(EventDraft(kind="server.gone", subject=server, text=f"{server} is gone"))
+            drafts += await write_volume_chores(tx, found.of_volumes, now)
             for volume in found.gone_volumes:
+                await volumes.forget_losses(tx, volume)
                 await intent.forget_volume(tx, volume)
                 drafts.append(EventDraft(kind="volume.gone", subject=volume, text=f"{volume} is gone"))
             for host, operation in found.stray_ends:
@@ -171,16 +174,19 @@ class PlanningLoop:
     ) -> None:
         now = self._store.clock()
         begun = outcomes.begun(parent, blueprint, policy, inventory)
+        tasks = volume_records.begun(parent, blueprint)
         async with self._store.deciding(epoch) as tx:
             known = await operations.get(tx, outcomes.left(parent, blueprint))
             ended = outcomes.ended(parent, blueprint, inventory, known)
             await blueprints.set_target(tx, blueprint, epoch=epoch, now=now)
-            for record in begun:
+            for record in (*begun, *(record for record, _ in tasks)):
                 await operations.begin(tx, record, now)
             for record in ended:
                 await operations.end(tx, record, now)
         _log.info("%s: %s", blueprint.id, blueprint.reason)
         for draft in outcomes.announcements(parent, blueprint, begun, ended):
+            self._log.say(draft)
+        for _, draft in tasks:
             self._log.say(draft)
 
     # --- telling ---

@@ -54,6 +54,7 @@ class Orchestrator:
             identity=identity,
             releases=releases,
             images=images,
+            keys=keyring,
         )
 
     async def serve_agent(self, channel: Channel) -> None:

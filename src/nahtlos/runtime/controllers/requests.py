@@ -193,19 +193,6 @@ def _version(machine: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else ()
 
 
-def volume_host(state: State, inventory: Inventory) -> HostId:
-    """The connected compute host that serves least; any compute host if none is connected."""
-    compute = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
-    if not compute:
-        raise Conflict("no compute host has joined", field="host", remedy="join a host first")
-    candidates = [h for h in compute if h in inventory.connected] or compute
-    served = dict.fromkeys(candidates, 0)
-    for row in state.volumes.values():
-        if row.spec.host in served:
-            served[row.spec.host] += row.spec.size_mib
-    return min(candidates, key=lambda host: (served[host], host))
-
-
 def server_of(
     request: ServerRequest,
     *,
@@ -213,11 +200,16 @@ def server_of(
     image: ImageId,
     machine: str,
     ports: tuple[PortSpec, ...],
-    volume_host: HostId,
 ) -> tuple[ServerSpec, VolumeSpec]:
+    """The server, and its system disk without a place."""
     name = ServerId(checked_name(request.name, "name"))
     volume = VolumeSpec(
-        id=VolumeId(f"{name}-disk"), size_mib=request.volume_mib, image=image, host=volume_host
+        id=VolumeId(f"{name}-disk"),
+        size_mib=request.volume_mib,
+        image=image,
+        host=HostId(""),
+        project=request.project,
+        format=request.volume_format,
     )
     server = ServerSpec(
         id=name, project=request.project, size=size, volume=volume.id, ports=ports, machine=machine

@@ -1,7 +1,7 @@
 """One consistent look at the store, and the planner's and the executor's inputs put together from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,10 +21,21 @@ from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
+from nahtlos.model.volume_work import VolumeEnd, kind_of, volumes_of
 from nahtlos.runtime.executor.world import World
-from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations
+from nahtlos.runtime.store import (
+    blueprints,
+    campaigns,
+    intent,
+    inventories,
+    leases,
+    networking,
+    operations,
+    volumes,
+)
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
+from nahtlos.runtime.store.volumes import Volumes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,12 @@ class State:
     machine_types: dict[ReleaseId, tuple[str, ...]]
     ended: frozenset[OperationId]
     """Those operations of the inventories whose end is recorded."""
+    kept: Volumes = field(default_factory=Volumes)
+    """Of volumes, what is not in `volumes`."""
+    volume_ends: dict[OperationId, VolumeEnd] = field(default_factory=dict[OperationId, VolumeEnd])
+    """Of the blueprint's volume tasks, those whose end is recorded."""
+    now: float = 0.0
+    """By the database's clock."""
 
     def policy(self) -> Policy:
         here = {name: row for name, row in self.servers.items() if row.removed_at is None}
@@ -73,7 +90,21 @@ class State:
             requested_moves={name: row.move_to for name, row in here.items() if row.move_requested},
             promised=self.promised,
             parallel_moves=self.parallel_moves,
+            snapshots={name: row.spec for name, row in self.kept.snapshots.items() if not row.removed},
+            backups=self.kept.backups,
+            volume_wishes=self.kept.wishes,
+            volume_ends=self.volume_ends,
+            copy_losses=self.kept.losses,
+            given_up=self._given_up(),
+            parallel_volume_tasks=self.kept.settings.parallel,
+            parallel_volume_tasks_per_host=self.kept.settings.parallel_per_host,
+            rebuild_bytes_per_second=self.kept.settings.rebuild_bytes_per_second,
         )
+
+    def _given_up(self) -> frozenset[HostId]:
+        """By what other hosts have reported since: who was away may be this orchestrator."""
+        until = min(self.now, max(self.received.values(), default=0.0)) - self.kept.settings.elsewhere_seconds
+        return frozenset(host for host, at in self.received.items() if at < until)
 
     def inventory(self, connected: frozenset[HostId]) -> Inventory:
         """What was reported; an operation that an agent would not begin counts as undone by it."""
@@ -93,6 +124,18 @@ class State:
         return frozenset(host for host in edges if topology.external_interface(host))
 
     def _refused(self, operation: OperationId, error: ErrorRecord) -> OperationStatus:
+        task = next(
+            (t for t in (self.blueprint.volume_tasks if self.blueprint else ()) if t.id == operation), None
+        )
+        if task is not None:
+            return OperationStatus(
+                id=operation,
+                kind=kind_of(task.work),
+                state=OperationState.UNDONE,
+                step="refused",
+                volume=volumes_of(task.work)[0],
+                error=error,
+            )
         moves = {m.id: m for m in (self.blueprint.moves if self.blueprint else ())}
         move = moves.get(operation)
         gateways = {m.id: m.router for m in (self.blueprint.gateway_moves if self.blueprint else ())}
@@ -137,11 +180,15 @@ class State:
             configs=self.configs,
             topology=self.topology(),
             removed_volumes=self.removed_volumes(),
+            removed_snapshots=tuple(row.spec for row in self.kept.snapshots.values() if row.removed),
+            exports=tuple(export for export in self.kept.exports if export.expires_at > now),
+            ceph=self.kept.settings.ceph,
+            disk_budget=self.kept.settings.budget,
             ended=self.ended,
             refused=frozenset(self.refusals),
             held_back=frozenset(
                 move.id
-                for move in (*blueprint.moves, *blueprint.gateway_moves)
+                for move in (*blueprint.moves, *blueprint.gateway_moves, *blueprint.volume_tasks)
                 if now < self.begun_at.get(move.id, now) + move.patience_seconds
             ),
         )
@@ -151,7 +198,11 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
     """`latest`: reports newer than the stored ones."""
     reported = {**await inventories.all_of(tx), **latest}
     over = {o.id for i in reported.values() for o in i.operations if o.state is not OperationState.RUNNING}
+    blueprint = await blueprints.target(tx)
     return State(
+        kept=await volumes.read(tx),
+        volume_ends=await _volume_ends(tx, blueprint),
+        now=await leases.now(tx),
         hosts=await intent.hosts(tx),
         servers=await intent.servers(tx),
         volumes=await intent.volumes(tx),
@@ -163,7 +214,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         storage_release=await default_release(tx, Component.STORAGE),
         network_release=await default_release(tx, Component.NETWORK),
         campaign=await campaigns.current(tx),
-        blueprint=await blueprints.target(tx),
+        blueprint=blueprint,
         configs=await blueprints.host_configs(tx),
         inventories=reported,
         received=await inventories.received(tx),
@@ -172,6 +223,15 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         machine_types={name: r.machine_types for name, r in (await intent.releases(tx)).items()},
         ended=await operations.ended(tx, over),
     )
+
+
+async def _volume_ends(tx: AsyncConnection, blueprint: Blueprint | None) -> dict[OperationId, VolumeEnd]:
+    tasks = [task.id for task in (blueprint.volume_tasks if blueprint else ())]
+    if not tasks:
+        return {}
+    records = await operations.get(tx, await operations.ended(tx, tasks))
+    done = OperationState.DONE.value
+    return {name: VolumeEnd(done=r.state == done, error=r.error) for name, r in records.items()}
 
 
 async def default_release(

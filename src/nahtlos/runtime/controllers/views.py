@@ -13,6 +13,7 @@ from nahtlos.model.nouns import Size
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
 from nahtlos.runtime.controllers.outcomes import DONE
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_views import kept_volumes
 from nahtlos.runtime.store.campaigns import CampaignRow
 
 NOTHING = PlanReport(
@@ -44,6 +45,7 @@ def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) 
         generation=seen.generation if seen else 0,
         target_generation=state.configs[host].generation if host in state.configs else 0,
         seen_at=state.received.get(host),
+        kept=kept_volumes(state, inventory, host),
         inventory=seen if whole else None,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from nahtlos.model.errors import Error, ErrorRecord, Refused, Stale
 from nahtlos.model.ids import OperationId
 from nahtlos.runtime.executor.decide import Begin, HostOrders
-from nahtlos.wire.messages import Acknowledge, BeginVerify, Configure
+from nahtlos.wire.messages import Acknowledge, BeginVerify, CancelOperation, Configure
 from nahtlos.wire.session import Session
 
 COMMAND_TIMEOUT = 10.0
@@ -42,6 +42,7 @@ class Outbox:
         self._posted = asyncio.Event()
         self._generation = 0
         self._begun: dict[OperationId, int] = {}
+        self._cancelled: set[OperationId] = set()
         self._reports = 0
 
     def post(self, orders: HostOrders) -> None:
@@ -71,8 +72,22 @@ class Outbox:
             self._generation = orders.config.generation
         for order in orders.begin:
             await self._begin(order)
+        for operation in orders.cancel:
+            await self._cancel(operation)
         if orders.acknowledge:
             await self._session.request(Acknowledge(ids=orders.acknowledge), timeout=COMMAND_TIMEOUT)
+
+    async def _cancel(self, operation: OperationId) -> None:
+        """Once on this connection. Conflict: it is past its point of no return and goes on to its end."""
+        if operation in self._cancelled:
+            return
+        try:
+            await self._session.request(CancelOperation(id=operation), timeout=COMMAND_TIMEOUT)
+        except Stale:
+            raise
+        except Refused:
+            pass
+        self._cancelled.add(operation)
 
     async def _begin(self, order: Begin) -> None:
         operation = order.id if isinstance(order, BeginVerify) else order.order.id

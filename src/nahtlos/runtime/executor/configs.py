@@ -9,9 +9,11 @@ from collections.abc import Mapping
 
 import msgspec
 
-from nahtlos.model.config import HostConfig, ServerConfig, VolumeAttachment
+from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.nouns import HostRole
+from nahtlos.model.storage import DiskBudget
+from nahtlos.runtime.executor.attachments import attachment
 from nahtlos.runtime.executor.networks import (
     load_balancers,
     network_configs,
@@ -19,9 +21,15 @@ from nahtlos.runtime.executor.networks import (
     security_groups,
     uplinks,
 )
+from nahtlos.runtime.executor.volumes import (
+    exports,
+    pinned,
+    removed_snapshots,
+    removed_volumes,
+    snapshots_kept,
+    volumes_kept,
+)
 from nahtlos.runtime.executor.world import World
-
-NBD_PORT = 10809
 
 
 def next_config(world: World, host: HostId) -> HostConfig:
@@ -36,16 +44,21 @@ def next_config(world: World, host: HostId) -> HostConfig:
 
 
 def server_config(world: World, server: ServerId, epoch: int) -> ServerConfig | None:
-    """`server` as its owner by `epoch` must run it; None if its volume is nowhere."""
+    """`server` as its owner by `epoch` must run it; None if its system disk is nowhere. A data volume that is
+    nowhere is left out."""
     spec = world.policy.servers[server]
-    volume = world.policy.volumes.get(spec.volume)
-    at = world.policy.hosts.get(volume.host) if volume else None
-    if volume is None or at is None:
+    reached = [
+        attachment(world.policy.volumes[name], world.policy.hosts, world.ceph)
+        if name in world.policy.volumes
+        else None
+        for name in spec.all_volumes
+    ]
+    system, *data = reached
+    if system is None:
         return None
-    attachment = VolumeAttachment(
-        volume=volume.id, address=at.address, port=NBD_PORT, export=f"{volume.id}.e{volume.epoch}"
+    return ServerConfig(
+        spec=spec, epoch=epoch, volume=system, data_volumes=tuple(d for d in data if d is not None)
     )
-    return ServerConfig(spec=spec, epoch=epoch, volume=attachment)
 
 
 def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
@@ -63,8 +76,13 @@ def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
         uplinks=uplinks(world, host),
         servers=_servers(world, host),
         removed_servers=tuple(sorted(policy.removed_servers)) if compute else (),
-        volumes=tuple(v for _, v in sorted(policy.volumes.items()) if v.host == host),
-        removed_volumes=tuple(sorted(v.id for v in world.removed_volumes if v.host == host)),
+        disk_budget=world.disk_budget if compute else DiskBudget(),
+        volumes=volumes_kept(world, host),
+        removed_volumes=removed_volumes(world, host),
+        snapshots=snapshots_kept(world, host),
+        removed_snapshots=removed_snapshots(world, host),
+        snapshot_exports=exports(world, host),
+        pinned_volumes=pinned(world, host),
         reflect=_reflect(world, host, last),
         security_groups=security_groups(world, networks),
         routers=routers(world, host, networks),

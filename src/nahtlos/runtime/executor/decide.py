@@ -14,19 +14,24 @@ from nahtlos.model.inventory import OperationState
 from nahtlos.model.values import Value
 from nahtlos.runtime.executor.configs import next_config, server_config
 from nahtlos.runtime.executor.gateway_orders import begin_gateways
+from nahtlos.runtime.executor.volume_orders import begin_volume_tasks, cancellations
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder
+from nahtlos.wire.volumes import BeginVolumeTask
 
 OVER = (OperationState.DONE, OperationState.UNDONE)
-Begin = BeginMove | BeginVerify | BeginGateway
+
+
+Begin = BeginMove | BeginVerify | BeginGateway | BeginVolumeTask
 
 
 class HostOrders(Value, frozen=True, kw_only=True):
-    """In this order: the configuration, what to begin, what may be forgotten."""
+    """In this order: the configuration, what to begin, what to give up, what may be forgotten."""
 
     config: HostConfig
     begin: tuple[Begin, ...] = ()
+    cancel: tuple[OperationId, ...] = ()
     acknowledge: tuple[OperationId, ...] = ()
 
 
@@ -41,7 +46,10 @@ def decide(world: World) -> Orders:
     configs = {host: next_config(world, host) for host in sorted(world.policy.hosts)}
     orders = {
         host: HostOrders(
-            config=config, begin=_begins(world, host), acknowledge=_acknowledgements(world, host)
+            config=config,
+            begin=_begins(world, host),
+            cancel=cancellations(world, host),
+            acknowledge=_acknowledgements(world, host),
         )
         for host, config in configs.items()
     }
@@ -51,7 +59,8 @@ def decide(world: World) -> Orders:
 
 def _begins(world: World, host: HostId) -> tuple[Begin, ...]:
     moves = (order for move in world.blueprint.moves if (order := _begin_move(world, move, host)))
-    return (*moves, *_begin_verifies(world, host), *begin_gateways(world, host))
+    verifies = _begin_verifies(world, host)
+    return (*moves, *verifies, *begin_gateways(world, host), *begin_volume_tasks(world, host))
 
 
 def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | None:
@@ -100,7 +109,7 @@ def _begin_verifies(world: World, host: HostId) -> Iterable[BeginVerify]:
 
 def operations_of(blueprint: Blueprint) -> set[OperationId]:
     moves = (*blueprint.moves, *blueprint.gateway_moves)
-    return {o.id for o in (*moves, *blueprint.verifies)}
+    return {o.id for o in (*moves, *blueprint.verifies, *blueprint.volume_tasks)}
 
 
 def _acknowledgements(world: World, host: HostId) -> tuple[OperationId, ...]:

@@ -6,12 +6,13 @@ from functools import cached_property
 from nahtlos.model.blueprint import Blueprint, Policy
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import HostId, NetworkId, OperationId, PortId, ServerId
-from nahtlos.model.inventory import Inventory, OperationStatus
+from nahtlos.model.inventory import Inventory, OperationState, OperationStatus
 from nahtlos.model.networking import NetworkSpec, RouterSpec
 from nahtlos.model.nouns import HostRole, HostSpec
-from nahtlos.model.storage import VolumeSpec
+from nahtlos.model.storage import DiskBudget, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.executor.gateways import Gateways
+from nahtlos.runtime.store.volumes import CephPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,11 @@ class World:
     """The virtual network as it is wanted. Networks and servers are in the policy, too, and that is where
     they are taken from: ports here may be of servers that are being deleted."""
     removed_volumes: tuple[VolumeSpec, ...] = ()
+    removed_snapshots: tuple[SnapshotSpec, ...] = ()
+    exports: tuple[SnapshotExport, ...] = ()
+    """Snapshots to be readable from outside."""
+    ceph: CephPlace | None = None
+    disk_budget: DiskBudget = field(default_factory=DiskBudget)
     ended: frozenset[OperationId] = frozenset()
     """Operations whose end is recorded."""
     refused: frozenset[OperationId] = frozenset()
@@ -113,6 +119,10 @@ class World:
         inventory = self.inventory.hosts.get(host)
         operations = inventory.operations if inventory else ()
         return next((o for o in operations if o.id == operation), None)
+
+    def is_running(self, host: HostId, operation: OperationId) -> bool:
+        status = self.status(host, operation)
+        return status is not None and status.state is OperationState.RUNNING
 
 
 def touches(router: RouterSpec, network: NetworkId) -> bool:

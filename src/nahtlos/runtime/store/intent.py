@@ -177,15 +177,24 @@ async def mark_server_removed(tx: AsyncConnection, server: ServerId, now: float)
 
 
 async def forget_server(tx: AsyncConnection, server: ServerId) -> None:
-    """No host runs it any more: its addresses are free, its volume may be deleted."""
+    """No host runs it any more: its addresses are free, its data volumes are nobody's. Its system disk is
+    deleted, unless snapshots of it remain."""
     row = (
         await tx.execute(select(schema.servers.c.volume).where(schema.servers.c.id == server))
     ).one_or_none()
     if row is None:
         raise NotFound(f"no server '{server}'", field="server")
-    await tx.execute(update(schema.volumes).where(schema.volumes.c.id == row.volume).values(removed=True))
+    if not await _is_needed(tx, VolumeId(row.volume)):
+        await tx.execute(update(schema.volumes).where(schema.volumes.c.id == row.volume).values(removed=True))
+    await tx.execute(delete(schema.attachments).where(schema.attachments.c.server == server))
     await networking.forget_ports(tx, server)
     await tx.execute(delete(schema.servers).where(schema.servers.c.id == server))
+
+
+async def _is_needed(tx: AsyncConnection, volume: VolumeId) -> bool:
+    table = schema.snapshots
+    query = select(table.c.id).where(table.c.volume == volume, table.c.removed.is_(False))
+    return (await tx.execute(query)).first() is not None
 
 
 async def request_move(tx: AsyncConnection, server: ServerId, to: HostId | None) -> None:

@@ -75,6 +75,11 @@ async def release(tx: AsyncConnection, epoch: int) -> None:
     )
 
 
+async def now(tx: AsyncConnection) -> float:
+    """By the database's clock."""
+    return float((await tx.execute(select(DatabaseNow()))).scalar_one())
+
+
 async def check(tx: AsyncConnection, epoch: int) -> None:
     row = (
         await tx.execute(

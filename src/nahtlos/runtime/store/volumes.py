@@ -18,6 +18,7 @@ from nahtlos.model.ids import BackupId, HostId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import (
     BackupSpec,
+    DiskBudget,
     Replica,
     ReplicaState,
     SnapshotExport,
@@ -51,6 +52,8 @@ class VolumeSettings(Value, frozen=True, kw_only=True):
     elsewhere_seconds: float = 600.0
     """After a host was away for so long, its copies are made on others."""
     ceph: CephPlace | None = None
+    budget: DiskBudget = DiskBudget()
+    """Of every host's disks."""
 
 
 class Wished(msgspec.Struct, frozen=True):

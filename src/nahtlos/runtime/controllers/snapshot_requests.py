@@ -1,0 +1,297 @@
+"""Whether snapshots and backups can be made, shown and deleted as they are asked for. Pure; every refusal
+names the field and the remedy."""
+
+import msgspec
+
+from nahtlos.model.errors import Conflict, NotFound, Refused
+from nahtlos.model.ids import BackupId, HostId, SnapshotId, VolumeId, checked_name
+from nahtlos.model.inventory import Inventory
+from nahtlos.model.storage import BackupSpec, SnapshotExport, SnapshotSpec, VolumeSpec
+from nahtlos.model.volume_work import BackingUp, Restoring, Reverting, SnapshotGroup
+from nahtlos.planner.volume_places import has_room, places
+from nahtlos.runtime.controllers.network_requests import checked_project, in_use
+from nahtlos.runtime.controllers.requests import compute_host, listed
+from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_requests import (
+    check_idle,
+    check_name_free,
+    holder_of,
+    known_volume,
+    no_place,
+)
+from nahtlos.runtime.controllers.volumes import (
+    BackupRequest,
+    ExportRequest,
+    RestoreRequest,
+    SnapshotRequest,
+    TargetRequest,
+)
+
+EXPORT_PORTS = (10900, 10999)
+EXPORT_SECONDS = (10, 7 * 86400)
+MAX_GROUP = 32
+NBD_SCHEME = "nbd://"
+
+
+# --- snapshots ---------------------------------------------------------------------------------------
+
+
+def known_snapshot(state: State, snapshot: SnapshotId, field: str = "snapshot") -> SnapshotSpec:
+    row = state.kept.snapshots.get(snapshot)
+    if row is None:
+        known = (name for name, each in state.kept.snapshots.items() if not each.removed)
+        raise NotFound(f"no snapshot '{snapshot}'", field=field, remedy=f"snapshots: {listed(known)}")
+    if row.removed:
+        raise Conflict(f"{snapshot} is being deleted", field=field, remedy="wait until it is gone")
+    return row.spec
+
+
+def snapshot_group(state: State, request: SnapshotRequest) -> SnapshotGroup:
+    group = checked_name(request.name, "name")
+    if not request.volumes:
+        raise Refused("of no volume", field="volumes", remedy="name one or several")
+    if len(set(request.volumes)) != len(request.volumes):
+        raise Refused("one volume twice", field="volumes", remedy="name each once")
+    if len(request.volumes) > MAX_GROUP:
+        raise Refused(
+            f"{len(request.volumes)} volumes at one moment", field="volumes", remedy=f"at most {MAX_GROUP}"
+        )
+    backends = {known_volume(state, volume, "volumes").backend for volume in request.volumes}
+    if len(backends) > 1:
+        raise Refused("volumes of hosts and of Ceph at one moment", field="volumes", remedy="take two groups")
+    several = len(request.volumes) > 1
+    snapshots: list[SnapshotSpec] = []
+    for volume in request.volumes:
+        name = f"{group}-{volume}" if several else group
+        checked_name(name, "name")
+        check_name_free(state, name, "snapshot")
+        snapshots.append(SnapshotSpec(id=SnapshotId(name), volume=volume, group=group if several else ""))
+    return SnapshotGroup(group=group, snapshots=tuple(snapshots))
+
+
+def clones_of(state: State, snapshot: SnapshotSpec) -> tuple[VolumeId, ...]:
+    """Volumes that rest on it: made from it, and still where it is kept."""
+    return tuple(
+        name
+        for name, row in state.volumes.items()
+        if row.spec.snapshot == snapshot.id and any(c.host in snapshot.hosts for c in row.spec.copies)
+    )
+
+
+def check_snapshot_deletable(state: State, snapshot: SnapshotId) -> SnapshotSpec:
+    spec = known_snapshot(state, snapshot)
+    in_use(
+        f"snapshot {snapshot}",
+        (f"volume {name}" for name in clones_of(state, spec)),
+        "snapshot",
+        "delete these clones, or relocate them, which makes them whole: nahtlos volume relocate",
+    )
+    for wish in state.kept.wishes:
+        if isinstance(wish.work, Reverting) and wish.work.snapshot == snapshot:
+            check_idle(state, spec.volume)
+    return spec
+
+
+def reverting(state: State, volume: VolumeId, snapshot: SnapshotId) -> Reverting:
+    known_volume(state, volume)
+    spec = known_snapshot(state, snapshot)
+    if spec.volume != volume:
+        raise Refused(
+            f"{snapshot} is of {spec.volume}, not of {volume}",
+            field="snapshot",
+            remedy=f"nahtlos snapshot list --volume {volume}",
+        )
+    holder = holder_of(state, volume)
+    if holder is not None:
+        raise Conflict(
+            f"{volume} is attached to {holder}, which would see it change under itself",
+            field="volume",
+            remedy=f"nahtlos volume detach {volume} first, or clone the snapshot",
+        )
+    check_idle(state, volume)
+    return Reverting(volume=volume, snapshot=snapshot)
+
+
+def new_export(
+    state: State,
+    inventory: Inventory,
+    snapshot: SnapshotId,
+    request: ExportRequest,
+    *,
+    identity: str,
+    key_hex: str,
+) -> SnapshotExport:
+    spec = known_snapshot(state, snapshot)
+    least, most = EXPORT_SECONDS
+    if not least <= request.seconds <= most:
+        raise Refused(
+            f"for {request.seconds} s", field="seconds", remedy=f"give {least} s to {most // 86400} days"
+        )
+    hosts = [host for host in spec.hosts if host in inventory.connected] or [
+        host for host in spec.hosts if host in state.hosts
+    ]
+    if not hosts:
+        raise Conflict(f"no host of {snapshot} is there", field="snapshot", remedy="bring one back")
+    used = {export.port for export in state.kept.exports if export.host == hosts[0]}
+    port = next((p for p in range(EXPORT_PORTS[0], EXPORT_PORTS[1] + 1) if p not in used), None)
+    if port is None:
+        raise Conflict(
+            f"{hosts[0]} serves {len(used)} exports",
+            field="snapshot",
+            remedy="withdraw some: nahtlos snapshot unexport",
+        )
+    return SnapshotExport(
+        id=identity,
+        snapshot=snapshot,
+        host=hosts[0],
+        port=port,
+        expires_at=state.now + request.seconds,
+        key_hex=key_hex,
+    )
+
+
+def export_uri(state: State, export: SnapshotExport) -> str:
+    """As NBD clients take it; the file with the credential is theirs to name."""
+    row = state.hosts.get(export.host)
+    address = row.spec.address if row is not None else export.host
+    return f"nbds://{export.id}@{address}:{export.port}/{export.snapshot}"
+
+
+# --- backups -----------------------------------------------------------------------------------------
+
+
+def known_backup(state: State, backup: BackupId, field: str = "backup") -> BackupSpec:
+    spec = state.kept.backups.get(backup)
+    if spec is None:
+        known = listed(state.kept.backups)
+        raise NotFound(f"no backup '{backup}'", field=field, remedy=f"backups: {known}")
+    return spec
+
+
+def rested_on_by(state: State, backup: BackupId) -> tuple[BackupId, ...]:
+    return tuple(name for name, spec in state.kept.backups.items() if spec.base == backup)
+
+
+def backing_up(state: State, request: BackupRequest) -> BackingUp:
+    name = BackupId(checked_name(request.name, "name"))
+    check_name_free(state, name, "backup")
+    known_volume(state, request.volume)
+    if request.bytes_per_second < 0:
+        raise Refused(
+            f"{request.bytes_per_second} bytes per second", field="bytes_per_second", remedy="0: no limit"
+        )
+    place = _place(state, request.target)
+    base = _newest(state, request.volume) if request.incremental else None
+    if request.incremental and base is None:
+        raise Conflict(
+            f"{request.volume} has no backup yet",
+            field="incremental",
+            remedy="make a whole one first: leave --incremental out",
+        )
+    spec = BackupSpec(
+        id=name, volume=request.volume, target=place, base=base.id if base is not None else None
+    )
+    return BackingUp(backup=spec, base=base, bytes_per_second=request.bytes_per_second)
+
+
+def _newest(state: State, volume: VolumeId) -> BackupSpec | None:
+    made = [spec for spec in state.kept.backups.values() if spec.volume == volume]
+    return max(made, key=lambda spec: (spec.created_at, spec.id), default=None)
+
+
+def _place(state: State, target: str) -> str:
+    if target in state.kept.targets:
+        return state.kept.targets[target]
+    if target.startswith(("/", NBD_SCHEME)):
+        return checked_place(target)
+    raise NotFound(
+        f"no backup target '{target}'",
+        field="target",
+        remedy=f"targets: {listed(state.kept.targets)}; or a folder, or nbd://address/export",
+    )
+
+
+def checked_place(place: str) -> str:
+    """A folder by its whole path, or an address."""
+    if place.startswith(NBD_SCHEME) and len(place) > len(NBD_SCHEME):
+        return place
+    parts = place.split("/")
+    if place.startswith("/") and len(place) > 1 and ".." not in parts:
+        return place.rstrip("/")
+    raise Refused(
+        f"'{place}' is no place for backups",
+        field="target",
+        remedy="give a folder's whole path on the volume's host, or nbd://address:port/export",
+    )
+
+
+def new_target(request: TargetRequest) -> tuple[str, str]:
+    return checked_name(request.name, "name"), checked_place(request.place)
+
+
+def check_target(state: State, name: str) -> None:
+    if name not in state.kept.targets:
+        raise NotFound(
+            f"no backup target '{name}'", field="target", remedy=f"targets: {listed(state.kept.targets)}"
+        )
+
+
+def check_backup_deletable(state: State, backup: BackupId) -> None:
+    spec = known_backup(state, backup)
+    in_use(
+        f"backup {backup}",
+        (f"backup {name}" for name in rested_on_by(state, backup)),
+        "backup",
+        "delete those that rest on it first",
+    )
+    for wish in state.kept.wishes:
+        used = isinstance(wish.work, Restoring) and any(each.id == backup for each in wish.work.chain)
+        if used or (isinstance(wish.work, BackingUp) and wish.work.backup.base == backup):
+            raise Conflict(
+                f"{wish.id} uses backup {backup} of {spec.volume}",
+                field="backup",
+                remedy="wait until it has ended",
+            )
+
+
+def restoring(state: State, inventory: Inventory, backup: BackupId, request: RestoreRequest) -> Restoring:
+    name = VolumeId(checked_name(request.name, "name"))
+    check_name_free(state, name, "volume")
+    last = known_backup(state, backup)
+    chain = [last]
+    while chain[0].base is not None:
+        chain.insert(0, known_backup(state, chain[0].base))
+    parent = state.volumes.get(last.volume)
+    host = _restoring_host(state, inventory, last, request)
+    volume = VolumeSpec(
+        id=name,
+        size_mib=last.size_mib,
+        image=None,
+        host=host,
+        project=checked_project(request.project),
+        encryption_key=parent.spec.encryption_key if parent is not None else None,
+    )
+    if parent is not None:
+        volume = msgspec.structs.replace(volume, format=parent.spec.format)
+    return Restoring(volume=volume, chain=tuple(chain))
+
+
+def _restoring_host(state: State, inventory: Inventory, last: BackupSpec, request: RestoreRequest) -> HostId:
+    """Where its folder is; what is at an address can be read from everywhere."""
+    asked = compute_host(state, request.host) if request.host is not None else None
+    bound = last.host if not last.target.startswith(NBD_SCHEME) and last.host in state.hosts else None
+    if asked is not None and bound is not None and asked != bound:
+        raise Refused(
+            f"{last.id} is in a folder of {bound}",
+            field="host",
+            remedy=f"restore it there, then: nahtlos volume relocate {request.name} --to {asked}",
+        )
+    host = asked or bound
+    if host is None:
+        found = places(state.policy(), inventory, size_mib=last.size_mib)
+        if not found:
+            raise no_place(state, inventory, last.size_mib, "host")
+        return found[0]
+    if not has_room(inventory, host, last.size_mib):
+        raise no_place(state, inventory, last.size_mib, "host")
+    return host

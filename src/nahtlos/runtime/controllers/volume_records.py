@@ -1,0 +1,241 @@
+"""What the end of an operation of volumes means for the record. The record decides which copies are current,
+so what is written here is all that makes a copy one: in one transaction with the operation's end, and only
+as far as no loss has come between.
+
+    relocated   the copy is at its destination, by its new epoch
+    rebuilt     the copy is current, unless it was lost again since it was decided
+    snapshots, backups, a restored volume: they are there from here on
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from nahtlos.model.blueprint import Blueprint, OperationRecord
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import HostId, OperationId
+from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
+from nahtlos.model.volume_work import (
+    BackingUp,
+    PlannedVolumeTask,
+    Rebuilding,
+    Relocation,
+    Restoring,
+    Reverting,
+    SnapshotGroup,
+    VolumeWork,
+    kind_of,
+    volumes_of,
+    words,
+)
+from nahtlos.runtime.store import operations, volumes
+from nahtlos.runtime.store.events import EventDraft
+from nahtlos.runtime.store.volumes import pinned_epochs, with_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedTask:
+    task: PlannedVolumeTask
+    status: OperationStatus
+    cancelled: bool
+    """Its wish was taken back: it is not tried again."""
+
+    @property
+    def done(self) -> bool:
+        return self.status.state is OperationState.DONE
+
+
+async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDraft:
+    """The operation's end, and what follows from it."""
+    if end.done:
+        await _apply(tx, end.task, now)
+    if end.task.wish and (end.done or end.cancelled):
+        await volumes.forget_wish(tx, end.task.wish)
+    record = record_of(
+        end.task,
+        state=end.status.state.value,
+        error=None if end.done else end.status.error,
+        times=end.status.times,
+    )
+    await operations.end(tx, record, now)
+    return _announcement("ended", record, end.task.work)
+
+
+async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, now: float) -> None:
+    match task.work:
+        case Relocation():
+            await _relocated(tx, task, task.work)
+        case Rebuilding():
+            await _rebuilt(tx, task, task.work)
+        case Reverting():
+            spec = await volumes.get(tx, task.work.volume)
+            if spec is not None:
+                await volumes.put(tx, reverted(spec, task.coordinator, task.epoch))
+        case SnapshotGroup():
+            taken = (msgspec.structs.replace(s, created_at=now) for s in task.work.snapshots)
+            await volumes.add_snapshots(tx, taken)
+        case BackingUp():
+            await volumes.add_backup(tx, msgspec.structs.replace(task.work.backup, created_at=now))
+        case Restoring():
+            if await volumes.get(tx, task.work.volume.id) is None:
+                await volumes.add(tx, task.work.volume)
+
+
+async def _relocated(tx: AsyncConnection, task: PlannedVolumeTask, work: Relocation) -> None:
+    spec = await volumes.get(tx, work.volume)
+    if spec is None or work.destination is None or work.source is None:
+        return
+    lost = await volumes.losses_at(tx, work.volume, work.destination) != task.losses
+    await volumes.put(tx, relocated(spec, work, task.epoch, lost=lost))
+
+
+async def _rebuilt(tx: AsyncConnection, task: PlannedVolumeTask, work: Rebuilding) -> None:
+    spec = await volumes.get(tx, work.volume)
+    if spec is None or await volumes.losses_at(tx, work.volume, work.target) != task.losses:
+        return
+    await volumes.put(tx, with_state(spec, work.target, ReplicaState.CURRENT, task.epoch))
+
+
+# --- what a volume is then ---------------------------------------------------------------------------
+
+
+def relocated(spec: VolumeSpec, work: Relocation, epoch: int, *, lost: bool = False) -> VolumeSpec:
+    """`lost`: writes were acknowledged without the copy that came. It counts all the same if it is the only
+    one: then nobody can have written elsewhere."""
+    source, destination = work.source, work.destination
+    assert source is not None and destination is not None, f"{spec.id} went from or to nowhere"
+    before = next((copy for copy in spec.copies if copy.host == source), None)
+    if before is None:
+        return spec
+    others = [copy for copy in spec.copies if copy.host != source]
+    stale = lost or before.state is ReplicaState.STALE
+    current_elsewhere = any(copy.state is ReplicaState.CURRENT for copy in others)
+    state = ReplicaState.STALE if stale and current_elsewhere else ReplicaState.CURRENT
+    if source != spec.host:
+        came = Replica(host=destination, state=state, epoch=epoch)
+        replicas = tuple(came if replica.host == source else replica for replica in spec.replicas)
+        return msgspec.structs.replace(spec, replicas=replicas)
+    return msgspec.structs.replace(
+        spec,
+        host=destination,
+        epoch=epoch,
+        state=state,
+        replicas=pinned_epochs(spec),
+        backend=work.backend,
+        format=work.format or spec.format,
+        snapshot=spec.snapshot if others else None,
+    )
+
+
+def reverted(spec: VolumeSpec, host: HostId, epoch: int) -> VolumeSpec:
+    """The copy at `host` is what counts now; the others are made like it."""
+    for copy in spec.copies:
+        if copy.host != host:
+            spec = with_state(spec, copy.host, ReplicaState.STALE)
+    return with_state(spec, host, ReplicaState.CURRENT, epoch)
+
+
+def rehomed(spec: VolumeSpec, lost: HostId, to: HostId) -> VolumeSpec:
+    """The stale copy at `lost` is given up, and one at `to` is to be made."""
+    new = Replica(host=to, state=ReplicaState.STALE, epoch=spec.newest_epoch + 1)
+    kept = [copy for copy in spec.copies if copy.host != lost]
+    return _of_copies(spec, [*kept, new])
+
+
+def without_copy(spec: VolumeSpec, host: HostId) -> VolumeSpec:
+    return _of_copies(spec, [copy for copy in spec.copies if copy.host != host])
+
+
+def _of_copies(spec: VolumeSpec, copies: list[Replica]) -> VolumeSpec:
+    """The home stays what it is if it is among them; else a current copy becomes it."""
+    home = next((copy for copy in copies if copy.host == spec.host), None) or next(
+        (copy for copy in copies if copy.state is ReplicaState.CURRENT), copies[0]
+    )
+    others = tuple(copy for copy in copies if copy.host != home.host)
+    return msgspec.structs.replace(spec, host=home.host, state=home.state, epoch=home.epoch, replicas=others)
+
+
+def fenced(spec: VolumeSpec) -> VolumeSpec:
+    """By an epoch nothing had before: who has it open still is shut out."""
+    epoch = spec.newest_epoch + 1
+    replicas = tuple(msgspec.structs.replace(replica, epoch=0) for replica in spec.replicas)
+    return msgspec.structs.replace(spec, epoch=epoch, replicas=replicas)
+
+
+# --- operations --------------------------------------------------------------------------------------
+
+
+def record_of(
+    task: PlannedVolumeTask,
+    *,
+    state: str = OperationState.RUNNING.value,
+    error: ErrorRecord | None = None,
+    times: dict[str, float] | None = None,
+) -> OperationRecord:
+    source, destination = places_of(task.work)
+    return OperationRecord(
+        id=task.id,
+        kind=kind_of(task.work).value,
+        subject=", ".join(volumes_of(task.work)),
+        state=state,
+        source=source or task.coordinator,
+        destination=destination,
+        reason=task.reason,
+        error=error,
+        times=times or {},
+    )
+
+
+def places_of(work: VolumeWork) -> tuple[HostId | None, HostId | None]:
+    match work:
+        case Relocation():
+            return work.source, work.destination
+        case Rebuilding():
+            return work.source, work.target
+        case SnapshotGroup() | Reverting() | BackingUp() | Restoring():
+            return None, None
+
+
+def begun(parent: Blueprint | None, blueprint: Blueprint) -> list[tuple[OperationRecord, EventDraft]]:
+    """Of the tasks that `blueprint` has and `parent` had not."""
+    before = {task.id for task in (parent.volume_tasks if parent else ())}
+    found: list[tuple[OperationRecord, EventDraft]] = []
+    for task in blueprint.volume_tasks:
+        if task.id not in before:
+            record = record_of(task)
+            found.append((record, _announcement("begun", record, task.work)))
+    return found
+
+
+def _announcement(what: str, record: OperationRecord, work: VolumeWork) -> EventDraft:
+    data: dict[str, str | int | float] = {"operation": record.id, "state": record.state}
+    if record.times:
+        data["seconds"] = max(record.times.values()) - min(record.times.values())
+    if record.source:
+        data["from"] = record.source
+    if record.destination:
+        data["to"] = record.destination
+    why = f": {record.error.message}" if record.error else ""
+    begins = what == "begun"
+    text = f"{words(work)}{f' ({record.reason})' if begins and record.reason else ''}"
+    text += "" if begins else f": {record.state}{why}"
+    return EventDraft(kind=f"{record.kind}.{what}", subject=record.subject, text=text, data=data)
+
+
+def ended_tasks(
+    tasks: Iterable[PlannedVolumeTask],
+    statuses: Mapping[OperationId, OperationStatus],
+    recorded: Iterable[str],
+    cancelled: frozenset[str],
+) -> tuple[EndedTask, ...]:
+    """Those whose coordinator says that they have ended, and whose end is not recorded yet."""
+    known = set(recorded)
+    over = (OperationState.DONE, OperationState.UNDONE)
+    return tuple(
+        EndedTask(task=task, status=status, cancelled=task.wish in cancelled)
+        for task in tasks
+        if task.id not in known and (status := statuses.get(task.id)) is not None and status.state in over
+    )

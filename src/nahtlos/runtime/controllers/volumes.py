@@ -1,0 +1,263 @@
+"""What the runtime offers to operators of volumes: volumes, snapshots, images, backups.
+
+As in `cloud`: every method answers at once from the store or writes intent and returns. What takes time
+becomes an operation, seen as a task of its volume. In a change, what is left out (UNSET) stays as it is.
+"""
+
+from typing import Protocol
+
+from msgspec import UNSET, UnsetType
+
+from nahtlos.model.ids import (
+    BackupId,
+    HostId,
+    ImageId,
+    OperationId,
+    ProjectId,
+    ServerId,
+    SnapshotId,
+    VolumeId,
+)
+from nahtlos.model.networking import DEFAULT_PROJECT
+from nahtlos.model.storage import (
+    BackupSpec,
+    Deletion,
+    DiskLimits,
+    ReplicaState,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeFormat,
+    VolumeSpec,
+)
+from nahtlos.model.values import Value
+from nahtlos.runtime.store.volumes import VolumeSettings
+
+# --- requests ----------------------------------------------------------------------------------------
+
+
+class VolumeRequest(Value, frozen=True, kw_only=True):
+    """Blank, or from an image, or from a snapshot (a clone)."""
+
+    name: str
+    size_mib: int = 0
+    """0: as large as what it is made from."""
+    image: ImageId | None = None
+    snapshot: SnapshotId | None = None
+    copies: int = 1
+    """On so many hosts; every write is on all of them before it is acknowledged."""
+    format: VolumeFormat = VolumeFormat.RAW
+    backend: StorageBackend = StorageBackend.EMBEDDED
+    encrypted: bool = False
+    limits: DiskLimits = DiskLimits()
+    limits_group: str = ""
+    deletion: Deletion = Deletion.DISCARD
+    host: HostId | None = None
+    """Of its first copy; None: chosen."""
+    near: ServerId | None = None
+    """Chosen at the host of this server, if that has room."""
+    project: ProjectId = DEFAULT_PROJECT
+
+
+class VolumeChange(Value, frozen=True, kw_only=True):
+    size_mib: int | UnsetType = UNSET
+    copies: int | UnsetType = UNSET
+    limits: DiskLimits | UnsetType = UNSET
+    limits_group: str | UnsetType = UNSET
+    deletion: Deletion | UnsetType = UNSET
+
+
+class Attaching(Value, frozen=True, kw_only=True):
+    server: ServerId
+
+
+class RelocationRequest(Value, frozen=True, kw_only=True):
+    to: HostId | None = None
+    """None: chosen."""
+    backend: StorageBackend | None = None
+    """None: as it is, or embedded where a host is named."""
+    copy: HostId | None = None
+    """Which of several copies goes; None: the first."""
+    format: VolumeFormat | None = None
+    bytes_per_second: int = 0
+    """0: no limit."""
+
+
+class SnapshotRequest(Value, frozen=True, kw_only=True):
+    """All volumes at one moment. One snapshot has the name; of several each has it with its volume's."""
+
+    name: str
+    volumes: tuple[VolumeId, ...]
+
+
+class ExportRequest(Value, frozen=True, kw_only=True):
+    seconds: int = 3600
+
+
+class RevertRequest(Value, frozen=True, kw_only=True):
+    snapshot: SnapshotId
+
+
+class BackupRequest(Value, frozen=True, kw_only=True):
+    name: str
+    volume: VolumeId
+    target: str
+    """The name of a target, a folder at the volume's host, or an `nbd://` address."""
+    incremental: bool = False
+    """Only what has changed since the volume's newest backup."""
+    bytes_per_second: int = 0
+
+
+class RestoreRequest(Value, frozen=True, kw_only=True):
+    name: str
+    """Of the new volume."""
+    host: HostId | None = None
+    project: ProjectId = DEFAULT_PROJECT
+
+
+class TargetRequest(Value, frozen=True, kw_only=True):
+    name: str
+    place: str
+    """A folder on every host, or an `nbd://` address."""
+
+
+class ImageRequest(Value, frozen=True, kw_only=True):
+    name: str
+    file: str
+    """On the orchestrator's machine."""
+    format: VolumeFormat
+
+
+# --- views -------------------------------------------------------------------------------------------
+
+
+class TaskView(Value, frozen=True, kw_only=True):
+    """An operation that runs, or is to run."""
+
+    id: OperationId | None
+    """None: it is wished, and has not begun."""
+    what: str
+    kind: str
+    step: str = ""
+    progress: float = 0.0
+    bytes_total: int = 0
+    """0: nothing is copied."""
+    bytes_per_second: float = 0.0
+    """As measured so far; 0: not known yet."""
+    seconds_left: float | None = None
+    waits_for: str = ""
+    attempts: int = 0
+    """Failed ones so far."""
+
+
+class CopyView(Value, frozen=True, kw_only=True):
+    host: HostId
+    state: ReplicaState
+    connected: bool
+    served: bool
+    allocated_bytes: int
+    problem: str
+
+
+class VolumeView(Value, frozen=True, kw_only=True):
+    spec: VolumeSpec
+    server: ServerId | None
+    system: bool
+    """Whether it is its server's system disk."""
+    copies: tuple[CopyView, ...]
+    snapshots: tuple[SnapshotId, ...]
+    tasks: tuple[TaskView, ...]
+    waits_for: str
+    settled: bool
+    """Everything asked for has come about: nothing is under way, every copy is current and served, and who
+    has it reaches it as recorded."""
+    removed: bool = False
+
+
+class SnapshotView(Value, frozen=True, kw_only=True):
+    spec: SnapshotSpec
+    clones: tuple[VolumeId, ...]
+    allocated_bytes: int
+    exports: tuple["ExportView", ...]
+    removed: bool = False
+
+
+class ExportView(Value, frozen=True, kw_only=True):
+    id: str
+    uri: str
+    expires_at: float
+
+
+class ExportTicket(Value, frozen=True, kw_only=True):
+    """Shown once: the credential is not told again."""
+
+    export: ExportView
+    credential: str
+    """A line of a file of TLS pre-shared keys: `identity:key`."""
+
+
+class BackupView(Value, frozen=True, kw_only=True):
+    spec: BackupSpec
+    rested_on_by: tuple[BackupId, ...]
+
+
+class ImageView(Value, frozen=True, kw_only=True):
+    id: ImageId
+    size_mib: int
+    volumes: tuple[VolumeId, ...]
+    """Made from it."""
+    progress: float = 1.0
+    """Less while it is being taken in."""
+    problem: str = ""
+
+
+class TargetView(Value, frozen=True, kw_only=True):
+    name: str
+    place: str
+
+
+# --- the offer ---------------------------------------------------------------------------------------
+
+
+class Volumes(Protocol):
+    async def volumes(self) -> tuple[VolumeView, ...]: ...
+    async def volume(self, volume: VolumeId) -> VolumeView: ...
+    async def create_volume(self, request: VolumeRequest) -> VolumeView: ...
+    async def change_volume(self, volume: VolumeId, change: VolumeChange) -> VolumeView: ...
+    async def attach_volume(self, volume: VolumeId, attaching: Attaching) -> VolumeView: ...
+    async def detach_volume(self, volume: VolumeId) -> VolumeView: ...
+    async def relocate_volume(self, volume: VolumeId, request: RelocationRequest) -> VolumeView: ...
+    async def revert_volume(self, volume: VolumeId, request: RevertRequest) -> VolumeView: ...
+    async def cancel_volume_tasks(self, volume: VolumeId) -> VolumeView:
+        """What was asked for of it is given up, as far as it is not past its point of no return."""
+        ...
+
+    async def delete_volume(self, volume: VolumeId) -> None: ...
+
+    async def snapshots(self) -> tuple[SnapshotView, ...]: ...
+    async def snapshot(self, snapshot: SnapshotId) -> SnapshotView: ...
+    async def create_snapshots(self, request: SnapshotRequest) -> tuple[SnapshotId, ...]:
+        """Their names; they are there once the operation has ended."""
+        ...
+
+    async def delete_snapshot(self, snapshot: SnapshotId) -> None: ...
+    async def export_snapshot(self, snapshot: SnapshotId, request: ExportRequest) -> ExportTicket: ...
+    async def unexport_snapshot(self, snapshot: SnapshotId) -> SnapshotView: ...
+
+    async def images(self) -> tuple[ImageView, ...]: ...
+    async def import_image(self, request: ImageRequest) -> ImageView: ...
+    async def delete_image(self, image: ImageId) -> None: ...
+
+    async def backups(self) -> tuple[BackupView, ...]: ...
+    async def backup(self, backup: BackupId) -> BackupView: ...
+    async def create_backup(self, request: BackupRequest) -> BackupId: ...
+    async def restore_backup(self, backup: BackupId, request: RestoreRequest) -> VolumeId: ...
+    async def delete_backup(self, backup: BackupId) -> None: ...
+    async def targets(self) -> tuple[TargetView, ...]: ...
+    async def put_target(self, request: TargetRequest) -> TargetView: ...
+    async def delete_target(self, name: str) -> None: ...
+
+    async def volume_settings(self) -> VolumeSettings: ...
+    async def set_volume_settings(self, settings: VolumeSettings) -> VolumeSettings: ...
+    async def tasks(self) -> tuple[TaskView, ...]:
+        """Of all volumes."""
+        ...
