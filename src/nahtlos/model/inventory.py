@@ -51,11 +51,15 @@ class OperationKind(StrEnum):
     """A copy of a volume is brought up to the others."""
     SNAPSHOT = "snapshot"
     BACKUP = "backup"
+    """And what is made from one."""
     GATEWAY = "gateway"
     """A router's way out goes to another edge host."""
-    """And what is made from one."""
     REVERT = "revert"
     """A volume becomes again what a snapshot holds."""
+    SNAPSHOT_FILE = "snapshot-file"
+    """A snapshot becomes a file of its own."""
+    SCRUB = "scrub"
+    """The copies of a volume are compared."""
 
 
 class OperationStatus(Value, frozen=True, kw_only=True):
@@ -75,6 +79,8 @@ class OperationStatus(Value, frozen=True, kw_only=True):
     """0.0 to 1.0"""
     times: dict[str, float] = {}
     """Wall clock, seconds, at which each step began."""
+    result: dict[str, str] = {}
+    """What came of it. Of a backup: `base` (empty: it is a full one), `stored_bytes`, `why_full`."""
 
 
 class VolumeStatus(Value, frozen=True, kw_only=True):

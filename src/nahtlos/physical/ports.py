@@ -9,6 +9,7 @@ Every call has a deadline of its own inside; it raises Unavailable when that pas
 for something impossible.
 """
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,7 @@ from nahtlos.model.config import (
     VolumeEndpoint,
 )
 from nahtlos.model.ids import (
+    BackupId,
     HostId,
     KeyId,
     PortId,
@@ -34,7 +36,15 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Accelerator, PoolStatus, RunState, SnapshotStatus, VolumeStatus
 from nahtlos.model.nouns import Size
-from nahtlos.model.storage import CopyProgress, DiskBudget, SnapshotExport, SnapshotSpec, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    CopyProgress,
+    DiskBudget,
+    SnapshotExport,
+    SnapshotSpec,
+    VolumeFormat,
+    VolumeSpec,
+)
 
 
 class VmmId(msgspec.Struct, frozen=True, order=True):
@@ -321,9 +331,13 @@ class Network(Protocol):
 
     async def port_delete(self, port: PortId) -> None: ...
 
-    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
-        """`vtep` is the other host's tunnel address. Source: gate on, the unused tunnel entry set.
-        Destination: the same, towards the source, for an abort. Repeatable."""
+    async def move_prepare(
+        self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str, *, marked: bool = False
+    ) -> None:
+        """`vtep` is the other host's tunnel address. Source: gate on, the unused tunnel entry set. Destination:
+        the same, towards the source, for an abort. Repeatable. `marked`: the source is to mark what its firewall
+        has let in, the destination believes the mark and judges the rest itself. False where the other host's
+        release knows no mark."""
         ...
 
     async def move_sacrifice(self, port: PortId) -> bool:
@@ -403,7 +417,6 @@ class Network(Protocol):
         """The old VMM has ended: the next one's descriptors are the port's `tap.<port>`. Repeatable."""
         ...
 
-
     # a router's way out goes to another host
 
     async def gateway_prepare(self, config: HostConfig, router: RouterId) -> None:
@@ -443,6 +456,18 @@ class StorageDesired(msgspec.Struct, frozen=True, kw_only=True):
     budget: DiskBudget = DiskBudget()
     pinned: frozenset[VolumeId] = frozenset()
     """Volumes that take part in an operation here: neither created, nor served otherwise, nor resized."""
+
+
+OnCopied = Callable[[int, int], None]
+"""Bytes done, bytes in all. May be called in a thread."""
+
+
+class BackupResult(msgspec.Struct, frozen=True, kw_only=True):
+    base: BackupId | None
+    """What it rests on; None: it is a full one."""
+    stored_bytes: int
+    why_full: str = ""
+    """Why it is a full one although changes were asked for."""
 
 
 class Keyring(Protocol):
@@ -518,7 +543,44 @@ class Storage(Protocol):
         has left in it is no matter."""
         ...
 
+    # backups and files
+
+    async def backup(
+        self,
+        volume: VolumeId,
+        backup: BackupSpec,
+        base: BackupSpec | None,
+        *,
+        bytes_per_second: int,
+        on_copied: OnCopied,
+    ) -> BackupResult:
+        """Whole at its target when this returns. What has changed since `base`, or everything if that is not
+        known or none is named; never less. Repeated after a crash, it is made of the same changes. A guest
+        never waits for a target."""
+        ...
+
+    async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
+        """It is not to be: the next one begins where this would have."""
+        ...
+
+    async def restore(
+        self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
+    ) -> None:
+        """Into `volume`, which was received by its epoch and is blank. Refused where a backup is missing, is
+        not whole, or holds something else than was written."""
+        ...
+
+    async def snapshot_file(
+        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
+    ) -> None:
+        """`file` appears when it is complete. Conflict if there is one."""
+        ...
+
     # health
+
+    async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
+        """Say of a copy that it is wrong (`VolumeStatus.problem`), as long as it is served by `epoch`."""
+        ...
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         """SHA-256 of these bytes as they are on disk; zeros and holes are alike."""

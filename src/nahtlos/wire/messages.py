@@ -35,8 +35,11 @@ from nahtlos.wire.volumes import (
     ReplicasRecorded,
     SetCopySpeed,
     VolumeAttach,
+    VolumeDigest,
+    VolumeDigested,
     VolumeForget,
     VolumeFreeze,
+    VolumeMark,
     VolumeReceive,
     VolumeSnapshot,
     VolumeThaw,
@@ -211,12 +214,16 @@ class MovePrepare(Message, frozen=True, kw_only=True):
     id: OperationId
     server: ServerId
     epoch: int
+    marks: bool = False
+    """The source will mark what its firewall has let in, if the destination says that it believes that."""
 
 
 class MoveReady(Message, frozen=True, kw_only=True):
     """The destination's VMM waits at `uri`; its taps exist and have swallowed their sacrificial frames."""
 
     uri: str
+    believes_marks: bool = False
+    """What comes by the tunnel without the source's mark is judged here."""
 
 
 class MoveState(Message, frozen=True, kw_only=True):
@@ -306,6 +313,8 @@ ToPeer = (
     | VolumeFreeze
     | VolumeThaw
     | VolumeSnapshot
+    | VolumeDigest
+    | VolumeMark
     | GatewayPrepare
     | GatewayState
     | GatewayTake
@@ -322,6 +331,7 @@ Answer = (
     | GatewayOutcome
     | ReplicasRecorded
     | KeyData
+    | VolumeDigested
 )
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 

@@ -260,7 +260,8 @@ class VolumeDigested(Message, frozen=True, kw_only=True):
 
 
 class VolumeMark(Message, frozen=True, kw_only=True):
-    """Coordinator to a host whose copy was found wrong: say so (`VolumeStatus.problem`) until it is made anew."""
+    """Coordinator to a host whose copy was found wrong: say so (`VolumeStatus.problem`) until it is made
+    anew."""
 
     volume: VolumeId
     epoch: int

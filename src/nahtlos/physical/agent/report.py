@@ -62,7 +62,16 @@ def operation_status(journal: Journal, waits_for: str, progress: float) -> Opera
         error=journal.error,
         progress=progress if journal.running else 1.0,
         times=journal.times,
+        result=results(journal.notes),
     )
+
+
+RESULT = "result."
+"""Begins those of a journal's notes that are told."""
+
+
+def results(notes: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(RESULT): text for name, text in notes.items() if name.startswith(RESULT)}
 
 
 async def _storage_release(

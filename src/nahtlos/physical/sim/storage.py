@@ -2,13 +2,14 @@
 survive all but their removal. What volumes are and what must never happen to them: `sim.volumes`."""
 
 import hashlib
+from pathlib import Path
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, VolumeSpec
-from nahtlos.physical.ports import StorageDesired
+from nahtlos.model.storage import BackupSpec, CopyPhase, CopyProgress, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.physical.ports import BackupResult, OnCopied, StorageDesired
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.volumes import COPY_BYTES_PER_SECOND, Snapshot, Volume
 
@@ -73,6 +74,7 @@ class SimStorage(SimDriver):
                     served=self.host.storage_up,
                     size_mib=v.spec.size_mib,
                     clients=len(self.world.disks.clients(self.host, v)),
+                    problem=v.problem,
                 )
                 for v in self.host.volumes.values()
             )
@@ -185,6 +187,44 @@ class SimStorage(SimDriver):
             if held is not None and not held.received:
                 raise Conflict(f"{self.host.id} has {volume.id} already", field="volume")
             self.host.volumes[volume.id] = Volume(volume, whole=False, received=True)
+
+    # --- backups and files ---
+
+    async def backup(
+        self,
+        volume: VolumeId,
+        backup: BackupSpec,
+        base: BackupSpec | None,
+        *,
+        bytes_per_second: int,
+        on_copied: OnCopied,
+    ) -> BackupResult:
+        async with self.verb("backup", volume):
+            self._check_up()
+            size = self._own(volume).spec.size_mib << 20
+            on_copied(size, size)
+            return BackupResult(base=base.id if base else None, stored_bytes=size)
+
+    async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
+        async with self.verb("backup_forget", volume):
+            return
+
+    async def restore(
+        self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
+    ) -> None:
+        async with self.verb("restore", volume.id):
+            self._check_up()
+            self._own(volume.id).whole = True
+
+    async def snapshot_file(
+        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
+    ) -> None:
+        async with self.verb("snapshot_file"):
+            self._found(snapshot)
+
+    async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
+        async with self.verb("mark", volume):
+            self._held(volume).problem = problem
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         async with self.verb("digest", volume):

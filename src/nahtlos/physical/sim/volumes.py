@@ -46,6 +46,8 @@ class Volume:
     """Everything is passed on to there. In the daemon's definition, so it survives the daemon."""
     job: "Copy | None" = None
     """In the daemon's memory: it dies with it."""
+    problem: str = ""
+    """As it was marked."""
 
 
 @dataclass(eq=False)

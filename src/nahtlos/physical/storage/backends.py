@@ -7,16 +7,25 @@ away, and what is observed of it is the copy of the higher epoch. Owns no state.
 
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from nahtlos.model.config import VolumeEndpoint
-from nahtlos.model.errors import Error, Refused
+from nahtlos.model.errors import Error, NotFound, Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, StorageBackend, VolumeSpec
-from nahtlos.physical.ports import Storage, StorageDesired
+from nahtlos.model.storage import (
+    BackupSpec,
+    CopyPhase,
+    CopyProgress,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeFormat,
+    VolumeSpec,
+)
+from nahtlos.physical.ports import BackupResult, OnCopied, Storage, StorageDesired
 
 
 class CephBackend(Storage, Protocol):
@@ -76,6 +85,42 @@ class Backends:
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         return await (await self._holder(volume)).digest(volume, offset, length)
+
+    async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
+        await (await self._holder(volume)).mark(volume, epoch, problem)
+
+    # --- backups and files ---------------------------------------------------------------------------
+
+    async def backup(
+        self,
+        volume: VolumeId,
+        backup: BackupSpec,
+        base: BackupSpec | None,
+        *,
+        bytes_per_second: int,
+        on_copied: OnCopied,
+    ) -> BackupResult:
+        storage = await self._holder(volume)
+        return await storage.backup(
+            volume, backup, base, bytes_per_second=bytes_per_second, on_copied=on_copied
+        )
+
+    async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
+        await (await self._holder(volume)).backup_forget(volume, backup)
+
+    async def restore(
+        self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
+    ) -> None:
+        await self._of(volume).restore(volume, chain, on_copied=on_copied)
+
+    async def snapshot_file(
+        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
+    ) -> None:
+        for storage in self._all:
+            if any(status.id == snapshot for status in await storage.snapshots()):
+                await storage.snapshot_file(snapshot, file, form, on_copied=on_copied)
+                return
+        raise NotFound(f"snapshot '{snapshot}' is not on this host", field="snapshot")
 
     # --- snapshots ---------------------------------------------------------------------------------
 

@@ -12,14 +12,26 @@ from nahtlos.physical.ports import StorageDesired, VmmId
 from nahtlos.wire.messages import Done, Message
 from nahtlos.wire.volumes import (
     VolumeAttach,
+    VolumeDigest,
+    VolumeDigested,
     VolumeForget,
     VolumeFreeze,
+    VolumeMark,
     VolumeReceive,
     VolumeSnapshot,
     VolumeThaw,
 )
 
-ForVolume = VolumeReceive | VolumeAttach | VolumeForget | VolumeFreeze | VolumeThaw | VolumeSnapshot
+ForVolume = (
+    VolumeReceive
+    | VolumeAttach
+    | VolumeForget
+    | VolumeFreeze
+    | VolumeThaw
+    | VolumeSnapshot
+    | VolumeDigest
+    | VolumeMark
+)
 
 
 async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message:
@@ -27,6 +39,9 @@ async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message
     config = context.ledger.config()
     if config is None or peer not in {f"host/{host.id}" for host in config.hosts}:
         raise Refused(f"{peer} is no host of this cloud", field="peer")
+    if isinstance(body, VolumeDigest):
+        digest = await context.drivers.storage.digest(body.volume, body.offset, body.length)
+        return VolumeDigested(sha256=digest)
     await carry_out(context, body)
     return Done()
 
@@ -46,6 +61,10 @@ async def carry_out(context: Context, body: ForVolume) -> None:
             await freeze(context, body)
         case VolumeThaw():
             await thaw(context, body)
+        case VolumeMark():
+            await context.drivers.storage.mark(body.volume, body.epoch, body.problem)
+        case VolumeDigest():
+            pass  # it asks, and changes nothing
 
 
 async def _receive(context: Context, body: VolumeReceive) -> None:

@@ -7,12 +7,16 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import OperationKind
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
+from nahtlos.physical.agent.volumes.backup import Backup, Restore, SnapshotFile
 from nahtlos.physical.agent.volumes.relocation import Relocation
+from nahtlos.physical.agent.volumes.scrub import Scrub
 from nahtlos.wire.volumes import (
     BackupOrder,
     RebuildOrder,
     RelocateOrder,
     RestoreOrder,
+    ScrubOrder,
+    SnapshotFileOrder,
     SnapshotOrder,
     VolumeOrder,
     VolumeTask,
@@ -45,8 +49,16 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
     SnapshotOrder: OperationKind.SNAPSHOT,
     BackupOrder: OperationKind.BACKUP,
     RestoreOrder: OperationKind.BACKUP,
+    SnapshotFileOrder: OperationKind.SNAPSHOT_FILE,
+    ScrubOrder: OperationKind.SCRUB,
 }
-_RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {RelocateOrder: Relocation}
+_RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
+    RelocateOrder: Relocation,
+    BackupOrder: Backup,
+    RestoreOrder: Restore,
+    SnapshotFileOrder: SnapshotFile,
+    ScrubOrder: Scrub,
+}
 
 
 def kind_of(order: VolumeTask) -> OperationKind:

@@ -12,6 +12,7 @@ epoch is noted, and so before anybody is told of it.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -19,8 +20,16 @@ from nahtlos.model.config import RbdEndpoint, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, StorageBackend, VolumeSpec
-from nahtlos.physical.ports import StorageDesired, Supervisor
+from nahtlos.model.storage import (
+    BackupSpec,
+    CopyPhase,
+    CopyProgress,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeFormat,
+    VolumeSpec,
+)
+from nahtlos.physical.ports import BackupResult, OnCopied, StorageDesired, Supervisor
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors, images
 from nahtlos.physical.storage.ceph.gateway import Gateway
@@ -183,6 +192,35 @@ class CephStorage:
                 await self._note(image, {images.EPOCH: str(volume.epoch)})
             self._know(self._known | {volume.id})
             await self._gateway.open(volume.id, volume.epoch)
+
+    # --- backups and files ---------------------------------------------------------------------------
+
+    async def backup(
+        self,
+        volume: VolumeId,
+        backup: BackupSpec,
+        base: BackupSpec | None,
+        *,
+        bytes_per_second: int,
+        on_copied: OnCopied,
+    ) -> BackupResult:
+        raise _lacking("backup")
+
+    async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
+        """None is ever begun here."""
+
+    async def restore(
+        self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
+    ) -> None:
+        raise _lacking("restore")
+
+    async def snapshot_file(
+        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
+    ) -> None:
+        raise _lacking("snapshot_file")
+
+    async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
+        raise _lacking("mark")
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         return bytes.fromhex(
@@ -429,3 +467,7 @@ def _fits(volume: VolumeSpec, what: str, size: int) -> None:
             field="size_mib",
             remedy="ask for a larger volume",
         )
+
+
+def _lacking(verb: str) -> Refused:
+    return Refused(f"volumes in Ceph have no {verb}", field="backend", remedy="relocate it to a host first")

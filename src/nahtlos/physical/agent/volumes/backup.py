@@ -1,0 +1,79 @@
+"""Backups, restores and snapshots as files, each carried out by the host that has what it is made from."""
+
+from pathlib import Path
+
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Journal
+from nahtlos.physical.agent.volumes.peers import carry_out
+from nahtlos.physical.agent.volumes.single import SingleAct
+from nahtlos.wire.volumes import BackupOrder, RestoreOrder, SnapshotFileOrder, VolumeForget, VolumeReceive
+
+
+class Backup(SingleAct):
+    """Killed at any moment, it is repeated from the same changes; undone, they are followed as before."""
+
+    what = "backup"
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        super().__init__(context, journal)
+        assert isinstance(journal.task, BackupOrder), f"operation {journal.id} is no backup"
+        self._order = journal.task
+        self.subject = self._order.volume.id
+
+    async def work(self) -> None:
+        order = self._order
+        result = await self._context.drivers.storage.backup(
+            order.volume.id,
+            order.backup,
+            order.base,
+            bytes_per_second=order.bytes_per_second,
+            on_copied=self.on_copied,
+        )
+        self.tell("base", result.base or "")
+        self.tell("stored_bytes", str(result.stored_bytes))
+        self.tell("why_full", result.why_full)
+        if result.why_full:
+            text = f"{order.backup.id} is a full backup: {result.why_full}"
+            self._context.say("volume.backup", self.subject, text, id=order.id)
+
+    async def undo(self) -> None:
+        await self._context.drivers.storage.backup_forget(self._order.volume.id, self._order.backup)
+
+
+class Restore(SingleAct):
+    """The new volume is nobody's until this is done; undone, it is gone."""
+
+    what = "restore"
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        super().__init__(context, journal)
+        assert isinstance(journal.task, RestoreOrder), f"operation {journal.id} is no restore"
+        self._order = journal.task
+        self.subject = self._order.volume.id
+
+    async def work(self) -> None:
+        order = self._order
+        await carry_out(self._context, VolumeReceive(id=order.id, volume=order.volume))
+        await self._context.drivers.storage.restore(order.volume, order.chain, on_copied=self.on_copied)
+
+    async def undo(self) -> None:
+        await carry_out(self._context, VolumeForget(id=self._order.id, volume=self._order.volume.id))
+
+
+class SnapshotFile(SingleAct):
+    what = "snapshot-file"
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        super().__init__(context, journal)
+        assert isinstance(journal.task, SnapshotFileOrder), f"operation {journal.id} makes no file"
+        self._order = journal.task
+        self.subject = self._order.snapshot
+
+    async def work(self) -> None:
+        order = self._order
+        await self._context.drivers.storage.snapshot_file(
+            order.snapshot, Path(order.file), order.format, on_copied=self.on_copied
+        )
+
+    async def undo(self) -> None:
+        """Nothing appears before it is complete."""
