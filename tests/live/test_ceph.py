@@ -30,7 +30,6 @@ from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.ports import Storage, StorageDesired, Unit
 from nahtlos.physical.storage.backends import Backends
 from nahtlos.physical.storage.ceph import doors
-from nahtlos.physical.storage.ceph.driver import CephStorage
 
 pytestmark = [
     pytest.mark.live,
@@ -239,10 +238,59 @@ async def test_osd_that_dies_costs_a_writer_time_and_nothing_else(site: Site) ->
     assert writer.longest < GRACE + 6, f"{writer.longest:.1f} s"
 
 
+async def test_volume_leaves_the_pool_while_it_is_written(site: Site) -> None:
+    """The server's disk comes by the gateway first; what it writes past it would not be copied."""
+    volume = site.volume("data", size_mib=128)
+    await site.have(volume)
+    home = volume_on(site.host, "data", size_mib=128, epoch=2, empty=True)
+    await site.host.storage.reconcile(StorageDesired(volumes=(home,)))
+    target = site.endpoint(site.host, home, site.host.settings.nbd_port)
+    direct = await site.client("data")
+    with pytest.raises(Conflict, match="still open"):
+        await site.storage.relocate_start(volume, target, bytes_per_second=0)
+    for number in range(100, 110):
+        direct.write(number, block(number))
+    await stop_clients(site)
+
+    await site.storage.serve(volume)
+    through = site.disk(await stand_in(site.host, "data.e1", name="through", port=site.storage.nbd_port))
+    writer = Writer(through)
+    writer.start()
+    try:
+        await site.storage.relocate_start(volume, target, bytes_per_second=1 << 20)
+        assert (await site.storage.relocate_progress(volume.id)).phase is CopyPhase.COPYING
+        with pytest.raises(Refused, match="not ready"):
+            await site.storage.relocate_complete(volume.id)
+        await site.storage.relocate_cancel(volume.id)
+        assert (await site.storage.relocate_progress(volume.id)).phase is CopyPhase.NONE
+        await relocate(site.storage, volume, target)
+        pid = await site.host.pid(doors.UNIT)
+        os.kill(pid, signal.SIGKILL)
+        await site.host.until_pid(doors.UNIT, other_than=pid)
+        await site.storage.relocate_complete(volume.id)
+        await asyncio.sleep(0.3)
+        with pytest.raises(Conflict, match="at host-1 already"):
+            await site.storage.relocate_cancel(volume.id)
+        with pytest.raises(Conflict, match="still reached"):
+            await site.storage.relocate_finish(volume.id)
+    finally:
+        writer.ends.set()
+        await asyncio.to_thread(writer.join)
+    assert writer.acknowledged > 10
+    assert await asyncio.to_thread(writer.wrong) == []
+    await site.host.supervisor.stop("through")
+    await site.storage.relocate_finish(volume.id)
+    await site.until_gone(".gone.")
+    assert site.images() == []
+    again = site.disk(await stand_in(site.host, "data.e2", name="home"))
+    written = [*range(writer.acknowledged), *(n for n in range(100, 110) if n >= writer.acknowledged)]
+    assert [n for n in written if again.read(n) != block(n)] == []
+
+
 async def test_gateway_that_is_killed_forgets_no_write_it_acknowledged(site: Site) -> None:
     """No flush: what is acknowledged is in the cluster."""
     await site.storage.receive(site.volume("data"))
-    disk = site.disk(await stand_in(site.host, "data.e1", port=doors_port(site)))
+    disk = site.disk(await stand_in(site.host, "data.e1", port=site.storage.nbd_port))
     for number in range(40):
         disk.write(number, block(number))
     pid = await site.host.pid(doors.UNIT)
@@ -326,9 +374,3 @@ async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint)
             assert progress.phase is not CopyPhase.FAILED, progress.error
             await asyncio.sleep(0.02)
     await storage.relocate_complete(volume.id)
-
-
-def doors_port(site: Site) -> int:
-    storage = site.storage
-    assert isinstance(storage, CephStorage)
-    return storage.nbd_port
