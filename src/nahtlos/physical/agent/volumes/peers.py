@@ -8,6 +8,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.freeze import freeze, owned, thaw
+from nahtlos.physical.agent.volumes.replicas import lost_exports, without
 from nahtlos.physical.ports import StorageDesired, VmmId
 from nahtlos.wire.messages import Done, Message
 from nahtlos.wire.volumes import (
@@ -104,7 +105,7 @@ async def _attach(context: Context, body: VolumeAttach) -> None:
     """Written down first: should its VMM end meanwhile, it is started with the new path. Until this was
     answered both paths lead to the same data."""
     held = owned(context, body.server)
-    server = reached_by(held.server, body.attachment)
+    server = reached_by(held.server, without(body.attachment, lost_exports(context.ledger)))
     context.ledger.adopt(server)
     vmm = VmmId(body.server, held.epoch)
     vmms = await context.drivers.hypervisor.observe()

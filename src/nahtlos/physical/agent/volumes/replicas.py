@@ -57,7 +57,11 @@ def without(attachment: VolumeAttachment, lost: frozenset[str]) -> VolumeAttachm
 def reached_by_copies(attachment: VolumeAttachment, copies: tuple[VolumeEndpoint, ...]) -> VolumeAttachment:
     first = copies[0]
     return msgspec.structs.replace(
-        attachment, address=first.address, port=first.port, export=first.export, copies=copies
+        attachment,
+        address=first.address,
+        port=first.port,
+        export=first.export,
+        copies=copies if len(copies) > 1 else (),
     )
 
 

@@ -8,6 +8,7 @@ from nahtlos.model.inventory import OperationKind
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.backup import Backup, Restore, SnapshotFile
+from nahtlos.physical.agent.volumes.rebuild import Rebuild
 from nahtlos.physical.agent.volumes.relocation import Relocation
 from nahtlos.physical.agent.volumes.scrub import Scrub
 from nahtlos.wire.volumes import (
@@ -54,6 +55,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
 }
 _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     RelocateOrder: Relocation,
+    RebuildOrder: Rebuild,
     BackupOrder: Backup,
     RestoreOrder: Restore,
     SnapshotFileOrder: SnapshotFile,

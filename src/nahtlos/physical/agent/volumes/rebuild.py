@@ -1,0 +1,349 @@
+"""A copy of a volume is brought up to the others while it is written. Its coordinator is the host of a
+current one.
+
+    begin -> receive -> copy -> join -> joined -> done
+      \\________\\________\\_______/  undo: nobody reaches the copy that was to come
+
+The copying goes on until every write that is acknowledged here is on the new copy as well. Then the server
+that has the volume open writes to it itself, beside all others; only if the copying was still in step after
+that, the new copy lacks nothing. So no moment is needed at which the guest stands still. From `joined` on it
+has everything as long as it is written to; that it counts is the orchestrator's to record, which refuses if
+it was lost since.
+
+Should this agent end in between, the storage tells whether it still copies in step. If it does not, nobody
+can tell what was missed: the server leaves the copy, which is made anew.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from nahtlos.model.config import VolumeAttachment
+from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
+from nahtlos.model.ids import HostId
+from nahtlos.model.inventory import OperationState
+from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.ledger import Journal
+from nahtlos.physical.agent.volumes.copying import Pace, fraction, told
+from nahtlos.physical.agent.volumes.hosts import Hosts
+from nahtlos.physical.agent.volumes.replicas import reached_by_copies
+from nahtlos.wire.volumes import RebuildOrder, VolumeAttach, VolumeForget, VolumeReceive
+
+POLL_SECONDS = 0.05
+ASK_AGAIN_SECONDS = 0.25
+RECEIVE_SECONDS = 60.0
+ATTACH_SECONDS = 20.0
+FORGET_SECONDS = 3.0
+ATTEMPTS = 5
+SILENCE_SECONDS = 60.0
+"""A copy that has not come forward for so long is given up."""
+OWNERLESS_SECONDS = 60.0
+"""After so long a server that no host owns is taken for gone."""
+_DECIDED = ("joined", "done")
+
+
+class Rebuild:
+    """`run` may be called again after a restart of the agent."""
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        assert isinstance(journal.task, RebuildOrder), f"operation {journal.id} rebuilds nothing"
+        self._context = context
+        self._journal = journal
+        self._order = journal.task
+        self._storage = context.drivers.storage
+        self._hosts = Hosts(context, self._order.hosts)
+        self._speed = int(journal.notes.get("speed", self._order.bytes_per_second))
+        self._cancelled = False
+        self._wake = asyncio.Event()
+        self._pace = Pace()
+
+    @property
+    def journal(self) -> Journal:
+        return self._journal
+
+    def cancel(self) -> None:
+        if self._journal.step in _DECIDED:
+            raise Conflict("the copy is complete already", field="operation")
+        self._cancelled = True
+        self._wake.set()
+
+    def set_speed(self, bytes_per_second: int) -> None:
+        """From now on, also after a restart."""
+        self._speed = bytes_per_second
+        self._note("speed", str(bytes_per_second))
+        self._journal = self._context.ledger.note(self._journal)
+        self._wake.set()
+
+    async def run(self, *, recovering: bool) -> Journal:
+        try:
+            await self._carry_out()
+        finally:
+            await self._hosts.close()
+            self._context.waits.pop(self._order.id, None)
+            self._context.progress.pop(self._order.id, None)
+        return self._journal
+
+    async def _carry_out(self) -> None:
+        if self._journal.step not in _DECIDED:
+            try:
+                self._check()
+                await self._copy()
+            except Exception as error:
+                await self._undo(self._context.error_of(error))
+                return
+        await self._until_done("the storage to stop copying", self._stop)
+        self._end(OperationState.DONE, None)
+
+    def _check(self) -> None:
+        order, me = self._order, self._context.settings.host
+        if order.source.host != me or order.target.host == me:
+            raise Refused(
+                f"{order.volume.id} cannot be copied from {me} to {order.target.host}", field="order"
+            )
+
+    @property
+    def _coming(self) -> VolumeSpec:
+        """As the target is to have it."""
+        order = self._order
+        _, _, epoch = order.target.export.rpartition(".e")
+        return msgspec.structs.replace(
+            order.volume,
+            host=order.target.host,
+            epoch=int(epoch),
+            replicas=(),
+            image=None,
+            snapshot=None,
+        )
+
+    # --- until it is joined ---
+
+    async def _copy(self) -> None:
+        """Returns once the copy lacks nothing and is written to. Raises why that is given up."""
+        while True:
+            if self._cancelled:
+                raise Refused("cancelled by an operator", field="operation")
+            progress = await self._observed()
+            match progress.phase:
+                case CopyPhase.NONE | CopyPhase.FAILED:
+                    await self._begin(progress)
+                case CopyPhase.COPYING:
+                    await self._wait(progress)
+                case CopyPhase.READY:
+                    if await self._join():
+                        return
+                case CopyPhase.DONE:
+                    raise Refused(f"{self._order.volume.id} has left this host", field="volume")
+
+    async def _begin(self, progress: CopyProgress) -> None:
+        attempt = int(self._journal.notes.get("attempts", "0")) + 1
+        if attempt > ATTEMPTS:
+            raise Unavailable(f"the copy broke off {ATTEMPTS} times: {progress.error or 'no reason'}")
+        if self._journal.step == "join":  # whatever it has missed since
+            await self._until_done("who has it open to leave the copy", self._lead_back)
+        self._note("attempts", str(attempt))
+        self._record("receive", durable=True)
+        order = self._order
+        await self._reach(VolumeReceive(id=order.id, volume=self._coming))
+        self._record("copy")
+        self._pace = Pace()
+        await self._start()
+
+    async def _reach(self, body: VolumeReceive) -> None:
+        since = self._context.now()
+        while True:
+            try:
+                await self._hosts.ask(self._order.target.host, body, RECEIVE_SECONDS)
+            except Unavailable as error:
+                if self._cancelled or self._context.now() - since > SILENCE_SECONDS:
+                    raise
+                self._say_wait(f"{self._order.target.host} to make room ({error.message})")
+                await self._sleep(ASK_AGAIN_SECONDS)
+            else:
+                return
+
+    async def _start(self) -> None:
+        """An error here is followed by a look at what came of it."""
+        order = self._order
+        try:
+            await self._storage.relocate_start(
+                order.volume.at(self._context.settings.host), order.target, bytes_per_second=self._speed
+            )
+        except Unavailable as error:
+            self._say_wait(f"the storage to begin copying ({error.message})")
+            await self._sleep(ASK_AGAIN_SECONDS)
+
+    async def _wait(self, progress: CopyProgress) -> None:
+        now = self._context.now()
+        self._pace = self._pace.seen(now, progress)
+        self._context.progress[self._order.id] = fraction(progress)
+        self._say_wait(told(progress, self._pace, self._order.target.host))
+        if now - self._pace.moved_at > SILENCE_SECONDS:
+            raise Unavailable(
+                f"the copy has not come forward for {SILENCE_SECONDS:g} s: {progress.error or 'no reason'}",
+                remedy=f"look at the storage of {self._order.target.host}",
+            )
+        if self._wake.is_set() and not self._cancelled:
+            self._wake.clear()
+            await self._start()
+        await self._sleep(POLL_SECONDS)
+
+    async def _join(self) -> bool:
+        """False if the copying fell out of step before the copy was written to."""
+        if self._journal.step != "join":
+            self._record("join", durable=True)
+        before = self._before
+        if before is None:
+            await self._check_unused()
+        else:
+            order = self._order
+            others = tuple(e for e in before.copies or (order.source,) if e.host != order.target.host)
+            await self._lead_to(reached_by_copies(before, (*others, order.target)))
+        if (await self._observed()).phase is not CopyPhase.READY:
+            return False
+        self._record("joined", durable=True)
+        return True
+
+    async def _check_unused(self) -> None:
+        """Somebody who has it open would write past the copy."""
+        for status in await self._storage.observe():
+            if status.id == self._order.volume.id and status.clients:
+                raise Unavailable(
+                    f"{status.id} is open by {status.clients}, of whom the order says nothing",
+                    remedy="it is planned again",
+                )
+
+    async def _observed(self) -> CopyProgress:
+        """What the driver says; nothing is decided before it has said something."""
+        while True:
+            try:
+                return await self._storage.relocate_progress(self._order.volume.id)
+            except NotFound:
+                raise
+            except Exception as error:
+                self._say_wait(f"the storage to say how far it is ({self._context.error_of(error).message})")
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    # --- who has it open ---
+
+    @property
+    def _before(self) -> VolumeAttachment | None:
+        """How its server reached it when the order was made; None if nobody has it open."""
+        client = self._order.client
+        found = (a for a in (client.attachments if client else ()) if a.volume == self._order.volume.id)
+        return next(found, None)
+
+    async def _lead_back(self) -> None:
+        before = self._before
+        if before is not None:
+            await self._lead_to(before)
+
+    async def _lead_to(self, attachment: VolumeAttachment) -> None:
+        """Returns when the server reaches the volume so, wherever it is."""
+        client = self._order.client
+        assert client is not None
+        body = VolumeAttach(id=self._order.id, server=client.server, attachment=attachment)
+        since = self._context.now()
+        while True:
+            others = [host for host in self._hosts.all if host != client.at.host]
+            reasons: list[str | None] = []
+            for host in (client.at.host, *others):
+                reasons.append(await self._attached(host, body))
+                if reasons[-1] is None:
+                    return
+            told_why = [reason for reason in reasons if reason]
+            late = self._context.now() - since
+            if not told_why and late > OWNERLESS_SECONDS:
+                return  # it is gone
+            if self._cancelled and attachment != self._before:
+                raise Refused("cancelled by an operator", field="operation")
+            if late > SILENCE_SECONDS and attachment != self._before:
+                raise Unavailable(f"{client.server} does not reach the copy: {'; '.join(told_why)}")
+            self._say_wait(f"{client.server} to reach {self._order.volume.id} anew ({'; '.join(told_why)})")
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    async def _attached(self, host: HostId, body: VolumeAttach) -> str | None:
+        """None once it was done; empty if the server is not there; else why not."""
+        try:
+            await self._hosts.ask(host, body, ATTACH_SECONDS)
+        except Stale as stale:
+            return stale.message
+        except Conflict as conflict:
+            return "" if conflict.field == "server" else f"{host}: {conflict.message}"
+        except Error as error:
+            return f"{host}: {error.message}"
+        return None
+
+    # --- the end ---
+
+    async def _undo(self, error: Error) -> None:
+        order = self._order
+        self._context.say("volume.rebuild", order.volume.id, f"given up: {error}", id=order.id)
+        if self._journal.step == "join":
+            await self._until_done("who has it open to leave the copy", self._lead_back)
+        await self._until_done("the storage to stop copying", self._stop)
+        await self._forget()
+        self._end(OperationState.UNDONE, error)
+
+    async def _stop(self) -> None:
+        try:
+            await self._storage.relocate_cancel(self._order.volume.id)
+        except NotFound:
+            return
+
+    async def _forget(self) -> None:
+        """Spares the target what it has received; it counts for nothing anyhow."""
+        if "attempts" not in self._journal.notes:
+            return
+        body = VolumeForget(id=self._order.id, volume=self._order.volume.id)
+        try:
+            await self._hosts.ask(self._order.target.host, body, FORGET_SECONDS)
+        except Exception as error:
+            why = self._context.error_of(error)
+            self._context.say("volume.rebuild", self._order.volume.id, f"not taken back: {why}")
+
+    # --- record ---
+
+    async def _until_done(self, what: str, act: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await act()
+            except Exception as error:
+                self._say_wait(f"{what} ({self._context.error_of(error).message})")
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            else:
+                self._context.waits.pop(self._order.id, None)
+                return
+
+    async def _sleep(self, seconds: float) -> None:
+        """Or until it is cancelled or given another speed."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    def _say_wait(self, text: str) -> None:
+        self._context.waits[self._order.id] = text
+
+    def _note(self, name: str, value: str) -> None:
+        notes = {**self._journal.notes, name: value}
+        self._journal = msgspec.structs.replace(self._journal, notes=notes)
+
+    def _record(self, step: str, *, durable: bool = False) -> None:
+        times = {**self._journal.times, step: self._context.now()}
+        self._journal = msgspec.structs.replace(self._journal, step=step, times=times)
+        if durable:
+            self._journal = self._context.ledger.note(self._journal, step)
+        self._context.say("volume.step", self._order.volume.id, step, id=self._order.id)
+        self._context.changed()
+
+    def _end(self, state: OperationState, error: Error | None) -> None:
+        record = ErrorRecord.of(error) if error else None
+        self._journal = msgspec.structs.replace(self._journal, state=state, error=record)
+        times = {**self._journal.times, "done": self._context.now()}
+        self._journal = msgspec.structs.replace(self._journal, step="done", times=times)
+        self._context.ledger.note(self._journal, "end")
+        self._context.say("volume.step", self._order.volume.id, state, id=self._order.id)
+        self._context.changed()
