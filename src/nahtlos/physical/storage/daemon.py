@@ -1,117 +1,284 @@
-"""How the storage daemon is run and what is said to it to serve a volume. Pure.
+"""The storage daemon of this host as its drivers speak to it: one monitor connection for all of them.
 
-Everything served is also on the command line, so that a daemon the supervisor started again serves it at
-once, without anybody's help: the clients' connections wait in the listening socket, which the supervisor
-holds, until the exports are there.
-
-Per volume: file -> raw -> throttle filter `top-…` (QoS knob and pivot point) -> export `<volume>.e<epoch>`.
+Answers are what the daemon says at that moment; nothing is remembered but the connection and the images it
+said are corrupted. Never decides what is served: see `serving`. A daemon that was started anew has a new
+monitor: the next call connects to it.
 """
 
-import hashlib
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
+from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import VolumeId
-from nahtlos.physical.hypervisor.commandline import hosts_only_object, object_argument, tls_object
+from nahtlos.physical.hypervisor.qmp import ANSWER_WITHIN, Answer, Arguments, Denied, Gone, OnEvent, Qmp
+from nahtlos.physical.ports import Supervisor
+from nahtlos.physical.storage.definition import UNIT
+from nahtlos.physical.storage.graph import Export, Options, parsed_export
 
-SOCKET_FD = "nbd"
-UNIT = "qsd"
-TLS = "tls-server"
-HOSTS_ONLY = "hosts-only"
-NODE_NAME_LIMIT = 31
+MONITOR_WITHIN = 20.0
+JOB_WITHIN = 30.0
+EXPORT_GONE_WITHIN = 5.0
+_POLL = 0.002
+_AS_WANTED_ALREADY = ("duplicate", "not found", "exists", "already", "Cannot find", "Failed to find")
 
-Options = dict[str, object]
-
-
-class Served(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A volume as it is (to be) served."""
-
-    volume: VolumeId
-    epoch: int
-    file: str
-
-    @property
-    def export(self) -> str:
-        return f"{self.volume}.e{self.epoch}"
+Command = tuple[str, Arguments]
 
 
-def parse_export(name: str) -> tuple[VolumeId, int] | None:
-    volume, separator, epoch = name.rpartition(".e")
-    return (VolumeId(volume), int(epoch)) if separator and epoch.isdecimal() else None
+class JobStatus(StrEnum):
+    """Those that matter here; the others are on their way to one of these."""
+
+    RUNNING = "running"
+    READY = "ready"
+    STANDBY = "standby"
+    CONCLUDED = "concluded"
 
 
-def node_name(prefix: str, volume: VolumeId) -> str:
-    """At most 31 characters, as QEMU wants: a long name is shortened and told apart by its hash."""
-    name = f"{prefix}-{volume}"
-    if len(name) <= NODE_NAME_LIMIT:
-        return name
-    digest = hashlib.sha256(volume.encode()).hexdigest()[:8]
-    return f"{name[: NODE_NAME_LIMIT - 9]}-{digest}"
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    type: str
+    status: str
+    done: int = 0
+    total: int = 0
+    error: str = ""
+    actively_synced: bool = False
+    """Of a mirror: both sides are alike, and every further write goes to both before it is acknowledged."""
+    failing: bool = False
+    """It met an I/O error and waits."""
 
 
-def nodes(served: Served) -> tuple[Options, ...]:
-    """Block nodes from the file up, each to be added after the one before."""
-    volume = served.volume
-    file, raw, top = (node_name(prefix, volume) for prefix in ("file", "raw", "top"))
-    return (
-        {"driver": "file", "node-name": file, "filename": served.file, "discard": "unmap"},
-        {"driver": "raw", "node-name": raw, "file": file, "discard": "unmap"},
-        {
-            "driver": "throttle",
-            "node-name": top,
-            "throttle-group": throttle_group(volume),
-            "file": raw,
-            "discard": "unmap",
-        },
+class Graph(msgspec.Struct, frozen=True):
+    """Block nodes and who uses whom."""
+
+    nodes: frozenset[str]
+    edges: Mapping[tuple[str, str], str]
+    """(parent, name of the edge) -> child; parents are nodes."""
+
+    def below(self, node: str) -> str | None:
+        """The next one towards the base: through a filter, or what an overlay rests on."""
+        return self.edges.get((node, "backing"), self.edges.get((node, "file")))
+
+
+class Daemon:
+    def __init__(self, supervisor: Supervisor, qmp: Path, log: Path) -> None:
+        self.qmp_path = qmp
+        self.log = log
+        self.corrupted: dict[str, str] = {}
+        """Nodes of images that were found corrupted, and what was said."""
+        self._supervisor = supervisor
+        self._qmp: Qmp | None = None
+        self._connecting = asyncio.Lock()
+        self._listeners: list[OnEvent] = []
+
+    async def close(self) -> None:
+        """Let go of the monitor. The daemon runs on."""
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            await qmp.close()
+
+    def on_event(self, listener: OnEvent) -> None:
+        self._listeners.append(listener)
+
+    # --- the process -------------------------------------------------------------------------------
+
+    async def pid(self) -> int | None:
+        status = (await self._supervisor.units()).get(UNIT)
+        return status.pid if status else None
+
+    def said(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else "no log"
+
+    async def answers(self, within: float) -> bool:
+        try:
+            await self._monitor(within)
+        except Unavailable:
+            return False
+        return True
+
+    # --- commands ----------------------------------------------------------------------------------
+
+    async def execute(
+        self, command: str, arguments: Arguments | None = None, *, within: float = ANSWER_WITHIN
+    ) -> Answer:
+        return await (await self._monitor(MONITOR_WITHIN)).execute(command, arguments, within=within)
+
+    async def together(self, *commands: Command) -> None:
+        """Sent without waiting in between, so that they are carried out at one go. Raises the first refusal,
+        after all of them were answered."""
+        qmp = await self._monitor(MONITOR_WITHIN)
+        answers = (qmp.execute(command, arguments) for command, arguments in commands)
+        results = await asyncio.gather(*answers, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def transaction(self, actions: Sequence[tuple[str, Options]]) -> None:
+        """All or none, at one moment."""
+        said = [{"type": kind, "data": data} for kind, data in actions]
+        await self.execute("transaction", {"actions": said})
+
+    async def tolerating(self, command: str, arguments: Options) -> None:
+        """For what may be as wanted already because an earlier call was interrupted."""
+        try:
+            await self.execute(command, arguments)
+        except Denied as denied:
+            if not any(words in denied.message for words in _AS_WANTED_ALREADY):
+                raise
+
+    # --- nodes and exports -------------------------------------------------------------------------
+
+    async def graph(self) -> Graph:
+        answer = await self.execute("x-debug-query-block-graph")
+        nodes = cast("list[dict[str, object]]", answer["nodes"])
+        names = {each["id"]: str(each["name"]) for each in nodes if each["type"] == "block-driver"}
+        edges = {
+            (names[edge["parent"]], str(edge["name"])): names[edge["child"]]
+            for edge in cast("list[dict[str, object]]", answer["edges"])
+            if edge["parent"] in names and edge["child"] in names
+        }
+        return Graph(frozenset(names.values()), edges)
+
+    async def images(self) -> dict[str, Answer]:
+        """What the daemon says of each node."""
+        answer = await self.execute("query-named-block-nodes", {"flat": True})
+        return {str(each["node-name"]): each for each in cast("list[Answer]", answer["value"])}
+
+    async def exports(self, within: float = MONITOR_WITHIN) -> dict[VolumeId, Export]:
+        """Of volumes, those that are on their way out left out."""
+        qmp = await self._monitor(within)
+        found = cast("list[dict[str, object]]", (await qmp.execute("query-block-exports"))["value"])
+        parsed = (parsed_export(str(each["id"])) for each in found if not each.get("shutting-down"))
+        return {export.volume: export for export in parsed if export is not None}
+
+    async def exports_if_answering(self, within: float) -> dict[VolumeId, Export]:
+        """Nothing is served by a daemon that does not run or answer."""
+        if await self.pid() is None:
+            return {}
+        try:
+            return await self.exports(within)
+        except Unavailable:
+            return {}
+
+    async def add_nodes(self, nodes: Sequence[Options]) -> None:
+        """Those that are not there yet; none if one cannot be added."""
+        present, added = (await self.graph()).nodes, list[str]()
+        try:
+            for node in nodes:
+                if node["node-name"] not in present:
+                    await self.execute("blockdev-add", node, within=JOB_WITHIN)
+                    added.append(str(node["node-name"]))
+        except Refused:
+            await self.remove_nodes(reversed(added))
+            raise
+
+    async def remove_nodes(self, names: Iterable[str]) -> None:
+        """Those that are there and in nobody's use."""
+        for name in names:
+            try:
+                await self.execute("blockdev-del", {"node-name": name})
+            except Denied:
+                continue
+
+    async def withdraw(self, identity: str, *, mode: str = "hard") -> None:
+        """Returns when the export is gone. Hard: its clients get errors at once; that is what fencing is.
+        Safe: Denied while it has clients."""
+        await self.execute("block-export-del", {"id": identity, "mode": mode})
+        try:
+            async with asyncio.timeout(EXPORT_GONE_WITHIN):
+                while identity in await self._export_ids():
+                    await asyncio.sleep(0)
+        except TimeoutError:
+            raise Unavailable(f"export {identity} is still there after {EXPORT_GONE_WITHIN:g} s") from None
+
+    async def _export_ids(self) -> set[str]:
+        answer = await self.execute("query-block-exports")
+        return {str(each["id"]) for each in cast("list[dict[str, object]]", answer["value"])}
+
+    # --- jobs --------------------------------------------------------------------------------------
+
+    async def jobs(self) -> dict[str, Job]:
+        found = cast("list[Answer]", (await self.execute("query-jobs"))["value"])
+        more = cast("list[Answer]", (await self.execute("query-block-jobs"))["value"])
+        details = {each["device"]: each for each in more}
+        return {str(each["id"]): _job(each, details.get(each["id"], {})) for each in found}
+
+    async def job_until(self, job: str, *statuses: str, within: float = JOB_WITHIN) -> Job:
+        """Wait for it to have one of these; Unavailable if it has not, Refused if there is no such job."""
+        try:
+            async with asyncio.timeout(within):
+                while True:
+                    found = (await self.jobs()).get(job)
+                    if found is None:
+                        raise Refused(f"the storage daemon has no job {job}", field="job")
+                    if found.status in statuses:
+                        return found
+                    await asyncio.sleep(_POLL)
+        except TimeoutError:
+            raise Unavailable(f"job {job} takes longer than {within:g} s") from None
+
+    async def job_end(self, job: str, *, within: float = JOB_WITHIN) -> Job:
+        """Wait for its end and take note of it; Unavailable with its words if it failed."""
+        ended = await self.job_until(job, JobStatus.CONCLUDED, within=within)
+        await self.execute("job-dismiss", {"id": job})
+        if ended.error:
+            raise Unavailable(f"job {job} of the storage daemon failed: {ended.error}")
+        return ended
+
+    async def job_cancel(self, job: str) -> None:
+        """Gone on return; fine if there is none."""
+        found = (await self.jobs()).get(job)
+        if found is None:
+            return
+        if found.status != JobStatus.CONCLUDED:
+            await self.tolerating("block-job-cancel", {"device": job, "force": True})
+        try:
+            await self.job_end(job)
+        except (Refused, Unavailable):
+            if job in await self.jobs():
+                raise
+
+    # --- monitor -----------------------------------------------------------------------------------
+
+    async def _monitor(self, within: float) -> Qmp:
+        async with self._connecting:
+            qmp = self._qmp
+            if qmp is not None and qmp.open and qmp.loop is asyncio.get_running_loop():
+                return qmp
+            await self.close()
+            self._qmp = await self._connected(within)
+            return self._qmp
+
+    async def _connected(self, within: float) -> Qmp:
+        try:
+            async with asyncio.timeout(within):
+                while True:
+                    try:
+                        return await Qmp.connect(self.qmp_path, self._heard, within=within)
+                    except Gone:
+                        await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise Unavailable(f"the storage daemon does not answer: {self.said()[-400:]}") from None
+
+    def _heard(self, event: str, data: Mapping[str, object]) -> None:
+        if event == "BLOCK_IMAGE_CORRUPTED":
+            self.corrupted[str(data.get("node-name", ""))] = str(data.get("msg", ""))
+        for listener in self._listeners:
+            listener(event, data)
+
+
+def _job(said: Answer, details: Answer) -> Job:
+    return Job(
+        id=str(said["id"]),
+        type=str(said["type"]),
+        status=str(said["status"]),
+        done=cast("int", said.get("current-progress", 0)),
+        total=cast("int", said.get("total-progress", 0)),
+        error=str(said.get("error", "")),
+        actively_synced=bool(details.get("actively-synced")),
+        failing=details.get("io-status", "ok") != "ok",
     )
-
-
-def throttle_group(volume: VolumeId) -> str:
-    return node_name("limits", volume)
-
-
-def export(served: Served) -> Options:
-    return {
-        "type": "nbd",
-        "id": served.export,
-        "name": served.export,
-        "node-name": node_name("top", served.volume),
-        "writable": True,
-    }
-
-
-def arguments(qmp: Path, pki_dir: Path, served: Iterable[Served]) -> tuple[str, ...]:
-    """To follow `Bundle.storage_daemon()`. Clients prove by certificate that they are hosts."""
-    return (
-        *("--chardev", f"socket,id=qmp,path={qmp},server=on,wait=off"),
-        *("--monitor", "chardev=qmp"),
-        *_server(pki_dir),
-        *(part for volume in sorted(served) for part in _volume(volume)),
-    )
-
-
-def _server(pki_dir: Path) -> tuple[str, ...]:
-    listening = f"addr.type=fd,addr.str={{fd:{SOCKET_FD}}},max-connections=0"
-    return (
-        *_long(tls_object(TLS, "server", pki_dir)),
-        *_long(hosts_only_object(HOSTS_ONLY)),
-        *("--nbd-server", f"{listening},tls-creds={TLS},tls-authz={HOSTS_ONLY}"),
-    )
-
-
-def _volume(served: Served) -> tuple[str, ...]:
-    blockdevs = (part for node in nodes(served) for part in ("--blockdev", _json(node)))
-    group = _long(object_argument("throttle-group", throttle_group(served.volume)))
-    return (*group, *blockdevs, "--export", _json(export(served)))
-
-
-def _long(arguments: tuple[str, str]) -> tuple[str, str]:
-    """The storage daemon knows long options only."""
-    option, value = arguments
-    return f"-{option}", value
-
-
-def _json(value: Options) -> str:
-    return msgspec.json.encode(value).decode()

@@ -12,6 +12,7 @@ for one that runs and has not yet done the step. Files that no record names are 
     serving   <-> proxy      everything is passed on to `endpoint`; the layers count for nothing
     receiving  -> serving    a blank active layer that a copy is written into
     deleting                 not served any more; layers are on their way out
+    proxy      -> left       only its snapshots are here (and what was made from them rests on its layers)
 """
 
 import os
@@ -37,6 +38,7 @@ class Mode(StrEnum):
     PROXY = "proxy"
     RECEIVING = "receiving"
     DELETING = "deleting"
+    LEFT = "left"
 
 
 class LayerRef(msgspec.Struct, frozen=True, order=True):
@@ -73,12 +75,13 @@ class BitmapRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Merge(msgspec.Struct, frozen=True, kw_only=True):
-    """A layer that is being merged with its neighbour, so that it can go."""
+    """A layer that is being merged with the one it rests on, so that it can go."""
 
     layer: int
     into: int
-    pivoting: bool = False
-    """The layers hold the same, whoever serves may do so by either."""
+    pivot: bool = False
+    """`layer` is the active one, and `into` is a new layer of the base's file. Once both hold the same and
+    every write goes to both, `into` is recorded as the active one; then the daemon follows."""
 
 
 class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +104,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     bitmaps: tuple[BitmapRecord, ...] = ()
     merge: Merge | None = None
     deletion: Deletion = Deletion.DISCARD
+    last_number: int = 0
+    """The highest a layer ever had."""
 
     def layer(self, number: int) -> Layer:
         return next(each for each in self.layers if each.number == number)
@@ -115,15 +120,21 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def next_number(self) -> int:
-        return 1 + max(each.number for each in self.layers)
+        return 1 + max(self.last_number, *(each.number for each in self.layers))
+
+    @property
+    def pivoting(self) -> bool:
+        return self.merge is not None and self.merge.pivot and self.active == self.merge.into
 
     def snapshot(self, snapshot: SnapshotId) -> SnapshotRecord | None:
         return next((each for each in self.snapshots if each.id == snapshot), None)
 
-    def replaced(self, layer: Layer) -> "VolumeRecord":
-        """With `layer` in the place of the one of its number."""
-        layers = tuple(layer if each.number == layer.number else each for each in self.layers)
-        return msgspec.structs.replace(self, layers=layers)
+    def with_layer(self, layer: Layer) -> "VolumeRecord":
+        """With it added, or in the place of the one of its number."""
+        others = (each for each in self.layers if each.number != layer.number)
+        return msgspec.structs.replace(
+            self, layers=(*others, layer), last_number=max(self.last_number, layer.number)
+        )
 
 
 RecordMap = Mapping[VolumeId, VolumeRecord]
