@@ -239,6 +239,8 @@ class ReplicaLost(Message, frozen=True, kw_only=True):
     """Of the server at the asking host: whoever does not own it is refused."""
     volume: VolumeId
     lost: HostId
+    export: str = ""
+    """By which the copy was reached: one that came there since by another epoch is not meant."""
 
 
 class ReplicasRecorded(Message, frozen=True, kw_only=True):

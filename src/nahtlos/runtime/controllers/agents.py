@@ -17,6 +17,7 @@ import msgspec
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, KeyId, OperationId
 from nahtlos.model.inventory import HostInventory
+from nahtlos.runtime.controllers import replica_records
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.executor.act import Outbox
 from nahtlos.runtime.executor.decide import HostOrders
@@ -36,7 +37,7 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel
-from nahtlos.wire.volumes import KeyData, KeyRead
+from nahtlos.wire.volumes import KeyData, KeyRead, ReplicaLost
 
 HELLO_SECONDS = 10.0
 PING_SECONDS = 2.0
@@ -188,11 +189,20 @@ class Agents:
                 self._take_event(connection.hello.host, body)
             case KeyRead():
                 return KeyData(secret=await self.secret_for(connection.hello.host, body.key))
+            case ReplicaLost():
+                return await self._lose_copy(connection.hello.host, body, connection.session.epoch)
             case Ping():
                 pass
             case _:
                 raise Refused(f"{type(body).__name__} is not for an orchestrator", field="message")
         return Done()
+
+    async def _lose_copy(self, host: HostId, body: ReplicaLost, epoch: int) -> Message:
+        """The server stands still until this is answered."""
+        answer = await replica_records.lose(self._store, epoch, host, body)
+        self._say("volume.replica-lost", body.volume, f"the copy on {body.lost} is not current any more")
+        self._wake()
+        return answer
 
     async def _greet(self, connection: _Connection, hello: Hello) -> Welcome:
         epoch = connection.session.epoch

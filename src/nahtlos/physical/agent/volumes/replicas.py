@@ -95,16 +95,20 @@ async def record_loss(context: Context, server: ServerConfig, problem: DiskProbl
     Unavailable while no orchestrator is connected, Conflict if no other copy is current."""
     assert problem.replica is not None, problem
     known = next(each for each in server.all_volumes if each.volume == problem.volume)
-    gone = [place(each) for each in known.copies if each.host == problem.replica]
-    if not gone:
+    gone = next((each for each in known.copies if each.host == problem.replica), None)
+    if gone is None:
         return server
     asked = ReplicaLost(
-        server=server.spec.id, epoch=server.epoch, volume=problem.volume, lost=problem.replica
+        server=server.spec.id,
+        epoch=server.epoch,
+        volume=problem.volume,
+        lost=gone.host,
+        export=gone.export,
     )
     answer = await context.ask(asked, RECORD_SECONDS)
     if not isinstance(answer, ReplicasRecorded):
         raise Refused(f"the orchestrator answered {type(answer).__name__} to a lost copy")
-    context.ledger.remember("lost", {f"{PREFIX}{each}": b"" for each in gone})
+    context.ledger.remember("lost", {f"{PREFIX}{place(gone)}": b""})
     lost = lost_exports(context.ledger)
     left = tuple(each for each in known.copies if place(each) not in lost)
     if not left:
