@@ -20,6 +20,7 @@ import msgspec
 
 from nahtlos.model.errors import Error, ErrorRecord, Refused, Unavailable
 from nahtlos.physical.agent.agent import Agent
+from nahtlos.physical.agent.keyring import AskedKeyring
 from nahtlos.physical.hypervisor.driver import QemuHypervisor
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.ports import Drivers
@@ -63,11 +64,12 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
     supervisor = SupervisorClient(settings.supervisor_socket)
     for folder in (settings.state_dir, settings.run_dir, settings.ram_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keyring = AskedKeyring()
     drivers = Drivers(
         supervisor=supervisor,
         hypervisor=QemuHypervisor(settings, supervisor),
         network=NativeNetwork(settings, supervisor),
-        storage=_storage(settings, supervisor),
+        storage=_storage(settings, supervisor, keyring),
     )
     agent = Agent(
         settings,
@@ -77,6 +79,7 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
         boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         on_bug=lambda error: log.error("bug", exc_info=error),
     )
+    keyring.ask = agent.ask
     task = asyncio.ensure_future(agent.run())
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
@@ -85,9 +88,9 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
         log.info("stopped")
 
 
-def _storage(settings: AgentSettings, supervisor: SupervisorClient) -> Backends:
+def _storage(settings: AgentSettings, supervisor: SupervisorClient, keyring: AskedKeyring) -> Backends:
     ceph = CephStorage(settings, settings.ceph, supervisor) if settings.ceph else None
-    return Backends(EmbeddedStorage(settings, supervisor), ceph)
+    return Backends(EmbeddedStorage(settings, supervisor, keyring), ceph)
 
 
 def join(settings: AgentSettings, url: str, ca: Path, token: str) -> None:

@@ -30,6 +30,7 @@ from nahtlos.physical.agent.volumes.replicas import DiskKeeper
 from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
+from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
@@ -62,7 +63,6 @@ from nahtlos.wire.messages import (
     SetCopySpeed,
     Welcome,
 )
-from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.session import Session
 from nahtlos.wire.transport import Channel, Transport
 from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
@@ -115,7 +115,7 @@ class Agent:
             emit=self._emit,
             changed=self._note_change,
             on_bug=on_bug or _ignore,
-            ask=self._ask_orchestrator,
+            ask=self.ask,
             spawn=self._spawn,
         )
         self._converger = Converger(self._context)
@@ -329,7 +329,8 @@ class Agent:
             self._orchestrator = None
             await session.close()
 
-    async def _ask_orchestrator(self, body: Message, timeout: float) -> Message:
+    async def ask(self, body: Message, timeout: float) -> Message:
+        """The orchestrator's answer. Unavailable while none is connected."""
         if self._orchestrator is None:
             raise Unavailable("no orchestrator is connected", remedy="it dials again by itself")
         return await self._orchestrator.request(body, timeout=timeout)

@@ -92,8 +92,8 @@ class Target(Protocol):
 
     def read(self, offset: int, length: int) -> bytes: ...
 
-    def discard(self) -> None:
-        """What an unfinished one has left."""
+    def discard(self, created_at: float) -> None:
+        """What is left of it, unless there is a whole one of another time."""
         ...
 
     def close(self) -> None: ...
@@ -161,8 +161,10 @@ class FolderTarget:
             raise _damaged(str(self._data), "it is shorter than it was")
         return data
 
-    def discard(self) -> None:
-        if self.manifest() is None:
+    def discard(self, created_at: float) -> None:
+        held = self.manifest()
+        if held is None or held.created_at == created_at:
+            self._manifest.unlink(missing_ok=True)
             self._data.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -186,6 +188,13 @@ class NbdTarget:
         self._at = parsed(uri)
 
     def begin(self, size: int) -> None:
+        held = self.manifest()
+        if held is not None:
+            raise Conflict(
+                f"{self._uri} holds backup '{held.backup}'",
+                field="target",
+                remedy="name another export for it",
+            )
         room = self._connected().size - size
         if room < ROOM:
             raise Refused(
@@ -235,8 +244,12 @@ class NbdTarget:
     def read(self, offset: int, length: int) -> bytes:
         return self._connected().read(offset, length)
 
-    def discard(self) -> None:
+    def discard(self, created_at: float) -> None:
         """Its bytes are the server's; without a manifest they count for nothing."""
+        held = self.manifest()
+        if held is not None and held.created_at == created_at:
+            self._connected().write(self._place, bytes(_BLOCK))
+            self._connected().flush()
 
     def close(self) -> None:
         if self._client is not None:
