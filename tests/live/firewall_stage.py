@@ -205,6 +205,12 @@ class Box(Guest):
             except TimeoutError:
                 return False
 
+    def ask(self, to: "Box", port: int, family: Family = Family.IPV4) -> socket.socket:
+        """One datagram of a flow of its own; see `heard`."""
+        sock = self.endpoint(socket.SOCK_DGRAM, family)
+        sock.sendto(b"anybody?", (to.address(family), port))
+        return sock
+
     def ping(self, to: "Box", family: Family = Family.IPV4) -> bool:
         """By a raw socket; only its own answer counts."""
         four = family is Family.IPV4
@@ -239,6 +245,16 @@ def _echo(accepted: socket.socket) -> None:
         time.sleep(0.05)
         return
     accepted.sendall(data)
+
+
+def heard(asked: socket.socket) -> bool:
+    """The answer to `Box.ask` has come, or comes now."""
+    asked.settimeout(0.3)
+    with asked:
+        try:
+            return bool(asked.recv(1 << 16))
+        except TimeoutError:
+            return False
 
 
 def echoes(made: socket.socket) -> bool:
@@ -323,26 +339,35 @@ class Stage(Cloud):
         to: str,
         *,
         during: Callable[[], None] = lambda: None,
+        stopping: Callable[[], None] = lambda: None,
+        runs: Callable[[], None] = lambda: None,
         arrived: Callable[[], None] = lambda: None,
     ) -> None:
-        """As two agents do it, with what is remembered of connections. `during`: while it is nowhere;
-        `arrived`: it runs, and the old host still has its tap."""
+        """As two agents do it, with what is remembered of connections. `stopping`: the path leads to the new
+        host, and it still runs at the old one; `during`: it is nowhere; `runs`: at the new host, and the old
+        one has not heard of it; `arrived`: it runs, and the old host still has its tap."""
         source, port, network = self.places[box.port], self.port(box), self.network_of(box.network)
         here, there = self.hosts[source], self.hosts[to]
         await there.call(lambda d: d.port_create(port, network, deliver=False))
-        await there.call(lambda d: d.move_prepare(port, network, MoveRole.DESTINATION, here.node.address))
-        await here.call(lambda d: d.move_prepare(port, network, MoveRole.SOURCE, there.node.address))
+        await there.call(
+            lambda d: d.move_prepare(port, network, MoveRole.DESTINATION, here.node.address, marked=True)
+        )
+        await here.call(
+            lambda d: d.move_prepare(port, network, MoveRole.SOURCE, there.node.address, marked=True)
+        )
         state = await here.call(lambda d: d.move_state_begin(port.id))
         await there.call(lambda d: d.move_state_load(port.id, state))
         await there.call(lambda d: d.move_switch(port, network, MoveRole.DESTINATION))
         await here.call(lambda d: d.move_switch(port, network, MoveRole.SOURCE))
         await here.call(lambda d: d.move_drain(port.id, timeout=1.0))
+        stopping()
         box.stop()
         last = await here.call(lambda d: d.move_state_changes(port.id))
         if last:
             await there.call(lambda d: d.move_state_load(port.id, last))
         during()
         box.run_at(self.fd(box, to))
+        runs()
         await there.call(lambda d: d.move_settle(port, network, MoveRole.DESTINATION))
         await here.call(lambda d: d.move_commit(port, network))
         arrived()

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from firewall_stage import (
     echoes,
     ethernet,
     group,
+    heard,
     icmpv6,
     ipv4,
     ipv6,
@@ -500,3 +502,56 @@ async def test_it_says_how_connections_are_tracked(stage: Stage) -> None:
     assert found.strict_stateful is found.details["firewall"].startswith("used: stateful and strict")
     assert found.strict_stateful
     assert ("nf_conntrack_bridge" in found.details["firewall"]) and os.geteuid() == 0
+
+
+async def test_what_a_server_begins_at_any_moment_of_a_move_is_answered(tmp_path: Path) -> None:
+    """Flows of one datagram each, to somebody on the old, the new and a third host. None is let in by a rule,
+    so each answer is judged by what some host remembers, and which one knows it changes in the middle."""
+    stage = Stage(tmp_path, hosts=3)
+    try:
+        server = stage.box(10, A, "clients")
+        others = [stage.box(number, host) for number, host in ((11, A), (12, B), (13, C))]
+        stage.groups = [group("clients", *OPEN_OUT)]
+        await stage.reconcile(C)
+        await stage.opened()
+        for other in others:
+            other.serve(53)
+        assert all(server.udp(other, 53) for other in others)
+        asked: list[socket.socket] = []
+
+        def ask() -> None:
+            asked.extend(server.ask(other, 53) for other in others)
+            time.sleep(0.02)  # it is a relay that stands where a VMM would
+
+        for to in (B, A, B):
+            await stage.reconcile(C)
+            await stage.move(server, to, stopping=ask, runs=ask, arrived=ask)
+            await asyncio.sleep(0.05)
+        silent = [n for n, sock in enumerate(asked) if not heard(sock)]
+        assert silent == []
+        assert len(asked) == 27
+    finally:
+        await asyncio.to_thread(stage.close)
+
+
+async def test_nobody_else_gets_in_by_way_of_a_move(tmp_path: Path) -> None:
+    """The old host passes on what it does not know; the new one lets in what it knows, and nothing else."""
+    stage = Stage(tmp_path, hosts=3)
+    try:
+        server = stage.box(10, A, "clients")
+        strangers = [stage.box(number, host) for number, host in ((11, A), (12, B), (13, C))]
+        stage.groups = [group("clients", *OPEN_OUT)]
+        await stage.reconcile(C)
+        await stage.opened()
+        server.serve(53)
+        tried: list[bool] = []
+
+        def try_it() -> None:
+            tried.extend(stranger.udp(server, 53) for stranger in strangers)
+
+        for to in (B, A):
+            await stage.reconcile(C)
+            await stage.move(server, to, stopping=try_it, during=try_it, runs=try_it, arrived=try_it)
+        assert tried == [False] * 24
+    finally:
+        await asyncio.to_thread(stage.close)

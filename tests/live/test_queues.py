@@ -1,5 +1,5 @@
-"""A server with two processors and two pairs of queues, by the command line and with a real guest: moved there
-and back under traffic that reaches both queues, every datagram counted."""
+"""A server with two processors and two pairs of queues, by the command line and with a real guest: moved
+there and back under traffic that reaches both queues, every datagram counted."""
 
 import asyncio
 import os

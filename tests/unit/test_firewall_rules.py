@@ -22,7 +22,7 @@ from nahtlos.physical.network.firewall import guard as firewall_guard
 from nahtlos.physical.network.firewall import layout as firewall
 from nahtlos.physical.network.firewall import rules as firewall_rules
 from nahtlos.physical.network.firewall.flows import Standing, flow_of, narrowed
-from nahtlos.physical.network.firewall.layout import Judge, Moving, Tracking
+from nahtlos.physical.network.firewall.layout import ESTABLISHED, NEW, Judge, Moving, Tracking
 from nahtlos.physical.network.firewall.rules import Flow, Members, rule_lines
 from nahtlos.physical.network.firewall.tables import (
     Chain,
@@ -241,7 +241,7 @@ def test_a_stateless_group_tracks_nothing() -> None:
     stateless = msgspec.structs.replace(OPEN, stateful=False)
     (bridge,) = compiled(port(1, WEB), groups=(stateless,))
     lines = [line for chain in bridge.chains.values() for line in chain.rules]
-    assert not any("meta mark" in line for line in lines)
+    assert not any("ct " in line or f"{ESTABLISHED:#x}" in line or f"{NEW:#x}" in line for line in lines)
 
 
 def test_another_port_of_known_groups_is_elements_only() -> None:
@@ -289,8 +289,37 @@ def test_the_source_of_a_move_judges_by_mac_and_the_destination_trusts_it() -> N
     assert not bridge.sets["passed_on"].items
 
 
+@pytest.mark.parametrize(("marked", "chain"), [(True, "passed_on_marked"), (False, "passed_on")])
+def test_what_a_source_does_not_let_in_is_the_destinations_business_if_that_knows(
+    marked: bool, chain: str
+) -> None:
+    mover = port(10, WEB)
+    source = Moving(mover, 100, "tpport-10", MoveRole.SOURCE, marked)
+    bridge, _ = compiled(port(1, WEB), groups=(OPEN,), moving=(source,))
+    (verdict,) = bridge.sets["passed_on"].items.values()
+    assert verdict == f"goto {firewall.profile_chain(mover, chain)}"
+    lines = bridge.chains[firewall.profile_chain(mover, chain)].rules
+    assert lines[-1] == (f"meta mark set {NEW:#x} accept" if marked else "goto ingress_rest")
+    destination = Moving(mover, 100, "tpport-10", MoveRole.DESTINATION, marked)
+    bridge, _ = compiled(port(1, WEB), groups=(OPEN,), moving=(destination,))
+    known = {name: bool(bridge.sets[name].items) for name in ("arriving", "arriving_marked")}
+    assert known == {"arriving": not marked, "arriving_marked": marked}
+
+
+def test_a_mark_is_believed_of_arriving_ports_only() -> None:
+    bridge, inet = compiled(port(1, WEB), groups=(OPEN,))
+    assert bridge.chains["let_in"].rules[-1] == "meta mark set meta mark and 0xffffffef"
+    zone, out = inet.chains["zone"].rules, inet.chains["tunnels"].rules
+    assert zone.index("udp dport 4789 ip dscp 0x3 meta mark set 0x6e6c0010") < zone.index(
+        "udp dport 4789 notrack"
+    )
+    assert zone[0].endswith("return"), "what servers send is none of the tunnels', whatever it looks like"
+    assert out[0] == "udp dport 4789 meta mark 0x6e6c0010 ip dscp set 0x3"
+
+
 def test_a_kernel_that_tracks_on_bridges_is_asked_there() -> None:
-    (bridge,) = compiled(port(1, WEB), groups=(OPEN,), way=Tracking.BRIDGE)
+    bridge, inet = compiled(port(1, WEB), groups=(OPEN,), way=Tracking.BRIDGE)
+    assert set(inet.chains) == {"marked", "marks"}, "only the tunnels' headers are looked at there"
     zone, classify = bridge.chains["zone"], bridge.chains["classify"]
     assert "ct zone set meta ibrname map @zones" in zone.rules
     assert "prerouting priority -250" in zone.base, "before connections are tracked, at -200"

@@ -197,7 +197,9 @@ class DestinationMove:
         for port in order.ports:
             network = self._context.network_of(port)
             await drivers.network.port_create(port, network, deliver=False)
-            await drivers.network.move_prepare(port, network, MoveRole.DESTINATION, order.source_address)
+            await drivers.network.move_prepare(
+                port, network, MoveRole.DESTINATION, order.source_address, marked=body.marks
+            )
         await drivers.hypervisor.incoming_start(order.server, order.epoch, release)
         uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
         for port in order.ports:
@@ -205,7 +207,7 @@ class DestinationMove:
                 raise Unavailable(f"the waiting VMM did not take the sacrificial frame at {port.id}")
         self._check_undecided()
         self._step("incoming")
-        self._ready = MoveReady(uri=uri)
+        self._ready = MoveReady(uri=uri, believes_marks=body.marks)
         return self._ready
 
     def _release(self) -> ReleaseId:

@@ -115,11 +115,17 @@ class SourceMove:
         self._record("prepare")
         await context.pass_paths()
         ready = await self._peer.ask(
-            MovePrepare(id=order.id, server=order.server.spec.id, epoch=order.server.epoch), MoveReady, 30.0
+            MovePrepare(id=order.id, server=order.server.spec.id, epoch=order.server.epoch, marks=True),
+            MoveReady,
+            30.0,
         )
         for port in order.ports:
             await context.drivers.network.move_prepare(
-                port, context.network_of(port), MoveRole.SOURCE, order.destination_address
+                port,
+                context.network_of(port),
+                MoveRole.SOURCE,
+                order.destination_address,
+                marked=ready.believes_marks,
             )
         await self._begin_to_carry()
         self._record("precopy", durable=True)

@@ -57,7 +57,9 @@ class Handover:
 
     # --- before --------------------------------------------------------------------------------------
 
-    async def prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+    async def prepare(
+        self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str, *, marked: bool
+    ) -> None:
         self._shared.touch(port)
         await self._shared.ensure_network(network)
         tunnel = index_of(plan.tunnel_name(network.spec.vni))
@@ -69,7 +71,7 @@ class Handover:
             self._shared.baseline.applied.gates.add((gate.vni, gate.mac, gate.port))
             self._shared.baseline.save()
         for part in self._shared.parts:
-            await part.move_prepared(local(port, network), role)
+            await part.move_prepared(local(port, network), role, marked=marked)
 
     async def sacrifice(self, port: PortId) -> bool:
         fds = await self._endpoints.required(port)

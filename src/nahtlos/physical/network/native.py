@@ -329,8 +329,10 @@ class NativeNetwork:
     async def port_delete(self, port: PortId) -> None:
         await self._endpoints.delete(port)
 
-    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
-        await self._handover.prepare(port, network, role, vtep)
+    async def move_prepare(
+        self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str, *, marked: bool = False
+    ) -> None:
+        await self._handover.prepare(port, network, role, vtep, marked=marked)
 
     async def move_sacrifice(self, port: PortId) -> bool:
         return await self._handover.sacrifice(port)

@@ -57,8 +57,9 @@ class Part:
     async def port_deleted(self, port: PortId, tap: str) -> None:
         """Its tap is gone."""
 
-    async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
-        """The path will be switched. At the destination `port_created` came before."""
+    async def move_prepared(self, port: LocalPort, role: MoveRole, *, marked: bool = False) -> None:
+        """The path will be switched. At the destination `port_created` came before. `marked`: see
+        `ports.Network.move_prepare`."""
 
     def move_switched(self, port: LocalPort, role: MoveRole) -> None:
         """This host's entry for it has been flipped. In the middle of the switch: waits for nothing."""

@@ -136,7 +136,9 @@ class SimNetwork(SimDriver):
 
     # --- moves ---
 
-    async def move_prepare(self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str) -> None:
+    async def move_prepare(
+        self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str, *, marked: bool = False
+    ) -> None:
         async with self.verb("move_prepare", f"{port.id} {role}"):
             paths, host = self.world.paths, self.host.id
             paths.tunnel(host, port.mac, vtep)

@@ -17,10 +17,14 @@ leads from the tap to it. So a changed rule is one rewritten chain however many 
 handful of elements.
 
 During a move (see handover) the source judges what comes in for the port until the move has ended, also what
-it only passes on: by the destination's MAC, as such a frame leaves by the tunnel. Once the server runs
-elsewhere its answers do not pass here, so a TCP segment that belongs to nothing known is let through. The
-destination accepts what comes for that MAC by the tunnel, because the source has judged it and what is
-remembered of connections may not have arrived yet; what local servers send is judged as ever.
+it only passes on: by the destination's MAC, as such a frame leaves by the tunnel. What it lets in it marks,
+in the tunnel's own header (DSCP), and the destination believes that mark: what is remembered of connections
+may not have arrived there yet. The rest is passed on without the mark and judged by the destination, because
+the server may have begun there what the source has never seen. So a frame is refused only by who knows all.
+What local servers send is judged as ever.
+
+With a peer of an older release the source drops what it does not let in, but for TCP segments of nothing
+known, and the destination accepts all that comes for that MAC by the tunnel.
 """
 
 import functools
@@ -41,6 +45,10 @@ from nahtlos.physical.ports import MoveRole
 
 ESTABLISHED, NEW, INVALID = 0x6E6C0001, 0x6E6C0002, 0x6E6C0004
 """Marks of frames. INVALID: of no connection that is known, and not the beginning of one."""
+LET_IN, LET_IN_BIT = 0x6E6C0010, 0x10
+"""The source of a move has let it in. At the destination the bit is beside what it knows itself."""
+LET_IN_DSCP = 3
+"""Of the tunnel's header: one of those that are for local use."""
 TUNNEL_PORT = 4789
 SERVICES = "sv*"
 """Devices of the networks' own services."""
@@ -61,6 +69,8 @@ class Moving(msgspec.Struct, frozen=True):
     vni: int
     tap: str
     role: MoveRole
+    marked: bool = False
+    """The other host, too, knows the mark of what the source has let in."""
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -113,7 +123,7 @@ def tables(
     if tracking is Tracking.BRIDGE:
         chains.update(TRACKED_BY_BRIDGE)
         sets["zones"] = _zones(zones)
-        return tuple(found)
+        return (*found, Table(INET, MARKED_TUNNELS, {}))
     return (*found, Table(INET, TRACKED_BY_INET, {"zones": _zones(zones), "bridges": _bridges(zones)}))
 
 
@@ -142,35 +152,52 @@ def _bridges(zones: Mapping[str, int]) -> Elements:
 
 # --- the state of connections ------------------------------------------------------------------------
 
-_CLASSIFY = (
-    f"ct state established,related meta mark set {ESTABLISHED:#x} return",
-    f"ct state new tcp flags & (fin | syn | rst | ack) != syn meta mark set {INVALID:#x} return",
-    f"ct state new meta mark set {NEW:#x} return",
-    f"ct state invalid meta mark set {INVALID:#x}",
-)
+
+def _classify(beside: int) -> tuple[str, ...]:
+    return (
+        f"ct state established,related meta mark set {ESTABLISHED | beside:#x} return",
+        f"ct state new tcp flags & (fin | syn | rst | ack) != syn meta mark set {INVALID | beside:#x} return",
+        f"ct state new meta mark set {NEW | beside:#x} return",
+        f"ct state invalid meta mark set {INVALID | beside:#x}",
+    )
+
+
+_STATES = {
+    "states": Chain((f"meta mark {LET_IN:#x} goto states_let_in", *_classify(0))),
+    "states_let_in": Chain(_classify(LET_IN_BIT)),
+}
+_MARK_IN = f"udp dport {TUNNEL_PORT} ip dscp {LET_IN_DSCP:#x} meta mark set {LET_IN:#x}"
+_MARK_OUT = f"udp dport {TUNNEL_PORT} meta mark {LET_IN:#x} ip dscp set {LET_IN_DSCP:#x}"
 TRACKED_BY_INET = {
     "zone": Chain(
         (
             "iifname @bridges ct zone set iifname map @zones return",
+            _MARK_IN,
             # What the tunnels carry is tracked where it is judged; the tunnels themselves have no state.
             f"udp dport {TUNNEL_PORT} notrack",
         ),
         "type filter hook prerouting priority raw; policy accept;",
     ),
     "tunnels": Chain(
-        (f"udp dport {TUNNEL_PORT} notrack",), "type filter hook output priority raw; policy accept;"
+        (_MARK_OUT, f"udp dport {TUNNEL_PORT} notrack"),
+        "type filter hook output priority raw; policy accept;",
     ),
     "classify": Chain(
         ("iifname @bridges goto states",), "type filter hook prerouting priority mangle; policy accept;"
     ),
-    "states": Chain(_CLASSIFY),
+    **_STATES,
+}
+MARKED_TUNNELS = {
+    "marked": Chain((_MARK_IN,), "type filter hook prerouting priority raw; policy accept;"),
+    "marks": Chain((_MARK_OUT,), "type filter hook output priority raw; policy accept;"),
 }
 TRACKED_BY_BRIDGE = {
     "zone": Chain(
         ("ct zone set meta ibrname map @zones",),
         "type filter hook prerouting priority -250; policy accept;",
     ),
-    "classify": Chain(_CLASSIFY, "type filter hook prerouting priority -150; policy accept;"),
+    "classify": Chain(("goto states",), "type filter hook prerouting priority -150; policy accept;"),
+    **_STATES,
 }
 
 # --- security groups ---------------------------------------------------------------------------------
@@ -184,11 +211,19 @@ JUDGING = {
     "ingress": Chain(
         (
             f'iifname "{SERVICES}" accept',
+            f"meta mark & {LET_IN_BIT:#x} != 0 jump let_in",
             "iifname . oifname . ether daddr @arriving accept",
             "oifname vmap @ingress",
             "oifname . ether daddr vmap @passed_on",
         ),
         "type filter hook forward priority 20; policy accept;",
+    ),
+    # Whoever else is sent such a frame judges it as any other.
+    "let_in": Chain(
+        (
+            "iifname . oifname . ether daddr @arriving_marked accept",
+            f"meta mark set meta mark and {~LET_IN_BIT & 0xFFFFFFFF:#x}",
+        )
     ),
     # What the network itself asks and answers; who may answer is the guard's business.
     "egress_rest": Chain(
@@ -212,11 +247,11 @@ JUDGING = {
 }
 _FRAGMENTS = ("ip frag-off & 0x1fff != 0 accept", "frag frag-off != 0 accept")
 """Later fragments show no ports; without the first one nobody can do anything with them."""
-PASSED_ON = "passed_on"
+PASSED_ON, PASSED_ON_MARKED = "passed_on", "passed_on_marked"
 
 
 def profile_chain(port: PortConfig, what: str) -> str:
-    """Shared by all ports in the same groups; `what` is a direction or PASSED_ON."""
+    """Shared by all ports in the same groups; `what` is a direction or one of PASSED_ON."""
     return f"ports_{_profile(port.security_groups)}_{what}"
 
 
@@ -235,6 +270,8 @@ def _profiles(
         lines = _profile_lines(held, port, Direction.INGRESS)
         lenient = f"meta mark {INVALID:#x} accept"
         yield profile_chain(port, PASSED_ON), Chain((*lines[:-1], lenient, lines[-1]))
+        if is_stateful(port, held):
+            yield profile_chain(port, PASSED_ON_MARKED), Chain(_marked_lines(port))
 
 
 def _profile_lines(held: Policy, port: PortConfig, direction: Direction) -> tuple[str, ...]:
@@ -244,6 +281,18 @@ def _profile_lines(held: Policy, port: PortConfig, direction: Direction) -> tupl
         return (*_FRAGMENTS, *(f"jump {name}" for name in asked), rest)
     new = (f"meta mark {NEW:#x} jump {name}" for name in asked)
     return (f"meta mark {ESTABLISHED:#x} accept", *new, rest)
+
+
+def _marked_lines(port: PortConfig) -> tuple[str, ...]:
+    """Nothing is dropped here."""
+    asked = [rules.group_chain(group, Direction.INGRESS) for group in sorted(set(port.security_groups))]
+    return (
+        f"meta mark {ESTABLISHED:#x} meta mark set {LET_IN:#x} accept",
+        f"meta mark != {NEW:#x} accept",
+        f"meta mark set {LET_IN:#x}",
+        *(f"jump {name}" for name in asked),
+        f"meta mark set {NEW:#x} accept",
+    )
 
 
 def _group_chains(held: Policy, filtered: Iterable[LocalPort]) -> Iterator[tuple[str, Chain]]:
@@ -259,21 +308,28 @@ VERDICTS: Mapping[str, str] = {
     "passed_on": "type ifname . ether_addr : verdict;",
 }
 ARRIVING = "type ifname . ifname . ether_addr;"
+ARRIVING_SETS = ("arriving", "arriving_marked")
 
 
 def _verdicts(
     held: Policy, filtered: Iterable[LocalPort], moving: Iterable[Moving]
 ) -> Iterator[tuple[str, Elements]]:
-    found: dict[str, dict[str, str]] = {name: {} for name in (*VERDICTS, "arriving")}
+    found: dict[str, dict[str, str]] = {name: {} for name in (*VERDICTS, *ARRIVING_SETS)}
     for port in filtered:
         for name, items in port_verdicts(port).items():
             found[name].update(items)
     for move in moving:
-        for name, items in move_elements(move).items():
+        for name, items in move_elements(move, marked=_is_marked(held, move)).items():
             found[name].update(items)
     for name, declaration in VERDICTS.items():
         yield name, Elements(declaration, found[name], values=True)
-    yield "arriving", Elements(ARRIVING, found["arriving"])
+    for name in ARRIVING_SETS:
+        yield name, Elements(ARRIVING, found[name])
+
+
+def _is_marked(held: Policy, move: Moving) -> bool:
+    """Frames for a port without any stateful group have no state to be marked by: both hosts judge them."""
+    return move.marked and (move.role is MoveRole.DESTINATION or is_stateful(move.port, held))
 
 
 def port_verdicts(local: LocalPort) -> dict[str, dict[str, str]]:
@@ -283,13 +339,18 @@ def port_verdicts(local: LocalPort) -> dict[str, dict[str, str]]:
     return {d.value: {tap: f"goto {profile_chain(local.port, d)}"} for d in Direction}
 
 
-def move_elements(move: Moving) -> dict[str, dict[str, str]]:
+def move_elements(move: Moving, *, marked: bool) -> dict[str, dict[str, str]]:
     """What is different for a port while it moves."""
     mac = move.port.mac.lower()
     tunnel, gate = plan.tunnel_name(move.vni), plan.gate_port_name(move.vni)
     if move.role is MoveRole.SOURCE:
-        return {"passed_on": {key(name_part(tunnel), mac): f"goto {profile_chain(move.port, PASSED_ON)}"}}
-    return {"arriving": {key(name_part(i), name_part(move.tap), mac): "" for i in (tunnel, gate)}}
+        chain = profile_chain(move.port, PASSED_ON_MARKED if marked else PASSED_ON)
+        return {"passed_on": {key(name_part(tunnel), mac): f"goto {chain}"}}
+    return {
+        "arriving_marked" if marked else "arriving": {
+            key(name_part(i), name_part(move.tap), mac): "" for i in (tunnel, gate)
+        }
+    }
 
 
 def _member_sets(held: Policy) -> Iterator[tuple[str, Elements]]:

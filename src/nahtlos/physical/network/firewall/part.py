@@ -372,11 +372,11 @@ class Firewall(Part):
         if self._state().moving.pop(port, None) is not None:
             self._save()
 
-    async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
+    async def move_prepared(self, port: LocalPort, role: MoveRole, *, marked: bool = False) -> None:
         if not self._compute or not port.port.security_groups:
             return
         async with self._lock:
-            move = Moving(port.port, port.network.spec.vni, port.tap, role)
+            move = Moving(port.port, port.network.spec.vni, port.tap, role, marked)
             self._state().moving[port.port.id] = move
             self._save()
             self._local[port.port.id] = port
@@ -408,9 +408,8 @@ class Firewall(Part):
     async def _take_away(self, move: Moving) -> None:
         observed = await self._look(again=False)
         sets = observed.get(BRIDGE, ObservedTable()).sets
-        gone = {
-            n: [k for k in items if k in sets.get(n, {})] for n, items in firewall.move_elements(move).items()
-        }
+        both = [firewall.move_elements(move, marked=marked) for marked in (False, True)]
+        gone = {n: [k for k in items if k in sets.get(n, {})] for found in both for n, items in found.items()}
         lines = [f"delete element {BRIDGE} {TABLE} {n} {{ {', '.join(k)} }}" for n, k in gone.items() if k]
         if not lines:
             return

@@ -184,7 +184,7 @@ class ConnectionTracking(Part):
 
     # --- moves ---------------------------------------------------------------------------------------
 
-    async def move_prepared(self, port: LocalPort, role: MoveRole) -> None:
+    async def move_prepared(self, port: LocalPort, role: MoveRole, *, marked: bool = False) -> None:
         if port.port.security_groups:
             self._notes.gone.pop(port.port.id, None)
             self._notes.moving[port.port.id] = Note(role, _tracked(port))
