@@ -11,6 +11,7 @@ from nahtlos.physical.agent.volumes.backup import Backup, Restore, SnapshotFile
 from nahtlos.physical.agent.volumes.rebuild import Rebuild
 from nahtlos.physical.agent.volumes.relocation import Relocation
 from nahtlos.physical.agent.volumes.scrub import Scrub
+from nahtlos.physical.agent.volumes.snapshot import GroupSnapshot
 from nahtlos.wire.volumes import (
     BackupOrder,
     RebuildOrder,
@@ -56,6 +57,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
 _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     RelocateOrder: Relocation,
     RebuildOrder: Rebuild,
+    SnapshotOrder: GroupSnapshot,
     BackupOrder: Backup,
     RestoreOrder: Restore,
     SnapshotFileOrder: SnapshotFile,

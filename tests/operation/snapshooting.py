@@ -1,0 +1,127 @@
+"""A group of snapshots over two servers' volumes on two hosts, ordered at a third one, in the simulated world
+with something going wrong. What was taken must be of one moment, or nothing may be left of it."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moving import BOUND_SECONDS, POLLED, POLLS_STRUCK, Run, Strike, StruckFrame
+from relocating import EDGE, VolumeConductor
+
+from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.inventory import OperationState
+from nahtlos.model.storage import SnapshotSpec
+from nahtlos.physical.sim.agents import AgentProcess
+from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
+from nahtlos.physical.sim.faults import Scripted
+from nahtlos.wire.volumes import SnapshotOrder
+
+FIRST, SECOND, THIRD = HostId("host-1"), HostId("host-2"), HostId("host-3")
+SERVERS = (ServerId("web-1"), ServerId("web-2"))
+VOLUMES = (VolumeId("web-1-v"), VolumeId("web-2-v"))
+PLACES = {VOLUMES[0]: FIRST, VOLUMES[1]: SECOND}
+
+
+@dataclass
+class Snapshooting(Run):
+    """`moves`: the first server goes to host-1 meanwhile. `one_host`: both volumes are at the first host."""
+
+    moves: float | None = None
+    one_host: bool = False
+    stop_seconds: float = 1.0
+
+    async def _play(self, folder: Path) -> None:
+        self.cloudlet = Cloudlet.build(
+            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
+        )
+        self.conductor = VolumeConductor(self.cloudlet, storage_host=FIRST)
+        if not self.one_host:
+            self.conductor.homes[VOLUMES[1]] = (SECOND, 1)
+        for spec in self.cloudlet.specs:
+            self.agents[spec.id] = AgentProcess(
+                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
+            )
+        self.conductor.place(server_spec(1), THIRD)
+        self.conductor.place(server_spec(2), SECOND)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self.conductor.run())]
+            running += [tasks.create_task(a.run()) for a in self.agents.values()]
+            try:
+                await self._go()
+            except TimeoutError as error:
+                self.problems.append(str(error))
+            finally:
+                for task in running:
+                    task.cancel()
+        self._judge_group()
+
+    async def _go(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, VolumeConductor)
+        await world.until(
+            lambda: all(world.facts(s).up for s in SERVERS) and conductor.converged(), timeout=60, what="boot"
+        )
+        self._since = {}
+        if isinstance(self.faults, StruckFrame):
+            self.faults.armed = True
+        order = SnapshotOrder(
+            id=OperationId("op-group"),
+            coordinator=FIRST,
+            hosts=conductor.peers(),
+            group="group",
+            snapshots=tuple(
+                SnapshotSpec(
+                    id=SnapshotId(f"snap-{volume}"), volume=volume, group="group", hosts=(self._home(volume),)
+                )
+                for volume in VOLUMES
+            ),
+            clients=tuple(conductor.client(server) for server in SERVERS),
+            stop_seconds=self.stop_seconds,
+        )
+        conductor.order(order)
+        if self.moves is not None:
+            self.later(self.moves, lambda: conductor.move(SERVERS[0], FIRST))
+        key = (order.id, FIRST)
+        await world.until(lambda: key in conductor.ended, timeout=BOUND_SECONDS, what="the end")
+        self.status = conductor.ended[key]
+        await world.until(self._settled, timeout=BOUND_SECONDS, what="every server to run")
+
+    def _home(self, volume: VolumeId) -> HostId:
+        return FIRST if self.one_host else PLACES[volume]
+
+    def _settled(self) -> bool:
+        conductor = self.conductor
+        moved = all(conductor.over(order) is not None for order in conductor.orders.values())
+        return moved and conductor.converged() and all(len(self.world.running(s)) == 1 for s in SERVERS)
+
+    def _judge_group(self) -> None:
+        world = self.world
+        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
+        for host, agent in self.agents.items():
+            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
+        taken = [s for host in world.hosts.values() for s in host.snapshots.values()]
+        if self.status is None or self.status.state is OperationState.STUCK:
+            self.problems.append(f"not ended: {self.status}")
+        elif self.status.state is OperationState.DONE:
+            if len(taken) != len(VOLUMES):
+                self.problems.append(f"only {[s.spec.id for s in taken]} were taken")
+            elif torn := world.disks.torn(taken):
+                self.problems.append(f"torn: {torn}")
+        elif taken:
+            self.problems.append(f"{[s.spec.id for s in taken]} are left of a group that was given up")
+
+    @property
+    def longest_stop(self) -> float:
+        return max(self.world.facts(server).longest_blackout for server in SERVERS)
+
+
+def strikes() -> Iterator[Strike]:
+    clean = Snapshooting().play()
+    assert not clean.problems, clean.problems
+    seen: set[Strike] = set()
+    for strike in clean.seen:
+        often = strike.verb in POLLED and strike.occurrence > POLLS_STRUCK
+        if strike not in seen and not often and strike.host != EDGE:
+            seen.add(strike)
+            yield strike
