@@ -163,11 +163,36 @@ def test_machine_types_without_aliases() -> None:
     assert selection.machine_types(answer) == ("pc-i440fx-10.0", "pc-q35-10.0")
 
 
+def test_a_bundle_of_network_functions_has_its_programs_and_nothing_of_a_hypervisor() -> None:
+    loader = selection.LOADERS[0]
+    paths = ["usr/sbin/dnsmasq", "usr/sbin/haproxy", "usr/bin/qemu-img", "usr/share/seabios/bios.bin", loader]
+    assert selection.named(paths, selection.NETWORK) == (["usr/sbin/dnsmasq", "usr/sbin/haproxy"], [loader])
+    with pytest.raises(Refused, match="haproxy"):
+        selection.named(["usr/sbin/dnsmasq"], selection.NETWORK)
+
+
+def test_versions_with_and_without_an_epoch() -> None:
+    assert builder.upstream_version("1:10.0.13+ds-0+deb13u1") == "10.0.13"
+    assert builder.upstream_version("2.6.12-1+deb12u3") == "2.6.12"
+
+
+def test_releases_of_network_functions_are_apart_from_those_of_the_hypervisor(tmp_path: Path) -> None:
+    hypervisor = make_bundle(tmp_path)
+    functions = make_bundle(tmp_path, "2.6.12", component=Component.NETWORK)
+    assert [r.id for r in bundle.list_releases(tmp_path)] == [hypervisor]
+    assert [r.id for r in bundle.list_releases(tmp_path, Component.NETWORK)] == [functions]
+    assert {r.id for r in bundle.list_releases(tmp_path, None)} == {hypervisor, functions}
+    assert builder.find_track("network-13").component is Component.NETWORK
+
+
 # --- bundles on disk ----------------------------------------------------------------------------------
 
 
 def make_bundle(
-    releases: Path, version: str = "10.0.1", suite: str = builder.TRACKS["10.0"].suite
+    releases: Path,
+    version: str = "10.0.1",
+    suite: str = builder.TRACKS["10.0"].suite,
+    component: Component = Component.HYPERVISOR,
 ) -> ReleaseId:
     staging = releases / ".staging"
     root = staging / "root"
@@ -178,7 +203,7 @@ def make_bundle(
     files = tuple(bundle.describe(root, path) for path in bundle.files_under(root))
     digest = digest_of(files)
     release = Release(
-        id=bundle.release_id("qemu", version, digest), component=Component.HYPERVISOR, version=version,
+        id=bundle.release_id(component, version, digest), component=component, version=version,
         suite=suite, digest=digest, machine_types=("pc-q35-10.0",),
     )  # fmt: skip
     manifest = Manifest(

@@ -16,7 +16,7 @@ import msgspec
 from nahtlos.model.errors import Error, NotFound, Refused
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.manifest import MANIFEST_NAME, ROOT_NAME, BundleFile, Manifest, decode_manifest, digest_of
-from nahtlos.model.nouns import Release
+from nahtlos.model.nouns import Component, Release
 
 
 def release_id(component: str, version: str, digest: str) -> ReleaseId:
@@ -111,10 +111,13 @@ def _names(releases_dir: Path) -> list[str]:
     return sorted(p.name for p in releases_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def list_releases(releases_dir: Path) -> tuple[Release, ...]:
-    """What is built, oldest version first. Files are not hashed; folders without a sound manifest are
-    left out (`broken_releases` names them)."""
-    found = [m.release for m in _readable(releases_dir) if isinstance(m, Manifest)]
+def list_releases(
+    releases_dir: Path, component: Component | None = Component.HYPERVISOR
+) -> tuple[Release, ...]:
+    """What is built of `component` (None: any), oldest version first. Files are not hashed; folders without
+    a sound manifest are left out (`broken_releases` names them)."""
+    built = [m.release for m in _readable(releases_dir) if isinstance(m, Manifest)]
+    found = [release for release in built if component in (None, release.component)]
     return tuple(sorted(found, key=lambda release: version_key(release.version)))
 
 

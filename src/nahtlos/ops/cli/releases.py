@@ -12,13 +12,20 @@ from nahtlos.model.ids import ReleaseId
 from nahtlos.model.nouns import Release
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
-from nahtlos.runtime.releases import TRACKS, Progress, broken_releases, build_release, list_releases
+from nahtlos.runtime.releases import (
+    NETWORK_TRACKS,
+    TRACKS,
+    Progress,
+    broken_releases,
+    build_release,
+    list_releases,
+)
 
 REGISTER_SECONDS = 60.0
 
 
 def release_commands(surroundings: Surroundings) -> typer.Typer:
-    app = typer.Typer(no_args_is_help=True, help="Releases of the hypervisor: built, then upgraded to.")
+    app = typer.Typer(no_args_is_help=True, help="Releases: built, then upgraded to.")
 
     @command(app, "list", surroundings)
     async def list_all(  # pyright: ignore[reportUnusedFunction]
@@ -28,7 +35,7 @@ def release_commands(surroundings: Surroundings) -> typer.Typer:
         """The releases the cloud knows, oldest first."""
         if built:
             folder = surroundings.build_dir / "releases"
-            values = list_releases(folder)
+            values = list_releases(folder, component=None)
             for problem in broken_releases(folder):
                 cli.warn(str(problem))
         else:
@@ -51,9 +58,9 @@ def release_commands(surroundings: Surroundings) -> typer.Typer:
         track: Annotated[
             list[str] | None,
             typer.Argument(
-                metavar=f"[{'|'.join(TRACKS)}]…",
-                help="Lines of releases; all if none is named.",
-                autocompletion=lambda: list(TRACKS),
+                metavar=f"[{'|'.join([*TRACKS, *NETWORK_TRACKS])}]…",
+                help="Lines of releases; all of the hypervisor if none is named.",
+                autocompletion=lambda: [*TRACKS, *NETWORK_TRACKS],
             ),
         ] = None,
         refresh: Annotated[

@@ -16,6 +16,8 @@ from nahtlos.model.ids import ReleaseId
 from nahtlos.model.nouns import Component
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 
+LOADER = "/lib64/ld-linux-x86-64.so.2"
+"""The host's own."""
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PACKAGES = {"dnsmasq": "dnsmasq-base", "haproxy": "haproxy"}
 
@@ -38,6 +40,11 @@ class Programs:
             return msgspec.json.decode(self._record.read_bytes(), type=_Running).release
         except (OSError, msgspec.DecodeError):
             return None
+
+    @property
+    def chosen(self) -> str:
+        """The release by which programs are started; empty: the host's own."""
+        return self._bundle.release if self._bundle is not None else ""
 
     async def choose(self, release: ReleaseId | None) -> None:
         """What is started from now on. Refused, and all as before, if the release cannot serve here."""
@@ -79,8 +86,9 @@ class Programs:
     def script(self, name: str) -> Path:
         """A fixed path that runs it, now and when it is executed again later."""
         path, words = self._folder / name, self.words(name)
-        if len(words) > 1:  # loader, its options, program: what it takes for its own name is the script
-            words = (*words[:-1], "--argv0", str(path), words[-1])
+        # Loader, its options, program: what it takes for its own name, and executes again, is the script.
+        loading = words[:-1] or (LOADER,)
+        words = (*loading, "--argv0", str(path), words[-1])
         self._folder.mkdir(parents=True, exist_ok=True)
         _write(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', mode=0o755)
         return path

@@ -58,7 +58,7 @@ class FolderReleases:
 
     async def built(self) -> tuple[Release, ...]:
         async with asyncio.timeout(LISTING_SECONDS):
-            return await asyncio.to_thread(list_releases, self._folder)
+            return await asyncio.to_thread(list_releases, self._folder, None)
 
     async def verified(self, release: ReleaseId) -> Release:
         async with asyncio.timeout(HASHING_SECONDS):

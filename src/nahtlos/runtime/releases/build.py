@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from nahtlos.model.errors import Error, Refused
-from nahtlos.runtime.releases.builder import TRACKS, build_release
+from nahtlos.runtime.releases.builder import NETWORK_TRACKS, TRACKS, build_release
 from nahtlos.runtime.releases.image import build_image
 from nahtlos.runtime.releases.progress import Progress
 
@@ -41,7 +41,8 @@ def _share(progress: Progress) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nahtlos.runtime.releases.build", description=__doc__)
-    parser.add_argument("--track", action="append", default=[], choices=sorted(TRACKS), help="repeatable")
+    tracks = sorted({**TRACKS, **NETWORK_TRACKS})
+    parser.add_argument("--track", action="append", default=[], choices=tracks, help="repeatable")
     parser.add_argument("--image", action="store_true", help="build the guest image")
     parser.add_argument("--refresh", action="store_true", help="look for newer versions")
     parser.add_argument("--build-dir", type=Path, default=Path("build"))

@@ -34,17 +34,21 @@ from nahtlos.wire.bundle import (
 )
 
 PACKAGES = ("qemu-system-x86", "qemu-utils", "qemu-block-extra")
-MAIN_PACKAGE = "qemu-system-x86"
+NETWORK_PACKAGES = ("haproxy", "dnsmasq-base")
 _UNPACK_DEADLINE = 120.0
 _QEMU_DEADLINE = 60.0
 
 
 class Track(Value, frozen=True, kw_only=True):
-    """A line of releases to follow: the newest version in `suite`, which must not be older than `name`."""
+    """A line of releases to follow: the newest version in `suite`, which must not be older than `oldest`."""
 
     name: str
     suite: str
     sources: tuple[str, ...]
+    oldest: str
+    """Of the first of `packages`, which gives the release its version."""
+    component: Component = Component.HYPERVISOR
+    packages: tuple[str, ...] = PACKAGES
 
 
 TRACKS = {
@@ -52,21 +56,42 @@ TRACKS = {
     for track in (
         # Not trixie: its 10.0.13 gives virtio queues 1024 entries, and 11.1 refuses streams from it
         # (docs/decisions/0003).
-        Track(name="10.0", suite="bookworm-backports", sources=("bookworm", "bookworm-backports")),
-        Track(name="11.1", suite="trixie-backports", sources=("trixie", "trixie-backports")),
+        Track(
+            name="10.0",
+            suite="bookworm-backports",
+            sources=("bookworm", "bookworm-backports"),
+            oldest="10.0",
+        ),
+        Track(name="11.1", suite="trixie-backports", sources=("trixie", "trixie-backports"), oldest="11.1"),
     )
 }
+NETWORK_TRACKS = {
+    track.name: track
+    for track in (
+        Track(
+            name=f"network-{number}",
+            suite=suite,
+            sources=(suite, f"{suite}-backports"),
+            oldest=oldest,
+            component=Component.NETWORK,
+            packages=NETWORK_PACKAGES,
+        )
+        for number, suite, oldest in ((12, "bookworm", "2.6"), (13, "trixie", "3.0"))
+    )
+}
+"""By the number of the Debian they come from; their version is haproxy's."""
 
 
 def find_track(name: str) -> Track:
-    if name not in TRACKS:
-        raise Refused(f"unknown track '{name}'", field="track", remedy=f"use one of {', '.join(TRACKS)}")
-    return TRACKS[name]
+    known = {**TRACKS, **NETWORK_TRACKS}
+    if name not in known:
+        raise Refused(f"unknown track '{name}'", field="track", remedy=f"use one of {', '.join(known)}")
+    return known[name]
 
 
 def upstream_version(debian: str) -> str:
     """`10.0.13` of `1:10.0.13+ds-0+deb13u1`."""
-    return debian.partition(":")[2].partition("+")[0].partition("-")[0].partition("~")[0]
+    return debian.rpartition(":")[2].partition("+")[0].partition("-")[0].partition("~")[0]
 
 
 def build_release(
@@ -93,8 +118,8 @@ def build_release(
 
 def _already_built(track: Track, releases_dir: Path) -> Release | None:
     """The newest intact release of the track. A damaged one is built again, not used."""
-    for release in reversed(list_releases(releases_dir)):
-        if release.suite == track.suite and release.component == Component.HYPERVISOR:
+    for release in reversed(list_releases(releases_dir, track.component)):
+        if release.suite == track.suite:
             with contextlib.suppress(Error):
                 return load_release(releases_dir, release.id)
     return None
@@ -102,14 +127,14 @@ def _already_built(track: Track, releases_dir: Path) -> Release | None:
 
 def _build(track: Track, releases_dir: Path, downloads_dir: Path, on_progress: OnProgress) -> Release:
     with PrivateApt(downloads_dir / "apt" / track.sources[0], track.sources, on_progress) as apt:
-        packages = apt.download(PACKAGES, track.suite)
+        packages = apt.download(track.packages, track.suite)
     version = _checked_version(track, packages)
     staging = releases_dir / f".building-{track.name}"
     shutil.rmtree(staging, ignore_errors=True)
     root = staging / ROOT_NAME
     root.mkdir(parents=True)
     owners = _unpack(packages, staging / "unpack", root, on_progress)
-    loader = _keep_needed(root, owners, on_progress)
+    loader = _keep_needed(root, owners, _contents(track), on_progress)
     manifest = _manifest(track, version, root, loader, packages, owners, on_progress)
     (staging / MANIFEST_NAME).write_bytes(
         msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)
@@ -119,10 +144,10 @@ def _build(track: Track, releases_dir: Path, downloads_dir: Path, on_progress: O
 
 
 def _checked_version(track: Track, packages: Sequence[Package]) -> str:
-    version = next(upstream_version(p.version) for p in packages if p.name == MAIN_PACKAGE)
-    if version_key(version) < version_key(track.name):
+    version = next(upstream_version(p.version) for p in packages if p.name == track.packages[0])
+    if version_key(version) < version_key(track.oldest):
         raise Refused(
-            f"{track.suite} has version {version}, older than the track {track.name}",
+            f"{track.suite} has {track.packages[0]} {version}, older than {track.oldest} of {track.name}",
             field="track",
             remedy="point the machine's apt sources to a current mirror",
         )
@@ -152,13 +177,19 @@ def _unpack(
     return owners
 
 
-def _keep_needed(root: Path, owners: dict[str, Package], on_progress: OnProgress) -> str:
-    """Delete from `root` what the hypervisor does not need; returns the loader's path."""
-    on_progress(Progress(step="select", text="files the hypervisor needs"))
+def _contents(track: Track) -> selection.Contents:
+    return selection.NETWORK if track.component is Component.NETWORK else selection.HYPERVISOR
+
+
+def _keep_needed(
+    root: Path, owners: dict[str, Package], contents: selection.Contents, on_progress: OnProgress
+) -> str:
+    """Delete from `root` what the component does not need; returns the loader's path."""
+    on_progress(Progress(step="select", text="files that are needed"))
     loader = next((path for path in selection.LOADERS if path in owners), None)
     if loader is None:
         raise Refused("the packages hold no loader", field="suite", remedy="report this")
-    code, other = selection.named(owners)
+    code, other = selection.named(owners, contents)
     keep = {*code, *other, loader}
     for path in code:
         keep.update(_libraries(root, loader, path))
@@ -200,21 +231,32 @@ def _manifest(
     files = _described(root, on_progress)
     digest = digest_of(files)
     used = {owners[file.path].name for file in files}
-    on_progress(Progress(step="ask", text="machine types of the new hypervisor"))
+    network = track.component is Component.NETWORK
+    on_progress(Progress(step="ask", text="what it can do"))
     release = Release(
-        id=release_id(Component.HYPERVISOR, version, digest),
-        component=Component.HYPERVISOR,
+        id=release_id(track.component, version, digest),
+        component=track.component,
         version=version,
         suite=track.suite,
         digest=digest,
-        machine_types=_machine_types(root, loader),
+        machine_types=() if network else _machine_types(root, loader),
         artifacts=tuple(p.artifact() for p in packages if p.name in used),
         size_mib=-(-sum(file.size for file in files) // (1 << 20)),
     )
+    library_path = tuple(path for path in selection.LIBRARY_PATH if (root / path).is_dir())
+    if network:
+        _try(root, loader)
+        return Manifest(
+            release=release,
+            loader=loader,
+            library_path=library_path,
+            programs=selection.NETWORK_PROGRAMS,
+            files=files,
+        )
     return Manifest(
         release=release,
         loader=loader,
-        library_path=tuple(path for path in selection.LIBRARY_PATH if (root / path).is_dir()),
+        library_path=library_path,
         system=selection.SYSTEM,
         storage_daemon=selection.STORAGE_DAEMON,
         image_tool=selection.IMAGE_TOOL,
@@ -228,6 +270,16 @@ def _described(root: Path, on_progress: OnProgress) -> tuple[BundleFile, ...]:
     paths = list(files_under(root))
     on_progress(Progress(step="hash", text=f"{len(paths)} files", total=len(paths)))
     return tuple(describe(root, path) for path in paths)
+
+
+def _try(root: Path, loader: str) -> None:
+    """Each program starts by what the bundle holds."""
+    for name, path in selection.NETWORK_PROGRAMS.items():
+        option = "-vv" if name == "haproxy" else "-v"
+        run(
+            [root / loader, "--library-path", _library_path(root), root / path, option],
+            timeout=_QEMU_DEADLINE,
+        )
 
 
 def _machine_types(root: Path, loader: str) -> tuple[str, ...]:

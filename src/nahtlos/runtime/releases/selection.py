@@ -1,4 +1,4 @@
-"""Which of the unpacked files a hypervisor bundle needs: what is named here, and the libraries those load.
+"""Which of the unpacked files a bundle needs: what is named here, and the libraries those load.
 
 Decides only; `builder` moves the files. Libraries are found by asking the bundle's own loader, so what is
 kept is what will be mapped at run time.
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nahtlos.model.errors import Refused
+from nahtlos.model.values import Value
 
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 LIBRARY_PATH = (LIBRARIES, f"{LIBRARIES}/ceph")
@@ -41,6 +42,19 @@ _RESOLVED = re.compile(r"^\s*(?:\S+ => )?(/\S+) \(0x", re.MULTILINE)
 _MISSING = re.compile(r"^\s*(\S+) => not found", re.MULTILINE)
 
 
+class Contents(Value, frozen=True, kw_only=True):
+    """What a bundle of a component consists of, besides what that loads."""
+
+    programs: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+
+
+HYPERVISOR = Contents(programs=PROGRAMS, plugins=_PLUGINS, data=_FIRMWARE)
+NETWORK_PROGRAMS = {"dnsmasq": "usr/sbin/dnsmasq", "haproxy": "usr/sbin/haproxy"}
+NETWORK = Contents(programs=tuple(NETWORK_PROGRAMS.values()))
+
+
 def merged(path: str) -> str:
     """Where a package's file belongs. Packages of bookworm still ship `lib/` beside `usr/lib/`, which are
     one folder on every machine (merged /usr)."""
@@ -53,16 +67,16 @@ def may_be_needed(path: str) -> bool:
     return not path.startswith(_NEVER)
 
 
-def named(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+def named(paths: Iterable[str], contents: Contents = HYPERVISOR) -> tuple[list[str], list[str]]:
     """Of `paths` the code that must run (programs, plug-ins) and the other files that are kept by name."""
     code: list[str] = []
     other: list[str] = []
     for path in paths:
-        if path in PROGRAMS or _matches(path, _PLUGINS):
+        if path in contents.programs or _matches(path, contents.plugins):
             code.append(path)
-        elif path in LOADERS or path in _LOADED_BY_NAME or _matches(path, _FIRMWARE):
+        elif path in LOADERS or path in _LOADED_BY_NAME or _matches(path, contents.data):
             other.append(path)
-    absent = sorted(set(PROGRAMS) - set(code))
+    absent = sorted(set(contents.programs) - set(code))
     if absent:
         raise Refused(f"the packages hold no {', '.join(absent)}", field="suite", remedy="report this")
     return sorted(code), sorted(other)

@@ -45,6 +45,8 @@ class BalancerStatus(msgspec.Struct, frozen=True, kw_only=True):
     connections: int
     configuration: str
     """Digest of what the running worker was started with."""
+    version: str = ""
+    """Of the program."""
 
 
 # --- deciding ----------------------------------------------------------------------------------------
@@ -66,15 +68,15 @@ def weights(members: Iterable[Member]) -> dict[str, int]:
     }
 
 
-def digest(spec: LoadBalancerSpec, socket: Path) -> str:
-    """Of everything but weights: what a worker must be started anew for."""
+def digest(spec: LoadBalancerSpec, socket: Path, release: str = "") -> str:
+    """Of everything but weights: what a worker must be started anew for. `release`: of the program."""
     plain = tuple(msgspec.structs.replace(m, weight=1, draining=False) for m in spec.members)
     bare = msgspec.structs.replace(spec, members=plain)
-    return hashlib.sha256(_text(bare, socket, "").encode()).hexdigest()[:24]
+    return hashlib.sha256((_text(bare, socket, "") + release).encode()).hexdigest()[:24]
 
 
-def configuration(spec: LoadBalancerSpec, socket: Path) -> str:
-    return _text(spec, socket, digest(spec, socket))
+def configuration(spec: LoadBalancerSpec, socket: Path, release: str = "") -> str:
+    return _text(spec, socket, digest(spec, socket, release))
 
 
 def _text(spec: LoadBalancerSpec, socket: Path, mark: str) -> str:
@@ -132,7 +134,10 @@ def decode(spec_members: Iterable[Member], info: str, stat: str) -> BalancerStat
     )
     current = servers.get("FRONTEND", {}).get("scur") or "0"
     return BalancerStatus(
-        members=members, connections=int(current), configuration=values.get("description", "").strip()
+        members=members,
+        connections=int(current),
+        configuration=values.get("description", "").strip(),
+        version=values.get("version", "").strip(),
     )
 
 
@@ -172,7 +177,7 @@ class Balancers:
         path, socket, text = (
             self._file(spec.id),
             self._socket(spec.id),
-            configuration(spec, self._socket(spec.id)),
+            configuration(spec, self._socket(spec.id), self._programs.chosen),
         )
         changed = _read(path) != text
         if changed:
@@ -183,6 +188,9 @@ class Balancers:
         argv = ("nsenter", f"--net={namespace}", program, "-W", "-db", "-f", str(path))
         unit = (await self._supervisor.units()).get(PREFIX + spec.id)
         elsewhere = _read(path.with_suffix(".place")) != place
+        if self._programs.chosen and unit is not None and unit.pid is not None:
+            # What an earlier agent has begun would execute again what it was begun with.
+            elsewhere = elsewhere or not _follows(unit.pid, program)
         if unit is None or unit.pid is None or elsewhere:
             if unit is not None:
                 await self._supervisor.stop(unit.name, grace=0.5)
@@ -193,9 +201,12 @@ class Balancers:
         running = await self._running(spec)
         if running is None:
             return ()  # its supervisor starts it again at this moment
-        if running.configuration != digest(spec, socket):
+        wanted = digest(spec, socket, self._programs.chosen)
+        if running.configuration != wanted:
+            # The master executes the script again: whatever program that leads to now gets the listening
+            # sockets from the old worker, which serves its connections to their end.
             os.kill(unit.pid, signal.SIGUSR2)
-            await self._until_running(spec, digest(spec, socket))
+            await self._until_running(spec, wanted)
             return () if changed else (f"load balancer {spec.id} was not as configured: loaded again",)
         return await self._weigh(spec, running, drift=not changed)
 
@@ -254,6 +265,11 @@ class Balancers:
             raise Unavailable(f"load balancer {id_} is not on this host", field="load_balancer") from error
         socket = self._socket(id_)
         return decode(spec.members, await _ask(socket, "show info"), await _ask(socket, "show stat"))
+
+
+def _follows(pid: int, program: str) -> bool:
+    """Whether the process becomes what `program` leads to when it is loaded again."""
+    return program in _read(Path(f"/proc/{pid}/cmdline")).split("\0")
 
 
 def _read(path: Path) -> str:
