@@ -41,6 +41,7 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_api import NetworkRoutes
+from nahtlos.ops.volume_api import VolumeRoutes
 from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
 from nahtlos.runtime.identity import Operators, Presented
 
@@ -92,6 +93,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     for add in (_status, _hosts, _releases, _servers, _upgrades, _events):
         add(routes, cloud)
     NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
+    VolumeRoutes(routes, lambda: cloud.volumes, _body, _json).add()
     if enrolment is not None:
         _operators(routes, enrolment)
     app.include_router(open_routes)

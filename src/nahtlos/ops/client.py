@@ -36,6 +36,7 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_client import NetworkClient
+from nahtlos.ops.volume_client import VolumeClient
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
     CloudEvent,
@@ -62,6 +63,7 @@ class OperatorClient:
         self._http = http
         self.where = where
         self._networks = NetworkClient(self._ask_at)
+        self._volumes = VolumeClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -101,6 +103,10 @@ class OperatorClient:
     @property
     def networks(self) -> NetworkClient:
         return self._networks
+
+    @property
+    def volumes(self) -> VolumeClient:
+        return self._volumes
 
     # --- the cloud, hosts, releases
 

@@ -1,4 +1,5 @@
-"""The operator's command line: `nahtlos host|release|server|upgrade|operator|promise|status|doctor`
+"""The operator's command line: `nahtlos host|release|server|upgrade|operator|promise|status|doctor`,
+for volumes `volume|snapshot|image|backup`,
 and, for the virtual network, `network|subnet|port|security-group|router|floating-ip|load-balancer`.
 
 Thin over `ops.client`: it asks, waits and shows. `entry.cli` composes it with the commands for labs.

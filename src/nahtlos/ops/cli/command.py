@@ -345,7 +345,28 @@ async def _balancer_names(client: OperatorClient) -> list[str]:
     return [b.id for b in await client.networks.load_balancers()]
 
 
+async def _volume_names(client: OperatorClient) -> list[str]:
+    return [v.spec.id for v in await client.volumes.volumes()]
+
+
+async def _snapshot_names(client: OperatorClient) -> list[str]:
+    return [s.spec.id for s in await client.volumes.snapshots()]
+
+
+async def _backup_names(client: OperatorClient) -> list[str]:
+    return [b.spec.id for b in await client.volumes.backups()]
+
+
+async def _image_names(client: OperatorClient) -> list[str]:
+    return [i.id for i in await client.volumes.images()]
+
+
 NAMES = {
+    "volume": _volume_names,
+    "volumes": _volume_names,
+    "snapshot": _snapshot_names,
+    "backup": _backup_names,
+    "image": _image_names,
     "network": _network_names,
     "subnet": _subnet_names,
     "subnets": _subnet_names,

@@ -9,8 +9,9 @@ import typer
 from rich.text import Text
 
 from nahtlos.model.errors import NotFound
-from nahtlos.model.ids import HostId, ImageId, ProjectId, ServerId
+from nahtlos.model.ids import HostId, ImageId, ProjectId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
+from nahtlos.model.storage import VolumeFormat
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.amounts import port_request
 from nahtlos.ops.cli.command import Cli, Surroundings, command
@@ -60,6 +61,11 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 "[,pair=CIDR][,mac=M][,ingress=50M][,egress=50M][,queues=2]."
             ),
         ] = None,
+        volume: Annotated[
+            list[str] | None, typer.Option(help="A data volume it has from the start; repeatable.")
+        ] = None,
+        replicas: Annotated[int, typer.Option(help="Copies of its system disk.", min=1)] = 1,
+        volume_format: Annotated[VolumeFormat, typer.Option(help="Of its system disk.")] = VolumeFormat.RAW,
         project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = 120.0,
@@ -73,6 +79,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             image=ImageId(image) if image else None,
             host=HostId(host) if host else None,
             project=ProjectId(project),
+            volumes=tuple(VolumeId(name) for name in volume or ()),
+            copies=replicas,
+            volume_format=volume_format,
             networks=tuple(port_request(text) for text in network or ()),
         )
         async with cli.client() as client:
@@ -110,7 +119,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         wait: Wait = True,
         deadline: Deadline = 60.0,
     ) -> None:
-        """Delete a server and its volume."""
+        """Delete a server and its system disk. Its data volumes stay, attached to nothing."""
         if not yes and not cli.json and sys.stdin.isatty():
             typer.confirm(f"Delete {server} and its volume?", abort=True, err=True)
         async with cli.client() as client:

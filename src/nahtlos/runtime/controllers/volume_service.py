@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from nahtlos.model.errors import Conflict, NotFound, Refused
-from nahtlos.model.ids import BackupId, ImageId, KeyId, SnapshotId, VolumeId, checked_name
+from nahtlos.model.ids import BackupId, HostId, ImageId, KeyId, SnapshotId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import VolumeSpec
@@ -22,7 +22,8 @@ from nahtlos.runtime.controllers import (
     volume_views,
 )
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
-from nahtlos.runtime.controllers.look import Looks
+from nahtlos.runtime.controllers.look import Look, Looks
+from nahtlos.runtime.controllers.network_views import settling
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_records import fenced
@@ -95,16 +96,21 @@ class VolumeService:
 
     async def volumes(self) -> tuple[VolumeView, ...]:
         look = await self._looks.now()
+        behind = self._behind(look)
         return tuple(
-            volume_views.volume_view(look.state, look.inventory, look.report, volume)
+            volume_views.volume_view(look.state, look.inventory, look.report, behind, volume)
             for volume in look.state.volumes
         )
+
+    def _behind(self, look: Look) -> tuple[HostId, ...]:
+        return settling(look.state, look.inventory.connected, self._looks.wall()).hosts
 
     async def volume(self, volume: VolumeId) -> VolumeView:
         look = await self._looks.now()
         if volume not in look.state.volumes:
             volume_requests.known_volume(look.state, volume)
-        return volume_views.volume_view(look.state, look.inventory, look.report, volume)
+        behind = self._behind(look)
+        return volume_views.volume_view(look.state, look.inventory, look.report, behind, volume)
 
     async def create_volume(self, request: VolumeRequest) -> VolumeView:
         images = await self._images.images()

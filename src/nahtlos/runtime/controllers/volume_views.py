@@ -1,6 +1,6 @@
 """What operators see of volumes, put together from the state of the store and a plan. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from nahtlos.model.blueprint import PlanReport
 from nahtlos.model.ids import HostId, OperationId, SnapshotId, VolumeId
@@ -15,6 +15,7 @@ from nahtlos.model.volume_work import (
     VolumeWish,
     VolumeWork,
     kind_of,
+    new_names,
     volumes_of,
     words,
 )
@@ -35,7 +36,10 @@ from nahtlos.runtime.controllers.volumes import (
 MIB = 1 << 20
 
 
-def volume_view(state: State, inventory: Inventory, report: PlanReport, volume: VolumeId) -> VolumeView:
+def volume_view(
+    state: State, inventory: Inventory, report: PlanReport, behind: Collection[HostId], volume: VolumeId
+) -> VolumeView:
+    """`behind`: hosts that have not converged to what is wanted now."""
     row = state.volumes[volume]
     server = holder_of(state, volume)
     tasks = tuple(
@@ -57,7 +61,7 @@ def volume_view(state: State, inventory: Inventory, report: PlanReport, volume: 
         ),
         tasks=tasks,
         waits_for=waits,
-        settled=not tasks and whole and all(_converged(state, inventory, host) for host in concerned),
+        settled=not tasks and whole and not any(host in behind for host in concerned),
         removed=row.removed,
     )
 
@@ -65,11 +69,6 @@ def volume_view(state: State, inventory: Inventory, report: PlanReport, volume: 
 def _place(state: State, server: str) -> HostId:
     assignments = state.blueprint.servers if state.blueprint else {}
     return next((a.host for s, a in assignments.items() if s == server), HostId(""))
-
-
-def _converged(state: State, inventory: Inventory, host: HostId) -> bool:
-    config, seen = state.configs.get(host), inventory.hosts.get(host)
-    return config is None or (seen is not None and seen.generation >= config.generation)
 
 
 def _copy(inventory: Inventory, volume: VolumeSpec, copy: Replica) -> CopyView:
@@ -122,6 +121,7 @@ def _wish(state: State, wish: VolumeWish, waiting: dict[str, str]) -> TaskView:
     failure = failures.get(wish.id)
     return TaskView(
         id=None,
+        makes=tuple(new_names(wish.work)),
         what=words(wish.work),
         kind=kind_of(wish.work).value,
         bytes_total=_bytes(state, wish.work),
@@ -140,6 +140,7 @@ def _task(state: State, inventory: Inventory, task: PlannedVolumeTask) -> TaskVi
     left = total * (1.0 - status.progress) / rate if status is not None and rate else None
     return TaskView(
         id=task.id,
+        makes=tuple(new_names(task.work)),
         what=words(task.work),
         kind=kind_of(task.work).value,
         step=status.step if status is not None else "not begun yet",

@@ -144,6 +144,8 @@ class TaskView(Value, frozen=True, kw_only=True):
     bytes_per_second: float = 0.0
     """As measured so far; 0: not known yet."""
     seconds_left: float | None = None
+    makes: tuple[str, ...] = ()
+    """Names of what there is once it is done."""
     waits_for: str = ""
     attempts: int = 0
     """Failed ones so far."""

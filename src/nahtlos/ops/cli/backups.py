@@ -1,0 +1,133 @@
+"""`nahtlos backup …`"""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from nahtlos.model.ids import BackupId, HostId, ProjectId, VolumeId
+from nahtlos.ops.cli import volume_amounts as amounts
+from nahtlos.ops.cli import volume_pictures as pictures
+from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.copying import COPY_DEADLINE, Deadline, Wait
+from nahtlos.ops.cli.settled import Project
+from nahtlos.ops.cli.snapshots import wait_for_tasks
+from nahtlos.runtime.controllers.volumes import BackupRequest, RestoreRequest, TargetRequest
+
+Backup = Annotated[str, typer.Argument(metavar="BACKUP")]
+
+
+def backup_commands(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="Backups: what volumes held, kept elsewhere.")
+
+    @command(app, "list", surroundings)
+    async def list_all(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli, volume: Annotated[str | None, typer.Option(help="Only those of this volume.")] = None
+    ) -> None:
+        """All backups and what they rest on."""
+        async with cli.client() as client:
+            views = await client.volumes.backups()
+        shown = tuple(view for view in views if volume is None or view.spec.volume == volume)
+        cli.show(shown, pictures.backups(shown))
+
+    @command(app, "show", surroundings)
+    async def show(cli: Cli, backup: Backup) -> None:  # pyright: ignore[reportUnusedFunction]
+        """One backup."""
+        async with cli.client() as client:
+            view = await client.volumes.backup(BackupId(backup))
+        cli.show(view, pictures.backups((view,)))
+
+    @command(app, "create", surroundings)
+    async def create(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        name: Annotated[str, typer.Argument(metavar="NAME")],
+        volume: Annotated[str, typer.Option(show_default=False)],
+        to: Annotated[
+            str,
+            typer.Option(help="A target's name, a folder, or nbd://…", metavar="PLACE", show_default=False),
+        ],
+        incremental: Annotated[
+            bool, typer.Option("--incremental", help="Only what changed since the newest backup.")
+        ] = False,
+        bandwidth: Annotated[str, typer.Option(help="Bytes per second at most, as 50M.")] = "none",
+        wait: Wait = True,
+        deadline: Deadline = COPY_DEADLINE,
+    ) -> None:
+        """Back up a volume while it is written, as it is at one moment."""
+        asked = BackupRequest(
+            name=name,
+            volume=VolumeId(volume),
+            target=to,
+            incremental=incremental,
+            bytes_per_second=amounts.octets(bandwidth, "bandwidth"),
+        )
+        async with cli.client() as client:
+            made = await client.volumes.create_backup(asked)
+            if wait:
+                await wait_for_tasks(cli, client, f"{volume} is backed up", deadline, (name,))
+                view = await client.volumes.backup(made)
+                cli.show(view, pictures.backups((view,)))
+                return
+        cli.show({"id": made}, Text(f"backup {name} is wished"))
+
+    @command(app, "restore", surroundings)
+    async def restore(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        backup: Backup,
+        name: Annotated[str, typer.Argument(metavar="VOLUME", help="The new volume.")],
+        host: Annotated[str | None, typer.Option(help="Where; chosen if left out.")] = None,
+        project: Project = "default",
+        wait: Wait = True,
+        deadline: Deadline = COPY_DEADLINE,
+    ) -> None:
+        """Make a new volume of a backup and all it rests on."""
+        asked = RestoreRequest(name=name, host=HostId(host) if host else None, project=ProjectId(project))
+        async with cli.client() as client:
+            made = await client.volumes.restore_backup(BackupId(backup), asked)
+            if wait:
+                await wait_for_tasks(cli, client, f"{name} is restored", deadline, (name,))
+                view = await client.volumes.volume(made)
+                cli.show(view, pictures.volume(view))
+                return
+        cli.show({"id": made}, Text(f"volume {name} is wished"))
+
+    @command(app, "delete", surroundings)
+    async def delete(cli: Cli, backup: Backup) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Forget a backup that no other rests on. What it holds at its target is left there."""
+        async with cli.client() as client:
+            await client.volumes.delete_backup(BackupId(backup))
+        cli.show({"id": backup, "deleted": True}, Text(f"backup {backup} forgotten; its files are left"))
+
+    app.add_typer(_target_commands(surroundings), name="target")
+    return app
+
+
+def _target_commands(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="Places for backups, by name.")
+
+    @command(app, "list", surroundings)
+    async def list_all(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """All targets."""
+        async with cli.client() as client:
+            views = await client.volumes.targets()
+        cli.show(views, pictures.targets(views))
+
+    @command(app, "set", surroundings)
+    async def put(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        name: Annotated[str, typer.Argument(metavar="NAME")],
+        place: Annotated[str, typer.Argument(metavar="PLACE", help="A folder on every host, or nbd://…")],
+    ) -> None:
+        """Name a place for backups, or change what a name stands for."""
+        async with cli.client() as client:
+            view = await client.volumes.put_target(TargetRequest(name=name, place=place))
+        cli.show(view, pictures.targets((view,)))
+
+    @command(app, "delete", surroundings)
+    async def delete(cli: Cli, name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Forget a name. Backups that were made there stay."""
+        async with cli.client() as client:
+            await client.volumes.delete_target(name)
+        cli.show({"name": name, "deleted": True}, Text(f"target {name} forgotten"))
+
+    return app

@@ -1,0 +1,165 @@
+"""`nahtlos snapshot …`"""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from nahtlos.model.errors import NotFound
+from nahtlos.model.ids import ProjectId, SnapshotId, VolumeId
+from nahtlos.ops.cli import volume_amounts as amounts
+from nahtlos.ops.cli import volume_pictures as pictures
+from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.copying import DEADLINE, Deadline, Wait, copied, standing
+from nahtlos.ops.cli.settled import Project
+from nahtlos.ops.cli.waiting import wait_until
+from nahtlos.ops.client import OperatorClient
+from nahtlos.runtime.controllers.volumes import (
+    ExportRequest,
+    SnapshotRequest,
+    SnapshotView,
+    TaskView,
+    VolumeRequest,
+)
+
+Snapshot = Annotated[str, typer.Argument(metavar="SNAPSHOT")]
+
+
+def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
+    app = typer.Typer(no_args_is_help=True, help="Snapshots: volumes as they were at one moment.")
+
+    @command(app, "list", surroundings)
+    async def list_all(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli, volume: Annotated[str | None, typer.Option(help="Only those of this volume.")] = None
+    ) -> None:
+        """All snapshots, where they are kept and what rests on them."""
+        async with cli.client() as client:
+            views = await client.volumes.snapshots()
+        shown = tuple(view for view in views if volume is None or view.spec.volume == volume)
+        cli.show(shown, pictures.snapshots(shown))
+
+    @command(app, "show", surroundings)
+    async def show(cli: Cli, snapshot: Snapshot) -> None:  # pyright: ignore[reportUnusedFunction]
+        """One snapshot, and where it can be read from outside."""
+        async with cli.client() as client:
+            view = await client.volumes.snapshot(SnapshotId(snapshot))
+        cli.show(view, pictures.snapshot(view))
+
+    @command(app, "create", surroundings)
+    async def create(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        name: Annotated[str, typer.Argument(metavar="NAME")],
+        volume: Annotated[
+            list[str], typer.Option(help="Repeat for several: all at one moment.", show_default=False)
+        ],
+        wait: Wait = True,
+        deadline: Deadline = DEADLINE,
+    ) -> None:
+        """Take a snapshot of one volume, or of several at one moment, while they are written.
+
+        Of several, each is named NAME-VOLUME."""
+        asked = SnapshotRequest(name=name, volumes=tuple(VolumeId(each) for each in volume))
+        async with cli.client() as client:
+            names = await client.volumes.create_snapshots(asked)
+            if wait:
+                await wait_for_tasks(cli, client, f"snapshot {name} is taken", deadline, names)
+            views = tuple(v for v in await client.volumes.snapshots() if v.spec.id in names)
+        cli.show(views if wait else {"snapshots": names}, pictures.snapshots(views))
+
+    @command(app, "clone", surroundings)
+    async def clone(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        snapshot: Snapshot,
+        name: Annotated[str, typer.Argument(metavar="VOLUME")],
+        size: Annotated[str | None, typer.Option(help="Larger than the snapshot, as 20G.")] = None,
+        replicas: Annotated[int, typer.Option(help="Copies, each on another host.", min=1)] = 1,
+        project: Project = "default",
+        wait: Wait = True,
+        deadline: Deadline = DEADLINE,
+    ) -> None:
+        """Make a volume of a snapshot, as `volume create --snapshot` does."""
+        request = VolumeRequest(
+            name=name,
+            size_mib=amounts.mebibytes(size) if size is not None else 0,
+            snapshot=SnapshotId(snapshot),
+            copies=replicas,
+            project=ProjectId(project),
+        )
+        async with cli.client() as client:
+            view = await client.volumes.create_volume(request)
+            if wait:
+                view = await copied(
+                    cli,
+                    f"{name} is made",
+                    lambda: client.volumes.volume(VolumeId(name)),
+                    lambda seen: seen.settled,
+                    lambda seen: seen.tasks,
+                    lambda seen: seen.waits_for,
+                    deadline=deadline,
+                )
+        cli.show(view, pictures.volume(view))
+
+    @command(app, "delete", surroundings)
+    async def delete(cli: Cli, snapshot: Snapshot, wait: Wait = True, deadline: Deadline = DEADLINE) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Delete a snapshot that no clone rests on."""
+        async with cli.client() as client:
+            await client.volumes.delete_snapshot(SnapshotId(snapshot))
+            if wait:
+                await wait_until(
+                    cli,
+                    f"{snapshot} is deleted",
+                    lambda: _absent(client, SnapshotId(snapshot)),
+                    lambda gone: gone,
+                    lambda _: "still there",
+                    deadline=deadline,
+                )
+        cli.show({"id": snapshot, "deleted": True}, Text(f"snapshot {snapshot} deleted"))
+
+    @command(app, "export", surroundings)
+    async def export(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        snapshot: Snapshot,
+        lasting: Annotated[str, typer.Option("--for", help="As 15m, 1h or 2d.")] = "1h",
+    ) -> None:
+        """Make a snapshot readable by any NBD client that has the credential, which is shown once."""
+        async with cli.client() as client:
+            asked = ExportRequest(seconds=amounts.duration(lasting, "for"))
+            ticket = await client.volumes.export_snapshot(SnapshotId(snapshot), asked)
+        cli.show(ticket, pictures.ticket(ticket))
+
+    @command(app, "unexport", surroundings)
+    async def unexport(cli: Cli, snapshot: Snapshot) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Withdraw every export of a snapshot."""
+        async with cli.client() as client:
+            view: SnapshotView = await client.volumes.unexport_snapshot(SnapshotId(snapshot))
+        cli.show(view, pictures.snapshot(view))
+
+    return app
+
+
+async def wait_for_tasks(
+    cli: Cli, client: OperatorClient, what: str, deadline: float, names: tuple[str, ...]
+) -> None:
+    """Until no operation that makes these is under way or wished. An operation that cannot succeed goes on
+    being tried until it is cancelled; the deadline tells why."""
+
+    async def mine() -> tuple[TaskView, ...]:
+        return tuple(task for task in await client.volumes.tasks() if set(names) & set(task.makes))
+
+    await copied(
+        cli,
+        what,
+        mine,
+        lambda tasks: not tasks,
+        lambda tasks: tasks,
+        lambda tasks: standing(tasks[0]) if tasks else "",
+        deadline=deadline,
+    )
+
+
+async def _absent(client: OperatorClient, snapshot: SnapshotId) -> bool:
+    try:
+        await client.volumes.snapshot(snapshot)
+    except NotFound:
+        return True
+    return False
