@@ -455,3 +455,23 @@ async def test_capabilities_say_what_is_used(cloud: Cloud) -> None:
     assert "nahtlos" not in cloud.hosts[A].command("nft", "list", "tables")
     await cloud.hosts[A].call(lambda d: d.host_init())
     await cloud.hosts[A].call(lambda d: d.host_init())
+
+
+async def test_what_a_hosts_own_routers_listen_to_is_told_to_no_other_host(cloud: Cloud) -> None:
+    """Reports of servers are, as a server may be a router for multicast."""
+    here, there = await opened(cloud, 10, 11)
+
+    def report(sender: str, marker: bytes) -> None:
+        head = bytes.fromhex("333300000016" + sender.replace(":", "")) + b"\x86\xdd"
+        source, all_routers = bytes.fromhex("fe80" + "00" * 14), bytes.fromhex("ff02" + "00" * 13 + "16")
+        body = b"\x8f\0\0\0" + marker.ljust(24, b"\0")
+        ip = struct.pack("!IHBB", 6 << 28, len(body), 58, 1) + source + all_routers
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sending:
+            sending.bind(("vx100", 0))
+            sending.send(head + ip + body)
+
+    host = cloud.hosts[A].node.namespace
+    for sender, marker in (("02:6e:72:00:00:07", b"a router"), (here.mac, b"a server")):
+        topology.within(host, lambda s=sender, m=marker: report(s, m))
+    await until("a server's", lambda: any(b"a server" in frame for frame in there.others))
+    assert not any(b"a router" in frame for frame in there.others)

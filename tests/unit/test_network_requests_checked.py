@@ -815,3 +815,23 @@ def test_what_belongs_to_the_outside_is_not_made_inside() -> None:
             known, HOSTS, LoadBalancerRequest(name="lb9", network=office.id, port=80)
         )
     assert refused.value.field == "network"
+
+
+def test_a_named_ipv6_address_is_beside_the_one_that_the_mac_makes() -> None:
+    """A machine gives itself that one in any case, and its guard lets through what its port knows."""
+    there = topology()
+
+    def asked(*further: str, mac: str = "52:54:00:4d:00:77") -> tuple[str, ...]:
+        request = PortRequest(network=BLUE, mac=mac, addresses=further)
+        (port,) = port_requests.new_ports(there, ServerId("new"), ProjectId("default"), (request,))
+        return port.addresses
+
+    made = addresses.made_of_mac(there.subnets()[BLUE6], "52:54:00:4d:00:77")
+    assert asked() == (made,)
+    assert asked("2001:db8:1::77") == ("2001:db8:1::77", made)
+    assert asked(made) == (made,)
+    taken = with_port(there, A, addresses=(made,))
+    request = PortRequest(network=BLUE, mac="52:54:00:4d:00:77")
+    with pytest.raises(Conflict) as refused:
+        port_requests.new_ports(taken, ServerId("new"), ProjectId("default"), (request,))
+    assert refused.value.field == "mac"

@@ -55,13 +55,21 @@ def set_name(vni: int) -> str:
     return f"moving{vni}"
 
 
+REPORTS = (
+    "  chain reports {",
+    # What a host's own routers and services listen to: the same on every host, and nobody else's business.
+    "    ether saddr 02:6e:00:00:00:00-02:6e:ff:ff:ff:ff drop",
+    "  }",
+)
+
+
 # --- composing ---------------------------------------------------------------------------------------
 
 
 def compose(networks: Iterable[FilteredNetwork], gates: Iterable[Gate]) -> str:
     """Both tables, replacing what is there of them."""
     networks, gates = sorted(networks), sorted(gates)
-    lines = [_replaced("netdev"), f"table netdev {TABLE} {{"]
+    lines = [_replaced("netdev"), f"table netdev {TABLE} {{", *(REPORTS if networks else ())]
     for network in networks:
         lines += _gate_lines(network.vni, [g for g in gates if g.vni == network.vni])
         if network.outward:
@@ -87,7 +95,9 @@ def _gate_lines(vni: int, gates: Sequence[Gate]) -> list[str]:
         "    ether type ip udp dport 67 drop",
         "    ether type ip6 udp dport 547 drop",
         # Nor does one host's advertisement: each tells its own servers.
-        "    icmpv6 type { nd-router-solicit, nd-router-advert } drop",
+        "    icmpv6 type vmap { nd-router-solicit : drop, nd-router-advert : drop, "
+        "mld-listener-report : jump reports, mld-listener-done : jump reports, "
+        "mld2-listener-report : jump reports }",
         f'    ether daddr @{set_name(vni)} fwd to "{gate_name(vni)}"',
         "  }",
     ]

@@ -88,7 +88,7 @@ class PortRequest(Value, frozen=True, kw_only=True):
     """Empty: the lowest free one."""
     mac: str = ""
     addresses: tuple[str, ...] = ()
-    """Further ones. Of IPv6 subnets with `dhcp`, the one that the port's MAC makes is added by itself."""
+    """Further ones. Of IPv6 subnets with `dhcp`, the one that the port's MAC makes is added to them."""
     allowed_pairs: tuple[AddressPair, ...] = ()
     security_groups: tuple[SecurityGroupId, ...] = ()
     bandwidth: PortBandwidth = PortBandwidth()

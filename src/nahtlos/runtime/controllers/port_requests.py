@@ -19,7 +19,7 @@ from nahtlos.model.networking import (
     PortSpec,
     Rate,
 )
-from nahtlos.model.topology import Topology, within
+from nahtlos.model.topology import Topology, same_address
 from nahtlos.runtime.controllers import addresses
 from nahtlos.runtime.controllers.addresses import checked_prefix
 from nahtlos.runtime.controllers.network_requests import known_network, known_port, same_project
@@ -83,12 +83,7 @@ def _new_port(topology: Topology, port: PortId, project: ProjectId, request: Por
         ip = addresses.free_address(topology, network)
     mac = _mac(topology, request.mac, ip)
     further = _further_addresses(topology, network, request, ip)
-    own = [
-        a
-        for s in network.all_subnets
-        if addresses.gives_itself(s) and not any(within(f, s.cidr) for f in (ip, *further))
-        for a in (addresses.made_of_mac(s, mac),)
-    ]
+    own = _own_addresses(topology, network, mac, further)
     return PortSpec(
         id=port,
         network=network.id,
@@ -100,6 +95,17 @@ def _new_port(topology: Topology, port: PortId, project: ProjectId, request: Por
         bandwidth=checked_bandwidth(request.bandwidth),
         queues=_queues(request.queues),
     )
+
+
+def _own_addresses(
+    topology: Topology, network: NetworkSpec, mac: str, further: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Those that it gives itself, whatever others it is given beside them: its guard must know them."""
+    made = (addresses.made_of_mac(s, mac) for s in network.all_subnets if addresses.gives_itself(s))
+    found = tuple(address for address in made if not same_address(address, further))
+    for address in found:
+        addresses.check_free(topology, network, address, "mac")
+    return found
 
 
 def _queues(asked: int) -> int:
