@@ -52,8 +52,8 @@ class EmbeddedStorage:
         self._lifecycle = Lifecycle(self.serving, self.files, self.merging)
         self.relocations = Relocations(settings.host, self.serving, self.files, self.merging)
         self._snapshots = Snapshots(self.serving, self.files, self.merging)
-        self._release = DaemonRelease(settings, supervisor, Bundles(settings.releases_dir), self.daemon)
-        self.copies = Copies(settings, supervisor, self.serving, self._release.bundle)
+        self.releases = DaemonRelease(settings, supervisor, Bundles(settings.releases_dir), self.daemon)
+        self.copies = Copies(settings, supervisor, self.serving, self.releases.bundle)
         self._overwriting = Overwriting(self.files.going)
         self._defined: Unit | None = None
         self._swept = False
@@ -78,19 +78,19 @@ class EmbeddedStorage:
         await self._sweep()
         volumes = [volume for volume in desired.volumes if volume.id not in desired.pinned]
         going = [volume for volume in desired.removed if volume in records and volume not in desired.pinned]
+        await self._have_keys(volumes)
+        await self._lifecycle.after_boot()
         if desired.release is not None:
-            replaced = self._release.ensure(desired.release, self.serving.define, self.serving.on_step)
+            replaced = self.releases.ensure(desired.release, self.serving.define, self.serving.on_step)
             await attempt.several(replaced)
         await attempt.several(self.copies.export(desired.exports))
         if not volumes and not going and not _any_snapshot(self.serving.records, desired.removed_snapshots):
             return
-        await self._have_keys(volumes)
-        await self._lifecycle.after_boot()
         known = [volume for volume in volumes if volume.id in records]
         for volume in known:
             await attempt.to(self._lifecycle.adopt(volume))
         await self._up(desired, attempt)
-        bundle = await self._release.bundle()
+        bundle = await self.releases.bundle()
         for volume in volumes:
             if volume.id not in records:
                 await attempt.one(self._lifecycle.create(volume, bundle))
@@ -118,9 +118,11 @@ class EmbeddedStorage:
             if self.serving.records[volume].pivoting:
                 await attempt.to(self.merging.tidy(volume))
         attempt.done += await self.serving.settle(volumes)
-        for volume in volumes:
+        merging = [volume for volume in volumes if self.merging.is_due(volume)]
+        for volume in merging:
             await attempt.to(self.merging.tidy(volume))
-        attempt.done += await self.serving.settle(volumes)  # by what merging has made of them
+        if merging:
+            attempt.done += await self.serving.settle(merging)
         attempt.done += await self.serving.clear(spare=pinned)
 
     async def _sweep(self) -> None:
@@ -154,7 +156,7 @@ class EmbeddedStorage:
         return PoolStatus(total=found.f_blocks * found.f_frsize, free=found.f_bavail * found.f_frsize)
 
     async def release(self) -> ReleaseId | None:
-        chosen = self._release.chosen()
+        chosen = self.releases.chosen()
         return chosen.release if chosen else None
 
     # --- snapshots ---------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ class EmbeddedStorage:
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self.serving.changing:
             await self.serving.awake()
-            await self._snapshots.take(snapshots, await self._release.bundle())
+            await self._snapshots.take(snapshots, await self.releases.bundle())
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
         return await self._snapshots.list()
@@ -170,7 +172,7 @@ class EmbeddedStorage:
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         async with self.serving.changing:
             await self.serving.awake()
-            await self._snapshots.revert(volume.id, snapshot, await self._release.bundle())
+            await self._snapshots.revert(volume.id, snapshot, await self.releases.bundle())
             await self.merging.tidy(volume.id)
             await self.serving.settle((volume.id,))
 
@@ -204,7 +206,7 @@ class EmbeddedStorage:
             await self._have_keys((volume,))
             await self.serving.define()
             await self.serving.awake()
-            await self.relocations.receive(volume, await self._release.bundle())
+            await self.relocations.receive(volume, await self.releases.bundle())
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         return await self.copies.digest(volume, offset, length)
@@ -268,7 +270,7 @@ class EmbeddedStorage:
                 os.close(listener)
 
     async def _unit(self, wanted: Definition) -> Unit:
-        bundle = await self._release.bundle()
+        bundle = await self.releases.bundle()
         pki_dir = self._settings.pki_dir
         missing = [name for name in TLS_FILES if not (pki_dir / name).is_file()]
         if missing:

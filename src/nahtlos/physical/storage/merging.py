@@ -38,6 +38,12 @@ class Merging:
         self._files = files
         self._daemon = serving.daemon
 
+    def is_due(self, volume: VolumeId) -> bool:
+        """Whether there is anything for `tidy` to do."""
+        records = self._serving.records.all()
+        begun = records[volume].merge or decisions.next_merge(records, volume)
+        return begun is not None or bool(decisions.unused_layers(records, volume))
+
     async def tidy(self, volume: VolumeId) -> None:
         """Go on as far as patience allows. Unavailable if copying failed: it will be tried again."""
         until = time.monotonic() + PATIENCE

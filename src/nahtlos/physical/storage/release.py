@@ -57,7 +57,7 @@ class DaemonRelease:
     ) -> None:
         self._settings = settings
         self._supervisor = supervisor
-        self._bundles = bundles
+        self.bundles = bundles
         self._daemon = daemon
 
     def chosen(self) -> Chosen | None:
@@ -74,7 +74,7 @@ class DaemonRelease:
         """Of the release to run by; the newest fit one if none was ever chosen."""
         chosen = self.chosen()
         if chosen is not None:
-            return await self._bundles.checked(chosen.defined)
+            return await self.bundles.checked(chosen.defined)
         bundle = await self._newest()
         self._write(Chosen(release=bundle.release))
         return bundle
@@ -99,7 +99,7 @@ class DaemonRelease:
 
     async def _replace(self, chosen: Chosen, wanted: ReleaseId, define: Define, on_step: OnStep) -> None:
         await self._nothing_under_way()
-        await self._tried(await self._fit(wanted))
+        await self.tried(await self._fit(wanted))
         await on_step("upgrade.tried")
         self._write(Chosen(release=chosen.release, trying=wanted))
         await on_step("upgrade.recorded")
@@ -166,7 +166,7 @@ class DaemonRelease:
         pid = await self._daemon.pid()
         if pid is None:
             return or_nothing
-        bundle = await self._bundles.checked(release)
+        bundle = await self.bundles.checked(release)
         try:
             said = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
@@ -175,7 +175,7 @@ class DaemonRelease:
             tuple(part.decode() for part in said[: len(bundle.storage_daemon())]) == bundle.storage_daemon()
         )
 
-    async def _tried(self, bundle: Bundle) -> None:
+    async def tried(self, bundle: Bundle) -> None:
         """Whether it runs here at all, beside the one that serves. Refused with its words if not."""
         qmp, log = (self._settings.run_dir / f"{_TRIAL}.{end}" for end in ("qmp", "log"))
         log.unlink(missing_ok=True)
@@ -199,7 +199,7 @@ class DaemonRelease:
     # --- releases ----------------------------------------------------------------------------------
 
     async def _fit(self, release: ReleaseId) -> Bundle:
-        bundle = await self._bundles.checked(release)
+        bundle = await self.bundles.checked(release)
         if bundle.manifest.release.component is not Component.HYPERVISOR or bundle.version < MIN_VERSION:
             raise Refused(
                 f"'{release}' has no storage daemon of version {MIN_VERSION[0]} or later",
@@ -209,7 +209,7 @@ class DaemonRelease:
         return bundle
 
     async def _newest(self) -> Bundle:
-        bundles = [await self._bundles.checked(release) for release in await self._bundles.available()]
+        bundles = [await self.bundles.checked(release) for release in await self.bundles.available()]
         hypervisors = [b for b in bundles if b.manifest.release.component is Component.HYPERVISOR]
         fit = [bundle for bundle in hypervisors if bundle.version >= MIN_VERSION]
         if not fit:
