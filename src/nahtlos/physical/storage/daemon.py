@@ -64,7 +64,8 @@ class Graph(msgspec.Struct, frozen=True):
 
 
 class Daemon:
-    def __init__(self, supervisor: Supervisor, qmp: Path, log: Path) -> None:
+    def __init__(self, supervisor: Supervisor, qmp: Path, log: Path, unit: str = UNIT) -> None:
+        self.unit = unit
         self.qmp_path = qmp
         self.log = log
         self.corrupted: dict[str, str] = {}
@@ -86,7 +87,7 @@ class Daemon:
     # --- the process -------------------------------------------------------------------------------
 
     async def pid(self) -> int | None:
-        status = (await self._supervisor.units()).get(UNIT)
+        status = (await self._supervisor.units()).get(self.unit)
         return status.pid if status else None
 
     def said(self) -> str:

@@ -1,7 +1,9 @@
 """Images served over NBD, and how the daemon that serves them is run. Pure.
 
-    rbd-<volume> ── top-<volume> ── export <volume>.e<epoch>
-    to-<volume>, a client of `target` ── (once it was completed: passes everything on)
+    rbd ── fair ── top ── export <volume>.e<epoch>      a mirror on `top` writes to `to`, too:
+    link ── to                                          a connection to `target`; once that must not fail
+    hold ── to                                          any more, one that waits for a target that is gone
+    there ── fair ── top ── export                      completed: everything is passed on
 
 A door is opened for a relocation, to an image or from one: the other side need not know of Ceph. The nodes of
 an image bypass librbd's cache: it would acknowledge writes that a daemon which is killed forgets, and no
@@ -27,7 +29,11 @@ from nahtlos.physical.storage.graph import node_name
 UNIT = "qsd-ceph"
 SOCKET_FD = "nbd-ceph"
 TLS_SERVER, HOSTS_ONLY = "tls-server", "hosts-only"
-RECONNECT_DELAY = 30
+LINK_SECONDS = 1
+"""A target whose daemon is started anew is there again at once; one that is gone for longer ends the copy."""
+HOLD_SECONDS = 86_400
+PASS_SECONDS = 30
+"""How long a connection waits for a target that is gone."""
 
 Options = dict[str, object]
 
@@ -53,12 +59,28 @@ def rbd_node(volume: VolumeId) -> str:
     return node_name("rbd", volume)
 
 
+def fair_node(volume: VolumeId) -> str:
+    return node_name("fair", volume)
+
+
 def top_node(volume: VolumeId) -> str:
     return node_name("top", volume)
 
 
+def there_node(volume: VolumeId) -> str:
+    return node_name("there", volume)
+
+
 def target_node(volume: VolumeId) -> str:
     return node_name("to", volume)
+
+
+def link_node(volume: VolumeId) -> str:
+    return node_name("link", volume)
+
+
+def hold_node(volume: VolumeId) -> str:
+    return node_name("hold", volume)
 
 
 def limits_group(volume: VolumeId) -> str:
@@ -80,39 +102,50 @@ def image_node(ceph: CephSettings, name: str, image: str, snapshot: SnapshotId |
     return {**node, "snapshot": snapshot, "read-only": True} if snapshot else node
 
 
-def target_nodes(door: Door) -> tuple[Options, ...]:
+def connection(door: Door, name: str, reconnect: int) -> Options:
     target = door.target
-    if target is None:
-        return ()
-    return (
-        {
-            "driver": "nbd",
-            "node-name": target_node(door.volume),
-            "server": {
-                "type": "inet",
-                "host": target.address,
-                "port": str(target.port),
-                "keep-alive": True,
-            },
-            "export": target.export,
-            "tls-creds": TLS_CLIENT,
-            "reconnect-delay": RECONNECT_DELAY,
-            "discard": "unmap",
-        },
-    )
+    assert target is not None, f"{door.volume} goes nowhere"
+    return {
+        "driver": "nbd",
+        "node-name": name,
+        "server": {"type": "inet", "host": target.address, "port": str(target.port), "keep-alive": True},
+        "export": target.export,
+        "tls-creds": TLS_CLIENT,
+        "reconnect-delay": reconnect,
+        "discard": "unmap",
+    }
+
+
+def target(door: Door, below: str) -> Options:
+    """What the mirror writes to."""
+    return _filter(door, target_node(door.volume), below)
+
+
+def fair(door: Door, below: str) -> Options:
+    """Where what is served comes from."""
+    return _filter(door, fair_node(door.volume), below)
+
+
+def _filter(door: Door, name: str, file: str) -> Options:
+    return {
+        "driver": "throttle",
+        "node-name": name,
+        "throttle-group": limits_group(door.volume),
+        "file": file,
+        "discard": "unmap",
+    }
 
 
 def nodes(ceph: CephSettings, door: Door) -> tuple[Options, ...]:
     """From below up, the last one is what is served."""
-    below = target_nodes(door) if door.completed else (image_node(ceph, rbd_node(door.volume), door.volume),)
-    top: Options = {
-        "driver": "throttle",
-        "node-name": top_node(door.volume),
-        "throttle-group": limits_group(door.volume),
-        "file": below[-1]["node-name"],
-        "discard": "unmap",
-    }
-    return (*below, top)
+    volume = door.volume
+    below = there(door) if door.completed else image_node(ceph, rbd_node(volume), volume)
+    middle = fair(door, str(below["node-name"]))
+    return (below, middle, _filter(door, top_node(volume), fair_node(volume)))
+
+
+def there(door: Door) -> Options:
+    return connection(door, there_node(door.volume), PASS_SECONDS)
 
 
 def export(door: Door) -> Options:

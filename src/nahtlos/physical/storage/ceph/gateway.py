@@ -4,13 +4,15 @@ What it serves stands in one small file, which is durable before anything is don
 definition of the daemon is made from it. A daemon that dies serves the same when it is started again, except
 that a copy under way begins anew. No doors: no daemon.
 
-    open ── copy ── ready ── completed (a proxy) ── closed
+    open ── copy ── ready ── held ── completed (a proxy) ── closed
               `─ cancelled ─> open
+
+A mirror whose target fails lets its image go on alone. That must not happen once it is recorded that
+everything is passed on: so before, the connection to the target is replaced by one that waits for a target
+that is gone. What a crash leaves then is told from what the daemon has (`_settled`).
 """
 
 import asyncio
-import time
-from typing import cast
 
 import msgspec
 
@@ -20,18 +22,17 @@ from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.nouns import Component
 from nahtlos.model.storage import CopyPhase, CopyProgress
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
-from nahtlos.physical.hypervisor.qmp import Answer, Denied, Gone, Qmp
+from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors
 from nahtlos.physical.storage.ceph.doors import SOCKET_FD, UNIT, Door, Options
+from nahtlos.physical.storage.daemon import Daemon, JobStatus
+from nahtlos.physical.storage.relocation import in_step, progress_of
+from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 from nahtlos.wire.credentials import write_file
 
 MIN_VERSION = (10,)
-MONITOR_WITHIN = 20.0
-JOB_ENDS_WITHIN = 20.0
-EXPORT_GONE_WITHIN = 5.0
-POLL = 0.005
 
 
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +49,11 @@ class Gateway:
         self._supervisor = supervisor
         self._bundles = Bundles(settings.releases_dir)
         self._file = settings.state_dir / "ceph-doors.json"
-        self._log = settings.state_dir / f"{UNIT}.log"
-        self._monitor_path = settings.run_dir / f"{UNIT}.qmp"
-        self._qmp: Qmp | None = None
+        log, monitor = settings.state_dir / f"{UNIT}.log", settings.run_dir / f"{UNIT}.qmp"
+        self._daemon = Daemon(supervisor, monitor, log, UNIT)
 
     async def close_monitor(self) -> None:
-        qmp, self._qmp = self._qmp, None
-        if qmp is not None:
-            await qmp.close()
+        await self._daemon.close()
 
     @property
     def doors(self) -> dict[VolumeId, Door]:
@@ -68,7 +66,8 @@ class Gateway:
             if known.target is not None:
                 raise Conflict(f"'{volume}' is being relocated", field="volume")
             await self.close(volume)
-        door = known if known is not None and known.epoch == epoch else Door(volume=volume, epoch=epoch)
+            known = None
+        door = known or Door(volume=volume, epoch=epoch)
         await self._keep(door)
         await self._serve(door)
 
@@ -78,84 +77,79 @@ class Gateway:
         if door is None:
             return
         if not hard:
-            await self._close_softly(door)
-        others = {kept.volume: kept for kept in self._kept.doors if kept.volume != volume}
-        self._write(msgspec.structs.replace(self._kept, doors=tuple(others.values())))
+            await self._withdraw(door, "safe")
+        others = tuple(kept for kept in self._kept.doors if kept.volume != volume)
+        self._write(msgspec.structs.replace(self._kept, doors=others))
         if not others:
-            await self.close_monitor()
+            await self._daemon.close()
             await self._supervisor.stop(UNIT)
             return
         await self._define()
-        await self._end_job(door)
-        await self._withdraw(door)
+        await self._daemon.job_cancel(door.job)
+        await self._withdraw(door, "hard")
+        names = (doors.top_node, doors.fair_node, doors.rbd_node, doors.there_node)
+        await self._daemon.remove_nodes(name(volume) for name in names)
+        await self._drop_target(door)
+        await self._daemon.tolerating("object-del", {"id": doors.limits_group(volume)})
 
-    # --- copies ---
+    # --- copies ------------------------------------------------------------------------------------
 
     async def copy(self, volume: VolumeId, target: VolumeEndpoint, bytes_per_second: int) -> None:
-        door = self._door(volume)
+        door = await self._settled(self._door(volume))
         if door.completed:
             return
-        if door.target is not None and door.target != target:
-            raise Conflict(f"'{volume}' goes to {door.target.host} already", field="volume")
+        job = (await self._daemon.jobs()).get(door.job)
+        if job is not None and job.status != JobStatus.CONCLUDED and door.target == target:
+            await self._daemon.execute("block-job-set-speed", {"device": job.id, "speed": bytes_per_second})
+            return
+        await self._drop_target(door)
         door = await self._keep(msgspec.structs.replace(door, target=target))
         await self._serve(door)
-        job = await self._job(door)
-        if job is not None and job["status"] not in ("concluded", "null"):
-            await self._execute("block-job-set-speed", {"device": door.job, "speed": bytes_per_second})
-            return
-        await self._end_job(door)
-        names = await self._node_names()
-        for node in doors.target_nodes(door):
-            if node["node-name"] not in names:
-                await self._execute("blockdev-add", node)
-        await self._execute(
-            "blockdev-mirror",
-            {
-                "job-id": door.job,
-                "device": doors.top_node(volume),
-                "target": doors.target_node(volume),
-                "sync": "full",
-                "copy-mode": "write-blocking",
-                "speed": bytes_per_second,
-                "auto-dismiss": False,
-            },
-        )
+        await self._connect(door, doors.connection(door, doors.link_node(volume), doors.LINK_SECONDS))
+        await self._daemon.add_nodes((doors.target(door, doors.link_node(volume)),))
+        mirror: Options = {
+            "job-id": door.job,
+            "device": doors.top_node(volume),
+            "target": doors.target_node(volume),
+            "sync": "full",
+            "copy-mode": "write-blocking",
+            "on-target-error": "report",
+            "speed": bytes_per_second,
+            "auto-dismiss": False,
+        }
+        await self._daemon.execute("blockdev-mirror", mirror)
 
     async def progress(self, volume: VolumeId) -> CopyProgress:
         door = self.doors.get(volume)
         if door is None or door.target is None:
             return CopyProgress(phase=CopyPhase.NONE)
+        door = await self._settled(door)
         if door.completed:
             return CopyProgress(phase=CopyPhase.DONE)
-        job = await self._job(door)
-        if job is None:
-            return CopyProgress(phase=CopyPhase.FAILED, error="the storage daemon was started anew")
-        done, total = cast("int", job["current-progress"]), cast("int", job["total-progress"])
-        return CopyProgress(phase=_phase(job), done=done, total=total, error=str(job.get("error", "")))
+        return progress_of((await self._daemon.jobs()).get(door.job))
 
     async def complete(self, volume: VolumeId) -> None:
-        door = self._door(volume)
-        if not door.completed:
-            if (await self.progress(volume)).phase is not CopyPhase.READY:
-                raise Refused(f"the copy of '{volume}' is not ready", field="volume")
-            # From here on a daemon that is started anew is a proxy: the target has every acknowledged write.
-            door = await self._keep(msgspec.structs.replace(door, completed=True))
-        job = await self._job(door)
-        if job is not None and job["status"] == "ready":
-            await self._execute("job-complete", {"id": door.job})
-        await self._end_job(door)
+        door = await self._settled(self._door(volume))
+        if door.completed:
+            return
+        if not await self._in_step(door):
+            raise Refused(f"the copy of '{volume}' is not ready", field="volume")
+        await self._connect(door, doors.connection(door, doors.hold_node(volume), doors.HOLD_SECONDS))
+        held = doors.target(door, doors.hold_node(volume))
+        await self._daemon.execute("blockdev-reopen", {"options": [held]})
+        if not await self._in_step(door):
+            raise Refused(f"the copy of '{volume}' broke off", field="volume")
+        # From here on a daemon that is started anew is a proxy: the target has every acknowledged write.
+        await self._pass_on(await self._keep(msgspec.structs.replace(door, completed=True)))
 
     async def cancel(self, volume: VolumeId) -> None:
         door = self.doors.get(volume)
         if door is None or door.target is None:
             return
+        door = await self._settled(door)
         if door.completed:
-            raise Conflict(f"'{volume}' is at {door.target.host} already", field="volume")
-        job = await self._job(door)
-        if job is not None and job["status"] not in ("concluded", "null"):
-            await self._execute("block-job-cancel", {"device": door.job, "force": True})
-        await self._end_job(door)
-        await self._remove_node(doors.target_node(volume))
+            raise Conflict(f"'{volume}' has left already", field="volume")
+        await self._drop_target(door)
         await self._keep(msgspec.structs.replace(door, target=None))
 
     def _door(self, volume: VolumeId) -> Door:
@@ -164,24 +158,57 @@ class Gateway:
             raise NotFound(f"'{volume}' is not served by this host", field="volume")
         return door
 
-    async def _job(self, door: Door) -> Answer | None:
-        found = cast("list[Answer]", (await self._execute("query-jobs"))["value"])
-        return next((job for job in found if job["id"] == door.job), None)
+    async def _in_step(self, door: Door) -> bool:
+        job = (await self._daemon.jobs()).get(door.job)
+        return job is not None and in_step(job)
 
-    async def _end_job(self, door: Door) -> None:
-        """Wait until it has concluded, and take it away."""
-        until = time.monotonic() + JOB_ENDS_WITHIN
-        while (job := await self._job(door)) is not None:
-            if job["status"] == "concluded":
-                await self._execute("job-dismiss", {"id": door.job})
-                return
-            if job["status"] in ("running", "ready", "standby", "paused") and door.completed is False:
-                await self._execute("block-job-cancel", {"device": door.job, "force": True})
-            if time.monotonic() > until:
-                raise Unavailable(f"the copy of '{door.volume}' does not end")
-            await asyncio.sleep(POLL)
+    async def _settled(self, door: Door) -> Door:
+        """After what was recorded was carried out, or taken back: then the image may hold more than the
+        target, as the mirror between them broke off before anything was passed on."""
+        if not door.completed:
+            return door
+        graph = await self._daemon.graph()
+        below = graph.below(doors.fair_node(door.volume))
+        if below == doors.there_node(door.volume):
+            await self._tidy(door)
+            return door
+        held = graph.below(doors.target_node(door.volume)) == doors.hold_node(door.volume)
+        if held and await self._in_step(door):
+            await self._pass_on(door)
+            return door
+        return await self._keep(msgspec.structs.replace(door, completed=False))
 
-    # --- what is served ---
+    async def _pass_on(self, door: Door) -> None:
+        await self._connect(door, doors.there(door))
+        passing = doors.fair(door, doors.there_node(door.volume))
+        await self._daemon.execute("blockdev-reopen", {"options": [passing]})
+        await self._tidy(door)
+
+    async def _tidy(self, door: Door) -> None:
+        """What the daemon does not need any more of a volume that is passed on."""
+        await self._drop_target(door)
+        await self._daemon.remove_nodes((doors.rbd_node(door.volume),))
+
+    async def _drop_target(self, door: Door) -> None:
+        await self._daemon.job_cancel(door.job)
+        names = (doors.target_node, doors.link_node, doors.hold_node)
+        await self._daemon.remove_nodes(name(door.volume) for name in names)
+
+    async def _connect(self, door: Door, node: Options) -> None:
+        """A target that is cut off holds writers up for a bounded time."""
+        assert door.target is not None, f"{door.volume} goes nowhere"
+        try:
+            await self._daemon.add_nodes((node,))
+        except Refused as refused:
+            raise Unavailable(
+                f"{door.target.host} does not take '{door.volume}': {refused.message}"
+            ) from refused
+        pid = await self._daemon.pid()
+        if pid is not None:
+            peer = Peer(door.target.address, door.target.port)
+            await asyncio.to_thread(bound_connections, pid, peer, Patience())
+
+    # --- what is served ----------------------------------------------------------------------------
 
     async def _keep(self, door: Door) -> Door:
         """Durably, and in the daemon's definition."""
@@ -192,28 +219,29 @@ class Gateway:
 
     async def _define(self) -> None:
         """A daemon that runs is not touched: the definition is for when it starts again."""
-        kept = self._kept
-        bundle = await self._bundle(kept)
+        bundle = await self._bundle()
         self._settings.run_dir.mkdir(parents=True, exist_ok=True)
         await self._supervisor.listen_tcp(SOCKET_FD, self._settings.address, self._ceph.nbd_port)
-        arguments = doors.arguments(self._ceph, self._monitor_path, self._settings.pki_dir, kept.doors)
+        arguments = doors.arguments(
+            self._ceph, self._daemon.qmp_path, self._settings.pki_dir, self._kept.doors
+        )
         await self._supervisor.start(
             Unit(
                 name=UNIT,
                 argv=(*bundle.storage_daemon(), *arguments),
                 environment=bundle.environment,
                 fds=(SOCKET_FD,),
-                log=self._log,
+                log=self._daemon.log,
                 restart=True,
             )
         )
 
-    async def _bundle(self, kept: _Kept) -> Bundle:
-        """Of the release it was first run by, as long as it runs; the newest when it starts."""
-        running = (await self._supervisor.units()).get(UNIT)
-        if running is not None and kept.release is not None:
-            return await self._bundles.checked(kept.release)
-        bundles = [await self._bundles.checked(release) for release in await self._bundles.available()]
+    async def _bundle(self) -> Bundle:
+        """Of the release it runs by; the newest when it starts."""
+        release = self._kept.release
+        if release is not None and UNIT in await self._supervisor.units():
+            return await self._bundles.checked(release)
+        bundles = [await self._bundles.checked(found) for found in await self._bundles.available()]
         fit = [
             bundle
             for bundle in bundles
@@ -222,60 +250,26 @@ class Gateway:
         if not fit:
             raise NotFound(f"no release from {MIN_VERSION[0]} on in {self._settings.releases_dir}")
         newest = max(fit, key=lambda bundle: bundle.version)
-        self._write(msgspec.structs.replace(kept, release=newest.release))
+        self._write(msgspec.structs.replace(self._kept, release=newest.release))
         return newest
 
     async def _serve(self, door: Door) -> None:
-        if door.export in await self._exports():
+        if door.volume in await self._daemon.exports():
             return
-        names = await self._node_names()
-        if doors.top_node(door.volume) not in names:
-            await self._add_object(doors.limits_group(door.volume))
-        for node in doors.nodes(self._ceph, door):
-            if node["node-name"] not in names:
-                await self._execute("blockdev-add", node)
-        await self._execute("block-export-add", doors.export(door))
+        group = {"qom-type": "throttle-group", "id": doors.limits_group(door.volume)}
+        await self._daemon.tolerating("object-add", dict[str, object](group))
+        await self._daemon.add_nodes(doors.nodes(self._ceph, door))
+        await self._daemon.execute("block-export-add", doors.export(door))
 
-    async def _withdraw(self, door: Door) -> None:
-        if door.export in await self._exports():
-            await self._execute("block-export-del", {"id": door.export, "mode": "hard"})
-        until = time.monotonic() + EXPORT_GONE_WITHIN
-        while door.export in await self._exports():
-            if time.monotonic() > until:
-                raise Unavailable(f"export {door.export} is still there after {EXPORT_GONE_WITHIN:g} s")
-            await asyncio.sleep(POLL)
-        for name in (
-            doors.top_node(door.volume),
-            doors.rbd_node(door.volume),
-            doors.target_node(door.volume),
-        ):
-            await self._remove_node(name)
-        await self._tolerating("object-del", {"id": doors.limits_group(door.volume)})
-
-    async def _close_softly(self, door: Door) -> None:
-        if door.export not in await self._exports():
+    async def _withdraw(self, door: Door, mode: str) -> None:
+        if door.volume not in await self._daemon.exports():
             return
         try:
-            await self._execute("block-export-del", {"id": door.export, "mode": "safe"})
+            await self._daemon.withdraw(door.export, mode=mode)
         except Denied as denied:
             raise Conflict(f"'{door.volume}' is still reached by this host", field="volume") from denied
 
-    async def _remove_node(self, name: str) -> None:
-        if name in await self._node_names():
-            await self._execute("blockdev-del", {"node-name": name})
-
-    async def _add_object(self, group: str) -> None:
-        await self._tolerating("object-add", {"qom-type": "throttle-group", "id": group})
-
-    async def _exports(self) -> set[str]:
-        answer = await self._execute("query-block-exports")
-        return {str(each["id"]) for each in cast("list[Answer]", answer["value"])}
-
-    async def _node_names(self) -> set[str]:
-        answer = await self._execute("query-named-block-nodes", {"flat": True})
-        return {str(each["node-name"]) for each in cast("list[Answer]", answer["value"])}
-
-    # --- the file ---
+    # --- the file ----------------------------------------------------------------------------------
 
     @property
     def _kept(self) -> _Kept:
@@ -287,42 +281,3 @@ class Gateway:
     def _write(self, kept: _Kept) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._file, msgspec.json.encode(kept), mode=0o600)
-
-    # --- monitor ---
-
-    async def _execute(self, command: str, arguments: Options | None = None) -> Answer:
-        return await (await self._monitor()).execute(command, arguments)
-
-    async def _tolerating(self, command: str, arguments: Options) -> None:
-        """For what may be as wanted already because an earlier call was interrupted."""
-        try:
-            await self._execute(command, arguments)
-        except Denied as denied:
-            if not any(words in denied.message for words in ("duplicate", "not found", "exists")):
-                raise
-
-    async def _monitor(self) -> Qmp:
-        qmp = self._qmp
-        if qmp is not None and qmp.open and qmp.loop is asyncio.get_running_loop():
-            return qmp
-        await self.close_monitor()
-        until = time.monotonic() + MONITOR_WITHIN
-        while True:
-            try:
-                self._qmp = await Qmp.connect(self._monitor_path)
-            except Gone as gone:
-                if time.monotonic() > until:
-                    raise Unavailable(f"{UNIT} does not answer; see {self._log}") from gone
-                await asyncio.sleep(POLL)
-            else:
-                return self._qmp
-
-
-def _phase(job: Answer) -> CopyPhase:
-    match job["status"]:
-        case "ready":
-            return CopyPhase.READY
-        case "concluded" | "aborting" | "null":
-            return CopyPhase.FAILED
-        case _:
-            return CopyPhase.COPYING
