@@ -26,8 +26,10 @@ LEARNING_LAB = "nlt-learning"
 DIRECTIONS = {
     "within the network, IPv4": ("inside", "ipv4"),
     "within the network, IPv6": ("inside", "ipv6"),
-    "from outside": ("from-outside",),
-    "to outside": ("to-outside",),
+    "from outside, IPv4": ("from-outside",),
+    "to outside, IPv4": ("to-outside",),
+    "from outside, IPv6": ("from-outside6",),
+    "to outside, IPv6": ("to-outside6",),
 }
 
 
@@ -86,7 +88,7 @@ async def _learning(handovers: int) -> moves.Outcome:
     way = Learning(cables)
     try:
         names = [node.name for node in cables.hosts]
-        return await moves.run(way, cables.client, names, moves.rounds(handovers, names))
+        return await moves.run(way, cables.client, names, moves.rounds(handovers, names), ipv6_outside=False)
     finally:
         way.close()
         topology.destroy(LEARNING_LAB)

@@ -39,9 +39,27 @@ TENANT = NetworkSpec(
     gateway_host=HostId(EDGE),
     dhcp_ip="10.64.0.2",
     subnets=(
-        SubnetSpec(id=SubnetId("tenant-v6"), network=NetworkId("tenant"), cidr="fd00:64::/64", dhcp=False),
+        SubnetSpec(
+            id=SubnetId("tenant-v6"),
+            network=NetworkId("tenant"),
+            cidr="fd00:64::/64",
+            gateway_ip="fd00:64::1",
+            dhcp=False,
+        ),
     ),
 )
+
+
+OUTSIDE6 = {EDGE: "fd00:203::1", topology.CLIENT: "fd00:203::10"}
+
+
+def outside_by_ipv6(cables: topology.Topology) -> None:
+    """The lab's outside has IPv6, too: the client reaches everything by the edge."""
+    for name, device in ((EDGE, "out0"), (topology.CLIENT, "eth0")):
+        enter = cables.node(name).enter
+        run(*enter, "sysctl", "-qw", f"net.ipv6.conf.{device}.disable_ipv6=0")
+        run(*enter, "ip", "addr", "add", f"{OUTSIDE6[name]}/64", "dev", device, "nodad")
+    run(*cables.client.enter, "ip", "-6", "route", "replace", "default", "via", OUTSIDE6[EDGE])
 
 
 def missing_programs() -> str:
@@ -207,6 +225,7 @@ class World:
         self._folder = Path(tempfile.mkdtemp(prefix="nlt-network-", dir=memory if memory.is_dir() else None))
         topology.destroy(self.lab)
         self.topology = topology.create(self.lab, hosts)
+        outside_by_ipv6(self.topology)
         nodes = [node for node in self.topology.nodes if node.role is not None]
         self.hosts = {node.name: Host(node, self._folder) for node in nodes}
         self.groups: tuple[SecurityGroupSpec, ...] = ()

@@ -2,11 +2,12 @@
 
 Each round moves one server, or two that talk to each other at once; every server has 1,000 frames a second in
 and as many out, IPv4 and IPv6, with a peer on every host (so on the source, on the destination and on third
-ones), with the other moving server and, IPv4, with a client outside behind the edge. The steps are those of
+ones), with the other moving server and with a client outside behind the edge. The steps are those of
 the agents; the time in which a server runs nowhere is drawn from 50 to 500 ms.
 """
 
 import asyncio
+import contextlib
 import random
 import socket
 import time
@@ -17,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from benchmarks import network_load as load
-from benchmarks.network_hosts import GATEWAY_MAC, Host, World, server_port
+from benchmarks.network_hosts import GATEWAY_MAC, OUTSIDE6, Host, World, server_port
 from nahtlos.lab import topology
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import PortId
@@ -30,7 +31,8 @@ MOVERS = 2
 SETTLE_SECONDS = 0.5
 DRAIN_SECONDS = 1.0
 REST_SECONDS = 0.05
-CLIENT = "outside"
+CLIENTS = {"ipv4": "outside", "ipv6": "outside6"}
+"""The client outside, by family."""
 
 
 class Leg(msgspec.Struct, frozen=True):
@@ -191,9 +193,10 @@ def members(hosts: list[str]) -> tuple[dict[str, PortConfig], dict[str, str]]:
 
 
 def traffic(
-    ports: dict[str, PortConfig], client_ip: str
+    ports: dict[str, PortConfig], client: dict[str, str]
 ) -> tuple[list[load.Stream], list[load.Flow], dict[int, str]]:
-    """Streams and flows of the whole load, and what kind each stream is of, in words."""
+    """Streams and flows of the whole load, and what kind each stream is of, in words. `client`: its addresses
+    by family."""
     streams: list[load.Stream] = []
     kinds: dict[int, str] = {}
     flows: list[load.Flow] = []
@@ -201,35 +204,41 @@ def traffic(
 
     def add(sender: str, receiver: str, family: str) -> int:
         number = len(streams) + 1
-        inside = CLIENT not in (sender, receiver)
-        streams.append(_stream(number, sender, receiver, family, ports, client_ip))
+        inside = not {sender, receiver} & set(CLIENTS.values())
+        streams.append(_stream(number, sender, receiver, family, ports, client))
         kinds[number] = f"{'inside' if inside else 'outside'} {family} from-{sender} to-{receiver}"
         return number
 
     for mover in movers:
         partners = [name for name in ports if name != mover]
-        out = [add(mover, p, f) for p in partners for f in ("ipv4", "ipv6")] + [add(mover, CLIENT, "ipv4")]
+        out = [add(mover, p, f) for p in partners for f in CLIENTS]
+        out += [add(mover, CLIENTS[f], f) for f in client]
         flows.append(load.Flow(sender=mover, streams=tuple(out), rate=SENT_RATE))
         peers = [name for name in partners if name not in movers]
         share = SENT_RATE / (len(peers) + 1)
         for peer in peers:
-            into = tuple(add(peer, mover, family) for family in ("ipv4", "ipv6"))
+            into = tuple(add(peer, mover, family) for family in CLIENTS)
             flows.append(load.Flow(sender=peer, streams=into, rate=share))
-        flows.append(load.Flow(sender=CLIENT, streams=(add(CLIENT, mover, "ipv4"),), rate=share))
+        for family in client:
+            outside = CLIENTS[family]
+            into = (add(outside, mover, family),)
+            flows.append(load.Flow(sender=outside, streams=into, rate=share / len(client)))
     return streams, flows, kinds
 
 
 def _stream(
-    number: int, sender: str, receiver: str, family: str, ports: dict[str, PortConfig], client_ip: str
+    number: int, sender: str, receiver: str, family: str, ports: dict[str, PortConfig], client: dict[str, str]
 ) -> load.Stream:
-    if sender == CLIENT:
-        return load.Stream(number=number, sender=sender, receiver=receiver, address=ports[receiver].ip)
+    def which(port: PortConfig) -> str:
+        return port.ip if family == "ipv4" else port.addresses[0]
+
+    if sender == CLIENTS[family]:
+        return load.Stream(number=number, sender=sender, receiver=receiver, address=which(ports[receiver]))
     source = ports[sender]
-    if receiver == CLIENT:
-        pair = (source.mac, source.ip), (GATEWAY_MAC, client_ip)
+    if receiver == CLIENTS[family]:
+        pair = (source.mac, which(source)), (GATEWAY_MAC, client[family])
     else:
         target = ports[receiver]
-        which = (lambda p: p.ip) if family == "ipv4" else (lambda p: p.addresses[0])
         pair = (source.mac, which(source)), (target.mac, which(target))
     return load.Stream(number=number, sender=sender, receiver=receiver, head=load.head(number, *pair))
 
@@ -237,15 +246,25 @@ def _stream(
 # --- a run -----------------------------------------------------------------------------------------------
 
 
-async def run(way: Way, client: topology.Node, hosts: list[str], plan: list[tuple[Leg, ...]]) -> Outcome:
+async def run(
+    way: Way,
+    client: topology.Node,
+    hosts: list[str],
+    plan: list[tuple[Leg, ...]],
+    *,
+    ipv6_outside: bool = True,
+) -> Outcome:
     """All rounds of `plan` under load."""
     ports, places = members(hosts)
-    streams, flows, kinds = traffic(ports, client.address)
+    reached = {"ipv4": client.address, **({"ipv6": OUTSIDE6[client.name]} if ipv6_outside else {})}
+    streams, flows, kinds = traffic(ports, reached)
     outcome = Outcome(kinds=kinds)
-    with load.Load() as process, topology.within(client.namespace, _client_socket) as outside:
+    with load.Load() as process, contextlib.ExitStack() as stack:
         for message in (*streams, *flows):
             await process.tell(message)
-        await process.tell(load.Outside(CLIENT), outside.fileno())
+        for family in reached:
+            outside = stack.enter_context(topology.within(client.namespace, _CLIENT_SOCKETS[family]))
+            await process.tell(load.Outside(CLIENTS[family]), outside.fileno())
         for name, fd in (await way.open(ports, places)).items():
             await process.tell(load.Run(name), fd)
         await process.tell(load.Begin())
@@ -263,7 +282,13 @@ async def run(way: Way, client: topology.Node, hosts: list[str], plan: list[tupl
     return outcome
 
 
-def _client_socket() -> socket.socket:
-    outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    outside.bind(("0.0.0.0", load.PORT))
+def _client_socket(family: socket.AddressFamily, address: str) -> socket.socket:
+    outside = socket.socket(family, socket.SOCK_DGRAM)
+    outside.bind((address, load.PORT))
     return outside
+
+
+_CLIENT_SOCKETS = {
+    "ipv4": lambda: _client_socket(socket.AF_INET, "0.0.0.0"),
+    "ipv6": lambda: _client_socket(socket.AF_INET6, OUTSIDE6[topology.CLIENT]),
+}

@@ -36,7 +36,7 @@ def test_some_rounds_move_both_and_some_of_those_swap() -> None:
 def test_every_server_is_sent_to_and_sends_in_both_families_from_everywhere() -> None:
     ports, places = moves.members(HOSTS)
     assert {places[f"peer-{host}"] for host in HOSTS} == set(HOSTS)
-    streams, flows, kinds = moves.traffic(ports, "203.0.113.10")
+    streams, flows, kinds = moves.traffic(ports, {"ipv4": "203.0.113.10", "ipv6": "fd00:203::10"})
     for mover in ("mover-0", "mover-1"):
         out = sum(flow.rate for flow in flows if flow.sender == mover)
         sent_to = {s.number for s in streams if s.receiver == mover}
@@ -45,7 +45,7 @@ def test_every_server_is_sent_to_and_sends_in_both_families_from_everywhere() ->
         seen = {kinds[n] for n in sent_to}
         for peer in (f"peer-{host}" for host in HOSTS):
             assert {f"inside {f} from-{peer} to-{mover}" for f in ("ipv4", "ipv6")} <= seen
-        assert f"outside ipv4 from-outside to-{mover}" in seen
+        assert {f"outside ipv4 from-outside to-{mover}", f"outside ipv6 from-outside6 to-{mover}"} <= seen
 
 
 def test_a_frame_carries_its_number_and_a_checksum_that_is_right_for_all() -> None:

@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
-from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
-from nahtlos.model.networking import NetworkSpec
+from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId, SubnetId
+from nahtlos.model.networking import NetworkSpec, SubnetSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import netlink, nft, packet, plan
 from nahtlos.physical.network.plan import (
@@ -19,6 +19,7 @@ from nahtlos.physical.network.plan import (
     Neighbour,
     Place,
     PortFlood,
+    Setting,
     TunnelEntry,
     changes,
     desired_items,
@@ -92,6 +93,33 @@ def test_a_bridge_has_an_address_of_its_own_only_where_the_gateway_is() -> None:
     assert macs["host-1"] == macs["host-2"] == plan.bridge_mac(100) != plan.anycast_mac(100)
     assert macs["edge-1"] == SPEC.gateway_mac
     assert [host for host in ADDRESSES if any(isinstance(i, Address) for i in items(host))] == ["edge-1"]
+
+
+def test_a_routed_way_out_leads_out_of_ipv6_subnets_that_have_a_gateway() -> None:
+    """Not translated: the outside knows the way to them by the edge host."""
+    six = SubnetSpec(id=SubnetId("six"), network=SPEC.id, cidr="fd00:77::/64", gateway_ip="fd00:77::1")
+    alone = SubnetSpec(id=SubnetId("alone"), network=SPEC.id, cidr="fd00:78::/64")
+    spec = msgspec.structs.replace(SPEC, subnets=(six, alone))
+
+    def found(host: str, *, forced: bool = True) -> frozenset[Item]:
+        plain = config(host)
+        networks = (msgspec.structs.replace(plain.networks[0], spec=spec),)
+        role = HostRole.EDGE if host == "edge-1" else HostRole.COMPUTE
+        place = Place(HostId(host), role, ADDRESSES[host], forced)
+        return desired_items(msgspec.structs.replace(plain, networks=networks), place, {})
+
+    edge, host = found("edge-1"), found("host-1")
+    assert Address("br100", "fd00:77::1/64", routed=True) in edge
+    mac = SPEC.gateway_mac
+    for address in ("fd00:77::1", plan.link_local(mac)):
+        assert Neighbour("br100", address, mac, router=True) in host
+    for device in ("br100", "out0"):
+        assert Setting(f"net/ipv6/conf/{device}/force_forwarding", "1") in edge
+    everywhere = Setting("net/ipv6/conf/all/forwarding", "1")
+    assert everywhere not in edge
+    assert everywhere in found("edge-1", forced=False), "kernels before 6.17"
+    assert not [i for i in host if isinstance(i, Setting) and "forward" in i.path and "ipv6" in i.path]
+    assert not [i for i in edge | host if "fd00:78" in str(i)]
 
 
 def test_no_tunnel_entry_leads_to_oneself() -> None:

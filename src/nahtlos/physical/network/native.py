@@ -62,7 +62,8 @@ class NativeNetwork:
     """Implements `ports.Network`."""
 
     def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
-        self._place = plan.Place(settings.host, settings.role, settings.address)
+        forced = kernel.setting("net/ipv6/conf/all/force_forwarding") is not None
+        self._place = plan.Place(settings.host, settings.role, settings.address, forced)
         self._baseline = Baseline(settings.run_dir / "network.json")
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None
@@ -227,7 +228,7 @@ class NativeNetwork:
     async def _compare(
         self, config: HostConfig, pinned: frozenset[PortId]
     ) -> tuple[tuple[Change, ...], frozenset[Item], kernel.Observed]:
-        settings = plan.desired_settings(config)
+        settings = plan.desired_settings(config, self._place)
         found = await asyncio.to_thread(self._see().look, settings)
         taps = {port: mac for port, (_, mac) in found.taps.items()}
         ways = self._provider.ways(config.networks, found.links)

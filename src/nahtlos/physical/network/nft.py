@@ -63,6 +63,9 @@ REPORTS = (
 )
 
 
+ASKED_OF_GATEWAYS = "{ echo-request, nd-neighbor-solicit, nd-neighbor-advert }"
+
+
 # --- composing ---------------------------------------------------------------------------------------
 
 
@@ -141,6 +144,7 @@ def _guard_lines(networks: Sequence[FilteredNetwork]) -> list[str]:
         receive += [
             f"    iifname {bridges} udp dport 67 accept",
             f"    iifname {bridges} icmp type echo-request accept",
+            f"    iifname {bridges} icmpv6 type {ASKED_OF_GATEWAYS} accept",
             f"    iifname {bridges} drop",
         ]
         route += [

@@ -19,7 +19,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, NetworkId, PortId
-from nahtlos.model.networking import Family, NetworkSpec, ProviderLink
+from nahtlos.model.networking import Family, NetworkSpec, ProviderLink, SubnetSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
@@ -267,6 +267,8 @@ class Place(msgspec.Struct, frozen=True):
     host: HostId
     role: HostRole
     address: str
+    forced: bool = True
+    """See `forwarding_ipv6`."""
 
 
 def desired_items(
@@ -275,7 +277,7 @@ def desired_items(
     """`taps` are the ports that have a tap here, with their MAC. Taps themselves come and go by
     `port_create` and `port_delete`; one that is there is kept enslaved and, if its port belongs here,
     delivered to. `ways`: networks that reach an outside one from this host."""
-    items: set[Item] = set(desired_settings(config))
+    items: set[Item] = set(desired_settings(config, place))
     reflected = frozenset(config.reflect)
     for network in config.networks:
         spec = _normal_spec(network.spec)
@@ -288,11 +290,11 @@ def desired_items(
     return frozenset(items)
 
 
-def desired_settings(config: HostConfig) -> frozenset[Setting]:
+def desired_settings(config: HostConfig, place: Place) -> frozenset[Setting]:
     return frozenset(
         setting
         for network in config.networks
-        for setting in _settings(network, [u for u in config.uplinks if u.network == network.spec.id])
+        for setting in _settings(network, [u for u in config.uplinks if u.network == network.spec.id], place)
     )
 
 
@@ -318,7 +320,7 @@ def network_items(network: NetworkConfig, place: Place, way: Way | None = None) 
             *_devices(spec, place, way),
             *_own_address(network, place),
             *_paths(network, spec, place),
-            *_settings(network, ()),
+            *_settings(network, (), place),
         )
     )
 
@@ -371,10 +373,17 @@ def _is_gateway(spec: NetworkSpec, place: Place) -> bool:
 
 
 def _own_address(network: NetworkConfig, place: Place) -> Iterable[Item]:
+    """Of the network's own gateway, where that is: in each subnet."""
     spec = network.spec
     bridge = bridge_name(spec.vni)
     if _is_gateway(spec, place):
         yield Address(bridge, f"{spec.gateway_ip}/{network.prefix_length}", routed=True)
+        for subnet in _ipv6_with_gateway(spec):
+            yield Address(bridge, f"{canonical(subnet.gateway_ip)}/{subnet.cidr.split('/')[1]}", routed=True)
+
+
+def _ipv6_with_gateway(spec: NetworkSpec) -> Iterable[SubnetSpec]:
+    return (s for s in spec.all_subnets if s.family is Family.IPV6 and s.gateway_ip)
 
 
 def _paths(network: NetworkConfig, spec: NetworkSpec, place: Place) -> Iterable[Item]:
@@ -385,8 +394,18 @@ def _paths(network: NetworkConfig, spec: NetworkSpec, place: Place) -> Iterable[
             yield TunnelEntry(tunnel, ANY_MAC, vtep)
     if spec.gateway_mac and not _is_gateway(spec, place):
         yield Neighbour(bridge, spec.gateway_ip, spec.gateway_mac)
+        for subnet in _ipv6_with_gateway(spec):
+            for address in (subnet.gateway_ip, link_local(spec.gateway_mac)):
+                yield Neighbour(bridge, canonical(address), spec.gateway_mac, router=True)
         yield TunnelEntry(tunnel, spec.gateway_mac, network.gateway_vtep)
         yield Forward(bridge, spec.gateway_mac, tunnel)
+
+
+def link_local(mac: str) -> str:
+    """By which servers know a router (RFC 4291, appendix A)."""
+    b = bytes.fromhex(mac.replace(":", ""))
+    tail = bytes((b[0] ^ 2, b[1], b[2], 0xFF, 0xFE, b[3], b[4], b[5]))
+    return socket.inet_ntop(socket.AF_INET6, b"\xfe\x80" + bytes(6) + tail)
 
 
 def canonical(address: str) -> str:
@@ -419,7 +438,7 @@ def tap_device(port: PortConfig, vni: int, mtu: int) -> Device:
     return Device(tap_name(port.id), "tun", alias, mtu, master=bridge_name(vni), ring=QUEUE)
 
 
-def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Setting]:
+def _settings(network: NetworkConfig, uplinks: Iterable[Uplink], place: Place) -> Iterable[Setting]:
     vni = network.spec.vni
     bridge = bridge_name(vni)
     own = [tunnel_name(vni), gate_name(vni), gate_port_name(vni)]
@@ -440,6 +459,17 @@ def _settings(network: NetworkConfig, uplinks: Iterable[Uplink]) -> Iterable[Set
     for interface in interfaces:
         yield Setting(f"net/ipv4/conf/{interface}/forwarding", "1")
     yield Setting(f"net/ipv4/conf/{bridge}/forwarding", "1" if interfaces else "0")
+    if interfaces and any(True for _ in _ipv6_with_gateway(network.spec)):
+        yield from forwarding_ipv6((bridge, *interfaces), forced=place.forced)
+
+
+def forwarding_ipv6(devices: Iterable[str], *, forced: bool) -> Iterable[Setting]:
+    """A host routes IPv6 between all of its devices or none, and then ignores what other routers advertise,
+    unless it is told not to. `forced`: its kernel can let single devices route (since 6.17)."""
+    if forced:
+        yield from (Setting(f"net/ipv6/conf/{device}/force_forwarding", "1") for device in devices)
+    else:
+        yield Setting("net/ipv6/conf/all/forwarding", "1")
 
 
 # --- what to change ----------------------------------------------------------------------------------

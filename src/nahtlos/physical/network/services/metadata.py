@@ -55,7 +55,9 @@ def routers_of(network: NetworkConfig, routers: Iterable[RouterConfig]) -> list[
     """Those that servers of the network's IPv6 subnets send by: each once, by MAC."""
     told = {subnet.id for subnet in advertised(network.spec)}
     numbers = {r.spec.number for r in routers for i in r.spec.interfaces if i.subnet in told}
-    macs = (router_mac(number) for number in sorted(numbers))
+    macs = [router_mac(number) for number in sorted(numbers)]
+    if network.spec.gateway_mac and any(s.gateway_ip for s in advertised(network.spec)):
+        macs.append(network.spec.gateway_mac.lower())  # of its own uplink
     return [{"mac": mac, "address": link_local(mac), "mtu": network.spec.mtu} for mac in macs]
 
 
