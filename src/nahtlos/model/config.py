@@ -38,6 +38,8 @@ class VolumeEndpoint(Value, frozen=True, kw_only=True):
     address: str
     port: int
     export: str
+    joining: bool = False
+    """Written to and never read: what it holds is still being copied, or not yet known to be all."""
 
 
 class RbdEndpoint(Value, frozen=True, kw_only=True):

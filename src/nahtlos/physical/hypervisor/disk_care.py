@@ -27,6 +27,7 @@ STOPPED_BY_DISK = "io-error"
 HUNG_SECONDS = 1.5
 """A request unanswered for so long, and no greeting at the door: its daemon hangs."""
 GREET_SECONDS = 0.5
+HUNG_KNOWN_SECONDS = 5.0
 IDLE_LOOK_SECONDS = 1.0
 SLOW_SECONDS = 15.0
 """The same, of a daemon that greets: its disk hangs."""
@@ -39,6 +40,7 @@ class DiskCare:
         self._supervisor = supervisor
         self._event = asyncio.Event()
         self._looked: dict[Address, float] = {}
+        self._hung: dict[Address, float] = {}
 
     def heard(self) -> None:
         """Some VMM has told something about its disks."""
@@ -111,7 +113,7 @@ class DiskCare:
             return told
         failed = {problem.volume for problem in told if problem.trouble is DiskTrouble.ERROR}
         several = [d for d in disks_of(record.server) if d.volume in failed and len(d.keys) > 1]
-        lost = await lost_copies(several)
+        lost = await lost_copies(several, hung=self._known_hung())
         known = {problem.volume for problem in lost}
         blamed = [b for disk in several if disk.volume not in known for b in self._blamed(vmm, disk)]
         return (*told, *lost, *blamed)
@@ -154,9 +156,15 @@ class DiskCare:
             looks = {address: group.create_task(_greets(address)) for address in addresses}
         hung = {address for address, look in looks.items() if not look.result()}
         slow = {s.address for _, s in found if s.unanswered and s.seconds > SLOW_SECONDS}
+        self._hung.update(dict.fromkeys(hung | slow, time.monotonic()))
         for pid, silence in found:
             if silence.address in hung | slow:
                 await asyncio.to_thread(end, pid, silence.address)
+
+    def _known_hung(self) -> frozenset[Address]:
+        """Whose connections were ended a moment ago: they had their time."""
+        now = time.monotonic()
+        return frozenset(address for address, at in self._hung.items() if now - at < HUNG_KNOWN_SECONDS)
 
     def _due(self, address: Address) -> bool:
         """A connection that may only be idle is looked into now and then."""
@@ -182,18 +190,21 @@ class DiskCare:
         return found
 
 
-async def lost_copies(several: Iterable[Disk]) -> tuple[DiskProblem, ...]:
-    """Copies whose daemon does not answer."""
+async def lost_copies(
+    several: Iterable[Disk], *, hung: frozenset[Address] = frozenset()
+) -> tuple[DiskProblem, ...]:
+    """Copies whose daemon does not answer. `hung`: of which that is known."""
     found: list[DiskProblem] = []
     for disk in several:
-        for endpoint, open_ in zip(disk.endpoints, await doors(disk), strict=True):
+        for endpoint, open_ in zip(disk.endpoints, await doors(disk, shut=hung), strict=True):
             if not open_:
+                text = f"nobody answers at {endpoint.address}:{endpoint.port}"
                 found.append(
                     DiskProblem(
                         volume=disk.volume,
                         trouble=DiskTrouble.REPLICA_LOST,
                         replica=endpoint.host,
-                        text=f"nobody answers at {endpoint.address}:{endpoint.port}",
+                        text=text,
                     )
                 )
     return tuple(found)

@@ -99,7 +99,8 @@ def endpoints(attachment: VolumeAttachment) -> tuple[VolumeEndpoint, ...]:
 
 def key_of(endpoint: VolumeEndpoint) -> str:
     """The same for the same export at the same place, whatever its host is called."""
-    return short(f"{endpoint.address} {endpoint.port} {endpoint.export}")
+    joining = "w" if endpoint.joining else ""
+    return short(f"{endpoint.address} {endpoint.port} {endpoint.export}") + joining
 
 
 def key_of_rbd(rbd: RbdEndpoint) -> str:
@@ -175,7 +176,7 @@ def connection_name(key: str, number: int, *, alone: bool) -> str:
 def key_in(node: str) -> str | None:
     """Which endpoint a connection leads to; None for a node that is none."""
     kind, _, rest = node.partition("-")
-    return rest.partition("-")[0] if kind in ("s", "c") and rest else None
+    return rest.partition("-")[0] if kind in ("s", "c", "j") and rest else None
 
 
 def quorum_name(volume: VolumeId, threshold: int, number: int) -> str:
@@ -230,15 +231,24 @@ def rbd_connection(rbd: RbdEndpoint, name: str) -> Options:
     }
 
 
-def connections(disk: Disk, number: int) -> tuple[Options, ...]:
-    """Fresh ones to all copies. `number` tells them from earlier ones to the same place."""
+def connections(disk: Disk, number: int) -> tuple[tuple[Options, ...], str]:
+    """Fresh ones to all copies, each node to be added after the one before, and the name of the last, for a
+    root. `number` tells them from earlier ones to the same place."""
     alone = len(disk.keys) == 1
     names = [connection_name(key, number, alone=alone) for key in disk.keys]
     if disk.attachment.rbd:
-        return (rbd_connection(disk.attachment.rbd, names[0]),)
-    return tuple(
-        connection(each, name, alone=alone) for each, name in zip(disk.endpoints, names, strict=True)
-    )
+        return (rbd_connection(disk.attachment.rbd, names[0]),), names[0]
+    nodes: list[Options] = []
+    members: list[str] = []
+    for endpoint, name in zip(disk.endpoints, names, strict=True):
+        nodes.append(connection(endpoint, name, alone=alone))
+        members.append(f"j{name[1:]}" if endpoint.joining else name)
+        if endpoint.joining:
+            nodes.append(unreadable(members[-1], name))
+    if alone:
+        return tuple(nodes), members[0]
+    nodes.append(quorum(quorum_name(disk.volume, len(members), number), members))
+    return tuple(nodes), str(nodes[-1]["node-name"])
 
 
 def quorum(name: str, children: Iterable[str]) -> Options:
@@ -254,10 +264,15 @@ def quorum(name: str, children: Iterable[str]) -> Options:
 
 def placeholder(name: str, size: int) -> Options:
     """Takes every write, fails every read. A plain null-co would answer reads with zeros."""
+    return unreadable(name, {"driver": "null-co", "size": size, "read-zeroes": False})
+
+
+def unreadable(name: str, below: str | Options) -> Options:
+    """A member that fails a read is passed over for the next one."""
     return {
         "driver": "blkdebug",
         "node-name": name,
-        "image": {"driver": "null-co", "size": size, "read-zeroes": False},
+        "image": below,
         "inject-error": [{"event": "none", "iotype": "read", "errno": 5, "once": False}],
     }
 
@@ -297,12 +312,8 @@ def disk_arguments(server: ServerConfig) -> tuple[str, ...]:
     for group, limits in limits_of(server).items():
         arguments += ["-object", _json({"qom-type": "throttle-group", "id": group, "limits": limits})]
     for disk in disks_of(server):
-        nodes = connections(disk, 0)
-        children = [str(node["node-name"]) for node in nodes]
-        if len(children) > 1:
-            name = quorum_name(disk.volume, len(children), 0)
-            nodes, children = (*nodes, quorum(name, children)), [name]
-        for node in (*nodes, root(disk, children[0])):
+        nodes, last = connections(disk, 0)
+        for node in (*nodes, root(disk, last)):
             arguments += ["-blockdev", _json(node)]
         arguments += ["-device", _json(device(disk))]
     return (*arguments, "-boot", "strict=on")
@@ -349,7 +360,9 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
         roots = [node for node in self.sizes if node == SYSTEM_ROOT or node.startswith("top-")]
         used = frozenset[str]().union(*(self.below(node) for node in roots))
         left = [node for node in self.sizes if ours(node) and node not in used]
-        return tuple(sorted(left, key=lambda node: (threshold_in(node) is None, node)))
+        return tuple(
+            sorted(left, key=lambda node: (threshold_in(node) is None, not node.startswith("j-"), node))
+        )
 
     def free_number(self) -> int:
         """Larger than that of any node of ours."""

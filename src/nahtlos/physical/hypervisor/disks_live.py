@@ -18,7 +18,7 @@ from typing import cast
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.physical.hypervisor import disks
-from nahtlos.physical.hypervisor.connections import answers
+from nahtlos.physical.hypervisor.connections import Address, answers
 from nahtlos.physical.hypervisor.disks import Disk, Edge, Graph
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.hypervisor.vmm import Vmm
@@ -164,15 +164,10 @@ class LiveDisks:
         answer: the VMM's monitor would wait for it."""
         if disk.attachment.rbd is None:
             await self._check_doors(disk)
-        nodes = disks.connections(disk, number)
-        names = [str(node["node-name"]) for node in nodes]
+        nodes, last = disks.connections(disk, number)
         for node in nodes:
             await self._say("blockdev-add", OPENED_WITHIN, **node)
-        if len(names) == 1:
-            return names[0]
-        quorum = disks.quorum(disks.quorum_name(disk.volume, len(names), number), names)
-        await self._say("blockdev-add", **quorum)
-        return str(quorum["node-name"])
+        return last
 
     async def _check_doors(self, disk: Disk) -> None:
         closed = [e for e, open_ in zip(disk.endpoints, await doors(disk), strict=True) if not open_]
@@ -285,13 +280,14 @@ class LiveDisks:
             await self._say("object-del", id=group)
 
 
-async def doors(disk: Disk) -> tuple[bool, ...]:
-    """Which copies' daemons answer."""
+async def doors(disk: Disk, *, shut: frozenset[Address] = frozenset()) -> tuple[bool, ...]:
+    """Which copies' daemons answer. Those at `shut` are not asked."""
     async with asyncio.TaskGroup() as group:
-        looks = [
-            group.create_task(
-                answers((each.address, each.port), connect_within=CONNECT_WITHIN, greet_within=GREET_WITHIN)
-            )
-            for each in disk.endpoints
-        ]
+        looks = [group.create_task(_answers((each.address, each.port), shut)) for each in disk.endpoints]
     return tuple(look.result() for look in looks)
+
+
+async def _answers(address: Address, shut: frozenset[Address]) -> bool:
+    if address in shut:
+        return False
+    return await answers(address, connect_within=CONNECT_WITHIN, greet_within=GREET_WITHIN)

@@ -60,9 +60,14 @@ class SimHypervisor(SimDriver):
 
     async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
         """Waits until there is something to tell: time passes too fast here for looking every moment."""
-        await self.host.disks_told.wait()
+        stopped = [v for v in self.host.vmms.values() if v.disk_problems and not v.ended]
+        try:
+            async with asyncio.timeout(timeout if stopped else None):
+                await self.host.disks_told.wait()
+        except TimeoutError:
+            pass
         self.host.disks_told.clear()
-        return tuple(vmm.id for vmm in self.host.vmms.values() if vmm.disk_problems and not vmm.ended)
+        return tuple(v.id for v in self.host.vmms.values() if v.disk_problems and not v.ended)
 
     async def disks_check(self, vmm: VmmId) -> tuple[DiskProblem, ...]:
         async with self.verb("disks_check", vmm.unit):

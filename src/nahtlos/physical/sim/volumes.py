@@ -179,9 +179,12 @@ class Disks:
     def _use(self, vmm: Vmm, attachment: VolumeAttachment) -> None:
         volume, server = attachment.volume, vmm.id.server
         reached: list[Volume] = []
+        joining: list[Volume] = []
+        unread = {(each.address, each.export) for each in attachment.copies if each.joining}
         for address, export in paths_of(attachment):
+            into = joining if (address, export) in unread else reached
             try:
-                reached += [each for each in self.reach(address, export) if each not in reached]
+                into += [each for each in self.reach(address, export) if each not in into]
             except Error as error:
                 self.stalled.add((server, volume))
                 if attachment.copies and not self._restarts(address):
@@ -192,8 +195,8 @@ class Disks:
         self._read(vmm, volume, reached)
         number = self.acknowledged[volume] = self.acknowledged.get(volume, 0) + 1
         self._written.setdefault(volume, Written(base=number - 1)).times.append(self._world.now())
-        for copy in reached:
-            copy.writes = number
+        for copy in (*reached, *(each for each in joining if each.writes == number - 1)):
+            copy.writes = number  # one that has missed a write does not catch up by the next
         vmm.guest.writes[volume] = number
         self._check_homes(volume, reached)
 

@@ -6,9 +6,9 @@ current one.
 
 The copying goes on until every write that is acknowledged here is on the new copy as well. Then the server
 that has the volume open writes to it itself, beside all others; only if the copying was still in step after
-that, the new copy lacks nothing. So no moment is needed at which the guest stands still. From `joined` on it
-has everything as long as it is written to; that it counts is the orchestrator's to record, which refuses if
-it was lost since.
+that, the new copy lacks nothing. Until it is recorded as current nobody reads it. So no moment is needed at
+which the guest stands still. From `joined` on it has everything as long as it is written to; that it counts
+is the orchestrator's to record, which refuses if it was lost since.
 
 Should this agent end in between, the storage tells whether it still copies in step. If it does not, nobody
 can tell what was missed: the server leaves the copy, which is made anew.
@@ -199,7 +199,8 @@ class Rebuild:
         else:
             order = self._order
             others = tuple(e for e in before.copies or (order.source,) if e.host != order.target.host)
-            await self._lead_to(reached_by_copies(before, (*others, order.target)))
+            coming = msgspec.structs.replace(order.target, joining=True)
+            await self._lead_to(reached_by_copies(before, (*others, coming)))
         if (await self._observed()).phase is not CopyPhase.READY:
             return False
         self._record("joined", durable=True)

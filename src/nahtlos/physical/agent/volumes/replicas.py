@@ -28,7 +28,7 @@ PREFIX = "lost/"
 LOOK_SECONDS = 0.5
 """How often connections are looked at; a guest that is stopped is seen at once."""
 RECORD_SECONDS = 10.0
-AGAIN_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
+AGAIN_SECONDS = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Between attempts to let a guest go on whose disk fails or has no room; the last one for ever."""
 RUNS_SECONDS = 15.0
 """A guest that was let go and has not been stopped again for so long runs."""
@@ -110,8 +110,13 @@ async def record_loss(context: Context, server: ServerConfig, problem: DiskProbl
         raise Refused(f"the orchestrator answered {type(answer).__name__} to a lost copy")
     context.ledger.remember("lost", {f"{PREFIX}{place(gone)}": b""})
     lost = lost_exports(context.ledger)
-    left = tuple(each for each in known.copies if place(each) not in lost)
-    if not left:
+    recorded = {answer.attachment.export, *(each.export for each in answer.attachment.copies)}
+    left = tuple(
+        msgspec.structs.replace(each, joining=each.joining and each.export not in recorded)
+        for each in known.copies
+        if place(each) not in lost
+    )
+    if all(each.joining for each in left):
         raise Conflict(
             f"every copy of {problem.volume} is lost",
             field="volume",

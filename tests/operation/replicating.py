@@ -1,0 +1,227 @@
+"""A volume that gets a second copy while a server on a third host writes to it, and then loses it again, run
+in the simulated world with something going wrong.
+
+    its rebuild is ordered --ended--> recorded, both written to --the copy's host loses power--> recorded,
+    goes on
+
+`Run` and `Strike` are those of `moving`. The record is as short as it can be: which copies are current, by
+which epochs, and how often one was lost.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from moving import BOUND_SECONDS, POLLS_STRUCK, Strike, StruckFrame
+from relocating import CLIENT, EDGE, HOME, OFTEN, SERVER, TARGET, VOLUME, Relocating, VolumeConductor
+
+from nahtlos.model.config import HostConfig, ServerConfig, VolumeEndpoint
+from nahtlos.model.ids import HostId, OperationId, ServerId, VolumeId
+from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
+from nahtlos.physical.agent.volumes.replicas import reached_by_copies
+from nahtlos.physical.sim.agents import AgentProcess
+from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
+from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.volumes import hosts_with
+from nahtlos.wire.messages import Hello, Message, Report, Welcome
+from nahtlos.wire.session import Session
+from nahtlos.wire.transport import Channel
+from nahtlos.wire.volumes import RebuildOrder, ReplicaLost, ReplicasRecorded
+
+COPY_EPOCH = 2
+"""By which the copy that comes is served."""
+
+
+class ReplicaConductor(VolumeConductor):
+    """Also keeps the record of copies."""
+
+    def __init__(self, cloudlet: Cloudlet, *, storage_host: HostId) -> None:
+        super().__init__(cloudlet, storage_host=storage_host)
+        self.current: list[HostId] = [HOME]
+        self.losses = 0
+        self.pinned = False
+        self.applied: set[OperationId] = set()
+
+    def volume(self, volume: VolumeId) -> VolumeSpec:
+        state = ReplicaState.CURRENT if TARGET in self.current else ReplicaState.STALE
+        replica = Replica(host=TARGET, state=state, epoch=COPY_EPOCH)
+        return VolumeSpec(id=volume, size_mib=160, image=None, host=HOME, epoch=1, replicas=(replica,))
+
+    def copy(self, volume: VolumeId, host: HostId) -> VolumeEndpoint:
+        at, epoch = self.cloudlet.spec(host), 1 if host == HOME else COPY_EPOCH
+        return VolumeEndpoint(host=host, address=at.address, port=10809, export=f"{volume}.e{epoch}")
+
+    def server_config(self, server: ServerId, epoch: int) -> ServerConfig:
+        config = super().server_config(server, epoch)
+        copies = tuple(self.copy(config.volume.volume, host) for host in self.current)
+        return msgspec.structs.replace(config, volume=reached_by_copies(config.volume, copies))
+
+    def _content(self, host: HostId, last: HostConfig | None) -> HostConfig:
+        specs = [self.volume(spec.volume) for spec in self.servers.values()]
+        return msgspec.structs.replace(
+            super()._content(host, last),
+            volumes=tuple(spec.at(host) for spec in specs if host in self.current),
+            pinned_volumes=tuple(spec.id for spec in specs) if self.pinned else (),
+        )
+
+    def pin(self) -> None:
+        self.pinned = True
+        self._wake.set()
+
+    def rebuild(self, server: ServerId) -> RebuildOrder:
+        volume = self.servers[server].volume
+        order = RebuildOrder(
+            id=OperationId(f"op-{volume}-rebuild"),
+            coordinator=HOME,
+            hosts=self.peers(),
+            volume=self.volume(volume),
+            source=self.copy(volume, HOME),
+            target=self.copy(volume, TARGET),
+            client=self.client(server),
+        )
+        self.order(order)
+        return order
+
+    def _learn(self) -> None:
+        for task in self.tasks.values():
+            ended = self.ended.get((task.id, task.coordinator))
+            if ended is None or task.id in self.applied:
+                continue
+            self.applied.add(task.id)
+            self.pinned = False
+            if ended.state is OperationState.DONE and self.losses == 0:
+                self.current.append(TARGET)
+
+    def _lose(self, body: ReplicaLost) -> Message:
+        self.losses += body.lost == TARGET
+        if body.lost in self.current and len(self.current) > 1:
+            self.current.remove(body.lost)
+        self._wake.set()
+        _, epoch = self.places[body.server]
+        return ReplicasRecorded(attachment=self.server_config(body.server, epoch).volume)
+
+    async def _serve(self, channel: Channel) -> None:
+        host = HostId(channel.peer.removeprefix("host/"))
+
+        async def answer(body: Message, _epoch: int) -> Message:
+            match body:
+                case Hello():
+                    self._sessions[host] = session
+                    self._wake.set()
+                    return Welcome(protocol=body.protocol_max, orchestrator_epoch=self.epoch)
+                case Report():
+                    self._take(body.inventory)
+                case ReplicaLost():
+                    return self._lose(body)
+                case _:
+                    pass
+            return Welcome(protocol=1)
+
+        session = Session(channel, answer, epoch=self.epoch)
+        await session.run()
+        if self._sessions.get(host) is session:
+            del self._sessions[host]
+
+
+@dataclass
+class Replicating(Relocating):
+    """`loses`: the copy's host loses power once it is current."""
+
+    loses: bool = True
+
+    async def _play(self, folder: Path) -> None:
+        self.cloudlet = Cloudlet.build(
+            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
+        )
+        self.conductor = ReplicaConductor(self.cloudlet, storage_host=HOME)
+        for spec in self.cloudlet.specs:
+            self.agents[spec.id] = AgentProcess(
+                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
+            )
+        self.conductor.place(server_spec(1), CLIENT)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self.conductor.run())]
+            running += [tasks.create_task(a.run()) for a in self.agents.values()]
+            try:
+                await self._go()
+            except TimeoutError as error:
+                self.problems.append(str(error))
+            finally:
+                for task in running:
+                    task.cancel()
+        self._judge_copies()
+
+    async def _go(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, ReplicaConductor)
+        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+        conductor.pin()
+        await asyncio.sleep(0.1)
+        await world.until(conductor.converged, timeout=60, what="everybody knows what is pinned")
+        self._since = {}
+        if isinstance(self.faults, StruckFrame):
+            self.faults.armed = True
+        order = conductor.rebuild(SERVER)
+        bound = BOUND_SECONDS
+        await world.until(lambda: self._status(order) is not None, timeout=bound, what="the end")
+        self.status = self._status(order)
+        await world.until(self._quiet, timeout=bound, what="convergence")
+        await self._writes_on()
+        if self.loses and TARGET in conductor.current:
+            world.power_off(TARGET)
+            self.agents[TARGET].held_down = True
+            self.later(0, lambda: self.agents[TARGET].kill("power"))
+            await self._writes_on()
+            if TARGET in conductor.current:
+                self.problems.append("a copy that is gone is recorded as current")
+
+    def _status(self, order: RebuildOrder) -> OperationStatus | None:
+        return self.conductor.ended.get((order.id, order.coordinator))
+
+    def _quiet(self) -> bool:
+        conductor = self.conductor
+        assert isinstance(conductor, ReplicaConductor)
+        return bool(conductor.applied) and conductor.converged() and len(self.world.running(SERVER)) == 1
+
+    async def _writes_on(self) -> None:
+        disks = self.world.disks
+        before = disks.acknowledged[VOLUME]
+
+        def more() -> bool:
+            disks.touch(VOLUME)
+            return disks.acknowledged[VOLUME] > before + 2
+
+        await self.world.until(more, timeout=BOUND_SECONDS, what="further writes")
+
+    def _judge_copies(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, ReplicaConductor)
+        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
+        for host, agent in self.agents.items():
+            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
+        if self.status is not None and self.status.state is OperationState.STUCK:
+            self.problems.append(f"stuck: {self.status.error}")
+        held = hosts_with(world, VOLUME)
+        for host in conductor.current:
+            if host not in held or held[host].writes != world.disks.acknowledged[VOLUME]:
+                self.problems.append(f"the current copy on {host} lacks writes")
+        for vmm in world.running(SERVER):
+            reached = {each.host for each in vmm.server.volume.copies}
+            wanted = set(conductor.current) if len(conductor.current) > 1 else set[HostId]()
+            if reached != wanted:
+                self.problems.append(f"{vmm.id.unit} reaches {reached}, recorded are {wanted}")
+
+
+def strikes() -> Iterator[Strike]:
+    """Every moment of a clean run."""
+    clean = Replicating().play()
+    assert not clean.problems, clean.problems
+    seen: set[Strike] = set()
+    for strike in clean.seen:
+        often = strike.verb in OFTEN and strike.occurrence > POLLS_STRUCK
+        if strike not in seen and not often and strike.host != EDGE:
+            seen.add(strike)
+            yield strike

@@ -1,0 +1,95 @@
+"""A rebuild and the loss of a copy under single faults: every verb of the three hosts fails or kills its
+agent, before and after its effect, and around every write of a ledger; agents, daemons and lines are struck
+at every step.
+
+What must hold is in `replicating.Replicating` and in the simulated world: no acknowledged write is ever
+missing from what is read, a recorded copy has every one of them, the operation ends, and the server's writes
+go on.
+"""
+
+import os
+from collections.abc import Iterable
+
+import pytest
+from moving import Event, Run, hold_down, kill_agents, kill_orchestrator, partition
+from relocating import CLIENT, HOME, SERVER, TARGET
+from replicating import ReplicaConductor, Replicating, strikes
+
+from nahtlos.model.ids import HostId
+from nahtlos.model.inventory import OperationState
+from nahtlos.physical.sim.faults import Act, Moment
+
+STRIKES = list(strikes())
+STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
+SOME_STEPS = STEPS if os.environ.get("NAHTLOS_THOROUGH") else STEPS[::4]
+
+
+def failures(runs: Iterable[tuple[str, Replicating]]) -> list[str]:
+    found: list[str] = []
+    for name, run in runs:
+        run.play()
+        if run.problems:
+            found.append(f"{name}: " + "; ".join(run.problems))
+    return found
+
+
+def kill_storage(*hosts: HostId) -> Event:
+    def does(run: Run) -> None:
+        for host in hosts:
+            run.world.kill_storage(host)
+
+    return does
+
+
+def test_undisturbed_the_copy_comes_and_its_loss_is_recorded_before_the_server_goes_on() -> None:
+    run = Replicating().play()
+    assert not run.problems
+    assert run.status is not None
+    assert run.status.state is OperationState.DONE
+    conductor = run.conductor
+    assert isinstance(conductor, ReplicaConductor)
+    assert (conductor.current, conductor.losses) == ([HOME], 1)
+    assert run.world.facts(SERVER).boots == 1
+
+
+def test_the_steps_of_a_clean_run_are_found() -> None:
+    struck = {(s.host, f"{s.driver}.{s.verb}") for s in STRIKES}
+    assert {(HOME, "ledger.join"), (HOME, "ledger.joined"), (TARGET, "storage.receive")} <= struck
+    assert {(CLIENT, "ledger.lost"), (CLIENT, "ledger.adopt"), (CLIENT, "hypervisor.resume")} <= struck
+
+
+@pytest.mark.parametrize("act", [Act.UNAVAILABLE, Act.REFUSED, Act.CRASH])
+def test_a_verb_fails_or_kills_its_agent(act: Act) -> None:
+    found = failures(
+        (f"{act} {at}", Replicating(at=at, act=act))
+        for at in STRIKES
+        if act is Act.CRASH or at.driver != "ledger"
+    )
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(kill_agents(HOME), id="coordinator-killed"),
+        pytest.param(kill_agents(HOME, TARGET, CLIENT), id="all-agents-killed"),
+        pytest.param(kill_orchestrator, id="orchestrator-killed"),
+        pytest.param(kill_storage(HOME), id="source-daemon-killed"),
+        pytest.param(kill_storage(HOME, TARGET), id="both-daemons-killed"),
+    ],
+)
+def test_something_happens_at_a_step(event: Event) -> None:
+    found = failures((f"at {at}", Replicating(at=at, does=event)) for at in STEPS)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        pytest.param(hold_down(CLIENT, 20.0), id="owner-agent-down-for-20s"),
+        pytest.param(partition(f"host/{HOME}", f"host/{CLIENT}", 20.0), id="peers-parted-for-20s"),
+    ],
+)
+def test_something_lasts_long_from_a_step_on(event: Event) -> None:
+    found = failures((f"at {at}", Replicating(at=at, does=event)) for at in SOME_STEPS)
+    assert not found, "\n".join(found)
