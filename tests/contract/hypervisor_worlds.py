@@ -128,6 +128,7 @@ def physical() -> Stage:
         pytest.skip("needs root")
     sys.path.insert(0, str(LIVE))
     try:
+        import inside_place
         import physical_host
     finally:
         sys.path.remove(str(LIVE))
@@ -170,7 +171,8 @@ def physical() -> Stage:
         async def main() -> None:
             place = physical_host.Place("contract")
             try:
-                await play(PhysicalHosts(place))
+                with inside_place.inside(place):
+                    await play(PhysicalHosts(place))
             finally:
                 await place.close()
 
@@ -242,7 +244,8 @@ def ceph_world() -> Iterator[Stage]:
                 finally:
                     for host in hosts.made:
                         held = tuple(v.id for v in await host.storage.observe())
-                        await host.storage.reconcile(StorageDesired(removed=held))
+                        taken = tuple(s.id for s in await host.storage.snapshots())
+                        await host.storage.reconcile(StorageDesired(removed=held, removed_snapshots=taken))
                         await host.real.close()
                     await place.close()
 

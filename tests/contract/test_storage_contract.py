@@ -1,16 +1,19 @@
 """What every storage driver must do: the promises of `physical.ports.Storage`. Each play runs on simulated
 hosts and, where it can, on real ones: with files of theirs, and with images of a Ceph cluster."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypervisor_worlds import STORAGE_WORLDS, Hosts, Stage, ceph_world, stage_of
+from hypervisor_worlds import STORAGE_WORLDS, Hosts, OneHost, Stage, ceph_world, stage_of
 
-from nahtlos.model.errors import Error
-from nahtlos.model.ids import VolumeId
-from nahtlos.physical.ports import StorageDesired, VmmId
+from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.errors import Conflict, Error, Refused
+from nahtlos.model.ids import SnapshotId, VolumeId
+from nahtlos.model.storage import CopyPhase, SnapshotSpec, StorageBackend, VolumeSpec
+from nahtlos.physical.ports import Storage, StorageDesired, VmmId
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,12 @@ def test_a_volume_goes_only_when_it_is_named(stage: Stage) -> None:
 
 
 def test_a_new_epoch_fences_who_has_the_old_name(stage: Stage) -> None:
+    """An image of Ceph's has one name: there, who has it open is fenced."""
+
     async def play(hosts: Hosts) -> None:
+        if hosts.backend is StorageBackend.CEPH:
+            await who_has_it_open_is_fenced(hosts)
+            return
         server = hosts.server()
         old = hosts.volume(server.volume.volume)
         await hosts.first.storage.reconcile(StorageDesired(volumes=(old,)))
@@ -72,5 +80,188 @@ def test_a_new_epoch_fences_who_has_the_old_name(stage: Stage) -> None:
         renamed = msgspec.structs.replace(server.volume, export=f"{old.id}.e2")
         server = msgspec.structs.replace(server, volume=renamed)
         await hosts.first.hypervisor.start(server, hosts.release)
+
+    stage(play)
+
+
+async def who_has_it_open_is_fenced(hosts: Hosts) -> None:
+    storage, server = hosts.first.storage, hosts.server()
+    volume = hosts.volume(server.volume.volume)
+    await storage.reconcile(StorageDesired(volumes=(volume,)))
+    await hosts.first.plug(server)
+    await hosts.first.hypervisor.start(server, hosts.release)
+    assert [v.clients for v in await storage.observe()] == [1]
+    done = await storage.reconcile(StorageDesired(volumes=(hosts.volume(volume.id, epoch=2),)))
+    assert any("shut out" in line for line in done)
+    assert [(v.epoch, v.served, v.clients) for v in await storage.observe()] == [(2, True, 0)]
+    await hosts.first.hypervisor.kill(VmmId(server.spec.id, 1))
+
+
+# --- snapshots ---------------------------------------------------------------------------------------
+
+
+def taken(name: str, volume: VolumeSpec, group: str = "") -> SnapshotSpec:
+    return SnapshotSpec(id=SnapshotId(name), volume=volume.id, group=group)
+
+
+def test_a_group_of_snapshots_is_taken_whole_or_not_at_all(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        storage = hosts.first.storage
+        one, two = hosts.volume("one"), hosts.volume("two")
+        await storage.reconcile(StorageDesired(volumes=(one, two)))
+        both = (taken("s-one", one, "g"), taken("s-two", two, "g"))
+        for _ in range(2):
+            await storage.snapshot(both)
+            found = {s.id: (s.volume, s.group, s.size_mib) for s in await storage.snapshots()}
+            assert found == {
+                "s-one": ("one", "g", one.size_mib),
+                "s-two": ("two", "g", two.size_mib),
+            }
+        with pytest.raises(Refused):
+            await storage.snapshot((taken("t-one", one), taken("t-none", hosts.volume("none"))))
+        assert {s.id for s in await storage.snapshots()} == {"s-one", "s-two"}
+        await storage.reconcile(StorageDesired(removed_snapshots=(SnapshotId("s-one"),)))
+        assert {s.id for s in await storage.snapshots()} == {"s-two"}
+
+    stage(play)
+
+
+def test_a_clone_is_told_of_and_stays_when_what_it_was_made_from_goes(stage: Stage) -> None:
+    """Or that is refused for as long as it is there, and what is in the way is named."""
+
+    async def play(hosts: Hosts) -> None:
+        storage = hosts.first.storage
+        parent = hosts.volume("parent")
+        await storage.reconcile(StorageDesired(volumes=(parent,)))
+        await storage.snapshot((taken("then", parent),))
+        clone = msgspec.structs.replace(hosts.volume("clone"), image=None, snapshot=SnapshotId("then"))
+        await storage.reconcile(StorageDesired(volumes=(parent, clone)))
+        assert set(await held(hosts)) == {"parent", "clone"}
+        assert [s.clones for s in await storage.snapshots()] == [("clone",)]
+        without_parent = StorageDesired(volumes=(clone,), removed=(parent.id,))
+        without_snapshot = StorageDesired(volumes=(clone,), removed_snapshots=(SnapshotId("then"),))
+        for desired in (without_parent, without_snapshot):
+            try:
+                await storage.reconcile(desired)
+            except Conflict as conflict:
+                assert conflict.field in ("volume", "snapshot")
+            assert "clone" in await held(hosts)
+        await storage.reconcile(StorageDesired(removed=(clone.id,)))
+        await storage.reconcile(msgspec.structs.replace(without_snapshot, volumes=()))
+        await storage.reconcile(msgspec.structs.replace(without_parent, volumes=()))
+        assert await held(hosts) == {}
+        assert await storage.snapshots() == ()
+
+    stage(play)
+
+
+def test_a_volume_is_reverted_to_a_snapshot_of_its_own_only(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        storage = hosts.first.storage
+        one, two = hosts.volume("one"), hosts.volume("two")
+        await storage.reconcile(StorageDesired(volumes=(one, two)))
+        await storage.snapshot((taken("of-one", one),))
+        await storage.revert(one, SnapshotId("of-one"))
+        assert [s.id for s in await storage.snapshots()] == ["of-one"]
+        for volume, name in ((two, "of-one"), (one, "of-nothing")):
+            with pytest.raises(Refused):
+                await storage.revert(volume, SnapshotId(name))
+        assert set(await held(hosts)) == {"one", "two"}
+
+    stage(play)
+
+
+# --- size --------------------------------------------------------------------------------------------
+
+
+def test_a_volume_is_made_larger_and_never_smaller(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        storage = hosts.first.storage
+        small = hosts.volume("grows")
+        large = msgspec.structs.replace(small, size_mib=small.size_mib + 32)
+        await storage.reconcile(StorageDesired(volumes=(small,)))
+        await storage.reconcile(StorageDesired(volumes=(large,)))
+        assert [v.size_mib for v in await storage.observe()] == [large.size_mib]
+        assert await storage.reconcile(StorageDesired(volumes=(large,))) == ()
+        with pytest.raises(Refused) as refusal:
+            await storage.reconcile(StorageDesired(volumes=(small,)))
+        assert refusal.value.field == "size_mib"
+        assert [v.size_mib for v in await storage.observe()] == [large.size_mib]
+
+    stage(play)
+
+
+# --- relocation --------------------------------------------------------------------------------------
+
+
+def place(host: OneHost, volume: VolumeSpec) -> VolumeEndpoint:
+    return VolumeEndpoint(host=host.name, address=host.address, port=10809, export=volume.export)
+
+
+def elsewhere(hosts: Hosts, volume: VolumeSpec) -> VolumeSpec:
+    return msgspec.structs.replace(volume, host=hosts.second.name, epoch=volume.epoch + 1, image=None)
+
+
+async def until(storage: Storage, volume: VolumeId, phase: CopyPhase) -> None:
+    async with asyncio.timeout(60):
+        while (progress := await storage.relocate_progress(volume)).phase is not phase:
+            assert progress.phase is not CopyPhase.FAILED, progress.error
+            await asyncio.sleep(0.02)
+
+
+def test_a_volume_goes_to_another_host_and_is_there_alone(stage: Stage) -> None:
+    """Within a Ceph pool only who administers it changes; the verbs are the same."""
+
+    async def play(hosts: Hosts) -> None:
+        source, target = hosts.first.storage, hosts.second.storage
+        volume = hosts.volume("goes")
+        there = elsewhere(hosts, volume)
+        await source.reconcile(StorageDesired(volumes=(volume,)))
+        before = await source.digest(volume.id, 0, 1 << 20)
+        assert len(before) == 32
+        assert (await source.relocate_progress(volume.id)).phase is CopyPhase.NONE
+        for _ in range(2):
+            await target.receive(there)
+        with pytest.raises(Refused):
+            await source.relocate_finish(volume.id)
+        for _ in range(2):
+            await source.relocate_start(volume, place(hosts.second, there), bytes_per_second=0)
+        await until(source, volume.id, CopyPhase.READY)
+        for _ in range(2):
+            await source.relocate_complete(volume.id)
+        assert (await source.relocate_progress(volume.id)).phase is CopyPhase.DONE
+        for _ in range(2):
+            await source.relocate_finish(volume.id)
+        await target.reconcile(StorageDesired(volumes=(there,)))
+        assert {v.id: (v.epoch, v.served) for v in await target.observe()} == {"goes": (2, True)}
+        assert await source.observe() == ()
+        assert await target.digest(volume.id, 0, 1 << 20) == before
+        await source.reconcile(StorageDesired(removed=(volume.id,)))
+        assert [v.id for v in await target.observe()] == ["goes"]
+
+    stage(play)
+
+
+def test_a_relocation_can_be_called_off_until_it_is_completed(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        source, target = hosts.first.storage, hosts.second.storage
+        volume = hosts.volume("stays")
+        there = elsewhere(hosts, volume)
+        await source.reconcile(StorageDesired(volumes=(volume,)))
+        await target.receive(there)
+        await source.relocate_start(volume, place(hosts.second, there), bytes_per_second=0)
+        for _ in range(2):
+            await source.relocate_cancel(volume.id)
+        assert (await source.relocate_progress(volume.id)).phase is CopyPhase.NONE
+        with pytest.raises(Refused):
+            await source.relocate_complete(volume.id)
+        assert await held(hosts) == {"stays": (1, True)}
+        await target.receive(there)
+        await source.relocate_start(volume, place(hosts.second, there), bytes_per_second=0)
+        await until(source, volume.id, CopyPhase.READY)
+        await source.relocate_complete(volume.id)
+        with pytest.raises(Conflict):
+            await source.relocate_cancel(volume.id)
+        await source.relocate_finish(volume.id)
 
     stage(play)

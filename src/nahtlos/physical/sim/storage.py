@@ -4,6 +4,8 @@ survive all but their removal. What volumes are and what must never happen to th
 import hashlib
 from pathlib import Path
 
+import msgspec
+
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
@@ -91,7 +93,8 @@ class SimStorage(SimDriver):
             volumes = [self._own(each.volume) for each in new]
             self.world.disks.touch(*(each.volume for each in new))
             for each, volume in zip(new, volumes, strict=True):
-                self.host.snapshots[each.id] = Snapshot(each, volume.writes)
+                sized = msgspec.structs.replace(each, size_mib=volume.spec.size_mib)
+                self.host.snapshots[each.id] = Snapshot(sized, volume.writes)
             self.world.disks.touch(*(each.volume for each in new))
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:

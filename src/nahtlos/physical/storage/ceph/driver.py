@@ -158,6 +158,8 @@ class CephStorage:
         async with self._lock:
             await self._gateway.cancel(volume)
             image = await self._image(volume)
+            if image is not None and image.host != self._settings.host and volume in self._known:
+                raise Conflict(f"'{volume}' is administered by {image.host} already", field="volume")
             if image is not None and images.OFFER in image.metadata:
                 await self._note(image, {images.OFFER: None})
 
@@ -348,7 +350,7 @@ class CephStorage:
     async def _put_away(self, image: ImageFacts) -> None:
         """It is no volume from here on. Its snapshots stay."""
         await self._rbd.ask("fence", name=image.name, seconds=BLOCKED_SECONDS)
-        await self._rbd.ask("rename", name=image.name, to=GONE + image.name)
+        await self._rbd.ask("rename", name=image.name, to=images.gone(image))
 
     async def _remove_snapshot(self, snapshot: SnapshotId) -> list[str]:
         for image in await self._own():

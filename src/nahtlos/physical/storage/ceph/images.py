@@ -4,7 +4,8 @@ A volume is the image of its name. What belongs to it stands in the image's meta
 administers it (only that one changes or deletes it), its epoch, and how it is to be deleted. An image that is
 not complete yet, or of which only snapshots and clones are left, has a name no volume can have:
 
-    .new.<volume>   being made        .gone.<volume>   deleted, kept for its snapshots and for clones of them
+    .new.<volume>                being made
+    .gone.<volume>.e<epoch>      deleted or gone elsewhere, kept for its snapshots and for clones of them
 
 Administration passes to another host with a higher epoch, never otherwise: two configurations of which one
 is late cannot take it from each other.
@@ -141,8 +142,14 @@ def zeroed(image: ImageFacts) -> bool:
 # --- as others see them ------------------------------------------------------------------------------
 
 
+def gone(image: ImageFacts) -> str:
+    """A volume may come again, and go again by a later epoch."""
+    return f"{GONE}{image.name}.e{image.epoch}"
+
+
 def volume_of(image: str) -> VolumeId:
-    return VolumeId(image.removeprefix(NEW).removeprefix(GONE))
+    """No volume's name has a dot."""
+    return VolumeId(image.removeprefix(NEW).removeprefix(GONE).partition(".")[0])
 
 
 def volume_status(image: ImageFacts, host: HostId) -> VolumeStatus:
