@@ -166,7 +166,8 @@ def test_what_is_for_outside_goes_by_the_first_network_to_the_gateways_own_mac()
     assert not [i for i in plan.bridge_items(site(EDGE)) if getattr(i, "mac", "") == GATEWAY]
     gateway = spaces(EDGE)["gateway-258"]
     assert PortEntry("g258-101", GATEWAY) in gateway.outside
-    assert not [f for f in gateway.inside if isinstance(f, Address) and not f.cidr.startswith("203.")]
+    own = ("203.", "fe80::")
+    assert not [f for f in gateway.inside if isinstance(f, Address) and not f.cidr.startswith(own)]
 
 
 def test_the_routers_mac_never_leads_into_the_tunnel() -> None:

@@ -98,6 +98,11 @@ def setting(path: str) -> Setting | None:
         return None
 
 
+def forces_forwarding() -> bool:
+    """Single devices can be let route IPv6 (since 6.17)."""
+    return (SYSCTL / "net/ipv6/conf/all/force_forwarding").exists()
+
+
 # --- acting ------------------------------------------------------------------------------------------
 
 

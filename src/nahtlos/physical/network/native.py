@@ -62,8 +62,7 @@ class NativeNetwork:
     """Implements `ports.Network`."""
 
     def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
-        forced = kernel.setting("net/ipv6/conf/all/force_forwarding") is not None
-        self._place = plan.Place(settings.host, settings.role, settings.address, forced)
+        self._place = plan.Place(settings.host, settings.role, settings.address, kernel.forces_forwarding())
         self._baseline = Baseline(settings.run_dir / "network.json")
         self._reconciling = asyncio.Lock()
         self._bulk: Netlink | None = None

@@ -21,7 +21,7 @@ from pathlib import Path
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Error, NotFound, Unavailable
 from nahtlos.model.ids import LoadBalancerId, PortId, RouterId
-from nahtlos.physical.network import links, nft
+from nahtlos.physical.network import kernel, links, nft
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
 from nahtlos.physical.network.plan import Item, Place
@@ -40,7 +40,7 @@ class Routing(Part):
     name = "routing"
 
     def __init__(self, settings: AgentSettings, supervisor: Supervisor, programs: Programs) -> None:
-        self._place = Place(settings.host, settings.role, settings.address)
+        self._place = Place(settings.host, settings.role, settings.address, kernel.forces_forwarding())
         self._spaces = Spaces(settings.run_dir)
         self._connections = Connections(self._spaces.namespaces)
         self._balancers = Balancers(settings.run_dir, settings.state_dir / "log", supervisor, programs)

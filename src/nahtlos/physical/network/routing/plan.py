@@ -15,7 +15,7 @@ Pure: (configuration, place) -> namespaces with their cables and facts, and entr
 
     server - router-<n> of its host - transit network - gateway-<n> - host - outside
 
-IPv6 is routed between networks; outside is IPv4.
+IPv6 is routed, between networks and to the outside (see `ipv6`); IPv4 is translated on its way out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +35,7 @@ from nahtlos.physical.network.plan import (
     tunnel_name,
 )
 from nahtlos.physical.network.plan import Neighbour as BridgeNeighbour
-from nahtlos.physical.network.routing import translation
+from nahtlos.physical.network.routing import ipv6, translation
 from nahtlos.physical.network.routing.facts import (
     REACHABLE,
     Address,
@@ -218,6 +218,8 @@ def router_space(router: RouterConfig, at: Site) -> Space:
         transit = inner_name(attached[0].vni)
         inside.add(Neighbour(transit, GATEWAY_SIDE, gateway_mac(number)))
         inside.add(Route("0.0.0.0/0", transit, GATEWAY_SIDE))
+        if _ipv6(attached):
+            inside.update(ipv6.in_router(transit, gateway_mac(number)))
     inside = _with_routes(inside, _static_routes(router, attached))
     cables = tuple(_cable("r", number, vni, network, mac) for vni, network in networks.items())
     return Space(
@@ -307,17 +309,36 @@ def gateway_space(router: RouterConfig, at: Site) -> Space:
     inside.add(Address(OUTSIDE, f"{ip_address(gateway.address)}/32"))
     inside.add(Neighbour(OUTSIDE, HOST_SIDE, far))
     inside.add(Route("0.0.0.0/0", OUTSIDE, HOST_SIDE))
-    inside = _with_routes(inside, (r for r in _static_routes(router, attached) if ":" not in r.destination))
     host = Cable(outer=f"o{number}", inner=OUTSIDE, mac=near, mtu=OUTSIDE_MTU, outer_mac=far)
+    six = _ipv6(attached)
+    if six:
+        inside.update(ipv6.in_gateway(six, mac, host))
+    inside = _with_routes(
+        inside, (r for r in _static_routes(router, attached) if six or ":" not in r.destination)
+    )
     cables = (*(_cable("g", number, vni, network, mac) for vni, network in networks.items()), host)
     floating = at.translated(router)
+    outside = _forwarded(cables) | _outside(gateway, router.interface, host, floating)
+    if six:
+        cidrs = [cidr for cidr, _ in six]
+        forced = at.place.forced
+        outside = ipv6.instead(outside, ipv6.at_host(cidrs, router.interface, host, forced=forced))
     return Space(
         name=gateway_name(number),
         cables=cables,
         inside=frozenset(inside),
-        outside=_forwarded(cables) | _outside(gateway, router.interface, host, floating),
+        outside=outside,
         rules=translation.rules(gateway, floating),
     )
+
+
+def _ipv6(attached: Iterable[Attached]) -> list[tuple[str, str]]:
+    """Prefix and interface of each IPv6 subnet."""
+    return [(_prefix(a), inner_name(a.vni)) for a in attached if ":" in a.subnet.cidr]
+
+
+def _prefix(attached: Attached) -> str:
+    return str(ip_network(attached.subnet.cidr, strict=False))
 
 
 def _outside(
