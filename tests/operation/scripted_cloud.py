@@ -22,6 +22,7 @@ from nahtlos.model.inventory import (
     OperationStatus,
     RunState,
     ServerStatus,
+    SnapshotStatus,
     VolumeStatus,
 )
 from nahtlos.model.networking import NetworkSpec
@@ -30,6 +31,7 @@ from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.orchestrator import Orchestrator
+from nahtlos.runtime.controllers.volumes import ImageRequest, ImageView
 from nahtlos.runtime.settings import CloudSettings
 from nahtlos.runtime.store.store import Store
 from nahtlos.wire.memory import MemoryNetwork
@@ -37,6 +39,7 @@ from nahtlos.wire.messages import (
     Acknowledge,
     BeginMove,
     BeginVerify,
+    CancelOperation,
     Configure,
     ConsoleData,
     ConsoleRead,
@@ -49,6 +52,7 @@ from nahtlos.wire.messages import (
     Report,
 )
 from nahtlos.wire.session import Session
+from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
 
 AGENTS = ("10.99.0.1", 7443)
 OLD, NEW = ReleaseId("qemu-10.0.2-aaaaaaaaaaaa"), ReleaseId("qemu-11.1.3-bbbbbbbbbbbb")
@@ -111,6 +115,15 @@ class Images:
     async def images(self) -> dict[ImageId, int]:
         return {GUEST: 150}
 
+    def coming(self) -> tuple[ImageView, ...]:
+        return ()
+
+    async def take_in(self, request: ImageRequest) -> ImageView:
+        return ImageView(id=ImageId(request.name), size_mib=1, volumes=(), progress=0.0)
+
+    async def delete(self, image: ImageId) -> None:
+        return None
+
 
 def release(name: ReleaseId, version: str, machines: tuple[str, ...]) -> Release:
     return Release(
@@ -146,6 +159,9 @@ class ScriptedAgent:
         self.verified: ReleaseId | None = None
         self.refuse_moves = 0
         self.hold_moves = False
+        self.hold_volume_tasks = False
+        self.fail_volume_tasks = 0
+        self.volume_orders: list[VolumeTask] = []
         self.refusal: BaseException | None = None
         self._network = network
         self._changed = asyncio.Event()
@@ -213,6 +229,10 @@ class ScriptedAgent:
                 self._begin_move(body.order)
             case BeginVerify():
                 self._begin_verify(body)
+            case BeginVolumeTask():
+                self._begin_volume_task(body.order)
+            case CancelOperation():
+                self.end_volume_task(body.id, OperationState.UNDONE)
             case Acknowledge():
                 for operation in body.ids:
                     assert self.operations[operation].state is not OperationState.RUNNING
@@ -260,6 +280,43 @@ class ScriptedAgent:
             step="done",
             times={"begin": 1.0, "done": 3.0},
         )
+
+    # --- volumes ---
+
+    def _begin_volume_task(self, order: VolumeTask) -> None:
+        assert order.coordinator == self.host, "only its coordinator is told"
+        assert self.config is not None
+        for volume in order.volumes:
+            assert volume in self.config.pinned_volumes, "who is to act on it leaves it alone first"
+        if order.id in self.operations or order.id in self.forgotten:
+            return
+        self.begun.append(order.id)
+        self.volume_orders.append(order)
+        self.operations[order.id] = OperationStatus(
+            id=order.id,
+            kind=OperationKind.RELOCATE,
+            state=OperationState.RUNNING,
+            step="copy",
+            volume=next(iter(order.volumes), None),
+            progress=0.5,
+            times={"copy": asyncio.get_running_loop().time() - 1.0},
+        )
+        if self.fail_volume_tasks:
+            self.fail_volume_tasks -= 1
+            error = ErrorRecord(kind="unavailable", message="the pool was full", remedy="free space")
+            self.end_volume_task(order.id, OperationState.UNDONE, error)
+        elif not self.hold_volume_tasks:
+            self.end_volume_task(order.id)
+
+    def end_volume_task(
+        self,
+        operation: OperationId,
+        state: OperationState = OperationState.DONE,
+        error: ErrorRecord | None = None,
+    ) -> None:
+        before = self.operations[operation]
+        self.operations[operation] = msgspec.structs.replace(before, state=state, step="done", error=error)
+        self.changed()
 
     # --- moves ---
 
@@ -335,6 +392,10 @@ class ScriptedAgent:
             volumes=tuple(
                 VolumeStatus(id=v.id, epoch=v.epoch, served=True, size_mib=v.size_mib)
                 for v in (self.config.volumes if self.config else ())
+            ),
+            snapshots=tuple(
+                SnapshotStatus(id=s.id, volume=s.volume, size_mib=s.size_mib)
+                for s in (self.config.snapshots if self.config else ())
             ),
             operations=tuple(self.operations.values()),
         )

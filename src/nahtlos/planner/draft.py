@@ -27,6 +27,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, RouterId, ServerId
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
+from nahtlos.model.storage import StorageBackend
 from nahtlos.model.volume_work import PlannedVolumeTask
 from nahtlos.planner.rooms import Rooms
 
@@ -167,6 +168,15 @@ class Draft:
         gateways = any(place.host == host for place in self.gateways.values())
         return servers or gateways or any(n.gateway_host == host for n in self.policy.networks)
 
+    def keeps_volumes(self, host: HostId) -> bool:
+        """Whether a copy of a volume is on `host`. An image of Ceph's is on none."""
+        return any(
+            copy.host == host
+            for volume in self.policy.volumes.values()
+            if volume.backend is StorageBackend.EMBEDDED
+            for copy in volume.copies
+        )
+
     def volume_hosts(self, server: ServerId) -> set[HostId]:
         """Hosts that serve volumes of `server`."""
         spec = self.policy.servers.get(server)
@@ -203,7 +213,8 @@ class Draft:
             case HostIntent.CORDONED:
                 return HostPhase.CORDONED
             case HostIntent.DRAINED:
-                return HostPhase.EMPTYING if self.holds(host) else HostPhase.DRAINED
+                held = self.holds(host) or self.keeps_volumes(host)
+                return HostPhase.EMPTYING if held else HostPhase.DRAINED
 
     def set_phase(self, host: HostId, phase: HostPhase) -> None:
         plan = self.hosts[host]

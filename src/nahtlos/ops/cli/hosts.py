@@ -50,7 +50,7 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
         wait: Annotated[bool, typer.Option(help="Wait until it is empty.")] = True,
         deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 600.0,
     ) -> None:
-        """Move all servers of HOST elsewhere, while they run, and give it no others."""
+        """Move all servers and volumes of HOST elsewhere, while they run, and give it no others."""
         async with cli.client() as client:
             view = await client.set_host_intent(HostId(host), HostIntent.DRAINED)
             if wait:
@@ -82,5 +82,9 @@ async def _with_waits(client: OperatorClient, host: HostId) -> tuple[HostView, s
 
 def _left(seen: tuple[HostView, str]) -> str:
     view, waits = seen
-    left = f"{count_of(len(view.servers), 'server')} left" if view.servers else "settling"
+    parts = [f"{count_of(len(view.servers), 'server')} left"] if view.servers else []
+    if view.kept.volumes:
+        parts.append(f"{count_of(len(view.kept.volumes), 'volume')} left")
+        parts.append(pictures.leaving(view))
+    left = ", ".join(parts) or "settling"
     return f"{left}; {waits}" if waits else left

@@ -114,12 +114,29 @@ def host(view: HostView) -> RenderableType:
                 ("capacity", f"{size(view.used)} of {size(view.capacity)}"),
                 ("configuration", f"{view.generation} of {view.target_generation}"),
                 ("servers", ", ".join(view.servers) or NOTHING),
+                ("volumes", _kept(view)),
             ]
         )
     ]
     if view.inventory is not None:
         parts += _observed(view.inventory)
     return Group(*parts)
+
+
+def _kept(view: HostView) -> str:
+    """Volumes with a copy here; while they leave, what is left and for how long."""
+    kept = view.kept
+    if not kept.volumes:
+        return NOTHING
+    names = ", ".join(kept.volumes)
+    return f"{names}; {leaving(view)}" if kept.leaving else names
+
+
+def leaving(view: HostView) -> str:
+    kept = view.kept
+    pace = f" at {kept.bytes_per_second / (1 << 20):.1f} MiB/s" if kept.bytes_per_second else ""
+    time = f", about {seconds(kept.seconds_left)} more" if kept.seconds_left is not None else ""
+    return f"{kept.bytes_left / (1 << 20):.0f} MiB to go elsewhere{pace}{time}"
 
 
 def _network_lines(inventory: HostInventory) -> list[Text]:
@@ -218,6 +235,7 @@ def server(view: ServerView) -> RenderableType:
             ("state", _server_state(view)),
             ("host", view.host or NOTHING),
             ("moves to", view.moving_to or NOTHING),
+            ("replaced by", view.replaced_by or NOTHING),
             ("waits for", view.waits_for or NOTHING),
             ("project", view.project),
             ("address", f"{view.ip} ({view.mac})"),

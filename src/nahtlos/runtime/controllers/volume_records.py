@@ -15,9 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.blueprint import Blueprint, OperationRecord
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId
+from nahtlos.model.ids import BackupId, HostId, OperationId
 from nahtlos.model.inventory import OperationState, OperationStatus
-from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
+from nahtlos.model.storage import BackupSpec, Replica, ReplicaState, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
     PlannedVolumeTask,
@@ -51,7 +51,7 @@ class EndedTask:
 async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDraft:
     """The operation's end, and what follows from it."""
     if end.done:
-        await _apply(tx, end.task, now)
+        await _apply(tx, end.task, end.status.result, now)
     if end.task.wish and (end.done or end.cancelled):
         await volumes.forget_wish(tx, end.task.wish)
     record = record_of(
@@ -64,7 +64,9 @@ async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDra
     return _announcement("ended", record, end.task.work)
 
 
-async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, now: float) -> None:
+async def _apply(
+    tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[str, str], now: float
+) -> None:
     match task.work:
         case Relocation():
             await _relocated(tx, task, task.work)
@@ -78,10 +80,22 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, now: float) -> No
             taken = (msgspec.structs.replace(s, created_at=now) for s in task.work.snapshots)
             await volumes.add_snapshots(tx, taken)
         case BackingUp():
-            await volumes.add_backup(tx, msgspec.structs.replace(task.work.backup, created_at=now))
+            await volumes.add_backup(tx, backup_made(task.work.backup, result, now))
         case Restoring():
             if await volumes.get(tx, task.work.volume.id) is None:
                 await volumes.add(tx, task.work.volume)
+
+
+def backup_made(spec: BackupSpec, result: Mapping[str, str], now: float) -> BackupSpec:
+    """As its host tells: where it did not know any more what had changed, it has made a whole one."""
+    base = BackupId(result["base"]) if result.get("base") else None
+    stored = result.get("stored_bytes", "")
+    return msgspec.structs.replace(
+        spec,
+        base=base if "base" in result else spec.base,
+        stored_bytes=int(stored) if stored.isdecimal() else spec.stored_bytes,
+        created_at=now,
+    )
 
 
 async def _relocated(tx: AsyncConnection, task: PlannedVolumeTask, work: Relocation) -> None:

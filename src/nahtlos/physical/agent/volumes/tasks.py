@@ -10,6 +10,7 @@ from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.backup import Backup, Restore, SnapshotFile
 from nahtlos.physical.agent.volumes.rebuild import Rebuild
 from nahtlos.physical.agent.volumes.relocation import Relocation
+from nahtlos.physical.agent.volumes.revert import Revert
 from nahtlos.physical.agent.volumes.scrub import Scrub
 from nahtlos.physical.agent.volumes.snapshot import GroupSnapshot
 from nahtlos.wire.volumes import (
@@ -17,6 +18,7 @@ from nahtlos.wire.volumes import (
     RebuildOrder,
     RelocateOrder,
     RestoreOrder,
+    RevertOrder,
     ScrubOrder,
     SnapshotFileOrder,
     SnapshotOrder,
@@ -53,6 +55,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
     RestoreOrder: OperationKind.BACKUP,
     SnapshotFileOrder: OperationKind.SNAPSHOT_FILE,
     ScrubOrder: OperationKind.SCRUB,
+    RevertOrder: OperationKind.REVERT,
 }
 _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     RelocateOrder: Relocation,
@@ -62,6 +65,7 @@ _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     RestoreOrder: Restore,
     SnapshotFileOrder: SnapshotFile,
     ScrubOrder: Scrub,
+    RevertOrder: Revert,
 }
 
 
