@@ -18,8 +18,10 @@ from physical_host import Host, Place, release, server_on, volume_on
 
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.model.config import ServerConfig, VolumeEndpoint
-from nahtlos.model.errors import Conflict, Unavailable
-from nahtlos.model.ids import HostId
+from nahtlos.model.errors import Conflict, Refused, Unavailable
+from nahtlos.model.ids import HostId, VolumeId
+from nahtlos.model.inventory import RunState
+from nahtlos.model.storage import CopyPhase, ReplicaState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper, reached_by_copies
@@ -133,6 +135,11 @@ class Cloudlet:
             done = (await self.guest.disk())["acknowledged"] - first
         return Stall(guest=pulse.longest, writes=taken - done / WRITES_PER_S)
 
+    async def reach(self, copies: tuple[VolumeEndpoint, ...]) -> None:
+        server = msgspec.structs.replace(self.server, volume=reached_by_copies(self.server.volume, copies))
+        await self.hosts[0].hypervisor.disks_reconcile(self.vmm, server)
+        self.ledger.adopt(server)
+
     async def daemon(self, number: int) -> int:
         return await self.hosts[number].pid("qsd")
 
@@ -188,6 +195,13 @@ def lose_power(cloudlet: Cloudlet, number: int, daemon: int) -> Callable[[], Non
         os.kill(daemon, signal.SIGKILL)
 
     return act
+
+
+async def until_in_step(host: Host, volume: VolumeId) -> None:
+    async with asyncio.timeout(60):
+        while (progress := await host.storage.relocate_progress(volume)).phase is not CopyPhase.READY:
+            assert progress.phase is CopyPhase.COPYING, progress
+            await asyncio.sleep(0.05)
 
 
 def cut_off(place: Place, address: str) -> None:
@@ -263,3 +277,59 @@ async def test_without_an_orchestrator_the_server_waits_and_says_so(place: Place
         assert cloudlet.lost == [HostId("host-2")]
         assert (await cloudlet.guest.disk())["errors"] == 0
         await cloudlet.guest.verified()
+
+
+async def test_copy_is_rebuilt_under_the_writer_and_all_copies_are_the_same(place: Place) -> None:
+    """The storage's and the disks' part of a rebuild, as its operation orders them."""
+    cloudlet = await replicated(place, 2)
+    one, two = cloudlet.hosts
+    volume = volume_on(one, "server-root")
+    async with cloudlet.kept():
+        await cloudlet.stands_still_for(lose_power(cloudlet, 1, await cloudlet.daemon(1)))
+        assert cloudlet.lost == [HostId("host-2")]
+        await two.restart_supervisor()
+        await two.restart_drivers()
+        coming = msgspec.structs.replace(
+            volume, host=HostId("host-2"), epoch=2, image=None, state=ReplicaState.STALE
+        )
+        await two.storage.receive(coming)
+        target = VolumeEndpoint(
+            host=HostId("host-2"),
+            address=two.settings.address,
+            port=two.settings.nbd_port,
+            export="server-root.e2",
+        )
+        await one.storage.relocate_start(volume, target, bytes_per_second=0)
+        await until_in_step(one, volume.id)
+        source = cloudlet.server.volume.copies[0]
+        joining = msgspec.structs.replace(target, joining=True)
+        with cloudlet.guest.pulse() as pulse:
+            await cloudlet.reach((source, joining))
+            assert (await one.storage.relocate_progress(volume.id)).phase is CopyPhase.READY
+            await one.storage.relocate_cancel(volume.id)
+            await cloudlet.reach((source, target))
+            await cloudlet.guest.acknowledges(50)
+        print(f"joined: longest silence {pulse.longest:.3f} s")
+        assert (await cloudlet.guest.disk())["errors"] == 0
+        await cloudlet.guest.writes(0)
+        await cloudlet.guest.verified()
+        first = await one.storage.digest(volume.id, 0, volume.size_mib << 20)
+        assert await two.storage.digest(volume.id, 0, volume.size_mib << 20) == first
+
+
+async def test_client_of_an_older_epoch_is_shut_out(place: Place) -> None:
+    """Whoever still has the volume open by the epoch before gets errors: its guest stands still, and what it
+    would have written is not there."""
+    cloudlet = await replicated(place, 2)
+    cloudlet.connected = False
+    for host in cloudlet.hosts:
+        fenced = volume_on(host, "server-root", epoch=2)
+        await host.storage.reconcile(StorageDesired(volumes=(fenced,)))
+    async with asyncio.timeout(GOES_ON_SECONDS):
+        while not (await cloudlet.hosts[0].hypervisor.observe())[0].disk_problems:
+            await asyncio.sleep(0.05)
+    with pytest.raises(Refused, match="not available"):
+        await cloudlet.hosts[0].hypervisor.disks_reconcile(cloudlet.vmm, cloudlet.server)
+    lost = await cloudlet.hosts[0].hypervisor.disks_check(cloudlet.vmm)
+    assert [each.replica for each in lost if each.replica] == [HostId("host-1")]
+    assert (await cloudlet.hosts[0].hypervisor.observe())[0].state is RunState.PAUSED

@@ -123,6 +123,15 @@ class DiskCare:
         nodes, vmm.failed_nodes = vmm.failed_nodes, set()
         keys = {disks.key_in(node) for node in nodes}
         for key, endpoint in zip(disk.keys, disk.endpoints, strict=True):
+            if key in vmm.refused_keys:
+                vmm.refused_keys.discard(key)
+                yield DiskProblem(
+                    volume=disk.volume,
+                    trouble=DiskTrouble.REPLICA_LOST,
+                    replica=endpoint.host,
+                    text=f"its daemon does not serve {endpoint.export}",
+                )
+                continue
             if key not in keys:
                 continue
             times = [t for t in vmm.blamed.get(key, []) if now - t < BLAMED_SECONDS] + [now]

@@ -166,7 +166,12 @@ class LiveDisks:
             await self._check_doors(disk)
         nodes, last = disks.connections(disk, number)
         for node in nodes:
-            await self._say("blockdev-add", OPENED_WITHIN, **node)
+            try:
+                await self._say("blockdev-add", OPENED_WITHIN, **node)
+            except Denied as denied:
+                if "not available" in denied.message:
+                    self._vmm.refused_keys.add(disks.key_in(str(node["node-name"])) or "")
+                raise
         return last
 
     async def _check_doors(self, disk: Disk) -> None:

@@ -83,6 +83,8 @@ class Vmm:
         """Block nodes that its quorums have complained of since somebody last looked."""
         self.blamed: dict[str, list[float]] = {}
         """When which connection's copy was found to have failed although it answers."""
+        self.refused_keys: set[str] = set()
+        """Connections whose daemon answers and serves no such volume."""
         self._on_disks = on_disks
         self._changed = asyncio.Event()
         self._connecting = asyncio.Lock()

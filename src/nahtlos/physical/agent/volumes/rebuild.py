@@ -23,7 +23,7 @@ from nahtlos.model.config import VolumeAttachment
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
+from nahtlos.model.storage import CopyPhase, CopyProgress, ReplicaState, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.copying import Pace, fraction, told
@@ -102,6 +102,8 @@ class Rebuild:
             raise Refused(
                 f"{order.volume.id} cannot be copied from {me} to {order.target.host}", field="order"
             )
+        if order.target.host in order.volume.current:
+            raise Refused(f"the copy of {order.volume.id} on {order.target.host} is current", field="target")
 
     @property
     def _coming(self) -> VolumeSpec:
@@ -112,6 +114,7 @@ class Rebuild:
             order.volume,
             host=order.target.host,
             epoch=int(epoch),
+            state=ReplicaState.STALE,
             replicas=(),
             image=None,
             snapshot=None,
