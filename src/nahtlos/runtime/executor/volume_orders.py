@@ -123,6 +123,7 @@ def _relocate(world: World, task: PlannedVolumeTask, work: Relocation) -> Reloca
     target = endpoint(after, work.destination, world.policy.hosts, epoch=task.epoch)
     if source is None or target is None:
         return None
+    reached = attachment(after, world.policy.hosts, world.ceph)
     return RelocateOrder(
         id=task.id,
         coordinator=task.coordinator,
@@ -131,6 +132,7 @@ def _relocate(world: World, task: PlannedVolumeTask, work: Relocation) -> Reloca
         source=source,
         destination=after,
         target=target,
+        rbd=reached.rbd if reached else None,
         client=next(iter(_clients(world, task)), None),
         bytes_per_second=work.bytes_per_second,
     )
