@@ -10,11 +10,13 @@ import msgspec
 import pytest
 from disk_guest import Guest, entered
 from physical_host import Host, Place, release, server_on, volume_on
+from test_hypervisor import moved
 
-from nahtlos.model.config import ServerConfig, VolumeAttachment
+from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import DiskLimits
+from nahtlos.physical.agent.volumes.replicas import reached_by_copies
 from nahtlos.physical.hypervisor.disks_live import graph_of
 from nahtlos.physical.ports import StorageDesired, VmmId
 
@@ -107,5 +109,45 @@ async def test_disks_come_and_go_are_limited_and_grow_under_a_writer(place: Plac
     assert not graph.orphans()
     assert len(graph.groups) == 2
 
+    larger = volume_on(host, "two", size_mib=24, empty=True)
+    await host.storage.reconcile(StorageDesired(volumes=(larger,)))
+    grown = msgspec.structs.replace(
+        only, data_volumes=(msgspec.structs.replace(only.data_volumes[0], size_mib=24),)
+    )
+    assert "two has 24 MiB" in await host.hypervisor.disks_reconcile(vmm, grown)
+    assert await host.hypervisor.disks_reconcile(vmm, grown) == ()
+
     assert (await guest.disk())["errors"] == 0
     assert await guest.verified() > 70
+
+
+async def test_server_moves_with_its_disks_plugged_and_copied(place: Place) -> None:
+    """To the next release: a hot-plugged disk is at the same place there, a quorum is opened by both."""
+    host, other = place.host("host-1"), place.host("host-2")
+    server, guest = await started(place, host, "mover")
+    await other.storage.reconcile(StorageDesired(volumes=(volume_on(other, "one", size_mib=16, empty=True),)))
+    copies = tuple(
+        VolumeEndpoint(
+            host=h.settings.host, address=h.settings.address, port=h.settings.nbd_port, export="one.e1"
+        )
+        for h in (host, other)
+    )
+    plugged = with_data(server, reached_by_copies(data_disk(host, "one"), copies))
+    await host.hypervisor.disks_reconcile(VmmId(server.spec.id, 1), plugged)
+    await guest.writes(200)
+    before = (await guest.get("/status"))["boot_id"]
+    await guest.acknowledges(20)
+
+    arrived = await moved(plugged, host, other, release("11.1"))
+    there = Guest(place, other, server)
+    await there.ready()
+    assert (await there.get("/status"))["boot_id"] == before
+    await there.acknowledges(20)
+    moved_config = msgspec.structs.replace(plugged, epoch=2)
+    assert await other.hypervisor.disks_reconcile(arrived, moved_config) == ()
+    gone = msgspec.structs.replace(
+        with_data(moved_config), spec=msgspec.structs.replace(plugged.spec, data_volumes=())
+    )
+    assert len(await other.hypervisor.disks_reconcile(arrived, gone)) == 1
+    assert (await there.disk())["errors"] == 0
+    await there.verified()

@@ -24,6 +24,7 @@ from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.hypervisor.vmm import Vmm
 
 DETACHED_WITHIN = 15.0
+LETS_GO_WITHIN = 5.0
 OPENED_WITHIN = disks.OPEN_SECONDS + 5.0
 CONNECT_WITHIN = 0.3
 """A host that answers does so in well under a millisecond."""
@@ -275,7 +276,17 @@ class LiveDisks:
             await asyncio.sleep(0.05)
 
     async def _remove_root(self, root: str) -> None:
-        await self._say("blockdev-del", node_name=root)
+        """A device that is gone lets go of its root a moment later."""
+        until = time.monotonic() + LETS_GO_WITHIN
+        while True:
+            try:
+                await self._say("blockdev-del", node_name=root)
+            except Denied as denied:
+                if "in use" not in denied.message or time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.02)
+            else:
+                return
 
     async def _clear_away(self) -> None:
         graph = await graph_of(self._vmm)
