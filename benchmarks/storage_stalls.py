@@ -1,0 +1,126 @@
+"""The longest a writer waits while something is done to its disk: how long the one request took that took the
+longest, from its sending to its answer.
+
+The writer checks itself (see `storage_load.c`): every event must leave 0 errors, 0 lost and 0 wrong blocks.
+"""
+
+import asyncio
+import contextlib
+import statistics
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from benchmarks.figures import Figures, Goal
+from benchmarks.storage_relocation import relocated
+from benchmarks.storage_site import Disk, Host, Load, Running, Site, remote
+from nahtlos.model.ids import SnapshotId
+from nahtlos.model.storage import SnapshotSpec, VolumeSpec
+from nahtlos.physical.storage.definition import UNIT
+
+SIZE_MIB = 64
+VERSIONS = ("10.0", "11.1")
+AROUND = 0.4
+"""Seconds of writing before and after an event."""
+QUICK, LONG = 4, 20
+NONE = Goal(at_most=0)
+
+
+class Writing:
+    """What a writer saw of every event of one kind."""
+
+    def __init__(self) -> None:
+        self.loads: list[Load] = []
+        self.quiet: list[float] = []
+        """The longest it waited where nothing was done, in ms."""
+
+    async def around(self, disk: Disk, event: Callable[[], Awaitable[None]], *, depth: int = 4) -> None:
+        await self._run(disk, None, depth)
+        await self._run(disk, event, depth)
+
+    async def _run(self, disk: Disk, event: Callable[[], Awaitable[None]] | None, depth: int) -> None:
+        running = Running(disk, "check", depth=depth)
+        try:
+            await asyncio.sleep(AROUND)
+            if event is not None:
+                await event()
+            await asyncio.sleep(AROUND)
+            load = await running.stop()
+        finally:
+            running.abandon()
+        if event is None:
+            self.quiet.append(load.longest * 1000)
+        else:
+            self.loads.append(load)
+
+    def report(self, figures: Figures, what: str, *, p50: float | None = None, most: float) -> None:
+        waits = [load.longest * 1000 for load in self.loads]
+        count = len(waits)
+        quiet = statistics.median(self.quiet)
+        goal = Goal(at_most=p50) if p50 is not None else None
+        median, longest = statistics.median(waits), max(waits)
+        figures.add(f"longest wait, {what}, p50", median, "ms", baseline=quiet, goal=goal, samples=count)
+        figures.add(f"longest wait, {what}, all", longest, "ms", goal=Goal(at_most=most), samples=count)
+        bad = sum(load.errors + load.lost + load.wrong for load in self.loads)
+        written = sum(load.operations for load in self.loads)
+        figures.add(f"lost, wrong or failed, {what}", bad, "writes", goal=NONE, samples=written)
+
+
+async def measure(figures: Figures, *, long: bool) -> None:
+    rounds = LONG if long else QUICK
+    async with Site(2) as site:
+        for subject in (_kills, _snapshots, _upgrades):
+            await subject(figures, site.hosts[0], rounds)
+        await _relocations(figures, site, rounds)
+
+
+@contextlib.asynccontextmanager
+async def served(host: Host, name: str) -> AsyncGenerator[tuple[VolumeSpec, Disk]]:
+    volume = host.volume(name, size_mib=SIZE_MIB)
+    await host.have(volume)
+    async with Disk(host, name, (remote(host.endpoint(volume)),)) as disk:
+        yield volume, disk
+    await host.forget(volume)
+
+
+async def _kills(figures: Figures, host: Host, rounds: int) -> None:
+    writing = Writing()
+    async with served(host, "killed") as (_, disk):
+        for _ in range(rounds):
+            await writing.around(disk, lambda: host.kill(UNIT))
+    writing.report(figures, "storage daemon killed", most=100)
+
+
+async def _snapshots(figures: Figures, host: Host, rounds: int) -> None:
+    writing = Writing()
+    async with served(host, "taken") as (volume, disk):
+        for number in range(rounds):
+            taken = SnapshotSpec(id=SnapshotId(f"taken-{number}"), volume=volume.id)
+            await writing.around(disk, lambda taken=taken: host.storage.snapshot((taken,)))
+    writing.report(figures, "snapshot", most=20)
+
+
+async def _upgrades(figures: Figures, host: Host, rounds: int) -> None:
+    """From one release to the other and back."""
+    writing = Writing()
+    async with served(host, "kept") as (volume, disk):
+        for version in (VERSIONS * rounds)[: rounds + 1]:
+            release = host.site.bundle(version).release
+            await writing.around(disk, lambda release=release: host.have(volume, release=release))
+    writing.report(figures, "storage daemon of another release", most=250)
+
+
+async def _relocations(figures: Figures, site: Site, rounds: int) -> None:
+    writing, hosts = Writing(), list(site.hosts)
+    volume = hosts[0].volume("moving", size_mib=SIZE_MIB)
+    await hosts[0].have(volume)
+    async with Disk(hosts[0], "moving", (remote(hosts[0].endpoint(volume)),)) as disk:
+        for _ in range(rounds):
+            moved: list[VolumeSpec] = []
+
+            async def move(moved: list[VolumeSpec] = moved, volume: VolumeSpec = volume) -> None:
+                moved.append(await relocated(hosts[0], hosts[1], volume, disk))
+
+            await writing.around(disk, move)
+            volume = moved[0]
+            hosts.reverse()
+    await hosts[0].forget(volume)
+    writing.report(figures, "relocation", p50=50, most=250)
