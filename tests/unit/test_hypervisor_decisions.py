@@ -43,6 +43,7 @@ def shape(*, ports: int = 2, incoming: bool = False, version: tuple[int, ...] = 
         paths=VmmPaths(
             qmp=run / "q",
             qmp_emergency=run / "e",
+            stream=run / "s",
             console=run / "c",
             console_log=run / "cl",
             log=run / "l",
