@@ -168,13 +168,18 @@ class Host:
         )
 
     async def kill(self, unit: str) -> None:
-        """By SIGKILL; returns when it runs again."""
-        before = (await self.supervisor.units())[unit].pid
-        assert before is not None
+        """By SIGKILL; returns when it runs again. Nothing to do for what does not run."""
+        before = await self.pid(unit)
+        if before is None:
+            return
         os.kill(before, signal.SIGKILL)
         async with asyncio.timeout(UP_WITHIN):
-            while (await self.supervisor.units())[unit].pid in (before, None):
+            while await self.pid(unit) in (before, None):
                 await asyncio.sleep(0.002)
+
+    async def pid(self, unit: str) -> int | None:
+        status = (await self.supervisor.units()).get(unit)
+        return status.pid if status else None
 
 
 class Disk:
