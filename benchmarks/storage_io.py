@@ -31,7 +31,7 @@ async def measure(figures: Figures, *, long: bool) -> None:
         volume = host.volume("ours", size_mib=SIZE_MIB)
         await host.have(volume)
         disks = {
-            "raw": Disk(host, "raw", _file(_blank(site, "raw"))),
+            "raw": Disk(host, "raw", file_nodes(blank_file(site, "raw"))),
             "bare": Disk(host, "bare", (remote(await _bare(host), tls=False),)),
             "ours": Disk(host, "ours", (remote(host.endpoint(volume)),)),
         }
@@ -57,14 +57,14 @@ def _report(figures: Figures, what: str, unit: str, got: dict[str, list[float]])
     figures.add(f"{what}, to a bare daemon", rate["ours"], unit, baseline=rate["bare"], samples=samples)
 
 
-def _blank(site: Site, name: str) -> Path:
+def blank_file(site: Site, name: str) -> Path:
     path = site.folder / f"{name}.raw"
     with path.open("wb") as file:
         file.truncate(SIZE_MIB << 20)
     return path
 
 
-def _file(path: Path) -> tuple[Node, ...]:
+def file_nodes(path: Path) -> tuple[Node, ...]:
     return (
         {"driver": "file", "node-name": "file", "filename": str(path), "discard": "unmap"},
         {"driver": "raw", "node-name": "volume", "file": "file", "discard": "unmap"},
@@ -74,7 +74,7 @@ def _file(path: Path) -> tuple[Node, ...]:
 async def _bare(host: Host) -> VolumeEndpoint:
     """A storage daemon of the same release with one file and nothing else."""
     bundle = host.site.bundle()
-    path = _blank(host.site, "bare")
+    path = blank_file(host.site, "bare")
     await host.supervisor.start(
         Unit(
             name="bare",
