@@ -2,6 +2,7 @@
 kernel, and the agent's own operation. Nothing is lost, memory and disk are as they were."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -9,8 +10,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol, cast
 
 import msgspec
 import pytest
@@ -56,11 +57,17 @@ class Elsewhere:
         return call
 
 
+class Inside(Protocol):
+    """Somebody in a namespace."""
+
+    def within(self, act: Callable[[], socket.socket]) -> socket.socket: ...
+
+
 class Echoes(threading.Thread):
     """Numbered datagrams to the guest's echo port, a thousand a second, and what came back."""
 
-    def __init__(self, client: Client, address: str) -> None:
-        super().__init__()
+    def __init__(self, client: Inside, address: str) -> None:
+        super().__init__(daemon=True)
         self._sock = client.within(lambda: self._open(address))
         self.sent = self.received = self.doubled = 0
         self.longest = 0.0
@@ -74,6 +81,16 @@ class Echoes(threading.Thread):
         sock.setblocking(False)
         return sock
 
+    def wait_for_answer(self, seconds: float = 60.0) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                self._sock.send(NUMBER.pack(b"nahtlos1", 7, 0xFFFFFFFF) + bytes(44))
+                time.sleep(0.1)
+                if self._sock.recv(2000):
+                    return
+        raise TimeoutError("the server does not answer")
+
     def run(self) -> None:
         seen: set[int] = set()
         began = last = time.monotonic()
@@ -86,6 +103,8 @@ class Echoes(threading.Thread):
                 number = NUMBER.unpack_from(self._sock.recv(2000))[2]
             except BlockingIOError:
                 time.sleep(0.0002)
+                continue
+            if number == 0xFFFFFFFF:
                 continue
             self.doubled += number in seen
             seen.add(number)

@@ -21,6 +21,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import CampaignId, HostId, OperationId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import (
+    Accelerator,
     HostInventory,
     Inventory,
     OperationKind,
@@ -86,6 +87,11 @@ class World:
         self.owner: dict[ServerId, tuple[HostId, int]] = {}
         self.sizes: dict[ServerId, Size] = {}
         self.state: dict[ServerId, RunState] = {}
+        self.under: dict[ServerId, ReleaseId | None] = {}
+        """What runs each server."""
+        self.accelerator: Accelerator | None = None
+        self.now: dict[HostId, ReleaseId | None] = {}
+        """Of each host, what servers start or arrive under."""
         self.verified: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities)
         self.releases: dict[HostId, tuple[ReleaseId, ...]] = dict.fromkeys(capacities, (OLD, NEW))
         self.storage: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities, OLD)
@@ -111,7 +117,11 @@ class World:
     def _report(self, host: HostId) -> HostInventory:
         servers = [
             ServerStatus(
-                id=server, epoch=epoch, state=self.state[server], release=None, size=self.sizes[server]
+                id=server,
+                epoch=epoch,
+                state=self.state[server],
+                release=self.under.get(server),
+                size=self.sizes[server],
             )
             for server, (where, epoch) in self.owner.items()
             if where == host
@@ -127,6 +137,7 @@ class World:
             capacity=self.capacities[host],
             releases=self.releases[host],
             verified_release=self.verified[host],
+            accelerator=self.accelerator,
             storage_release=self.storage.get(host, OLD),
             network_release=self.network.get(host),
             problems=(self.problems[host],) if host in self.problems else (),
@@ -151,6 +162,7 @@ class World:
     # how it goes on
 
     def carry_out(self, policy: Policy, blueprint: Blueprint) -> None:
+        self.now = {host: plan.release for host, plan in blueprint.hosts.items()}
         self._flap()
         self._acknowledge(blueprint)
         self._start_and_remove(policy, blueprint)
@@ -195,6 +207,7 @@ class World:
                 self.owner[server] = (assignment.host, assignment.epoch)
                 self.sizes[server] = policy.servers[server].size
                 self.state[server] = RunState.STARTING
+                self.under[server] = blueprint.hosts[assignment.host].release
             elif self.state.get(server) is RunState.STARTING:
                 self.state[server] = RunState.RUNNING
 
@@ -242,6 +255,7 @@ class World:
             operation.source_state = operation.state
         if done and isinstance(planned, PlannedMove):
             self.owner[planned.server] = (planned.destination, planned.epoch)
+            self.under[planned.server] = planned.release or self.now[planned.destination]
             self.moves_done[planned.server] = self.moves_done.get(planned.server, 0) + 1
         elif done and isinstance(planned, PlannedVerify):
             self.verified[planned.host] = planned.release
@@ -265,6 +279,7 @@ class World:
                 if isinstance(operation.planned, PlannedMove)
                 and operation.state is OperationState.RUNNING
                 and operation.planned.destination == host
+                and not operation.planned.in_place
             ]
             used = sum((size.memory_mib for size in held), 0), sum((size.vcpus for size in held), 0)
             assert used[0] <= capacity.memory_mib and used[1] <= capacity.vcpus, f"{host} is over-full"

@@ -99,6 +99,10 @@ class Policy(Value, frozen=True, kw_only=True):
     requested_moves: dict[ServerId, HostId | None] = {}
     """Moves an operator asked for, by server; None: the planner chooses the destination. To be taken out
     once `Blueprint.served_requests` names them; until then they are not carried out a second time."""
+    requested_replacements: dict[ServerId, ReleaseId] = {}
+    """Servers whose VMM an operator wants replaced in place, by one of that release; taken out once it is."""
+    release_versions: dict[ReleaseId, str] = {}
+    """Of every registered hypervisor release: what the table of version pairs goes by."""
     machine_types: dict[ReleaseId, tuple[str, ...]] = {}
     """What each release can run, where known: a server is not sent to a release without its machine type."""
     promised: Size = Size()
@@ -163,6 +167,12 @@ class PlannedMove(Value, frozen=True, kw_only=True):
     patience_seconds: float = 0.0
     """Not to be started earlier than this long after the blueprint that first holds it: doubles with every
     failed attempt."""
+    release: ReleaseId | None = None
+    """In place: `source` and `destination` are one host, a VMM of this release takes the server over."""
+
+    @property
+    def in_place(self) -> bool:
+        return self.release is not None
 
 
 class PlannedVerify(Value, frozen=True, kw_only=True):

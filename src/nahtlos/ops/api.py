@@ -38,6 +38,7 @@ from nahtlos.ops.bodies import (
     OperatorCredential,
     OperatorName,
     ReleaseRegistration,
+    ReplaceRequest,
     UpgradeRequest,
 )
 from nahtlos.ops.network_api import NetworkRoutes
@@ -183,6 +184,11 @@ def _servers(routes: APIRouter, cloud: Cloud) -> None:
     async def move(server: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await _body(request, MoveRequest)
         return _json(await cloud.move_server(ServerId(server), asked.to), status=202)
+
+    @routes.post("/servers/{server}/replacement")
+    async def replace(server: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, ReplaceRequest)
+        return _json(await cloud.replace_vmm(ServerId(server), asked.by), status=202)
 
     @routes.get("/servers/{server}/console")
     async def console_read(  # pyright: ignore[reportUnusedFunction]

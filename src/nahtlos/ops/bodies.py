@@ -40,6 +40,10 @@ class MoveRequest(msgspec.Struct, frozen=True, kw_only=True):
     to: HostId | None = None
 
 
+class ReplaceRequest(msgspec.Struct, frozen=True, kw_only=True):
+    by: ReleaseId | None = None
+
+
 class ConsolePart(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes are base64 in JSON."""
 

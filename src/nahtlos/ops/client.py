@@ -33,6 +33,7 @@ from nahtlos.ops.bodies import (
     OperatorCredential,
     OperatorName,
     ReleaseRegistration,
+    ReplaceRequest,
     UpgradeRequest,
 )
 from nahtlos.ops.network_client import NetworkClient
@@ -168,6 +169,10 @@ class OperatorClient:
 
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
         return await self._ask("POST", f"servers/{_part(server)}/move", MoveRequest(to=to), ServerView)
+
+    async def replace_vmm(self, server: ServerId, by: ReleaseId | None) -> ServerView:
+        path = f"servers/{_part(server)}/replacement"
+        return await self._ask("POST", path, ReplaceRequest(by=by), ServerView)
 
     async def delete_server(self, server: ServerId) -> ServerView:
         return await self._ask("DELETE", f"servers/{_part(server)}", None, ServerView)

@@ -19,7 +19,8 @@ def count_rooms(draft: Draft) -> None:
     for server, assignment in draft.servers.items():
         rooms.take(assignment.host, draft.size(server))
     for move in draft.moves.values():
-        rooms.take(move.destination, draft.size(move.server))
+        if not move.in_place:
+            rooms.take(move.destination, draft.size(move.server))
     for host, status in leftovers(draft):
         rooms.take(host, status.size)
     draft.rooms = rooms

@@ -102,7 +102,7 @@ def _moves(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]
         owner = child.servers.get(move.server)
         if owner is None or owner.host != move.source or move.epoch != owner.epoch + 1:
             yield f"{move.id} does not start from the owner of {move.server}"
-        if move.source == move.destination:
+        if (move.source == move.destination) != move.in_place:
             yield f"{move.id} moves {move.server} to where it is"
         if move.id not in begun:
             yield from _new_move(policy, child, move)
@@ -110,7 +110,7 @@ def _moves(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]
 
 def _new_move(policy: Policy, child: Blueprint, move: PlannedMove) -> Iterator[str]:
     destination, spec = child.hosts.get(move.destination), policy.hosts.get(move.destination)
-    if destination is None or destination.phase is not HostPhase.SERVING:
+    if destination is None or (destination.phase is not HostPhase.SERVING and not move.in_place):
         yield f"{move.id} goes to {move.destination}, which is not serving"
     if spec is None or spec.role is not HostRole.COMPUTE:
         yield f"{move.id} goes to {move.destination}, which is no compute host"
@@ -197,7 +197,7 @@ def _load(sizes: dict[ServerId, Size], blueprint: Blueprint) -> dict[HostId, Siz
     """What each host holds, both ends of moves counted."""
     load: dict[HostId, Size] = {}
     places = [(server, assignment.host) for server, assignment in blueprint.servers.items()]
-    places += [(move.server, move.destination) for move in blueprint.moves]
+    places += [(move.server, move.destination) for move in blueprint.moves if not move.in_place]
     for server, host in places:
         load[host] = load.get(host, Size()) + sizes.get(server, Size())
     return load

@@ -199,7 +199,8 @@ class Draft:
     def add_move(self, move: PlannedMove) -> None:
         self.moves[move.id] = move
         self.moving[move.server] = move
-        self.rooms.take(move.destination, self.size(move.server))
+        if not move.in_place:  # the memory is shared
+            self.rooms.take(move.destination, self.size(move.server))
 
     def drop_move(self, move: PlannedMove) -> None:
         del self.moves[move.id]

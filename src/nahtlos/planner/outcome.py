@@ -92,7 +92,10 @@ def _hand_over(draft: Draft, move: PlannedMove) -> None:
     draft.failed_moves.pop(move.server, None)
     if draft.policy.campaign is not None:
         draft.ended_moves += 1
-    draft.change(f"{move.server} has moved from {move.source} to {move.destination}")
+    if move.in_place:
+        draft.change(f"{move.server} runs {move.release}, in place")
+    else:
+        draft.change(f"{move.server} has moved from {move.source} to {move.destination}")
 
 
 def _count_attempt(draft: Draft, move: PlannedMove, error: ErrorRecord | None) -> None:

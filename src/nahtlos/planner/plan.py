@@ -14,6 +14,7 @@ from nahtlos.planner.draft import Draft
 from nahtlos.planner.evacuate import evacuate_hosts
 from nahtlos.planner.gateways import plan_gateways
 from nahtlos.planner.hosts import settle_hosts, verify_switching_hosts
+from nahtlos.planner.in_place import replace_requested
 from nahtlos.planner.moves import forget_old_failures
 from nahtlos.planner.outcome import absorb_outcomes
 from nahtlos.planner.place import forget_removed_servers, place_new_servers
@@ -32,6 +33,7 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     review_campaign(draft)
     place_new_servers(draft)
     serve_requests(draft)
+    replace_requested(draft)
     advance_campaign(draft)
     verify_switching_hosts(draft)
     evacuate_hosts(draft)

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from nahtlos.model.errors import NotFound
-from nahtlos.model.ids import HostId, ImageId, ProjectId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.storage import VolumeFormat
 from nahtlos.ops.cli import pictures
@@ -108,6 +108,27 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             if wait:
                 view = await _until(
                     cli, client, view, f"{server} moves", lambda seen: _moved(before, to, seen), deadline
+                )
+        cli.show(view, pictures.server(view))
+
+    @command(app, "replace-vmm", surroundings)
+    async def replace_vmm(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        server: Server,
+        release: Annotated[
+            str | None,
+            typer.Option(help="Release of the VMM that takes it over; its host's if not named."),
+        ] = None,
+        wait: Wait = True,
+        deadline: Deadline = 120.0,
+    ) -> None:
+        """Replace a server's hypervisor where it is, while it runs. Its memory is shared, not copied."""
+        async with cli.client() as client:
+            view = await client.replace_vmm(ServerId(server), ReleaseId(release) if release else None)
+            wanted = view.replaced_by
+            if wait:
+                view = await _until(
+                    cli, client, view, f"{server} is replaced", lambda seen: seen.release == wanted, deadline
                 )
         cli.show(view, pictures.server(view))
 

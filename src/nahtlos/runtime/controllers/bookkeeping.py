@@ -14,7 +14,7 @@ from nahtlos.model.nouns import HostRole
 from nahtlos.planner.upgrade import campaign_over
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_chores import VolumeChores, volume_chores
-from nahtlos.runtime.executor.decide import OVER, move_order, operations_of
+from nahtlos.runtime.executor.decide import OVER, can_begin, operations_of
 from nahtlos.runtime.executor.gateway_orders import gateway_order
 from nahtlos.runtime.executor.world import World
 
@@ -22,6 +22,7 @@ from nahtlos.runtime.executor.world import World
 @dataclass(frozen=True, kw_only=True)
 class Chores:
     served_requests: tuple[ServerId, ...] = ()
+    served_replacements: tuple[ServerId, ...] = ()
     gone_servers: tuple[ServerId, ...] = ()
     gone_volumes: tuple[VolumeId, ...] = ()
     stray_ends: tuple[tuple[HostId, OperationId], ...] = ()
@@ -40,6 +41,7 @@ def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> 
     return Chores(
         of_volumes=volume_chores(state, policy, inventory, world),
         served_requests=_served_requests(policy, world),
+        served_replacements=_served_replacements(policy, inventory, world),
         gone_servers=_gone_servers(state, inventory, world),
         gone_volumes=_gone_volumes(state, inventory),
         stray_ends=_stray_ends(state, inventory, world),
@@ -58,6 +60,20 @@ def _served_requests(policy: Policy, world: World) -> tuple[ServerId, ...]:
         for server, to in sorted(policy.requested_moves.items())
         if server in served and served[server] == to
     )
+
+
+def _served_replacements(policy: Policy, inventory: Inventory, world: World) -> tuple[ServerId, ...]:
+    """Seen to run the release that was asked for, by the epoch that is decided."""
+    found: list[ServerId] = []
+    for server, release in sorted(policy.requested_replacements.items()):
+        owner = world.blueprint.servers.get(server)
+        seen = inventory.hosts.get(owner.host) if owner else None
+        found += [
+            server
+            for status in (seen.servers if seen else ())
+            if owner and (status.id, status.epoch, status.release) == (server, owner.epoch, release)
+        ]
+    return tuple(found)
 
 
 def _gone_servers(state: State, inventory: Inventory, world: World) -> tuple[ServerId, ...]:
@@ -122,7 +138,7 @@ def _impossible_moves(world: World) -> tuple[tuple[HostId, OperationId, ErrorRec
     found: list[tuple[HostId, OperationId, ErrorRecord]] = []
     for move in world.blueprint.moves:
         told = world.status(move.source, move.id) or world.status(move.destination, move.id)
-        if told is None and move.id not in world.refused and move_order(world, move) is None:
+        if told is None and move.id not in world.refused and not can_begin(world, move):
             error = ErrorRecord(kind="refused", message=f"{move.server} is not to exist any more")
             found.append((move.source, move.id, error))
     for gateway in world.blueprint.gateway_moves:

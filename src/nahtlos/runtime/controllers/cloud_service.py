@@ -232,6 +232,15 @@ class CloudService:
         self._said("server.move", server, f"{server} is to move to {to or 'another host'}")
         return await self.server(server)
 
+    async def replace_vmm(self, server: ServerId, by: ReleaseId | None) -> ServerView:
+        async with self._looks.changing() as tx:
+            state, inventory = await self._read(tx)
+            releases = await intents.releases(tx)
+            release = requests.check_replacement(state, inventory, server, by, releases)
+            await intents.request_replacement(tx, server, release)
+        self._said("server.replace", server, f"{server} is to run {release}, in place")
+        return await self.server(server)
+
     async def delete_server(self, server: ServerId) -> ServerView:
         async with self._looks.changing() as tx:
             state, _ = await self._read(tx)

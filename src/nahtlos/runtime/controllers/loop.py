@@ -118,6 +118,8 @@ class PlanningLoop:
         async with self._store.deciding(epoch) as tx:
             for server in found.served_requests:
                 await intent.clear_move_request(tx, server)
+            for server in found.served_replacements:
+                await intent.request_replacement(tx, server, None)
             for server in found.gone_servers:
                 await intent.forget_server(tx, server)
                 drafts.append(EventDraft(kind="server.gone", subject=server, text=f"{server} is gone"))

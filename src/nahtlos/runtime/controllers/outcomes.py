@@ -27,6 +27,7 @@ RUNNING = OperationState.RUNNING.value
 DONE = OperationState.DONE.value
 UNDONE = OperationState.UNDONE.value
 GATEWAY = OperationKind.GATEWAY.value
+REPLACE = OperationKind.REPLACE.value
 
 # Steps by the clocks of the two hosts, as the agents name them in the times of a move.
 STOPPED_AT_SOURCE = "stopped"
@@ -42,7 +43,7 @@ def begun(
     records = [
         OperationRecord(
             id=move.id,
-            kind="move",
+            kind=kind_of(move),
             subject=move.server,
             state=RUNNING,
             source=move.source,
@@ -83,6 +84,10 @@ def begun(
         if gateway.id not in before
     ]
     return records
+
+
+def kind_of(move: PlannedMove) -> str:
+    return (OperationKind.REPLACE if move.in_place else OperationKind.MOVE).value
 
 
 def ended(
@@ -158,7 +163,7 @@ def _ended_move(
     done = done or any(s.state is OperationState.DONE for s in statuses)
     record = known or OperationRecord(
         id=move.id,
-        kind="move",
+        kind=kind_of(move),
         subject=move.server,
         state=RUNNING,
         source=move.source,
@@ -171,7 +176,7 @@ def _ended_move(
         state=DONE if done else UNDONE,
         error=None if done else _error(statuses),
         times=_times(statuses),
-        release_after=(after or _planned_release(blueprint, move.destination))
+        release_after=(move.release or after or _planned_release(blueprint, move.destination))
         if done
         else record.release_before,
     )
@@ -283,6 +288,9 @@ def _announce_replacing(host: HostId, before: HostPlan | None, plan: HostPlan) -
 
 
 def _announce_begin(record: OperationRecord) -> EventDraft:
+    if record.kind == REPLACE:
+        text = f"{record.subject} is replaced on {record.source}: {record.reason}"
+        return EventDraft(kind="replace.begun", subject=record.subject, text=text, data=_places(record))
     if record.kind == GATEWAY:
         text = f"the way out of {record.subject} moves from {record.source} to {record.destination}: "
         return EventDraft(
@@ -301,6 +309,10 @@ def _announce_end(record: OperationRecord) -> EventDraft:
     why = f": {record.error.message}" if record.error else ""
     seconds = max(record.times.values()) - min(record.times.values()) if record.times else 0.0
     data: dict[str, str | int | float] = {**_places(record), "state": record.state, "seconds": seconds}
+    if record.kind == REPLACE:
+        how = f"runs {record.release_after}" if record.state == DONE else f"runs on as it was{why}"
+        text = f"{record.subject} {how}, in place on {record.source}, after {seconds:.1f} s"
+        return EventDraft(kind="replace.ended", subject=record.subject, text=text, data=data)
     if record.kind == GATEWAY:
         how = f"is at {record.destination}" if record.state == DONE else f"stays at {record.source}{why}"
         text = f"the way out of {record.subject} {how}"

@@ -61,6 +61,8 @@ class State:
     begun_at: dict[OperationId, float]
     """When each operation that has not ended was decided."""
     machine_types: dict[ReleaseId, tuple[str, ...]]
+    release_versions: dict[ReleaseId, str]
+    """Of hypervisors."""
     ended: frozenset[OperationId]
     """Those operations of the inventories whose end is recorded."""
     kept: Volumes = field(default_factory=Volumes)
@@ -88,6 +90,8 @@ class State:
             placements={name: row.placement for name, row in here.items() if row.placement},
             machine_types=self.machine_types,
             requested_moves={name: row.move_to for name, row in here.items() if row.move_requested},
+            requested_replacements={n: row.replace_by for n, row in here.items() if row.replace_by},
+            release_versions=self.release_versions,
             promised=self.promised,
             parallel_moves=self.parallel_moves,
             snapshots={name: row.spec for name, row in self.kept.snapshots.items() if not row.removed},
@@ -199,6 +203,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
     reported = {**await inventories.all_of(tx), **latest}
     over = {o.id for i in reported.values() for o in i.operations if o.state is not OperationState.RUNNING}
     blueprint = await blueprints.target(tx)
+    registered = await intent.releases(tx)
     return State(
         kept=await volumes.read(tx),
         volume_ends=await _volume_ends(tx, blueprint),
@@ -220,7 +225,8 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         received=await inventories.received(tx),
         refusals=await operations.refusals(tx),
         begun_at=await operations.begun_at(tx),
-        machine_types={name: r.machine_types for name, r in (await intent.releases(tx)).items()},
+        machine_types={name: r.machine_types for name, r in registered.items()},
+        release_versions={n: r.version for n, r in registered.items() if r.component is Component.HYPERVISOR},
         ended=await operations.ended(tx, over),
     )
 

@@ -17,13 +17,13 @@ from nahtlos.runtime.executor.gateway_orders import begin_gateways
 from nahtlos.runtime.executor.volume_orders import begin_volume_tasks, cancellations
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.gateways import BeginGateway
-from nahtlos.wire.messages import BeginMove, BeginVerify, MoveOrder
+from nahtlos.wire.messages import BeginMove, BeginReplace, BeginVerify, MoveOrder, ReplaceOrder
 from nahtlos.wire.volumes import BeginVolumeTask
 
 OVER = (OperationState.DONE, OperationState.UNDONE)
 
 
-Begin = BeginMove | BeginVerify | BeginGateway | BeginVolumeTask
+Begin = BeginMove | BeginReplace | BeginVerify | BeginGateway | BeginVolumeTask
 
 
 class HostOrders(Value, frozen=True, kw_only=True):
@@ -63,11 +63,14 @@ def _begins(world: World, host: HostId) -> tuple[Begin, ...]:
     return (*moves, *verifies, *begin_gateways(world, host), *begin_volume_tasks(world, host))
 
 
-def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | None:
+def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | BeginReplace | None:
     if host not in (move.source, move.destination) or move.id in world.refused | world.held_back:
         return None
     if world.status(host, move.id) is not None:
         return None
+    if move.in_place:
+        replacement = replace_order(world, move)
+        return None if replacement is None else BeginReplace(order=replacement)
     if host == move.source and not _waits_at_destination(world, move):
         return None
     order = move_order(world, move)
@@ -98,6 +101,27 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
         destination_address=destination.address,
         destination_peer_port=destination.peer_port,
     )
+
+
+def replace_order(world: World, move: PlannedMove) -> ReplaceOrder | None:
+    """None if the server is gone: it is never begun."""
+    if move.server not in world.policy.servers or move.release is None:
+        return None
+    server = server_config(world, move.server, move.epoch - 1)
+    if server is None:
+        return None
+    return ReplaceOrder(
+        id=move.id,
+        host=move.source,
+        server=server,
+        ports=world.port_configs(move.server, move.source),
+        release=move.release,
+    )
+
+
+def can_begin(world: World, move: PlannedMove) -> bool:
+    """What it is about exists."""
+    return (replace_order(world, move) if move.in_place else move_order(world, move)) is not None
 
 
 def _begin_verifies(world: World, host: HostId) -> Iterable[BeginVerify]:

@@ -122,6 +122,8 @@ class ServerRow:
     """The host that was asked for when it was created."""
     move_requested: bool
     move_to: HostId | None
+    replace_by: ReleaseId | None = None
+    """The release whose VMM is to take it over in place."""
 
 
 async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
@@ -134,6 +136,7 @@ async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
             placement=row.placement,
             move_requested=row.move_requested,
             move_to=row.move_to,
+            replace_by=row.replace_by,
         )
         for row in rows
     }
@@ -172,7 +175,7 @@ async def mark_server_removed(tx: AsyncConnection, server: ServerId, now: float)
     await tx.execute(
         update(schema.servers)
         .where(schema.servers.c.id == server, schema.servers.c.removed_at.is_(None))
-        .values(removed_at=now, move_requested=False, move_to=None)
+        .values(removed_at=now, move_requested=False, move_to=None, replace_by=None)
     )
 
 
@@ -201,6 +204,11 @@ async def request_move(tx: AsyncConnection, server: ServerId, to: HostId | None)
     await tx.execute(
         update(schema.servers).where(schema.servers.c.id == server).values(move_requested=True, move_to=to)
     )
+
+
+async def request_replacement(tx: AsyncConnection, server: ServerId, by: ReleaseId | None) -> None:
+    """None: it is done, or not wanted any more."""
+    await tx.execute(update(schema.servers).where(schema.servers.c.id == server).values(replace_by=by))
 
 
 async def clear_move_request(tx: AsyncConnection, server: ServerId) -> None:

@@ -145,6 +145,7 @@ servers = Table(
     Column("placement", String, nullable=True),
     Column("move_requested", Boolean, nullable=False),
     Column("move_to", String, nullable=True),
+    Column("replace_by", String, nullable=True),
 )
 
 ports = Table(

@@ -1,0 +1,103 @@
+"""Servers whose VMM is replaced where they are: whether that can be done now, and the decision to do it.
+
+One server of a host at a time, so that what is left of its CPUs is the others'. The table of version pairs
+decides whether two releases know how.
+"""
+
+from nahtlos.model.blueprint import HostPhase, PlannedMove, Waiting, WaitKind
+from nahtlos.model.ids import HostId, ReleaseId, ServerId
+from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.moves import MAX_ATTEMPTS, REQUESTED, running, why_not_ready
+
+
+def replace_requested(draft: Draft) -> None:
+    """What operators asked for. A request is served once the server is seen to run the release."""
+    for server, release in sorted(draft.policy.requested_replacements.items()):
+        if server not in draft.servers or runs(draft, server, release):
+            continue
+        draft.wanted.add(server)
+        if move := draft.moving.get(server):
+            if move.release != release:
+                draft.wait(
+                    server, WaitKind.MOVE, f"{server} is replaced by {release} once {move.id} has ended"
+                )
+        else:
+            replace_or_wait(draft, server, release, REQUESTED)
+
+
+def runs(draft: Draft, server: ServerId, release: ReleaseId) -> bool:
+    owner = draft.servers[server]
+    status = draft.observed.server_on(server, owner.host)
+    return status is not None and status.epoch == owner.epoch and status.release == release
+
+
+def replace_or_wait(draft: Draft, server: ServerId, release: ReleaseId, reason: str) -> None:
+    """Replace its VMM, or say what keeps it."""
+    waiting = why_not_ready(draft, server) or why_not_in_place(draft, server, release)
+    if waiting is not None:
+        draft.waiting.append(waiting)
+        return
+    owner, failures = draft.servers[server], draft.attempts.get(server, 0)
+    if running(draft) >= draft.policy.parallel_moves:
+        draft.wait(server, WaitKind.MOVE, f"{server} waits for its turn to be replaced by {release}")
+        return
+    move = PlannedMove(
+        id=draft.next_operation("replace"),
+        server=server,
+        source=owner.host,
+        destination=owner.host,
+        epoch=owner.epoch + 1,
+        reason=reason,
+        patience_seconds=2.0 ** min(failures, MAX_ATTEMPTS) if failures else 0.0,
+        release=release,
+    )
+    draft.add_move(move)
+    draft.change(f"{server} is replaced by {release} on {owner.host}: {reason}")
+
+
+def why_not_in_place(draft: Draft, server: ServerId, release: ReleaseId) -> Waiting | None:
+    """Why its VMM cannot be replaced by one of `release` now; None if it can."""
+    host = draft.servers[server].host
+    busy = next((m for m in draft.moves.values() if m.in_place and m.source == host), None)
+    if busy is not None:
+        text = f"{server} waits for its turn: {busy.server} is replaced on {host} first"
+        return Waiting(subject=server, kind=WaitKind.MOVE, reason=text)
+    if draft.hosts[host].phase is HostPhase.SWITCHING:
+        return Waiting(subject=server, kind=WaitKind.HOST, reason=f"{host} is being switched")
+    seen = draft.observed.host(host)
+    if seen is not None and release not in seen.releases:
+        return Waiting(
+            subject=server,
+            kind=WaitKind.BLOCKED,
+            reason=f"{server} is not replaced: {host} has no intact copy of {release}",
+            remedy=f"put {release} into the releases folder of {host}",
+        )
+    if not draft.can_run(server, release):
+        return Waiting(
+            subject=server,
+            kind=WaitKind.BLOCKED,
+            reason=f"{server} is not replaced: {release} has not its machine type",
+            remedy="choose a release that still has it",
+        )
+    pair = deciding_pair(draft, server, host, release)
+    if pair is not None and pair.verdict is Verdict.REFUSED:
+        return Waiting(
+            subject=server,
+            kind=WaitKind.BLOCKED,
+            reason=f"{server} is not replaced: {pair}",
+            remedy="choose a release the table of version pairs knows a way to",
+        )
+    return None
+
+
+def deciding_pair(draft: Draft, server: ServerId, host: HostId, release: ReleaseId) -> Pair | None:
+    """The row of the table; None while it is not known what the server runs under."""
+    seen, status = draft.observed.host(host), draft.observed.server_on(server, host)
+    versions = draft.policy.release_versions
+    if seen is None or seen.accelerator is None or status is None or status.release is None:
+        return None
+    old, new = versions.get(status.release), versions.get(release)
+    if old is None or new is None:
+        return None
+    return pair_for(Way.IN_PLACE, old, new, seen.accelerator.name)
