@@ -7,6 +7,7 @@ figures are made of; what all of them share is in `storage_site`.
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 
@@ -32,6 +33,7 @@ def main() -> int:
     if os.geteuid() != 0:
         print("needs root", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     figures = Figures()
     for name, measure in SUBJECTS.items():
         if arguments.only is None or name in arguments.only:
