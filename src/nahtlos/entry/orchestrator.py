@@ -17,11 +17,12 @@ import socket
 import sys
 from pathlib import Path
 
+from nahtlos.entry.image_intake import ImageIntake
 from nahtlos.model.errors import Error, ErrorRecord
 from nahtlos.ops.api import Enrolment, create_app
 from nahtlos.ops.serve import serving
 from nahtlos.runtime.controllers.bootstrap import bootstrap
-from nahtlos.runtime.controllers.catalogues import FolderImages, FolderReleases
+from nahtlos.runtime.controllers.catalogues import FolderReleases
 from nahtlos.runtime.controllers.orchestrator import Orchestrator
 from nahtlos.runtime.identity import CertificateAuthority, Keyring, Operators
 from nahtlos.runtime.settings import OrchestratorSettings, load_settings
@@ -45,7 +46,9 @@ async def run(settings: OrchestratorSettings, *, fd_agents: int, fd_api: int, fd
                 alone=alone,
                 identity=CertificateAuthority.load(settings.ca_dir),
                 releases=FolderReleases(settings.releases_dir),
-                images=FolderImages(settings.images_dir),
+                images=ImageIntake(
+                    settings.images_dir, settings.releases_dir, settings.state_dir / "image-jail"
+                ),
                 keyring=Keyring(settings.ca_dir),
             )
             await _serve(settings, orchestrator, fd_agents, fd_api, fd_operator)
