@@ -8,10 +8,11 @@ A gateway's place can be taken over from another host without breaking a connect
     new host   gateway_prepare          its namespace is there and complete, but nothing leads to it
     old host   gateway_state_export     what connection tracking remembers of the gateway
     new host   gateway_state_import
-    new host   reconcile, other hosts reconcile, to a configuration that names the new host
-               (the old place works on meanwhile, for whoever does not know yet)
+    new host   reconcile to a configuration that names it: it answers to the outside
+    old host   reconcile to one by which it passes on: it leads out what others send, and answers no more
+    other hosts reconcile to one that names the new host
     both       export and import again: connections that began in between
-    old host   reconcile: its namespace goes
+    old host   reconcile to one without: its namespace goes
 """
 
 import asyncio

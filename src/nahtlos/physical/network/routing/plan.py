@@ -6,11 +6,11 @@ Pure: (configuration, place) -> namespaces with their cables and facts, and entr
                    hosts, so a server's frames are routed on its own. All servers are permanent neighbours,
                    nothing is ever resolved: an answer to the common address would reach the nearest router,
                    which need not be the one that asked. The bridge answers ARP and ND in its place.
-    gateway-<n>    at the gateway host only: the place of what cannot be everywhere, with a MAC of its own
-                   and none of the common addresses. Routers send what is for outside to its MAC, through the
-                   first of their networks (the transit); it sends into each network directly. The host
-                   routes between it and the outside interface, and answers ARP there for its address and
-                   the floating ones.
+    gateway-<n>    at the gateway host, and for a while at the former one, which answers nobody outside: the
+                   place of what cannot be everywhere, with a MAC of its own and none of the common addresses.
+                   Routers send what is for outside to its MAC, through the first of their networks (the
+                   transit); it sends into each network directly. The host routes between it and the outside
+                   interface, and answers ARP there for its address and the floating ones.
     balancer-<n>   at the load balancer's host: the virtual address with a MAC of its own.
 
     server - router-<n> of its host - transit network - gateway-<n> - host - outside
@@ -134,6 +134,11 @@ class Site(msgspec.Struct, frozen=True):
     fixed: Mapping[PortId, str]
     """First address of each port."""
 
+    def leads_out(self, router: RouterConfig) -> bool:
+        """Whether the router's gateway is here; or was, and some host may not know that it has gone."""
+        gateway = router.spec.gateway
+        return gateway is not None and (gateway.host == self.place.host or router.passing)
+
     def attached(self, router: RouterConfig) -> tuple[Attached, ...]:
         """By VNI: the first one's network is the transit."""
         found = [a for i in router.spec.interfaces if (a := self._attached(i)) is not None]
@@ -196,7 +201,7 @@ def spaces(at: Site) -> tuple[Space, ...]:
     for router in at.routers:
         if at.attached(router):
             found.append(router_space(router, at))
-            if router.spec.gateway is not None and router.spec.gateway.host == at.place.host:
+            if at.leads_out(router):
                 found.append(gateway_space(router, at))
     found += [balancer_space(b, at) for b in at.balancers if b.spec.host == at.place.host]
     return tuple(found)
@@ -306,6 +311,8 @@ def gateway_space(router: RouterConfig, at: Site) -> Space:
         if ":" not in a.subnet.cidr:
             inside.add(Route(str(ip_network(a.subnet.cidr, strict=False)), inner_name(a.vni)))
     inside.add(Setting("net/netfilter/nf_conntrack_tcp_loose", "0"))
+    # While its place moves, each of the two sees one direction of a connection: windows cannot be judged.
+    inside.add(Setting("net/netfilter/nf_conntrack_tcp_be_liberal", "1"))
     inside.add(Address(OUTSIDE, f"{ip_address(gateway.address)}/32"))
     inside.add(Neighbour(OUTSIDE, HOST_SIDE, far))
     inside.add(Route("0.0.0.0/0", OUTSIDE, HOST_SIDE))
@@ -318,7 +325,7 @@ def gateway_space(router: RouterConfig, at: Site) -> Space:
     )
     cables = (*(_cable("g", number, vni, network, mac) for vni, network in networks.items()), host)
     floating = at.translated(router)
-    outside = _forwarded(cables) | _outside(gateway, router.interface, host, floating)
+    outside = _forwarded(cables) | _outside(gateway, _answering(router), host, floating)
     if six:
         cidrs = [cidr for cidr, _ in six]
         forced = at.place.forced
@@ -330,6 +337,11 @@ def gateway_space(router: RouterConfig, at: Site) -> Space:
         outside=outside,
         rules=translation.rules(gateway, floating),
     )
+
+
+def _answering(router: RouterConfig) -> str:
+    """The interface at which this host answers for the gateway's addresses; empty: at none."""
+    return "" if router.passing else router.interface
 
 
 def _ipv6(attached: Iterable[Attached]) -> list[tuple[str, str]]:
@@ -426,7 +438,7 @@ def _router_items(router: RouterConfig, at: Site) -> Iterable[Item]:
         # Every host has its own: should that be missing, frames for it come back instead of reaching others.
         yield TunnelEntry(tunnel_name(a.vni), mac, at.place.address)
     gateway = router.spec.gateway
-    if attached and gateway is not None and gateway.host != at.place.host and router.gateway_vtep:
+    if attached and gateway is not None and not at.leads_out(router) and router.gateway_vtep:
         yield from _elsewhere(attached[0].vni, gateway_mac(router.spec.number), router.gateway_vtep)
 
 
