@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ GROUP = SecurityGroupSpec(
 )
 ALL_ALIVE = Goal(at_least=1.0)
 NOTHING_MISSING = Goal(at_most=0)
+A_MINUTE = Goal(at_least=60)
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Outcome:
     again: int = 0
     """Segments of the bulk."""
     megabytes: float = 0.0
+    silence: float = 0.0
+    """Seconds from the last that was heard of the idle connection until it was asked again."""
     counters: Counter[str] = field(default_factory=Counter[str])
     """What the sender's kernel counted meanwhile, by its names."""
 
@@ -137,7 +141,7 @@ async def through_moves(moves: int, pause: float, *, transfer: bool) -> Outcome:
             async with _opened(space, port.ip, client.namespace, client.address) as connections:
                 before = counters(client.namespace)
                 with _bulk(space, port.ip, client.namespace) as bulk:
-                    outcome = Outcome()
+                    outcome, silent_since = Outcome(), time.monotonic()
                     await asyncio.sleep(pause)
                     for number in range(moves):
                         source, destination = hosts[number % 2], hosts[1 - number % 2]
@@ -147,7 +151,8 @@ async def through_moves(moves: int, pause: float, *, transfer: bool) -> Outcome:
                         outcome.moves += 1
                     if not moves:
                         await asyncio.sleep(MOVES * (pause + BLACKOUT_SECONDS))
-                    for connection in connections:
+                    outcome.silence = time.monotonic() - silent_since
+                    for connection in reversed(connections):  # the idle one is asked first
                         outcome.alive[connection.name] = await _still(connection)
                     outcome.alive["bulk"], outcome.again, outcome.megabytes = bulk.finish()
                     outcome.counters = counters(client.namespace)
@@ -259,6 +264,13 @@ async def measure(figures: Figures, *, long: bool) -> None:
             goal=ALL_ALIVE,
             samples=carried.moves,
         )
+    figures.add(
+        "silence of the idle connection, over all these moves",
+        carried.silence,
+        "s",
+        goal=A_MINUTE if long else None,
+        samples=carried.moves,
+    )
     for name, alive in dropped.alive.items():
         figures.add(
             f"the same '{name}', without what the firewall remembers",
