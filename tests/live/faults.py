@@ -38,7 +38,6 @@ from nahtlos.physical.supervisor.client import SupervisorClient
 from nahtlos.physical.supervisor.launch import launch_supervisor
 from nahtlos.runtime.controllers.cloud import HostView, ServerRequest, ServerView
 from nahtlos.runtime.evidence.records import lost_at, read_probe
-from nahtlos.runtime.releases import list_releases
 
 MOVER, BYSTANDER = ServerId("vm-1"), ServerId("vm-2")
 MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 8.0, 20.0
@@ -261,7 +260,7 @@ class FaultLab:
 
     def releases(self) -> tuple[Release, Release]:
         """The oldest and the newest there are."""
-        built = sorted(list_releases(self.datacentre.build.releases), key=lambda r: r.version.split("."))
+        built = sorted(self.datacentre.build.movable_releases(), key=lambda r: r.version.split("."))
         assert len(built) > 1, "an upgrade needs two releases"
         return built[0], built[-1]
 

@@ -13,7 +13,6 @@ import pytest
 
 from nahtlos.lab.datacentre import API_PORT, unique_name
 from nahtlos.lab.paths import BuildPaths, LabPaths
-from nahtlos.runtime.releases import list_releases
 
 pytestmark = [
     pytest.mark.live,
@@ -67,7 +66,7 @@ def nahtlos() -> Iterator[CommandLine]:
 
 
 def test_an_operators_day(nahtlos: CommandLine, tmp_path: Path) -> None:
-    old, new = (r.id for r in list_releases(BuildPaths.default().releases))
+    old, new = (r.id for r in BuildPaths.default().movable_releases())
     assert nahtlos.json("lab", "status")["up"] is False
     opened = nahtlos.json("lab", "up", "--hosts", "2")
     assert opened["status"]["converged"]

@@ -116,3 +116,17 @@ def test_planning_again_changes_nothing() -> None:
     cloud.plan()
     assert cloud.now is before
     assert msgspec.json.encode(before)
+
+
+def test_a_release_that_corrupts_what_it_moves_is_only_ever_left_in_place() -> None:
+    cloud = running_cloud((1, 0))
+    cloud.world.accelerator = Accelerator(name="tcg", reason="")
+    cloud.want(release_versions={OLD: "7.2", NEW: "10.0.2"})
+    cloud.request(1, 2)
+    cloud.settle()
+    assert cloud.where(1) == host_id(1)
+    assert "misses pages" in cloud.reasons(server_id(1))
+    assert "replace-vmm" in cloud.reasons(server_id(1))
+    ask(cloud, 1)
+    cloud.settle()
+    assert (cloud.where(1), cloud.world.under[server_id(1)]) == (host_id(1), NEW)

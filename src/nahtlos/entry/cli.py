@@ -114,10 +114,13 @@ def _root() -> None:
 
 
 def _sound_releases(build: BuildPaths) -> list[ReleaseId]:
-    """Every release that is built, its files as its manifest says. Refused by the first that is broken."""
+    """Every release that is built, its files as its manifest says; first those that servers can be moved by,
+    because hosts run the first. Refused by the first that is broken."""
     for problem in broken_releases(build.releases):
         raise problem
-    return [load_release(build.releases, r.id).id for r in list_releases(build.releases)]
+    first = build.movable_releases()
+    others = (release for release in list_releases(build.releases) if release not in first)
+    return [load_release(build.releases, release.id).id for release in (*first, *others)]
 
 
 async def _into_service(cli: Cli, releases: list[ReleaseId]) -> None:

@@ -40,7 +40,6 @@ from nahtlos.runtime.evidence.machine import observe_machine
 from nahtlos.runtime.evidence.records import SUMMARY_NAME, DiskCheck
 from nahtlos.runtime.evidence.report import Evidence, Report, collect, encode, save_evidence, write_whole
 from nahtlos.runtime.evidence.text import render_text
-from nahtlos.runtime.releases import list_releases
 
 SERVER_SIZE = Size(vcpus=1, memory_mib=256)
 MEMORY_MIB, MEMORY_MB_PER_S, DISK_PER_S = 32, 5.0, 10.0
@@ -91,7 +90,7 @@ class Demo:
 
     async def _releases(self, client: OperatorClient) -> tuple[Release, Release]:
         """The oldest and the newest hypervisor release that were built; both made known to the cloud."""
-        built = list_releases(self._datacentre.build.releases)
+        built = self._datacentre.build.movable_releases()
         if len(built) < 2:
             raise Refused(
                 "an upgrade needs two releases", field="releases", remedy="build them: make releases"

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nahtlos.model.ids import checked_name
+from nahtlos.model.nouns import Release
+from nahtlos.model.version_pairs import moves
+from nahtlos.runtime.releases import list_releases
 
 RUN = Path("/run/nahtlos")
 STATE = Path("/var/lib/nahtlos/labs")
@@ -66,6 +69,10 @@ class BuildPaths:
     """What is built once and used by every lab: in the checkout's `build/`."""
 
     root: Path
+
+    def movable_releases(self) -> tuple[Release, ...]:
+        """Hypervisors that are built and that servers can be moved by, oldest first."""
+        return tuple(release for release in list_releases(self.releases) if moves(release.version))
 
     @property
     def releases(self) -> Path:

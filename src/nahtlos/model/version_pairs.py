@@ -146,5 +146,10 @@ def allowed(way: Way, old: str, new: str, accelerator: str) -> bool:
     return pair_for(way, old, new, accelerator).verdict is not Verdict.REFUSED
 
 
+def moves(version: str) -> bool:
+    """Whether servers may be moved among hosts of this version, under emulation, which every host can do."""
+    return allowed(Way.MOVE, version, version, "tcg")
+
+
 def _fits(pattern: str, version: str) -> bool:
     return pattern == "*" or version == pattern or version.startswith(f"{pattern}.")

@@ -130,7 +130,9 @@ def choose(
     fitting = [
         host
         for host in hosts
-        if size.fits(rooms.free(host)) and draft.can_run(server, draft.hosts[host].release)
+        if size.fits(rooms.free(host))
+        and draft.can_run(server, draft.hosts[host].release)
+        and draft.refused_move(server, draft.hosts[host].release) is None
     ]
     return min(
         fitting, key=lambda host: (_doubtful(draft, server, host), rank(rooms, host), host), default=None
@@ -152,6 +154,9 @@ def no_room(draft: Draft, server: ServerId, hosts: Sequence[HostId]) -> str:
     if not able:
         machine = draft.policy.servers[server].machine
         return f"no host in service has a release with the machine type {machine} of {server}{until}"
+    refused = [draft.refused_move(server, draft.hosts[host].release) for host in able]
+    if all(refused):
+        return f"{refused[0]}; replace it in place first: nahtlos server replace-vmm {server}"
     best = max(able, key=lambda host: (draft.rooms.free(host).memory_mib, host))
     free = amount(draft.rooms.free(best))
     if len(able) == 1:

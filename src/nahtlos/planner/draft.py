@@ -28,6 +28,7 @@ from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, Route
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
 from nahtlos.model.storage import StorageBackend
+from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
 from nahtlos.model.volume_work import PlannedVolumeTask
 from nahtlos.planner.rooms import Rooms
 
@@ -151,6 +152,20 @@ class Draft:
 
     def verify_of(self, host: HostId) -> PlannedVerify | None:
         return next((verify for verify in self.verifies.values() if verify.host == host), None)
+
+    def refused_move(self, server: ServerId, release: ReleaseId | None) -> Pair | None:
+        """The row of the table of version pairs that forbids to move `server` to a host of `release`."""
+        owner = self.servers.get(server)
+        status = self.observed.server_on(server, owner.host) if owner else None
+        seen = self.observed.host(owner.host) if owner else None
+        versions = self.policy.release_versions
+        if status is None or status.release is None or seen is None or seen.accelerator is None:
+            return None
+        old, new = versions.get(status.release), versions.get(release) if release is not None else None
+        if old is None or new is None:
+            return None
+        pair = pair_for(Way.MOVE, old, new, seen.accelerator.name)
+        return pair if pair.verdict is Verdict.REFUSED else None
 
     def can_run(self, server: ServerId, release: ReleaseId | None) -> bool:
         """Whether `release` has the server's machine type, as far as that is known."""

@@ -69,5 +69,7 @@ def _refusal(draft: Draft, server: ServerId, host: HostId) -> str:
     release = draft.hosts[host].release
     if not draft.can_run(server, release):
         return f"{release} on {host} lacks the machine type of {server}"
+    if refused := draft.refused_move(server, release):
+        return f"{refused}; replace it in place first: nahtlos server replace-vmm {server}"
     needs, free = amount(draft.size(server)), amount(draft.rooms.free(host))
     return f"{host} has no room for {server} (needs {needs}, {free} free)"
