@@ -134,6 +134,7 @@ CHANGES = (
     ("router route add wan 192.168.0.0/16 10.2.0.10", "192.168.0.0/16"),
     ("router route remove wan 192.168.0.0/16 10.2.0.10", "no routes"),
     ("router gateway set wan --host edge-1 --address 203.0.113.3 --no-snat", "no SNAT"),
+    ("router set wan --gateway-host edge-1", "203.0.113.3"),
     ("load-balancer member add lb 10.1.0.21:8080 --weight 3", "10.1.0.21"),
     ("load-balancer member set lb 10.1.0.21:8080 --drain", "draining"),
     ("load-balancer member remove lb 10.1.0.21:8080", "10.1.0.20"),
