@@ -128,7 +128,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             wanted = view.replaced_by
             if wait:
                 view = await _until(
-                    cli, client, view, f"{server} is replaced", lambda seen: seen.release == wanted, deadline
+                    cli, client, view, f"{server} is replaced", lambda seen: _replaced(seen, wanted), deadline
                 )
         cli.show(view, pictures.server(view))
 
@@ -202,6 +202,10 @@ async def _until(
     deadline: float,
 ) -> ServerView:
     return await wait_until(cli, what, lambda: client.server(view.id), done, _standing, deadline=deadline)
+
+
+def _replaced(view: ServerView, by: ReleaseId | None) -> bool:
+    return view.release == by and view.replaced_by is None
 
 
 def _runs(view: ServerView) -> bool:

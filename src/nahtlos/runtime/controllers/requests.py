@@ -330,7 +330,9 @@ def _check_pair(
     before = releases.get(old)
     if before is None:
         raise Conflict(
-            f"it is not known what {old} is", field="release", remedy=f"nahtlos release register {old}"
+            f"it is not known what {old} is",
+            field="release",
+            remedy="nahtlos release list names those that are known",
         )
     if accelerator is None:
         raise Conflict(
