@@ -2,7 +2,7 @@
 
 PYTHON := .venv/bin/python
 UV := build/bootstrap/bin/uv
-TRACKS := 10.0 11.1
+TRACKS := 7.2 10.0 11.1 network-12 network-13
 CODE := src tests benchmarks packaging
 
 .DEFAULT_GOAL := help
@@ -15,7 +15,7 @@ help: ## show this list
 setup: ## install what is missing: Debian packages, uv, the locked virtual environment
 	@packaging/bootstrap.sh
 
-releases: setup ## build the hypervisor releases (QEMU 10.0 and 11.1) under build/releases
+releases: setup ## build releases (QEMU 7.2, 10.0, 11.1; dnsmasq and haproxy) under build/releases
 	@$(PYTHON) -m nahtlos.runtime.releases.build $(TRACKS:%=--track %) $(if $(REFRESH),--refresh)
 
 image: setup ## build the probe guest's disk image under build/images

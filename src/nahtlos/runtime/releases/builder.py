@@ -54,6 +54,8 @@ class Track(Value, frozen=True, kw_only=True):
 TRACKS = {
     track.name: track
     for track in (
+        # Servers under it are replaced in place and never moved (docs/version-pairs.md).
+        Track(name="7.2", suite="bookworm", sources=("bookworm",), oldest="7.2"),
         # Not trixie: its 10.0.13 gives virtio queues 1024 entries, and 11.1 refuses streams from it
         # (docs/decisions/0003).
         Track(
