@@ -555,3 +555,20 @@ async def test_nobody_else_gets_in_by_way_of_a_move(tmp_path: Path) -> None:
         assert tried == [False] * 24
     finally:
         await asyncio.to_thread(stage.close)
+
+
+async def test_a_stateless_port_that_comes_is_asked_for_each_packet_at_once(stage: Stage) -> None:
+    """Before the next reconcile: known connections of the others take a shorter way."""
+    stateful, peer = stage.box(10, A, "clients"), stage.box(12, B)
+    stage.groups = [group("clients", *OPEN_OUT), group("less", *OPEN_OUT, stateful=False)]
+    await stage.opened()
+    peer.serve(53)
+    assert await run(stateful.udp, peer, 53)
+    late = stage.box(11, A, "less")
+    await stage.converge()
+    await stage.boot(late)
+    assert not await run(late.udp, peer, 53), "no rule lets the answer in"
+    assert await run(stateful.udp, peer, 53)
+    await stage.converge()
+    assert not await run(late.udp, peer, 53)
+    assert await stage.converge() == {A: (), B: ()}

@@ -25,6 +25,7 @@ from nahtlos.physical.network.firewall.flows import Standing, flow_of, narrowed
 from nahtlos.physical.network.firewall.layout import ESTABLISHED, NEW, Judge, Moving, Tracking
 from nahtlos.physical.network.firewall.rules import Flow, Members, rule_lines
 from nahtlos.physical.network.firewall.tables import (
+    BRIDGE,
     Chain,
     Comparison,
     Elements,
@@ -304,6 +305,27 @@ def test_what_a_source_does_not_let_in_is_the_destinations_business_if_that_know
     bridge, _ = compiled(port(1, WEB), groups=(OPEN,), moving=(destination,))
     known = {name: bool(bridge.sets[name].items) for name in ("arriving", "arriving_marked")}
     assert known == {"arriving": not marked, "arriving_marked": marked}
+
+
+def test_known_connections_take_a_short_way_where_all_groups_are_stateful() -> None:
+    stateless = msgspec.structs.replace(OPEN, id=SecurityGroupId("less"), stateful=False)
+    other = port(2, SecurityGroupId("less"))
+    (fast, *_), (slow, *_) = (
+        compiled(port(1, WEB), groups=(OPEN,)),
+        compiled(port(1, WEB), other, groups=(OPEN, stateless)),
+    )
+    known = f"meta mark {ESTABLISHED:#x}"
+    assert fast.chains["egress"].rules[0] == f"{known} accept"
+    assert fast.chains["ingress"].rules[:2] == (
+        f"{known} oifname . ether daddr vmap @passed_on",
+        f"{known} accept",
+    )
+    for name in ("egress", "ingress"):
+        assert fast.chains[name].rules[-1] == slow.chains[name].rules[-1]
+        assert known not in "".join(slow.chains[name].rules), "a stateless group asks for each packet"
+        written = digest(fast.chains[name].text)
+        assert firewall.is_too_fast(BRIDGE, name, slow.chains[name], written)
+        assert not firewall.is_too_fast(BRIDGE, name, fast.chains[name], digest(slow.chains[name].text))
 
 
 def test_a_mark_is_believed_of_arriving_ports_only() -> None:

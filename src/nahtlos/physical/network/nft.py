@@ -55,9 +55,20 @@ def set_name(vni: int) -> str:
     return f"moving{vni}"
 
 
-REPORTS = (
-    "  chain reports {",
+NOT_BETWEEN_HOSTS = (
+    # Every host answers DHCP for its own servers; the same question must not reach the others.
+    "  chain questions {",
+    "    ether type ip udp dport 67 drop",
+    "    ether type ip6 udp dport 547 drop",
+    "  }",
+    # Nor does one host's advertisement: each tells its own servers.
+    "  chain advertisements {",
+    "    icmpv6 type vmap { nd-router-solicit : drop, nd-router-advert : drop, "
+    "mld-listener-report : jump reports, mld-listener-done : jump reports, "
+    "mld2-listener-report : jump reports }",
+    "  }",
     # What a host's own routers and services listen to: the same on every host, and nobody else's business.
+    "  chain reports {",
     "    ether saddr 02:6e:00:00:00:00-02:6e:ff:ff:ff:ff drop",
     "  }",
 )
@@ -72,7 +83,7 @@ ASKED_OF_GATEWAYS = "{ echo-request, nd-neighbor-solicit, nd-neighbor-advert }"
 def compose(networks: Iterable[FilteredNetwork], gates: Iterable[Gate]) -> str:
     """Both tables, replacing what is there of them."""
     networks, gates = sorted(networks), sorted(gates)
-    lines = [_replaced("netdev"), f"table netdev {TABLE} {{", *(REPORTS if networks else ())]
+    lines = [_replaced("netdev"), f"table netdev {TABLE} {{", *(NOT_BETWEEN_HOSTS if networks else ())]
     for network in networks:
         lines += _gate_lines(network.vni, [g for g in gates if g.vni == network.vni])
         if network.outward:
@@ -94,13 +105,8 @@ def _gate_lines(vni: int, gates: Sequence[Gate]) -> list[str]:
         "  }",
         f"  chain {tunnel_name(vni)} {{",
         f'    type filter hook ingress device "{tunnel_name(vni)}" priority -500; policy accept;',
-        # Every host answers DHCP for its own servers; the same question must not reach the others.
-        "    ether type ip udp dport 67 drop",
-        "    ether type ip6 udp dport 547 drop",
-        # Nor does one host's advertisement: each tells its own servers.
-        "    icmpv6 type vmap { nd-router-solicit : drop, nd-router-advert : drop, "
-        "mld-listener-report : jump reports, mld-listener-done : jump reports, "
-        "mld2-listener-report : jump reports }",
+        # One lookup for what is none of this, which is nearly everything.
+        "    meta l4proto vmap { udp : jump questions, icmpv6 : jump advertisements }",
         f'    ether daddr @{set_name(vni)} fwd to "{gate_name(vni)}"',
         "  }",
     ]
@@ -142,10 +148,11 @@ def _guard_lines(networks: Sequence[FilteredNetwork]) -> list[str]:
         bridges = _names(bridge_name(network.vni) for network in networks)
         ways = ", ".join(f'"{a}" . "{b}"' for network in networks for a, b in _ways(network))
         receive += [
-            f"    iifname {bridges} udp dport 67 accept",
-            f"    iifname {bridges} icmp type echo-request accept",
-            f"    iifname {bridges} icmpv6 type {ASKED_OF_GATEWAYS} accept",
-            f"    iifname {bridges} drop",
+            f"    iifname != {bridges} accept",
+            "    udp dport 67 accept",
+            "    icmp type echo-request accept",
+            f"    icmpv6 type {ASKED_OF_GATEWAYS} accept",
+            "    drop",
         ]
         route += [
             f"    iifname . oifname {{ {ways} }} accept",

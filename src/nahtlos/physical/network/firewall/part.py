@@ -34,6 +34,7 @@ from nahtlos.physical.network.firewall.tables import (
     BRIDGE,
     INET,
     TABLE,
+    Chain,
     Changes,
     Comparison,
     Observed,
@@ -41,6 +42,7 @@ from nahtlos.physical.network.firewall.tables import (
     Table,
     Written,
     applied,
+    chain_key,
     decode,
     digest,
     name_part,
@@ -322,7 +324,8 @@ class Firewall(Part):
         bare = firewall.tables(self._groups_only(), ports, moving, way)
         if any(name not in _chains(observed, t.family) for t in bare for name in t.chains):
             bare = firewall.tables(self._policy(ports), ports, moving, way)
-        needed = tuple(_without_present(table, observed) for table in bare)
+        written = self._state().chains
+        needed = tuple(_without_present(table, observed, written) for table in bare)
         self._touch()
         try:
             await self._apply_additions(needed, observed)
@@ -330,7 +333,7 @@ class Firewall(Part):
             self._observed = None
             observed = await self._look(again=True)
             full = firewall.tables(self._policy(ports), ports, moving, way)
-            await self._apply_additions(tuple(_without_present(t, observed) for t in full), observed)
+            await self._apply_additions(tuple(_without_present(t, observed, written) for t in full), observed)
 
     def _groups_only(self) -> Policy:
         """Without their members: enough for what chains there must be, and quick."""
@@ -442,10 +445,20 @@ def _chains(observed: Observed, family: str) -> Mapping[str, str]:
     return observed.get(family, ObservedTable()).chains
 
 
-def _without_present(table: Table, observed: Observed) -> Table:
-    """Chains and sets that are new, and elements."""
-    chains = {n: c for n, c in table.chains.items() if n not in _chains(observed, table.family)}
+def _without_present(table: Table, observed: Observed, written: Mapping[str, Written]) -> Table:
+    """Chains and sets that are new or ask too little, and elements."""
+    there = _chains(observed, table.family)
+    chains = {
+        name: chain
+        for name, chain in table.chains.items()
+        if name not in there or _asks_too_little(table.family, name, chain, written)
+    }
     return Table(table.family, chains, table.sets)
+
+
+def _asks_too_little(family: str, name: str, chain: Chain, written: Mapping[str, Written]) -> bool:
+    last = written.get(chain_key(family, name))
+    return last is not None and firewall.is_too_fast(family, name, chain, last.digest)
 
 
 def _foreign_taps(ports: Iterable[LocalPort], taps: frozenset[str]) -> frozenset[str]:
