@@ -172,6 +172,15 @@ class BackupSpec(Value, frozen=True, kw_only=True):
     stored_bytes: int = 0
 
 
+class Changes(Value, frozen=True, kw_only=True):
+    """What a copy that comes back says of itself."""
+
+    since: str
+    """The last moment at which it was in step with all others."""
+    ranges: tuple[tuple[int, int], ...] | None = None
+    """(offset, length) of what was written here since; None: that is not known any more."""
+
+
 class CopyPhase(StrEnum):
     NONE = "none"
     COPYING = "copying"

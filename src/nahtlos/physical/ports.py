@@ -38,6 +38,7 @@ from nahtlos.model.inventory import Accelerator, PoolStatus, RunState, SnapshotS
 from nahtlos.model.nouns import Size
 from nahtlos.model.storage import (
     BackupSpec,
+    Changes,
     CopyProgress,
     DiskBudget,
     SnapshotExport,
@@ -202,6 +203,11 @@ class Hypervisor(Protocol):
         Returns what was changed. Refused where the machine has no place left, Unavailable while a copy does not
         answer or a guest does not let go of a disk; a later call goes on from there. A guest that its disks have
         stopped is not resumed, but may be, afterwards."""
+        ...
+
+    async def disks_settled(self, vmm: VmmId, server: ServerConfig) -> bool:
+        """Wait for every write the guest has begun to end. True: it runs, and all ended at every copy that
+        `server` names. What had failed before is written again by then."""
         ...
 
     async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
@@ -515,10 +521,16 @@ class Storage(Protocol):
         ...
 
     async def relocate_start(
-        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+        self,
+        volume: VolumeSpec,
+        target: VolumeEndpoint,
+        *,
+        bytes_per_second: int,
+        changes: Changes | None = None,
     ) -> None:
         """Copy all of it to `target` while it is written; from READY on every write goes to both.
-        `bytes_per_second`: 0 for no limit; may be called again with another one."""
+        `bytes_per_second`: 0 for no limit; may be called again with another one. `changes`, of the copy at
+        `target`: only what was written there or here since is copied; Conflict if that is not known here."""
         ...
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress: ...
@@ -541,6 +553,20 @@ class Storage(Protocol):
     async def receive(self, volume: VolumeSpec) -> None:
         """A blank file of its size, served for writing to hosts by `volume.epoch`. What an earlier attempt
         has left in it is no matter."""
+        ...
+
+    async def rejoin(self, volume: VolumeSpec) -> Changes | None:
+        """Instead of `receive`: what is here stays, as the base of a copy that only takes what differs, and is
+        served for writing by `volume.epoch`. None: it is nothing to begin from."""
+        ...
+
+    async def step_begin(self, volume: VolumeId, step: str) -> None:
+        """From now on remember what is written (as long as the daemon lives), under this name."""
+        ...
+
+    async def step_reached(self, volume: VolumeId, step: str) -> None:
+        """All copies hold what was written before `step_begin` was answered by all of them: durable here on
+        return. Refused if what was written since is not known."""
         ...
 
     # backups and files

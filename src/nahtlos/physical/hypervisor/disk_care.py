@@ -68,6 +68,10 @@ class DiskCare:
         if not await LiveDisks(vmm, record.server).is_whole():
             await self.reconcile(vmm, record.server)
 
+    async def settled(self, vmm: Vmm, server: ServerConfig) -> bool:
+        """See `ports.Hypervisor.disks_settled`."""
+        return await LiveDisks(vmm, server).settled()
+
     async def settle(self, vmm: Vmm) -> None:
         """A VMM was started: its connections are bounded from now on."""
         record = vmm.record

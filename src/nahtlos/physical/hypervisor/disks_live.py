@@ -116,6 +116,18 @@ class LiveDisks:
         ways = ((disk, disks.way_of(graph, disk.root)) for disk in self._wanted)
         return all(way is not None and disks.reaches(way, disk.keys) for disk, way in ways)
 
+    async def settled(self) -> bool:
+        """A root that is opened anew as it is first waits until all its requests have ended, and flushes. One
+        that fails stops the guest."""
+        graph = await graph_of(self._vmm)
+        for disk in self._wanted:
+            way = disks.way_of(graph, disk.root)
+            if way is None or not disks.reaches(way, disk.keys):
+                return False
+            if way.threshold is not None:
+                await self._reopen(disk, way.top)
+        return await self._vmm.state() == "running" and await self.is_whole()
+
     async def _say(self, command: str, within: float = 5.0, /, **arguments: object) -> dict[str, object]:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         return await self._vmm.execute(command, named, within=within)

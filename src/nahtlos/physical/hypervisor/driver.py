@@ -151,6 +151,11 @@ class QemuHypervisor:
         async with found.changing_disks:
             return await self._care.reconcile(found, server)
 
+    async def disks_settled(self, vmm: VmmId, server: ServerConfig) -> bool:
+        found = self._running(vmm)
+        async with found.changing_disks:
+            return await self._care.settled(found, server)
+
     async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
         return await self._care.watch(self._vmms, timeout)
 

@@ -58,6 +58,10 @@ class SimHypervisor(SimDriver):
         async with self.verb("disks_reconcile", vmm.unit):
             return change_disks(self.world, self._living(vmm), server)
 
+    async def disks_settled(self, vmm: VmmId, server: ServerConfig) -> bool:
+        async with self.verb("disks_settled", vmm.unit):
+            return self._living(vmm).state is RunState.RUNNING and not copies_lost(self.world, server)
+
     async def disks_watch(self, *, timeout: float) -> tuple[VmmId, ...]:
         """Waits until there is something to tell: time passes too fast here for looking every moment."""
         stopped = [v for v in self.host.vmms.values() if v.disk_problems and not v.ended]

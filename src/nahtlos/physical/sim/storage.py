@@ -10,7 +10,15 @@ from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import BackupSpec, CopyPhase, CopyProgress, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    Changes,
+    CopyPhase,
+    CopyProgress,
+    SnapshotSpec,
+    VolumeFormat,
+    VolumeSpec,
+)
 from nahtlos.physical.ports import BackupResult, OnCopied, StorageDesired
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.volumes import COPY_BYTES_PER_SECOND, Snapshot, Volume
@@ -124,7 +132,12 @@ class SimStorage(SimDriver):
         """What is here is served from here."""
 
     async def relocate_start(
-        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+        self,
+        volume: VolumeSpec,
+        target: VolumeEndpoint,
+        *,
+        bytes_per_second: int,
+        changes: Changes | None = None,
     ) -> None:
         async with self.verb("relocate_start", volume.id):
             self._check_up()
@@ -190,6 +203,18 @@ class SimStorage(SimDriver):
             if held is not None and not held.received:
                 raise Conflict(f"{self.host.id} has {volume.id} already", field="volume")
             self.host.volumes[volume.id] = Volume(volume, whole=False, received=True)
+
+    async def rejoin(self, volume: VolumeSpec) -> Changes | None:
+        """A simulated copy is always made anew."""
+        return None
+
+    async def step_begin(self, volume: VolumeId, step: str) -> None:
+        self._check_up()
+        self._own(volume)
+
+    async def step_reached(self, volume: VolumeId, step: str) -> None:
+        self._check_up()
+        self._own(volume)
 
     # --- backups and files ---
 

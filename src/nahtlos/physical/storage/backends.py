@@ -18,6 +18,7 @@ from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import (
     BackupSpec,
+    Changes,
     CopyPhase,
     CopyProgress,
     SnapshotSpec,
@@ -79,6 +80,15 @@ class Backends:
 
     async def receive(self, volume: VolumeSpec) -> None:
         await self._of(volume).receive(volume)
+
+    async def rejoin(self, volume: VolumeSpec) -> Changes | None:
+        return await self._of(volume).rejoin(volume)
+
+    async def step_begin(self, volume: VolumeId, step: str) -> None:
+        await (await self._holder(volume)).step_begin(volume, step)
+
+    async def step_reached(self, volume: VolumeId, step: str) -> None:
+        await (await self._holder(volume)).step_reached(volume, step)
 
     async def serve(self, volume: VolumeSpec) -> None:
         await self._of(volume).serve(volume)
@@ -152,9 +162,16 @@ class Backends:
     # --- relocation --------------------------------------------------------------------------------
 
     async def relocate_start(
-        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+        self,
+        volume: VolumeSpec,
+        target: VolumeEndpoint,
+        *,
+        bytes_per_second: int,
+        changes: Changes | None = None,
     ) -> None:
-        await self._of(volume).relocate_start(volume, target, bytes_per_second=bytes_per_second)
+        await self._of(volume).relocate_start(
+            volume, target, bytes_per_second=bytes_per_second, changes=changes
+        )
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
         return await (await self._giving(volume)).relocate_progress(volume)

@@ -35,13 +35,13 @@ class Copies:
         self._serving = serving
         self._places: Places = serving.places
         self._bundle = bundle
-        self._door = OwnDoor(
+        self.door = OwnDoor(
             host=settings.host,
             address=settings.address,
             port=settings.nbd_port,
             pki_dir=settings.pki_dir,
         )
-        self.backups = Backups(serving.daemon, serving.records, self._places, self._door)
+        self.backups = Backups(serving.daemon, serving.records, self._places, self.door)
         self._exports = SnapshotExports(
             supervisor,
             settings.run_dir / "exports",
@@ -100,7 +100,7 @@ class Copies:
         file = scrub.readable_file(record, self._places)
         export = f"{volume}.e{record.epoch}"
         return await in_thread(
-            lambda stop: scrub.digest_of_range(stop, self._door, export, offset, length, file)
+            lambda stop: scrub.digest_of_range(stop, self.door, export, offset, length, file)
         )
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:

@@ -14,7 +14,7 @@ from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Error, Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import BackupSpec, CopyProgress, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import BackupSpec, Changes, CopyProgress, SnapshotSpec, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundles
 from nahtlos.physical.hypervisor.commandline import TLS_FILES
 from nahtlos.physical.ports import BackupResult, Keyring, OnCopied, StorageDesired, Supervisor, Unit
@@ -31,6 +31,7 @@ from nahtlos.physical.storage.overwriting import Overwriting
 from nahtlos.physical.storage.record import Records
 from nahtlos.physical.storage.release import DaemonRelease
 from nahtlos.physical.storage.relocation import Relocations
+from nahtlos.physical.storage.replication import Replication
 from nahtlos.physical.storage.report import volume_statuses
 from nahtlos.physical.storage.serving import Serving
 from nahtlos.physical.storage.snapshots import Snapshots
@@ -54,6 +55,7 @@ class EmbeddedStorage:
         self._snapshots = Snapshots(self.serving, self.files, self.merging)
         self.releases = DaemonRelease(settings, supervisor, Bundles(settings.releases_dir), self.daemon)
         self.copies = Copies(settings, supervisor, self.serving, self.releases.bundle)
+        self.replication = Replication(self.serving, self.relocations, self.copies.door)
         self._overwriting = Overwriting(self.files.going)
         self._defined: Unit | None = None
         self._swept = False
@@ -172,6 +174,7 @@ class EmbeddedStorage:
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         async with self.serving.changing:
             await self.serving.awake()
+            await self.replication.forget_steps(volume.id)
             await self._snapshots.revert(volume.id, snapshot, await self.releases.bundle())
             await self.merging.tidy(volume.id)
             await self.serving.settle((volume.id,))
@@ -179,15 +182,20 @@ class EmbeddedStorage:
     # --- relocation, replication -------------------------------------------------------------------
 
     async def relocate_start(
-        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+        self,
+        volume: VolumeSpec,
+        target: VolumeEndpoint,
+        *,
+        bytes_per_second: int,
+        changes: Changes | None = None,
     ) -> None:
         async with self.serving.changing:
             await self.serving.awake()
-            await self.relocations.start(volume, target, bytes_per_second=bytes_per_second)
+            await self.replication.start(volume, target, bytes_per_second=bytes_per_second, changes=changes)
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
         async with self.serving.changing:
-            return await self.relocations.progress(volume)
+            return await self.replication.progress(volume)
 
     async def relocate_complete(self, volume: VolumeId) -> None:
         async with self.serving.changing:
@@ -195,6 +203,7 @@ class EmbeddedStorage:
 
     async def relocate_cancel(self, volume: VolumeId) -> None:
         async with self.serving.changing:
+            await self.replication.stop(volume)
             await self.relocations.cancel(volume)
 
     async def relocate_finish(self, volume: VolumeId) -> None:
@@ -206,7 +215,23 @@ class EmbeddedStorage:
             await self._have_keys((volume,))
             await self.serving.define()
             await self.serving.awake()
+            await self.replication.forget_steps(volume.id)
             await self.relocations.receive(volume, await self.releases.bundle())
+
+    async def rejoin(self, volume: VolumeSpec) -> Changes | None:
+        async with self.serving.changing:
+            await self._have_keys((volume,))
+            await self.serving.define()
+            await self.serving.awake()
+            return await self.replication.rejoin(volume)
+
+    async def step_begin(self, volume: VolumeId, step: str) -> None:
+        async with self.serving.changing:
+            await self.replication.begin_step(volume, step)
+
+    async def step_reached(self, volume: VolumeId, step: str) -> None:
+        async with self.serving.changing:
+            await self.replication.reach_step(volume, step)
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         return await self.copies.digest(volume, offset, length)

@@ -106,6 +106,8 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     deletion: Deletion = Deletion.DISCARD
     last_number: int = 0
     """The highest a layer ever had."""
+    in_step: str = ""
+    """The last moment at which this copy held, durably, everything the others did (see `replication`)."""
 
     def layer(self, number: int) -> Layer:
         return next(each for each in self.layers if each.number == number)

@@ -119,15 +119,22 @@ class Relocations:
         if job is not None and job.status != JobStatus.CONCLUDED and record.endpoint == target:
             await self._daemon.execute("block-job-set-speed", {"device": job.id, "speed": bytes_per_second})
             return
-        await self._stop(record)
-        await self._merging.stop(volume.id)
-        record = msgspec.structs.replace(self._serving.records[volume.id], endpoint=target)
-        await self._serving.keep(record)
+        await self.prepare(volume, target)
         await self._serving.on_step("relocate.noted")
         await self._mirror(volume.id, target, bytes_per_second)
         await self._serving.on_step("relocate.started")
 
-    async def _mirror(self, volume: VolumeId, target: VolumeEndpoint, speed: int) -> None:
+    async def prepare(self, volume: VolumeSpec, target: VolumeEndpoint) -> None:
+        """Nothing else is under way with it, and it is recorded where it is copied to."""
+        record = await self._settled(volume.id)
+        _check_leaves(record, volume)
+        await self._stop(record)
+        await self._merging.stop(volume.id)
+        record = msgspec.structs.replace(self._serving.records[volume.id], endpoint=target)
+        await self._serving.keep(record)
+
+    async def connect(self, volume: VolumeId, target: VolumeEndpoint) -> None:
+        """The nodes a mirror writes to."""
         await self._daemon.tolerating(
             "object-add", {"qom-type": "throttle-group", "id": graph.node_name("target", volume)}
         )
@@ -135,7 +142,10 @@ class Relocations:
             await self._daemon.add_nodes(target_nodes(volume, target))
         except Refused as refused:
             raise Unavailable(f"{target.host} does not take {volume}: {refused.message}") from refused
-        await self._bound(target)
+        await self.bound(target)
+
+    async def _mirror(self, volume: VolumeId, target: VolumeEndpoint, speed: int) -> None:
+        await self.connect(volume, target)
         mirror: Options = {
             "job-id": job_name(volume),
             "device": graph.top_node(volume),
@@ -148,7 +158,7 @@ class Relocations:
         }
         await self._daemon.execute("blockdev-mirror", mirror)
 
-    async def _bound(self, target: VolumeEndpoint) -> None:
+    async def bound(self, target: VolumeEndpoint) -> None:
         """A target that is cut off holds writers up for no longer than this says."""
         pid = await self._daemon.pid()
         if pid is not None:
@@ -206,7 +216,7 @@ class Relocations:
             raise Unavailable(f"{target.host} does not answer: {refused.message}") from refused
         await self._daemon.execute("blockdev-reopen", {"options": [_target(volume, "hold")]})
         await self._daemon.remove_nodes((graph.node_name("link", volume),))
-        await self._bound(target)
+        await self.bound(target)
         await self._serving.on_step("relocate.held")
         job = (await self._daemon.jobs()).get(job_name(volume))
         if job is None or not in_step(job):
@@ -229,7 +239,7 @@ class Relocations:
         await self._daemon.job_cancel(job_name(record.volume))
         await self._drop_target(record.volume)
         if record.endpoint is not None:
-            await self._bound(record.endpoint)
+            await self.bound(record.endpoint)
         for layer in reversed(record.layers):
             ref = LayerRef(record.volume, layer.number)
             await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
@@ -325,11 +335,14 @@ class Relocations:
         await self._serving.on_step("receive.defined")
         await self._serving.settle((volume.id,))
 
+    def check_replaceable(self, record: VolumeRecord, volume: VolumeSpec) -> None:
+        _check_replaceable(record, volume, self._host)
+
     async def _begin_anew(self, volume: VolumeSpec, record: VolumeRecord | None) -> None:
         """Recorded, but not served yet, before there is a file: what lies in the folder unrecorded is taken
         for a volume of a time without records."""
         if record is not None:
-            _check_replaceable(record, volume, self._host)
+            self.check_replaceable(record, volume)
             if record.mode is not Mode.LEFT:
                 await self._serving.withdraw(volume.id)
         new = blank_record(volume, record)

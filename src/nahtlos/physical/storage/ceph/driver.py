@@ -22,6 +22,7 @@ from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import (
     BackupSpec,
+    Changes,
     CopyPhase,
     CopyProgress,
     SnapshotSpec,
@@ -121,7 +122,12 @@ class CephStorage:
             await self._rbd.work("rollback", name=volume.id, snapshot=snapshot)
 
     async def relocate_start(
-        self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int
+        self,
+        volume: VolumeSpec,
+        target: VolumeEndpoint,
+        *,
+        bytes_per_second: int,
+        changes: Changes | None = None,
     ) -> None:
         async with self._lock:
             image = await self._owned(volume.id)
@@ -176,6 +182,16 @@ class CephStorage:
             elif image is not None and image.host == self._settings.host:
                 raise Refused(f"'{volume}' was not relocated", field="volume")
             self._know(self._known - {volume})
+
+    async def rejoin(self, volume: VolumeSpec) -> Changes | None:
+        """An image has no copies that nahtlos knows of."""
+        return None
+
+    async def step_begin(self, volume: VolumeId, step: str) -> None:
+        raise Refused(f"'{volume}' is an image of Ceph: it has no copies here", field="volume")
+
+    async def step_reached(self, volume: VolumeId, step: str) -> None:
+        raise Refused(f"'{volume}' is an image of Ceph: it has no copies here", field="volume")
 
     async def receive(self, volume: VolumeSpec) -> None:
         """An image of this pool that another host administers is not copied: that host hands it over."""
