@@ -16,8 +16,10 @@ from nahtlos.model.volume_work import (
     VolumeWish,
     volumes_of,
 )
+from nahtlos.planner.plan import plan
 from nahtlos.planner.volume_places import domain_of, places, spread
 from nahtlos.planner.volumes import MAX_ATTEMPTS
+from nahtlos.runtime.controllers.volume_records import fenced
 
 
 def wish(number: int, work: Relocation | SnapshotGroup) -> VolumeWish:
@@ -85,6 +87,18 @@ def test_a_stale_copy_whose_host_is_away_waits() -> None:
     site.want(volume("a", 1, 2, stale=(1,)))
     assert not site.plan().volume_tasks
     assert any("the agent of host-1 is not connected" in reason for reason in site.waits)
+
+
+def test_a_copy_is_read_once_it_is_served_as_recorded() -> None:
+    """Its host leaves it alone from then on: what it had not acted on yet it would never act on."""
+    site = Site()
+    site.want(volume("a", 1, 2, stale=(2,)))
+    seen = site.look()
+    site.want(fenced(site.policy.volumes[VolumeId("a")]))
+    following, report = plan(site.policy, seen, None)
+    assert not following.volume_tasks
+    assert any("until host-1 serves a by epoch 2" in waiting.reason for waiting in report.waiting)
+    assert site.plan().volume_tasks
 
 
 def test_so_many_at_once_and_so_many_on_a_host() -> None:

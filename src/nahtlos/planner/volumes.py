@@ -16,9 +16,11 @@ from nahtlos.model.inventory import OperationState
 from nahtlos.model.nouns import Component
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
+    BackingUp,
     PlannedVolumeTask,
     Rebuilding,
     Relocation,
+    Restoring,
     Reverting,
     SnapshotGroup,
     VolumeWork,
@@ -223,7 +225,38 @@ def _why_not_now(draft: Draft, key: str, begin: Decided) -> Unready | None:
             return Unready(work, WaitKind.HOST, text)
         if host == draft.upgrading and not isinstance(work, Rebuilding):
             return Unready(work, WaitKind.HOST, f"to {words(work)} waits while {host} is upgraded")
-    return _no_slot(draft, begin)
+    return _not_served_yet(draft, work) or _no_slot(draft, begin)
+
+
+def _not_served_yet(draft: Draft, work: VolumeWork) -> Unready | None:
+    """A copy that is read must be served as it is recorded: from the operation's begin to its end its host
+    leaves it as it is."""
+    for volume, host in _read(draft, work):
+        seen = draft.observed.host(host)
+        told = next((v for v in (seen.volumes if seen else ()) if v.id == volume.id), None)
+        epoch = volume.at(host).epoch
+        if told is None or not told.served or told.epoch != epoch or told.size_mib < volume.size_mib:
+            text = f"to {words(work)} waits until {host} serves {volume.id} by epoch {epoch}"
+            return Unready(work, WaitKind.HOST, text)
+    return None
+
+
+def _read(draft: Draft, work: VolumeWork) -> Iterator[tuple[VolumeSpec, HostId]]:
+    """Copies that an operation begins from."""
+    for name in volumes_of(work):
+        volume = draft.policy.volumes.get(name)
+        if volume is None or volume.backend is StorageBackend.CEPH:
+            continue
+        match work:
+            case Relocation() | Rebuilding():
+                yield volume, work.source or volume.host
+            case SnapshotGroup():
+                for host in volume.current:
+                    yield volume, host
+            case BackingUp():
+                yield volume, work.backup.host
+            case Reverting() | Restoring():
+                pass
 
 
 def task_of(draft: Draft, volume: VolumeId) -> PlannedVolumeTask | None:

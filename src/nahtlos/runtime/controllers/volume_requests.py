@@ -22,7 +22,8 @@ from nahtlos.runtime.controllers.volumes import RelocationRequest, VolumeChange,
 from nahtlos.runtime.store.volumes import VolumeSettings
 
 MAX_COPIES = 5
-MAX_DATA_VOLUMES = 8
+MAX_DATA_VOLUMES = 2
+"""Places for disks in a server's machine, beside its system disk."""
 MAX_PARALLEL = 64
 MIN_ELSEWHERE = 30.0
 
