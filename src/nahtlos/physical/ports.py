@@ -253,14 +253,9 @@ class Hypervisor(Protocol):
         destination's certificate must prove. Refused if it failed at once."""
         ...
 
-    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
-        """Begin to send everything but the memory to `to`, which was started in place. It will not switch
-        over by itself. False if this release cannot be held back so: then nothing has begun, and
-        `replace_send` after the pause sends all of it."""
-        ...
-
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
-        """After `pause`, where `replace_start` was not possible."""
+        """After `pause`: send everything but the memory to `to`, which was started in place. Refused if that
+        failed at once; `incoming_wait` tells when it has arrived."""
         ...
 
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress: ...

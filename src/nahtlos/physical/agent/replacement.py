@@ -1,9 +1,9 @@
 """A server's VMM is replaced by one of another release while the server stays on its host.
 
-    begin -> prepare -> stream -> switch -> stopped -> committed -> done
-      |         |          |         |         |           forward only
-      `---------+----------+---------'         `-- did all of it arrive?  yes -> committed
-        undo: the old VMM was never stopped        no -> abandoned (durable), then the old VMM goes on
+    begin -> prepare -> switch -> stopped -> committed -> done
+      |         |          |         |           forward only
+      `---------+----------'         `-- did all of it arrive?  yes -> committed
+        undo: it was never stopped       no -> abandoned (durable), then the old VMM goes on
 
 The memory is shared, not sent: both VMMs map one file, and only one of them runs at any time. So the rule
 is sharper than that of a move: **once the new VMM was told to run, the old one never is again**, because
@@ -23,16 +23,13 @@ from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.steps import Steps
-from nahtlos.physical.ports import MigrationPhase, VmmId, VmmStatus
+from nahtlos.physical.ports import VmmId, VmmStatus
 from nahtlos.wire.messages import Decision
 
-POLL_SECONDS = 0.002
 DRAIN_SECONDS = 0.5
-STREAM_SECONDS = 20.0
 ARRIVE_SECONDS = 10.0
 KILL_AFTER_SECONDS = 0.3
 """The old VMM's end takes CPU time from the guest that was just resumed."""
-NEAR_BYTES = 1 << 20
 
 
 class Replacement(Steps):
@@ -49,7 +46,7 @@ class Replacement(Steps):
 
     def cancel(self) -> None:
         """Raises Conflict once the path is being switched."""
-        if self._pause_asked or self.journal.step not in ("begin", "prepare", "stream"):
+        if self._pause_asked or self.journal.step not in ("begin", "prepare"):
             raise Conflict("the replacement is past the point where it can be undone", field="operation")
         self._cancelled = True
 
@@ -65,8 +62,7 @@ class Replacement(Steps):
     async def _carry_out(self) -> None:
         try:
             await self._prepare()
-            held = await self._stream()
-            await self._hand_over(held)
+            await self._hand_over()
         except Exception as error:
             await self._fail(self._context.error_of(error))
             return
@@ -94,38 +90,19 @@ class Replacement(Steps):
                 remedy="plan again from the current inventory",
             )
 
-    async def _stream(self) -> bool:
-        """Everything but the memory is on its way, and goes round until the stop. False: nothing was begun,
-        because the old release would not wait."""
-        self._check_cancelled()
-        self.record("stream")
-        if not await self._context.drivers.hypervisor.replace_start(self._old, self._new):
-            return False
-        loop = asyncio.get_running_loop()
-        until = loop.time() + STREAM_SECONDS
-        while True:
-            self._check_cancelled()
-            progress = await self._context.drivers.hypervisor.migrate_progress(self._old)
-            if progress.phase not in (MigrationPhase.ACTIVE, MigrationPhase.NONE):
-                raise Unavailable(f"the stream {progress.phase}: {progress.error or 'no reason given'}")
-            if progress.passes >= 2 and progress.remaining <= NEAR_BYTES:
-                return True
-            if loop.time() > until:
-                raise Unavailable(f"the devices' state was not sent within {STREAM_SECONDS:g} s")
-            await asyncio.sleep(POLL_SECONDS)
-
     def _check_cancelled(self) -> None:
         if self._cancelled:
             raise Refused("cancelled by an operator", field="operation")
 
-    async def _hand_over(self, held: bool) -> None:
+    async def _hand_over(self) -> None:
+        self._check_cancelled()
         self._context.switching.add(self._order.id)
         try:
-            await self._switch_and_stop(held)
+            await self._switch_and_stop()
         finally:
             self._context.switched(self._order.id)
 
-    async def _switch_and_stop(self, held: bool) -> None:
+    async def _switch_and_stop(self) -> None:
         """What is done here is paid for in blackout, but for the first two acts."""
         network, hypervisor = self._context.drivers.network, self._context.drivers.hypervisor
         self.mark("switch")
@@ -137,8 +114,7 @@ class Replacement(Steps):
         self._pause_asked = True
         await hypervisor.pause(self._old)
         self.mark("stopped")
-        if not held:
-            await hypervisor.replace_send(self._old, self._new)
+        await hypervisor.replace_send(self._old, self._new)
         await hypervisor.incoming_wait(self._new, timeout=ARRIVE_SECONDS)
         self._commit()
         await hypervisor.resume(self._new)
@@ -193,7 +169,7 @@ class Replacement(Steps):
             await self._undo(error)
 
     async def _arrived(self) -> bool:
-        """Everything was received, so the old VMM was stopped for good: to go on is as right as to go back."""
+        """Everything was received: the old VMM was stopped for good, and to go on is as right as going back."""
         found: list[VmmStatus | None] = []
 
         async def look() -> None:

@@ -132,8 +132,8 @@ class Prober:
     # --- holding -----------------------------------------------------------------------------------
 
     async def _check_holding(self, bundle: Bundle, accelerator: str) -> None:
-        """The self-test of `migration`: a source that has sent everything must run on until stopped. A release
-        that knows no such thing passes: its servers are replaced in place and never moved."""
+        """The self-test of `migration`: a source that has sent everything must run on until stopped. A
+        release that knows no such thing passes: its servers are replaced in place and never moved."""
         unit = await self._start("destination", bundle, accelerator, incoming=True)
         source = await Qmp.connect(self._path("source.qmp"))
         try:

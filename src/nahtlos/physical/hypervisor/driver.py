@@ -239,15 +239,6 @@ class QemuHypervisor:
         )
         await migration.begin(found, uri)
 
-    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
-        found, uri = self._running(vmm), self._stream_of(to)
-        if migration.HELD not in await migration.capabilities(found):
-            return False
-        await migration.set_capabilities(found, migration.SOURCE | migration.IN_PLACE)
-        await migration.set_source_parameters(found, migration.UNLIMITED, migration.NO_TLS)
-        await migration.begin(found, uri)
-        return True
-
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         await migration.send_whole(self._running(vmm), self._stream_of(to))
 

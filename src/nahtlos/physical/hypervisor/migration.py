@@ -19,6 +19,7 @@ SOURCE = DESTINATION | {"switchover-ack"}
 IN_PLACE = frozenset({"x-ignore-shared"})
 """On both sides, besides the above: memory both can see is not sent."""
 HELD = "switchover-ack"
+"""What keeps a source from switching over by itself; not known before 8.1."""
 NO_TLS: Arguments = {"tls-creds": ""}
 UNLIMITED = 4 << 30
 """Bytes per second."""
@@ -99,7 +100,7 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
 
 
 async def send_whole(monitor: Monitor, uri: str) -> None:
-    """Of a guest that stands still, in place, by a release that cannot be held. Refused if it failed."""
+    """Of a guest that stands still, in place: everything but the memory. Refused if it failed at once."""
     await set_capabilities(monitor, frozenset({"events"}) | IN_PLACE)
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **NO_TLS})
     await begin(monitor, uri)

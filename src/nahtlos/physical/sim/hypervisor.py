@@ -124,13 +124,6 @@ class SimHypervisor(SimDriver):
         async with self.verb("migrate_start", vmm.unit):
             self.world.begin_stream(self._living(vmm), uri, peer, bandwidth)
 
-    async def replace_start(self, vmm: VmmId, to: VmmId) -> bool:
-        async with self.verb("replace_start", vmm.unit):
-            if self._living(vmm).release in self.host.impatient_releases:
-                return False
-            self._send_to(vmm, to)
-            return True
-
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         async with self.verb("replace_send", vmm.unit):
             self._send_to(vmm, to)

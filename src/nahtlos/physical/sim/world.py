@@ -117,8 +117,6 @@ class SimHost:
     """Likewise: the tunnel end that what is for outside is sent to."""
     fds: dict[str, int] = field(default_factory=dict[str, int])
     """Stored descriptors: real ones, except taps, which are -1."""
-    impatient_releases: set[ReleaseId] = field(default_factory=set[ReleaseId])
-    """They cannot be kept from switching over by themselves."""
     listening: dict[str, int] = field(default_factory=dict[str, int])
     """Stored listening sockets: the port of each."""
     units: dict[str, tuple[Unit, UnitStatus]] = field(default_factory=dict[str, tuple[Unit, UnitStatus]])
