@@ -175,7 +175,8 @@ class Lifecycle:
         if found is None:
             await daemon.execute("block_resize", arguments)
             return
-        await daemon.execute("block-export-del", {"id": found.id, "mode": "hard"})
+        shut = {"id": found.id, "mode": "hard"}
+        await daemon.execute("block-export-del", shut)
         await self._serving.on_step("resize.shut")
         until = time.monotonic() + EXPORT_GONE_WITHIN
         try:
@@ -183,9 +184,10 @@ class Lifecycle:
                 try:
                     await daemon.execute("block_resize", arguments)
                     break
-                except Denied:  # the export is on its way out and keeps the size until it is gone
+                except Denied:  # the export is on its way out; or it is one of a daemon started anew
                     if time.monotonic() > until:
                         raise
+                    await daemon.tolerating("block-export-del", shut)
         finally:
             await daemon.tolerating("block-export-add", found.options)
 

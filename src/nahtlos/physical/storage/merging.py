@@ -120,11 +120,10 @@ class Merging:
         if record.merge is not None and record.merge.pivot:
             await self._remove_nodes(volume, record.layer(record.merge.into))
 
-    async def _failed(self, volume: VolumeId, job: Job | None) -> Unavailable:
+    async def _failed(self, volume: VolumeId, job: Job) -> Unavailable:
         await self._undo(volume)
-        why = job.error if job else "its job is gone"
         return Unavailable(
-            f"layers of volume '{volume}' could not be merged: {why}",
+            f"layers of volume '{volume}' could not be merged: {job.error or 'writing failed'}",
             field="volume",
             remedy="see that the host's pool has room; it is tried again",
         )
@@ -193,7 +192,10 @@ class Merging:
         wanted = graph.format_node(LayerRef(volume, merge.into))
         if await self._seen(volume) != (wanted,):
             job = (await self._daemon.jobs()).get(job_name(volume))
-            if job is None or not job.actively_synced or job.failing:
+            if job is None:  # with the daemon that had it: begun again, from the layers it has now
+                await self._undo(volume)
+                return True
+            if not job.actively_synced or job.failing:
                 raise await self._failed(volume, job)
             await self._daemon.execute("job-complete", {"id": job.id})
             await self._daemon.job_end(job.id)

@@ -1,13 +1,14 @@
 """What a host says of its volumes: what is served, what it takes, and what is wrong with it."""
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.inventory import VolumeStatus
 from nahtlos.model.storage import VolumeFormat
-from nahtlos.physical.hypervisor.qmp import Answer
+from nahtlos.physical.hypervisor.qmp import Answer, Denied
 from nahtlos.physical.storage import graph
 from nahtlos.physical.storage.graph import Export
 from nahtlos.physical.storage.layers import LayerFiles
@@ -15,6 +16,7 @@ from nahtlos.physical.storage.record import LayerRef, Mode, RecordMap, VolumeRec
 from nahtlos.physical.storage.serving import Serving
 
 OBSERVE_WITHIN = 2.0
+_EJECTED = re.compile(r"Block device (\S+) is ejected")
 
 
 async def volume_statuses(
@@ -73,17 +75,20 @@ async def _corrupted(serving: Serving, records: RecordMap, answers: bool) -> dic
     )
     if not answers or not formatted:
         return {}
+    said = dict(serving.daemon.corrupted)
     try:
         images = await serving.daemon.images()
+        said |= {name: "it says so itself" for name, node in images.items() if is_corrupt(node)}
+    except Denied as denied:  # one that was given up keeps the daemon from speaking of the others
+        said |= dict.fromkeys(_EJECTED.findall(denied.message), "the daemon has given it up")
     except Unavailable:
         return {}
     found: dict[VolumeId, str] = {}
     for record in records.values():
         for layer in record.layers:
             name = graph.format_node(LayerRef(record.volume, layer.number))
-            if name in images and is_corrupt(images[name]):
-                said = serving.daemon.corrupted.get(name, "it says so itself")
-                found[record.volume] = f"{layer.file} is corrupted: {said}"
+            if name in said:
+                found[record.volume] = f"{layer.file} is corrupted: {said[name]}"
     return found
 
 
