@@ -48,6 +48,4 @@ def write(host: Host, volume: VolumeId, block: int, data: bytes, *, epoch: int =
 def content(host: Host, volume: VolumeId, *, epoch: int = 1) -> bytes:
     with door(host).client(f"{volume}.e{epoch}") as client:
         step = 4 << 20
-        return b"".join(
-            client.read(at, min(step, client.size - at)) for at in range(0, client.size, step)
-        )
+        return b"".join(client.read(at, min(step, client.size - at)) for at in range(0, client.size, step))

@@ -81,6 +81,7 @@ async def make_layer(bundle: Bundle, layer: Path, size: int, key: Path, *, image
     secret = ("--object", f"secret,id=k,file={key}")
     form = ("-f", "raw", "-O", "luks", "-o", f"key-secret=k,iter-time={ITERATION_MS}")
     try:
+        layer.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         new.unlink(missing_ok=True)
         await _run(bundle, ("create", "-q", "-f", LAYER_FORMAT, str(blank), str(size)))
         blank.chmod(0o600)
@@ -90,7 +91,7 @@ async def make_layer(bundle: Bundle, layer: Path, size: int, key: Path, *, image
             await _run(
                 bundle,
                 (
-                    *("convert", "-n", *secret),
+                    *("convert", "-n", *secret, "-f", "raw", "-O", LAYER_FORMAT),
                     *(_said(_raw(image)), _said(contents(new))),
                 ),
                 within=FILL_SECONDS,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
-from nahtlos.model.errors import NotFound, Refused, Unavailable
+from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.wire.tls import party_of
 
 DEFAULT_PORT = 10809
@@ -92,9 +92,16 @@ class NbdClient:
         try:
             self._socket = socket.create_connection((at.host, at.port), ANSWER_SECONDS)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._open(tls, expect, contexts)
         except OSError as error:
             raise self._unreachable(error) from error
+        try:
+            self._open(tls, expect, contexts)
+        except OSError as error:
+            self._socket.close()
+            raise self._unreachable(error) from error
+        except Error:
+            self._socket.close()
+            raise
 
     def close(self) -> None:
         with suppress(OSError):

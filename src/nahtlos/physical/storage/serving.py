@@ -194,11 +194,11 @@ class Serving:
     async def build(self, volume: VolumeId) -> None:
         """All nodes and objects of it, those that are there left as they are."""
         records = self.records.all()
-        for wanted in (
-            *groups(self.budget),
-            *graph.secrets(records, volume, self.places),
-            graph.limits_object(volume),
-        ):
+        for secret in graph.secrets(records, volume, self.places):
+            # It may be another key that the daemon was started with; nodes that are open need none any more.
+            await self.daemon.tolerating("object-del", {"id": secret["id"]})
+            await self._object(secret)
+        for wanted in (*groups(self.budget), graph.limits_object(volume)):
             await self._object(wanted)
         await self.daemon.add_nodes(graph.nodes(records, volume, self.places))
 
