@@ -169,7 +169,7 @@ class Replacement(Steps):
             await self._undo(error)
 
     async def _arrived(self) -> bool:
-        """Everything was received: the old VMM was stopped for good, and to go on is as right as going back."""
+        """Everything was received: the old VMM was stopped for good; going on is as right as going back."""
         found: list[VmmStatus | None] = []
 
         async def look() -> None:
