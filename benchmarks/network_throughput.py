@@ -2,9 +2,13 @@
 
 A server here is a namespace whose veth takes the place of its tap: same name, same bridge, same port flags,
 same forwarding entry and same rules. So what is measured is all that lies between taps (bridge, filter,
-tunnel, underlay, the switch, and back), and not how fast a process can copy frames. The bare pair connects
-two namespaces directly. Both have the same MTU. Bulk is one TCP connection; latency is a datagram sent from
-one process and returned by another, median. All are measured by turns; shares are medians of the rounds.
+tunnel, underlay, the switch, and back), and not how fast a process can copy frames.
+
+The baseline is a bare pair that connects two namespaces directly: one cable, no bridge, one pass through the
+kernel's backlog. Between servers on two hosts there are four cables and the lab's switch. What these cost
+without nahtlos is measured, too: the same cables with a plain bridge on each host and in the switch, without
+tunnel and rules. All have the same MTU. Bulk is one TCP connection; latency is a datagram sent from one
+process and returned by another, median. All are measured by turns; shares are medians of the rounds.
 """
 
 import contextlib
@@ -14,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from benchmarks.figures import Figures, Goal
 from benchmarks.network_hosts import Host, World, run, server_port
@@ -63,18 +68,20 @@ async def measure(figures: Figures, rounds: int = ROUNDS) -> None:
         opened = await _cloud(stack, "open", ())
         strict = await _cloud(stack, "strict", (STRICT,))
         _check_strict(strict)
-        pairs = [stack.enter_context(_bare()), opened, strict]
+        pairs = [stack.enter_context(_bare()), stack.enter_context(_cables()), opened, strict]
         seen = {pair.name: Seen() for pair in pairs}
         for _ in range(rounds):
             for pair in pairs:
                 seen[pair.name].megabits.append(bulk(pair))
                 seen[pair.name].microseconds.append(latency(pair))
+    _report(figures, seen, "cables", "by bridges alone", None)
     _report(figures, seen, "open", "without groups", OPEN_GOAL)
     _report(figures, seen, "strict", "with stateful groups", STRICT_GOAL)
 
 
 async def _cloud(stack: contextlib.ExitStack, name: str, groups: tuple[SecurityGroupSpec, ...]) -> Pair:
     world = stack.enter_context(World(2, name=f"nlt-{name}"))
+    _unfiltered(world.topology.switch.namespace)
     world.groups = groups
     ports = [server_port(n, tuple(g.id for g in groups)) for n in (1, 2)]
     for port, host in zip(ports, world.compute, strict=True):
@@ -95,7 +102,7 @@ def _check_strict(pair: Pair) -> None:
     raise RuntimeError("a port that no rule allows is open")
 
 
-def _report(figures: Figures, seen: dict[str, Seen], name: str, words: str, goal: Goal) -> None:
+def _report(figures: Figures, seen: dict[str, Seen], name: str, words: str, goal: Goal | None) -> None:
     """The value is the bare one times the median share, so that value / baseline is that share."""
     for what, unit, of in (
         ("throughput", "Mbit/s", lambda s: s.megabits),
@@ -149,6 +156,45 @@ def _bare() -> Iterator[Pair]:
             run("ip", "-n", name, "address", "add", address, "dev", "eth0")
             run("ip", "-n", name, "link", "set", "eth0", "up")
         yield Pair("bare", near, far, "10.65.0.2")
+
+
+@contextlib.contextmanager
+def _cables() -> Generator[Pair]:
+    """Two servers, two hosts and a switch, connected as in a lab: bridges and nothing else."""
+    with contextlib.ExitStack() as stack:
+        near, here, switch, there, far = (
+            stack.enter_context(_namespace(f"nl-nlt-cable-{name}")) for name in "abcde"
+        )
+        for number, (one, device, other, end) in enumerate(
+            (
+                (near, "eth0", here, "tap"),
+                (here, "eth0", switch, "p1"),
+                (switch, "p2", there, "eth0"),
+                (there, "tap", far, "eth0"),
+            )
+        ):
+            pair = f"{device} index {100 + 10 * number} type veth peer {end} netns {other}"
+            run("ip", "-n", one, "link", "add", *pair.split())
+            for space, name in ((one, device), (other, end)):
+                run("ip", "-n", space, "link", "set", name, "up")
+        for space, ports in ((here, ("tap", "eth0")), (switch, ("p1", "p2")), (there, ("eth0", "tap"))):
+            _unfiltered(space)
+            kind = ("type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
+            run("ip", "-n", space, "link", "add", "bridge0", *kind)
+            run("ip", "-n", space, "link", "set", "bridge0", "up")
+            for name in ports:
+                run("ip", "-n", space, "link", "set", name, "master", "bridge0")
+        for space, address in ((near, "10.66.0.1/24"), (far, "10.66.0.2/24")):
+            run("ip", "-n", space, "address", "add", address, "dev", "eth0")
+        yield Pair("cables", near, far, "10.66.0.2")
+
+
+def _unfiltered(space: str) -> None:
+    """Its bridges hand no packet to the firewall of the namespace, as a switch would not."""
+    for family in ("ip", "ip6"):
+        path = Path(f"/proc/sys/net/bridge/bridge-nf-call-{family}tables")
+        if path.exists():
+            run("nsenter", f"--net=/run/netns/{space}", "sysctl", "-qw", f"net.bridge.{path.name}=0")
 
 
 async def _plugged(stack: contextlib.ExitStack, world: World, name: str, ports: Sequence[PortConfig]) -> Pair:
