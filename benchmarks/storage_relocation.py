@@ -10,6 +10,7 @@ import msgspec
 
 from benchmarks.figures import Figures
 from benchmarks.storage_site import Disk, Host, Site, remote
+from nahtlos.model.errors import Unavailable
 from nahtlos.model.storage import CopyPhase, VolumeSpec
 
 QUICK_MIB, LONG_MIB = 256, 1024
@@ -21,14 +22,14 @@ def at(volume: VolumeSpec, host: Host) -> VolumeSpec:
 
 
 async def copied(source: Host, target: Host, volume: VolumeSpec) -> VolumeSpec:
-    """Until both sides hold the same."""
+    """Until both sides hold the same. Unavailable if the copy broke off: it may begin anew."""
     there = at(volume, target)
     await target.storage.receive(there)
     await source.storage.relocate_start(volume, target.endpoint(there), bytes_per_second=0)
     async with asyncio.timeout(COPY_WITHIN):
         while (progress := await source.storage.relocate_progress(volume.id)).phase is not CopyPhase.READY:
             if progress.phase is CopyPhase.FAILED:
-                raise RuntimeError(progress.error)
+                raise Unavailable(progress.error)
             await asyncio.sleep(0.005)
     return there
 

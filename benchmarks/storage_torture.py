@@ -9,6 +9,7 @@ import asyncio
 import random
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from benchmarks.figures import Figures, Goal
 from benchmarks.storage_relocation import relocated
@@ -56,18 +57,32 @@ class Round:
 
     async def _surely(self, act: Callable[[], Awaitable[None]]) -> None:
         """Whoever is killed meanwhile, and then until it is done."""
-        async with asyncio.timeout(DONE_WITHIN):
+        error: BaseException | None = None
+        began = asyncio.get_running_loop().time()
+        async with asyncio.timeout(2 * DONE_WITHIN):
             attempt = asyncio.ensure_future(act())
             await asyncio.sleep(self._random.random() * 0.4)
             await self._kill(attempt)
             while True:
-                try:
-                    await attempt
-                except (Error, asyncio.CancelledError):
-                    await asyncio.sleep(0.05)
-                else:
-                    return
+                await asyncio.wait((attempt,))
+                if not attempt.cancelled():
+                    error = attempt.exception()
+                    if error is None:
+                        return
+                    if not isinstance(error, Error):
+                        raise error
+                if asyncio.get_running_loop().time() > began + DONE_WITHIN:
+                    raise RuntimeError(f"round {self._seed}: {act.__name__} is not done, at last: {error}")
+                await self._pass()
                 attempt = asyncio.ensure_future(act())
+
+    async def _pass(self) -> None:
+        """As agents do all the time: everything is as it shall be, except for what is being worked on."""
+        await asyncio.sleep(0.05)
+        desired = StorageDesired(volumes=(self._volume,), pinned=frozenset({self._volume.id}))
+        for host in self._hosts:
+            with suppress(Error):
+                await host.storage.reconcile(desired)
 
     async def _kill(self, attempt: "asyncio.Future[None]") -> None:
         self.kills += 1
