@@ -1,5 +1,5 @@
-"""This process inside a place's namespace, as an agent of one of its hosts is: to be entered before a thread is
-started, as threads stay where they were begun."""
+"""This process inside a place's namespace, as an agent of one of its hosts is: to be entered before a thread
+is started, as threads stay where they were begun."""
 
 import ctypes
 import os

@@ -1,5 +1,5 @@
-"""Backups of a volume that is written, with real storage daemons: what is restored is what was there, whole or
-in steps; killed in between it is repeated from the same changes; changes that are not known are never guessed."""
+"""Backups of a volume that is written, with real storage daemons: what is restored is what was there, whole
+or in steps; killed in between it is repeated from the same changes; what is not known is never guessed."""
 
 import asyncio
 import os

@@ -271,10 +271,11 @@ class NbdTarget:
 
 def checked_chain(manifests: Iterable[BackupManifest]) -> tuple[BackupManifest, ...]:
     """The last one and what it rests on, oldest first. Refused where something is missing or another one."""
-    known = {manifest.backup: manifest for manifest in manifests}
-    if not known:
+    given = tuple(manifests)
+    if not given:
         raise NotFound("no backup was named", field="chain")
-    at = list(known.values())[-1]
+    known = {manifest.backup: manifest for manifest in given}
+    at = given[-1]
     found = [at]
     while at.base is not None:
         below = known.get(at.base)
@@ -298,7 +299,7 @@ def checked_chain(manifests: Iterable[BackupManifest]) -> tuple[BackupManifest, 
 
 def packed(ranges: Iterable[Range], size: int) -> str:
     """A bit for every granule that any of the ranges touches."""
-    bits = bytearray(-(-size // (GRANULE * 8)))
+    bits = bytearray(_map_bytes(size))
     for each in ranges:
         for granule in range(each.offset // GRANULE, -(-(each.offset + each.length) // GRANULE)):
             bits[granule >> 3] |= 1 << (granule & 7)
@@ -307,10 +308,17 @@ def packed(ranges: Iterable[Range], size: int) -> str:
 
 def unpacked(text: str, size: int) -> Iterator[Range]:
     try:
-        bits = zlib.decompressobj().decompress(base64.b64decode(text), _LONGEST_MAP)
+        unpacking = zlib.decompressobj()
+        bits = unpacking.decompress(base64.b64decode(text), _LONGEST_MAP)
     except (ValueError, zlib.error) as error:
         raise _damaged("the manifest", str(error)) from error
+    if not unpacking.eof or len(bits) != _map_bytes(size):
+        raise _damaged("the manifest", "its map is not of this volume")
     return ranges_of(bits, size)
+
+
+def _map_bytes(size: int) -> int:
+    return -(-size // (GRANULE * 8))
 
 
 def ranges_of(bits: bytes, size: int) -> Iterator[Range]:
