@@ -40,8 +40,12 @@ from nahtlos.wire.volumes import (
     VolumeForget,
     VolumeFreeze,
     VolumeMark,
+    VolumeRanOn,
     VolumeReceive,
+    VolumeRejoin,
+    VolumeRejoined,
     VolumeSnapshot,
+    VolumeStep,
     VolumeThaw,
 )
 
@@ -315,6 +319,9 @@ ToPeer = (
     | VolumeSnapshot
     | VolumeDigest
     | VolumeMark
+    | VolumeRejoin
+    | VolumeRanOn
+    | VolumeStep
     | GatewayPrepare
     | GatewayState
     | GatewayTake
@@ -332,6 +339,7 @@ Answer = (
     | ReplicasRecorded
     | KeyData
     | VolumeDigested
+    | VolumeRejoined
 )
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 

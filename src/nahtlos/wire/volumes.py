@@ -7,7 +7,7 @@ import msgspec
 
 from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, SnapshotId, VolumeId
-from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import BackupSpec, Changes, SnapshotSpec, VolumeFormat, VolumeSpec
 from nahtlos.wire.message import Message
 
 
@@ -186,6 +186,34 @@ class VolumeForget(Message, frozen=True, kw_only=True):
 
     id: OperationId
     volume: VolumeId
+
+
+class VolumeRejoin(Message, frozen=True, kw_only=True):
+    """As `VolumeReceive`, to a host that has an earlier copy: keep what is there (`Storage.rejoin`)."""
+
+    id: OperationId
+    volume: VolumeSpec
+
+
+class VolumeRejoined(Message, frozen=True, kw_only=True):
+    changes: Changes | None
+    """None: `VolumeReceive` has to follow, and everything to be copied."""
+
+
+class VolumeRanOn(Message, frozen=True, kw_only=True):
+    """Coordinator to the host that owns `server`: has its VMM run on since it lost the copy at `gone`, and is
+    all it had begun to write at the copies that are left? Conflict if not."""
+
+    server: ServerId
+    gone: VolumeEndpoint
+
+
+class VolumeStep(Message, frozen=True, kw_only=True):
+    """The host of a server to one with a copy it writes to: `Storage.step_begin`, `Storage.step_reached`."""
+
+    volume: VolumeId
+    step: str
+    reached: bool = False
 
 
 class VolumeFreeze(Message, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.volumes.freeze import check_movable
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
+from nahtlos.physical.agent.volumes.steps import Stepper
 from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
 from nahtlos.physical.ports import Drivers, VmmId
 from nahtlos.physical.settings import AgentSettings
@@ -144,6 +145,7 @@ class Agent:
                 self._resume_operations()
                 tasks.create_task(self._converge_loop(), name="converge")
                 tasks.create_task(DiskKeeper(self._context).run(), name="disks")
+                tasks.create_task(Stepper(self._context).run(), name="steps")
                 tasks.create_task(self._orchestrator_loop(), name="orchestrator")
         finally:
             self._operations = None

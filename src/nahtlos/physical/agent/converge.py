@@ -8,14 +8,15 @@ from collections.abc import Awaitable, Iterable, Mapping
 from enum import StrEnum
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
-from nahtlos.model.errors import ErrorRecord, Refused
-from nahtlos.model.ids import PortId, ServerId, VolumeId
+from nahtlos.model.errors import ErrorRecord, NotFound, Refused
+from nahtlos.model.ids import PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.volumes import holds
+from nahtlos.physical.agent.volumes.rejoin import never_ran, note_fresh, on_one_copy
 from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without_lost
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
@@ -252,6 +253,7 @@ class Converger:
             raise Refused(f"{config.host} has no hypervisor release", field="release")
         server = step.server
         if step.act is Act.START:
+            note_fresh(self._context.ledger, server.spec.id, fresh=server.epoch == 1)
             self._context.ledger.own(server)
         else:
             self._context.say("server.restart", server.spec.id, "its VMM was gone; started again")
@@ -261,8 +263,20 @@ class Converger:
                 port, self._context.network_of(port), deliver=True
             )
         server = await without_lost(self._context, server)
-        await self._context.drivers.hypervisor.start(server, config.release)
+        await self._begin(server, config.release)
         self._context.say("server.started", server.spec.id, f"started by release {config.release}")
+
+    async def _begin(self, server: ServerConfig, release: ReleaseId) -> None:
+        """On one copy of each volume, unless the server never ran: two could differ."""
+        ledger, fresh = self._context.ledger, never_ran(self._context.ledger, server.spec.id)
+        if not fresh:
+            server = await on_one_copy(self._context, server)
+        note_fresh(ledger, server.spec.id, fresh=False)
+        try:
+            await self._context.drivers.hypervisor.start(server, release)
+        except (Refused, NotFound):  # nothing was begun
+            note_fresh(ledger, server.spec.id, fresh=fresh)
+            raise
 
     async def _end(self, vmm: VmmId) -> None:
         await self._context.drivers.hypervisor.kill(vmm)

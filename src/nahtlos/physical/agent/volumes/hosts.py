@@ -2,13 +2,17 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import TypeVar
 
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.peers import Peer
 from nahtlos.physical.agent.volumes.peers import ForVolume, carry_out
+from nahtlos.wire.message import Message
 from nahtlos.wire.volumes import PeerAddress
+
+A = TypeVar("A", bound=Message)
 
 
 class Hosts:
@@ -35,6 +39,10 @@ class Hosts:
                 await carry_out(self._context, body)
         except TimeoutError:
             raise Unavailable(f"{type(body).__name__} took longer than {timeout:g} s") from None
+
+    async def request(self, host: HostId, body: ForVolume, answer: type[A], timeout: float) -> A:
+        """What another host answers."""
+        return await self._peer(host).ask(body, answer, timeout)
 
     async def close(self) -> None:
         for peer in self._peers.values():

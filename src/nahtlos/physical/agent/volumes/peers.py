@@ -2,12 +2,14 @@
 
 import msgspec
 
-from nahtlos.model.config import ServerConfig, VolumeAttachment
+from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Stale
 from nahtlos.model.inventory import RunState
+from nahtlos.model.storage import Changes, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.freeze import freeze, owned, thaw
+from nahtlos.physical.agent.volumes.rejoin import check_ran_on
 from nahtlos.physical.agent.volumes.replicas import lost_exports, without
 from nahtlos.physical.ports import StorageDesired, VmmId
 from nahtlos.wire.messages import Done, Message
@@ -18,8 +20,12 @@ from nahtlos.wire.volumes import (
     VolumeForget,
     VolumeFreeze,
     VolumeMark,
+    VolumeRanOn,
     VolumeReceive,
+    VolumeRejoin,
+    VolumeRejoined,
     VolumeSnapshot,
+    VolumeStep,
     VolumeThaw,
 )
 
@@ -32,6 +38,9 @@ ForVolume = (
     | VolumeSnapshot
     | VolumeDigest
     | VolumeMark
+    | VolumeRejoin
+    | VolumeRanOn
+    | VolumeStep
 )
 
 
@@ -43,6 +52,8 @@ async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message
     if isinstance(body, VolumeDigest):
         digest = await context.drivers.storage.digest(body.volume, body.offset, body.length)
         return VolumeDigested(sha256=digest)
+    if isinstance(body, VolumeRejoin):
+        return VolumeRejoined(changes=await _rejoin(context, body))
     await carry_out(context, body)
     return Done()
 
@@ -64,15 +75,33 @@ async def carry_out(context: Context, body: ForVolume) -> None:
             await thaw(context, body)
         case VolumeMark():
             await context.drivers.storage.mark(body.volume, body.epoch, body.problem)
+        case VolumeRejoin():
+            await _rejoin(context, body)
+        case VolumeRanOn():
+            await check_ran_on(context, body.server, body.gone)
+        case VolumeStep(reached=False):
+            await context.drivers.storage.step_begin(body.volume, body.step)
+        case VolumeStep():
+            await context.drivers.storage.step_reached(body.volume, body.step)
         case VolumeDigest():
             pass  # it asks, and changes nothing
 
 
 async def _receive(context: Context, body: VolumeReceive) -> None:
-    if body.volume.host != context.settings.host:
-        raise Refused(f"{body.volume.id} is for {body.volume.host}", field="volume")
+    _check_here(context, body.volume)
     holds.receive(context.ledger, body.id, body.volume)
     await context.drivers.storage.receive(body.volume)
+
+
+async def _rejoin(context: Context, body: VolumeRejoin) -> Changes | None:
+    _check_here(context, body.volume)
+    holds.receive(context.ledger, body.id, body.volume)
+    return await context.drivers.storage.rejoin(body.volume)
+
+
+def _check_here(context: Context, volume: VolumeSpec) -> None:
+    if volume.host != context.settings.host:
+        raise Refused(f"{volume.id} is for {volume.host}", field="volume")
 
 
 async def _forget(context: Context, body: VolumeForget) -> None:

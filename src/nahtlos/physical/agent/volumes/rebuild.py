@@ -16,6 +16,7 @@ can tell what was missed: the server leaves the copy, which is made anew.
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -23,13 +24,24 @@ from nahtlos.model.config import VolumeAttachment
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import CopyPhase, CopyProgress, ReplicaState, VolumeSpec
+from nahtlos.model.storage import Changes, CopyPhase, CopyProgress, ReplicaState, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.copying import Pace, fraction, told
 from nahtlos.physical.agent.volumes.hosts import Hosts
 from nahtlos.physical.agent.volumes.replicas import reached_by_copies
-from nahtlos.wire.volumes import RebuildOrder, VolumeAttach, VolumeForget, VolumeReceive
+from nahtlos.wire.message import Message
+from nahtlos.wire.volumes import (
+    RebuildOrder,
+    VolumeAttach,
+    VolumeForget,
+    VolumeRanOn,
+    VolumeReceive,
+    VolumeRejoin,
+    VolumeRejoined,
+)
+
+A = TypeVar("A", bound=Message)
 
 POLL_SECONDS = 0.05
 ASK_AGAIN_SECONDS = 0.25
@@ -37,6 +49,7 @@ RECEIVE_SECONDS = 60.0
 ATTACH_SECONDS = 20.0
 FORGET_SECONDS = 3.0
 ATTEMPTS = 5
+REJOIN_ATTEMPTS = 2
 SILENCE_SECONDS = 60.0
 """A copy that has not come forward for so long is given up."""
 OWNERLESS_SECONDS = 60.0
@@ -148,30 +161,79 @@ class Rebuild:
         self._note("attempts", str(attempt))
         self._record("receive", durable=True)
         order = self._order
-        await self._reach(VolumeReceive(id=order.id, volume=self._coming))
+        changes = await self._rejoined(attempt)
+        if changes is None:
+            await self._reach(VolumeReceive(id=order.id, volume=self._coming), Message)
         self._record("copy")
         self._pace = Pace()
-        await self._start()
+        try:
+            await self._start(changes)
+        except Conflict as conflict:
+            if changes is None:
+                raise
+            self._say_full(conflict.message)
+            await self._reach(VolumeReceive(id=order.id, volume=self._coming), Message)
+            await self._start()
 
-    async def _reach(self, body: VolumeReceive) -> None:
+    # --- only what differs ---
+
+    async def _rejoined(self, attempt: int) -> Changes | None:
+        """What the copy that comes back says of itself; None: everything is to be copied."""
+        if "full" in self._journal.notes:
+            return None
+        if attempt > REJOIN_ATTEMPTS:
+            return self._say_full(f"it broke off {REJOIN_ATTEMPTS} times")
+        try:
+            body = VolumeRejoin(id=self._order.id, volume=self._coming)
+            answer = await self._reach(body, VolumeRejoined)
+            changes = answer.changes
+            if changes is None:
+                return self._say_full(f"the copy on {self._order.target.host} is nothing to begin from")
+            if changes.ranges is None:
+                await self._check_ran_on()
+        except (Refused, Conflict) as error:
+            return self._say_full(error.message)
+        return changes
+
+    async def _check_ran_on(self) -> None:
+        """The copy does not know what was written to it last. Its server does, if it has run on since."""
+        client, order = self._order.client, self._order
+        if client is None:
+            raise Conflict("nobody knows what was written to it last")
+        epoch = order.volume.at(order.target.host).epoch
+        gone = msgspec.structs.replace(order.target, export=f"{order.volume.id}.e{epoch}")
+        body = VolumeRanOn(server=client.server, gone=gone)
+        try:
+            await self._hosts.ask(client.at.host, body, ATTACH_SECONDS)
+        except Error as error:
+            raise Conflict(f"nobody knows what was written to it last: {error.message}") from error
+
+    def _say_full(self, why: str) -> None:
+        self._note("full", why)
+        self._journal = self._context.ledger.note(self._journal)
+        text = f"everything is copied to {self._order.target.host}: {why}"
+        self._context.say("volume.rebuild", self._order.volume.id, text, id=self._order.id)
+
+    async def _reach(self, body: VolumeReceive | VolumeRejoin, answer: type[A]) -> A:
         since = self._context.now()
         while True:
             try:
-                await self._hosts.ask(self._order.target.host, body, RECEIVE_SECONDS)
+                return await self._hosts.request(self._order.target.host, body, answer, RECEIVE_SECONDS)
             except Unavailable as error:
                 if self._cancelled or self._context.now() - since > SILENCE_SECONDS:
                     raise
                 self._say_wait(f"{self._order.target.host} to make room ({error.message})")
                 await self._sleep(ASK_AGAIN_SECONDS)
-            else:
-                return
 
-    async def _start(self) -> None:
+    async def _start(self, changes: Changes | None = None) -> None:
         """An error here is followed by a look at what came of it."""
         order = self._order
         try:
             await self._storage.relocate_start(
-                order.volume.at(self._context.settings.host), order.target, bytes_per_second=self._speed
+                order.volume.at(self._context.settings.host),
+                order.target,
+                bytes_per_second=self._speed,
+                changes=changes,
             )
         except Unavailable as error:
             self._say_wait(f"the storage to begin copying ({error.message})")
@@ -204,9 +266,15 @@ class Rebuild:
             others = tuple(e for e in before.copies or (order.source,) if e.host != order.target.host)
             coming = msgspec.structs.replace(order.target, joining=True)
             await self._lead_to(reached_by_copies(before, (*others, coming)))
-        if (await self._observed()).phase is not CopyPhase.READY:
+        progress = await self._observed()
+        if progress.phase is not CopyPhase.READY:
             return False
+        self._note("copied", str(progress.done))
         self._record("joined", durable=True)
+        text = f"the copy on {self._order.target.host} took {progress.done / (1 << 20):.1f} MiB"
+        self._context.say(
+            "volume.rebuild", self._order.volume.id, text, id=self._order.id, bytes=progress.done
+        )
         return True
 
     async def _check_unused(self) -> None:

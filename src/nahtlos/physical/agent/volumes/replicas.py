@@ -90,9 +90,17 @@ def wanted_disks(
     )
 
 
-async def record_loss(context: Context, server: ServerConfig, problem: DiskProblem) -> ServerConfig:
+def ran_on(server: ServerConfig) -> bytes:
+    """Of a loss: which VMM has run on after it. See `rejoin`."""
+    return f"{server.spec.id} {server.epoch}".encode()
+
+
+async def record_loss(
+    context: Context, server: ServerConfig, problem: DiskProblem, *, by: bytes = b""
+) -> ServerConfig:
     """Have it recorded that this copy is not current, here as well; how the server's disks are reached then.
-    Unavailable while no orchestrator is connected, Conflict if no other copy is current."""
+    Unavailable while no orchestrator is connected, Conflict if no other copy is current. `by`: `ran_on` if
+    the VMM that wrote to it lives."""
     assert problem.replica is not None, problem
     known = next(each for each in server.all_volumes if each.volume == problem.volume)
     gone = next((each for each in known.copies if each.host == problem.replica), None)
@@ -108,7 +116,7 @@ async def record_loss(context: Context, server: ServerConfig, problem: DiskProbl
     answer = await context.ask(asked, RECORD_SECONDS)
     if not isinstance(answer, ReplicasRecorded):
         raise Refused(f"the orchestrator answered {type(answer).__name__} to a lost copy")
-    context.ledger.remember("lost", {f"{PREFIX}{place(gone)}": b""})
+    context.ledger.remember("lost", {f"{PREFIX}{place(gone)}": by})
     lost = lost_exports(context.ledger)
     recorded = {answer.attachment.export, *(each.export for each in answer.attachment.copies)}
     left = tuple(
@@ -222,7 +230,7 @@ class DiskKeeper:
         server = held.server
         for problem in problems:
             if problem.trouble is DiskTrouble.REPLICA_LOST:
-                server = await record_loss(self._context, server, problem)
+                server = await record_loss(self._context, server, problem, by=ran_on(server))
         self._say(vmm, self._told(problems, server, attempt))
         await hypervisor.disks_reconcile(vmm, server)
         if self._ours(vmm) is None:
