@@ -91,6 +91,10 @@ async def test_damage_on_disk_is_found_and_said_until_the_copy_is_made_anew(plac
     assert [s.problem for s in await host.storage.observe()] == ["differs: rebuild it"]
     await host.restart_drivers()
     assert [s.problem for s in await host.storage.observe()] == ["differs: rebuild it"]
-    anew = volume_on(host, DATA, empty=True, size_mib=16, epoch=2)
-    await host.storage.reconcile(StorageDesired(volumes=(anew,)))
+    attached = volume_on(host, DATA, empty=True, size_mib=16, epoch=2)
+    await host.storage.reconcile(StorageDesired(volumes=(attached,)))
+    assert [s.problem for s in await host.storage.observe()] == ["differs: rebuild it"]
+    assert await host.storage.rejoin(volume_on(host, DATA, empty=True, size_mib=16, epoch=3)) is None
+    await host.storage.reconcile(StorageDesired(removed=(DATA,)))
+    await host.storage.reconcile(StorageDesired(volumes=(attached,)))
     assert [s.problem for s in await host.storage.observe()] == [""]

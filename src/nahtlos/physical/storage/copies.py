@@ -83,6 +83,7 @@ class Copies:
     async def export(self, wanted: Iterable[SnapshotExport]) -> tuple[str, ...]:
         """These and no others. Unavailable with all that could not be served, after the rest was."""
         exports = tuple(wanted)
+        self._marks.keep_only(self._serving.records.all().keys())
         if not exports and not await self._exports.any():
             return ()
         records = self._serving.records.all()
@@ -105,6 +106,14 @@ class Copies:
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
         await asyncio.to_thread(self._marks.put, volume, epoch, problem)
+
+    def made_anew(self, volume: VolumeId) -> None:
+        """What was found wrong with its copy here is gone with it."""
+        self._marks.clear(volume)
+
+    def is_wrong(self, volume: VolumeId) -> bool:
+        record = self._serving.records.get(volume)
+        return record is not None and self._marks.problem(record) != ""
 
     def marked(self, status: VolumeStatus) -> VolumeStatus:
         record: VolumeRecord | None = self._serving.records.get(status.id)

@@ -97,10 +97,14 @@ class EmbeddedStorage:
             if volume.id not in records:
                 await attempt.one(self._lifecycle.create(volume, bundle))
         await self.serving.define()
-        for volume in going:
+        bare = [volume for volume in going if not records[volume].snapshots]  # such as clones of the others
+        for volume in bare:
             await attempt.one(self._lifecycle.delete(volume))
         for snapshot in desired.removed_snapshots:
             await attempt.to(self._snapshots.remove(snapshot))
+        for volume in going:
+            if volume not in bare:
+                await attempt.one(self._lifecycle.delete(volume))
         await self.relocations.sweep()
         await self._settle(desired.pinned, attempt)
         for volume in known:
@@ -217,12 +221,15 @@ class EmbeddedStorage:
             await self.serving.awake()
             await self.replication.forget_steps(volume.id)
             await self.relocations.receive(volume, await self.releases.bundle())
+            self.copies.made_anew(volume.id)
 
     async def rejoin(self, volume: VolumeSpec) -> Changes | None:
         async with self.serving.changing:
             await self._have_keys((volume,))
             await self.serving.define()
             await self.serving.awake()
+            if self.copies.is_wrong(volume.id):
+                return None  # what was written meanwhile would not put it right
             return await self.replication.rejoin(volume)
 
     async def step_begin(self, volume: VolumeId, step: str) -> None:
@@ -274,7 +281,7 @@ class EmbeddedStorage:
         """A daemon that runs is not touched: the definition is for when it starts again."""
         known = (await self._supervisor.units()).get(UNIT)
         unit = await self._unit(wanted)
-        if unit == self._defined and known is not None:
+        if unit == self._defined and known is not None and known.pid is not None:
             return False
         settings = self._settings
         settings.run_dir.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ first, so that what is compared is the disk's. Marks a copy that was found wrong
 import hashlib
 import os
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -51,13 +52,17 @@ def _forget_cached(file: Path, offset: int, length: int) -> None:
         os.close(descriptor)
 
 
+_SUFFIX = ".json"
+
+
 class _Mark(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
+    """By which it was served when it was found wrong. A later one alone makes it no better."""
     problem: str
 
 
 class Marks:
-    """Copies that were found wrong, by the epoch they were served by: one that is made anew has another."""
+    """Copies that were found wrong, until they are made anew. A file each: they outlive the agent."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -72,10 +77,16 @@ class Marks:
             mark = msgspec.json.decode(self._path(record.volume).read_bytes(), type=_Mark)
         except FileNotFoundError:
             return ""
-        return mark.problem if mark.epoch == record.epoch else ""
+        return mark.problem if mark.epoch <= record.epoch else ""
 
     def clear(self, volume: VolumeId) -> None:
         self._path(volume).unlink(missing_ok=True)
 
+    def keep_only(self, volumes: Collection[VolumeId]) -> None:
+        """Forget those of copies that are not here any more."""
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            if path.stem not in volumes:
+                path.unlink(missing_ok=True)
+
     def _path(self, volume: VolumeId) -> Path:
-        return self._folder / f"{volume}.json"
+        return self._folder / f"{volume}{_SUFFIX}"
