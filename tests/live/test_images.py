@@ -1,5 +1,6 @@
 """Images from people nobody trusts, with the release's own qemu-img behind a closed door: what is not fit
-is refused by field and remedy, what is fit becomes a raw image whose digest is right, killed in between or not."""
+is refused by field and remedy, what is fit becomes a raw image whose digest is right, killed in between or
+not."""
 
 import asyncio
 import hashlib

@@ -1,8 +1,9 @@
-"""One move of a router's way out between two edge hosts, in a whole simulated cloud, with something going wrong.
+"""One move of a router's way out between two edge hosts, in a whole simulated cloud, with something going
+wrong.
 
-Meanwhile a server opens connections to the outside, one every few milliseconds, by whichever place its host sends
-to; and somebody outside looks who answers. In the end the new place must know every connection, and it must never
-have been that nobody answers.
+Meanwhile a server opens connections to the outside, one every few milliseconds, by whichever place its host
+sends to; and somebody outside looks who answers. In the end the new place must know every connection, and it
+must never have been that nobody answers.
 """
 
 import asyncio

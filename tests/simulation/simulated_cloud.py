@@ -22,7 +22,6 @@ from nahtlos.physical.ports import Crash
 from nahtlos.physical.sim.agents import AgentProcess, Dress, LivingTransport, only_crashes
 from nahtlos.physical.sim.clock import run_virtual, virtual_loop
 from nahtlos.physical.sim.cloudlet import (
-    EDGE,
     FUNCTIONS,
     NEW,
     OLD,

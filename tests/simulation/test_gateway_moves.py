@@ -1,5 +1,6 @@
 """A router's way out goes to another edge host, with an agent killed at every write of its ledger and around
-every verb, drivers that fail, hosts parted, an orchestrator killed: nobody loses a connection or the way out."""
+every verb, drivers that fail, hosts parted, an orchestrator killed: nobody loses a connection or the way
+out."""
 
 import pytest
 from gateway_moving import DESTINATION, SOURCE, GatewayRun, strikes

@@ -1,4 +1,4 @@
-"""Networks that are one with an outside one: what is decided and composed, for other kernels than this, too."""
+"""Networks that are one with an outside one: what is decided and composed, also for other kernels."""
 
 import struct
 

@@ -141,7 +141,7 @@ class RouterConfig(Value, frozen=True, kw_only=True):
     """The way out has left this host, which still leads out what others send here, because some host has not
     yet converged to the new place. To the outside it does not answer any more."""
     settled: bool = False
-    """Passing, and every host sends to the new place now: it may end once that knows what was learned here."""
+    """Passing, and every host sends to the new place now: it ends once that knows what was learned here."""
 
 
 class LoadBalancerConfig(Value, frozen=True, kw_only=True):

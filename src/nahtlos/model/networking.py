@@ -48,8 +48,8 @@ class SubnetSpec(Value, frozen=True, kw_only=True):
 
 
 class ProviderLink(Value, frozen=True, kw_only=True):
-    """A network outside of the cloud that a network of the cloud is one with: its frames go out of and come in
-    by `interface` of every host that has it."""
+    """A network outside of the cloud that a network of the cloud is one with: its frames go out of and come
+    in by `interface` of every host that has it."""
 
     interface: str
     vlan: int = 0

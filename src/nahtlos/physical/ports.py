@@ -200,9 +200,9 @@ class Hypervisor(Protocol):
         """Attach, detach, enlarge, limit, and reach every volume by exactly the copies `server` names: a copy
         that is not named any more is let go, one that is new is used from now on (whoever calls this has made
         sure that it holds every acknowledged write). Each change is atomic for the guest; it sees no error.
-        Returns what was changed. Refused where the machine has no place left, Unavailable while a copy does not
-        answer or a guest does not let go of a disk; a later call goes on from there. A guest that its disks have
-        stopped is not resumed, but may be, afterwards."""
+        Returns what was changed. Refused where the machine has no place left, Unavailable while a copy does
+        not answer or a guest does not let go of a disk; a later call goes on from there. A guest that its
+        disks have stopped is not resumed, but may be, afterwards."""
         ...
 
     async def disks_settled(self, vmm: VmmId, server: ServerConfig) -> bool:
@@ -335,10 +335,10 @@ class Network(Protocol):
     async def move_prepare(
         self, port: PortConfig, network: NetworkConfig, role: MoveRole, vtep: str, *, marked: bool = False
     ) -> None:
-        """`vtep` is the other host's tunnel address. Source: gate on, the unused tunnel entry set. Destination:
-        the same, towards the source, for an abort. Repeatable. `marked`: the source is to mark what its firewall
-        has let in, the destination believes the mark and judges the rest itself. False where the other host's
-        release knows no mark."""
+        """`vtep` is the other host's tunnel address. Source: gate on, the unused tunnel entry set.
+        Destination: the same, towards the source, for an abort. Repeatable. `marked`: the source is to mark
+        what its firewall has let in, the destination believes the mark and judges the rest itself. False
+        where the other host's release knows no mark."""
         ...
 
     async def move_sacrifice(self, port: PortId) -> bool:
@@ -551,8 +551,8 @@ class Storage(Protocol):
         ...
 
     async def rejoin(self, volume: VolumeSpec) -> Changes | None:
-        """Instead of `receive`: what is here stays, as the base of a copy that only takes what differs, and is
-        served for writing by `volume.epoch`. None: it is nothing to begin from."""
+        """Instead of `receive`: what is here stays, as the base of a copy that only takes what differs, and
+        is served for writing by `volume.epoch`. None: it is nothing to begin from."""
         ...
 
     async def step_begin(self, volume: VolumeId, step: str) -> None:

@@ -25,11 +25,12 @@ Everything lasts in the kernel, in the supervisor's store and in one small file.
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import socket
 import time
 from pathlib import Path
+
+import msgspec
 
 from nahtlos.model.config import PortConfig
 from nahtlos.model.errors import Refused, Unavailable
@@ -141,7 +142,7 @@ class Replacement:
         old = await self._endpoints.required(port.id)
         used = [number for number, fd in enumerate(old) if tap.in_use(fd)]
         if used:
-            self._left_file(port.id).write_text(json.dumps(used))
+            self._left_file(port.id).write_bytes(msgspec.json.encode(used))
         for number in used:
             tap.use(old[number], on=False)
         return True
@@ -167,7 +168,7 @@ class Replacement:
         left = self._left_file(port)
         if not left.exists():
             return 0
-        for number in json.loads(left.read_text()):
+        for number in msgspec.json.decode(left.read_bytes(), type=list[int]):
             tap.use(old[number], on=True)
         return _used(new)
 

@@ -185,6 +185,9 @@ class EmbeddedStorage:
 
     # --- relocation, replication -------------------------------------------------------------------
 
+    async def serve(self, volume: VolumeSpec) -> None:
+        """What is here is served from here."""
+
     async def relocate_start(
         self,
         volume: VolumeSpec,

@@ -64,9 +64,7 @@ async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDra
     return _announcement("ended", record, end.task.work)
 
 
-async def _apply(
-    tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[str, str], now: float
-) -> None:
+async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[str, str], now: float) -> None:
     match task.work:
         case Relocation():
             await _relocated(tx, task, task.work)
