@@ -128,9 +128,10 @@ class ReplicaConductor(VolumeConductor):
 
 @dataclass
 class Replicating(Relocating):
-    """`loses`: the copy's host loses power once it is current."""
+    """`loses`: the copy's host loses power once it is current. `ends`: the server's VMM is killed instead."""
 
     loses: bool = True
+    ends: bool = False
 
     async def _play(self, folder: Path) -> None:
         self.cloudlet = Cloudlet.build(
@@ -170,7 +171,13 @@ class Replicating(Relocating):
         self.status = self._status(order)
         await world.until(self._quiet, timeout=bound, what="convergence")
         await self._writes_on()
-        if self.loses and TARGET in conductor.current:
+        if self.ends:
+            (vmm,) = world.running(SERVER)
+            world.kill_vmm(vmm, "killed")
+            await world.until(lambda: len(world.running(SERVER)) == 1, timeout=bound, what="a new start")
+            await world.until(conductor.converged, timeout=bound, what="convergence")
+            await self._writes_on()
+        elif self.loses and TARGET in conductor.current:
             world.power_off(TARGET)
             self.agents[TARGET].held_down = True
             self.later(0, lambda: self.agents[TARGET].kill("power"))

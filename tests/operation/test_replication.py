@@ -15,8 +15,11 @@ from moving import Event, Run, hold_down, kill_agents, kill_orchestrator, partit
 from relocating import CLIENT, HOME, SERVER, TARGET
 from replicating import ReplicaConductor, Replicating, strikes
 
+from nahtlos.model.config import ServerConfig
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
+from nahtlos.physical.agent import converge
+from nahtlos.physical.agent.context import Context
 from nahtlos.physical.sim.faults import Act, Moment
 
 STRIKES = list(strikes())
@@ -50,6 +53,24 @@ def test_undisturbed_the_copy_comes_and_its_loss_is_recorded_before_the_server_g
     assert isinstance(conductor, ReplicaConductor)
     assert (conductor.current, conductor.losses) == ([HOME], 1)
     assert run.world.facts(SERVER).boots == 1
+
+
+def test_server_whose_vmm_ended_goes_on_with_one_copy_and_that_is_recorded_first() -> None:
+    """The copies may differ in what was on its way: two of them are never read after that."""
+    run = Replicating(ends=True).play()
+    assert not run.problems
+    conductor = run.conductor
+    assert isinstance(conductor, ReplicaConductor)
+    assert (len(conductor.current), conductor.losses) == (1, 1)
+    assert run.world.facts(SERVER).boots == 2
+
+
+def test_without_that_the_world_sees_the_hole(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def as_it_is(_context: Context, server: ServerConfig) -> ServerConfig:
+        return server
+
+    monkeypatch.setattr(converge, "on_one_copy", as_it_is)
+    assert any("write-hole" in problem for problem in Replicating(ends=True).play().problems)
 
 
 def test_the_steps_of_a_clean_run_are_found() -> None:

@@ -9,6 +9,7 @@ told from that.
 Checked at every write:
     lost-write    who reads does not find every acknowledged write
     stale-copy    the server's memory knows another number of writes than its disk
+    write-hole    of several copies that are read one may differ from the others
     two-homes     another host has the volume as its own, too, and would serve it
 """
 
@@ -48,6 +49,8 @@ class Volume:
     """In the daemon's memory: it dies with it."""
     problem: str = ""
     """As it was marked."""
+    in_doubt: bool = False
+    """A server ended while it wrote to this and to other copies: they may differ in what was on its way."""
 
 
 @dataclass(eq=False)
@@ -193,6 +196,7 @@ class Disks:
         self.stalled.discard((server, volume))
         assert vmm.guest is not None
         self._read(vmm, volume, reached)
+        self._check_doubt(volume, reached)
         number = self.acknowledged[volume] = self.acknowledged.get(volume, 0) + 1
         self._written.setdefault(volume, Written(base=number - 1)).times.append(self._world.now())
         for copy in (*reached, *(each for each in joining if each.writes == number - 1)):
@@ -241,6 +245,24 @@ class Disks:
                 text = f"{copy.spec.host}: {copy.writes} of {acknowledged} writes{torn}"
                 self._violated("lost-write", volume, text)
 
+    def ended_writing(self, vmm: Vmm) -> None:
+        """What it was just writing may be at some of its copies and not at others."""
+        for attachment in vmm.server.all_volumes:
+            for address, export in paths_of(attachment) if attachment.copies else ():
+                name, _, epoch = export.rpartition(".e")
+                for host in self._world.hosts.values():
+                    held = host.volumes.get(VolumeId(name))
+                    if host.address == address and held is not None and str(held.spec.epoch) == epoch:
+                        held.in_doubt = True
+
+    def _check_doubt(self, volume: VolumeId, reached: list[Volume]) -> None:
+        """The one that is read alone is what counts; another has to be copied into before it is read."""
+        if len(reached) == 1:
+            reached[0].in_doubt = False
+        for copy in reached:
+            if copy.in_doubt:
+                self._violated("write-hole", volume, f"{copy.spec.host} is read beside others")
+
     def _check_homes(self, volume: VolumeId, reached: list[Volume]) -> None:
         if any(copy.spec.replicas for copy in reached):
             return  # which of them count is written down elsewhere
@@ -263,7 +285,7 @@ class Disks:
 
     def begin_copy(self, host: "SimHost", volume: Volume, target: VolumeEndpoint, rate: int) -> None:
         into = self.reach(target.address, target.export)[0]
-        into.whole, into.writes = False, 0
+        into.whole, into.writes, into.in_doubt = False, 0, False
         size = volume.spec.size_mib << 20
         volume.job = Copy(target, into, size, rate or COPY_BYTES_PER_SECOND, self._world.now())
         volume.job.stalled = self._link_stalled(host, target.address)

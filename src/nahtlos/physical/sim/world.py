@@ -474,6 +474,8 @@ class World:
         for tap in vmm.taps:
             self.paths.touch(tap.mac)
         was_running = vmm.running
+        if was_running or vmm.disk_problems:
+            self.disks.ended_writing(vmm)
         if why and vmm.guest and not (vmm.sent and not was_running):
             facts = self.facts(vmm.id.server)
             facts.excuses.append(f"{vmm.id.unit}: {why}")
