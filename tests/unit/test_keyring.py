@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from nahtlos.model.errors import Conflict, NotFound, Refused
-from nahtlos.model.ids import HostId, KeyId, OperationId, VolumeId
-from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
+from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
+from nahtlos.model.ids import HostId, KeyId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.storage import Replica, ReplicaState, SnapshotSpec, VolumeSpec
 from nahtlos.model.volume_work import PlannedVolumeTask, Relocation, Restoring
-from nahtlos.runtime.controllers.keys import entitled
+from nahtlos.physical.agent.keyring import AskedKeyring
+from nahtlos.runtime.controllers.keys import VolumeKeys, entitled
 from nahtlos.runtime.identity.keyring import KEYRING_FILE, MASTER_FILE, Keyring
+from nahtlos.runtime.store import volumes
+from nahtlos.runtime.store.store import Store
+from nahtlos.wire.messages import Message
+from nahtlos.wire.volumes import KeyData, KeyRead
 
 ONE, TWO = KeyId("one"), KeyId("two")
 HOSTS = tuple(HostId(f"host-{number}") for number in range(5))
@@ -96,12 +101,42 @@ def task(work: Relocation | Restoring, *hosts: HostId) -> PlannedVolumeTask:
 
 
 def test_key_goes_to_holders_and_to_who_shall_hold() -> None:
-    volumes = {v.id: v for v in (volume("a", ONE), volume("b", None))}
-    assert entitled(ONE, volumes, ()) == {HOSTS[0], HOSTS[1]}
-    assert entitled(TWO, volumes, ()) == frozenset()
+    known = {v.id: v for v in (volume("a", ONE), volume("b", None))}
+    assert entitled(ONE, known, ()) == {HOSTS[0], HOSTS[1]}
+    assert entitled(TWO, known, ()) == frozenset()
     moving = task(Relocation(volume=VolumeId("a")), HOSTS[0], HOSTS[2])
-    assert entitled(ONE, volumes, (moving,)) == {HOSTS[0], HOSTS[1], HOSTS[2]}
+    assert entitled(ONE, known, (moving,)) == {HOSTS[0], HOSTS[1], HOSTS[2]}
     other = task(Relocation(volume=VolumeId("b")), HOSTS[3])
-    assert HOSTS[3] not in entitled(ONE, volumes, (other,))
+    assert HOSTS[3] not in entitled(ONE, known, (other,))
+    kept = SnapshotSpec(id=SnapshotId("s"), volume=VolumeId("a"), hosts=(HOSTS[3],))
+    assert entitled(ONE, known, (), (kept,)) == {HOSTS[0], HOSTS[1], HOSTS[3]}
     restored = task(Restoring(volume=volume("c", TWO), chain=()), HOSTS[4])
-    assert entitled(TWO, volumes, (restored,)) == {HOSTS[4]}
+    assert entitled(TWO, known, (restored,)) == {HOSTS[4]}
+
+
+async def test_host_is_answered_by_what_the_store_says(tmp_path: Path) -> None:
+    keyring = Keyring(tmp_path)
+    keyring.create(ONE)
+    store = await Store.open(None)
+    keys = VolumeKeys(store, keyring)
+    async with store.writing() as tx:
+        await volumes.add(tx, volume("a", ONE))
+    assert await keys.secret_for(HOSTS[0], ONE) == keyring.secret(ONE)
+    for host, key in ((HOSTS[4], ONE), (HOSTS[0], TWO)):
+        with pytest.raises(Refused, match="holds no volume") as refusal:
+            await keys.secret_for(host, key)
+        assert refusal.value.field == "key"
+    await store.close()
+
+
+async def test_agent_asks_whoever_is_there(tmp_path: Path) -> None:
+    ring = AskedKeyring()
+    with pytest.raises(Unavailable):
+        await ring.key(ONE)
+
+    async def answer(body: Message, timeout: float) -> Message:
+        assert body == KeyRead(key=ONE) and timeout > 0
+        return KeyData(secret=b"s")
+
+    ring.ask = answer
+    assert await ring.key(ONE) == b"s"

@@ -600,8 +600,8 @@ class Storage(Protocol):
     # health
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
-        """Say of a copy that it was found wrong while it was served by `epoch` (`VolumeStatus.problem`), until
-        it is received anew."""
+        """Say of a copy that it was found wrong while it was served by `epoch` (`VolumeStatus.problem`),
+        until it is received anew."""
         ...
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:

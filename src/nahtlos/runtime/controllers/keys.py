@@ -1,6 +1,6 @@
-"""Which host is given which volume key: one that holds a copy of a volume encrypted by it, or takes part in
-an operation that brings one there. Everybody else is refused in the same words, whether or not the key is
-there.
+"""Which host is given which volume key: one that holds a copy or a snapshot of a volume encrypted by it, or
+takes part in an operation that brings one there. Everybody else is refused in the same words, whether or not
+the key is there.
 """
 
 import asyncio
@@ -9,9 +9,10 @@ from typing import Protocol
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, KeyId, VolumeId
-from nahtlos.model.storage import VolumeSpec
+from nahtlos.model.storage import SnapshotSpec, VolumeSpec
 from nahtlos.model.volume_work import PlannedVolumeTask, Restoring, volumes_of
 from nahtlos.runtime.store import blueprints, intent
+from nahtlos.runtime.store import volumes as stored
 from nahtlos.runtime.store.store import Store
 
 
@@ -24,7 +25,10 @@ class Secrets(Protocol):
 
 
 def entitled(
-    key: KeyId, volumes: Mapping[VolumeId, VolumeSpec], tasks: Iterable[PlannedVolumeTask]
+    key: KeyId,
+    volumes: Mapping[VolumeId, VolumeSpec],
+    tasks: Iterable[PlannedVolumeTask],
+    snapshots: Iterable[SnapshotSpec] = (),
 ) -> frozenset[HostId]:
     """Hosts that may have `key` now."""
     encrypted = {volume.id for volume in volumes.values() if volume.encryption_key == key}
@@ -35,7 +39,8 @@ def entitled(
         if encrypted.intersection(volumes_of(task.work)) or _restores(task, key)
         for host in task.hosts
     }
-    return frozenset(holding | taking)
+    keeping = {host for snapshot in snapshots if snapshot.volume in encrypted for host in snapshot.hosts}
+    return frozenset(holding | taking | keeping)
 
 
 def _restores(task: PlannedVolumeTask, key: KeyId) -> bool:
@@ -51,8 +56,9 @@ class VolumeKeys:
     async def secret_for(self, host: HostId, key: KeyId) -> bytes:
         async with self._store.reading() as tx:
             volumes = {volume: row.spec for volume, row in (await intent.volumes(tx)).items()}
+            snapshots = tuple(row.spec for row in (await stored.read(tx)).snapshots.values())
             target = await blueprints.target(tx)
-        if host not in entitled(key, volumes, target.volume_tasks if target else ()):
+        if host not in entitled(key, volumes, target.volume_tasks if target else (), snapshots):
             raise Refused(
                 f"{host} holds no volume that is encrypted by '{key}'",
                 field="key",
