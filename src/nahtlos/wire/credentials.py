@@ -22,6 +22,19 @@ QEMU_CA_FILES = ("ca-cert.pem",)
 QEMU_CERTIFICATE_FILES = ("server-cert.pem", "client-cert.pem")
 QEMU_KEY_FILES = ("server-key.pem", "client-key.pem")
 """The names QEMU's `tls-creds-x509` object reads from its `dir`."""
+QEMU_DH_FILE = "dh-params.pem"
+DH_PARAMETERS = b"""\
+-----BEGIN DH PARAMETERS-----
+MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
++8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
+87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
+YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
+7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
+ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
+-----END DH PARAMETERS-----
+"""
+"""Of RFC 7919 (ffdhe2048). Up to 10.0 a QEMU that finds none in its `dir` looks for primes of its own
+whenever it starts, which takes up to seconds."""
 
 
 def new_key() -> rsa.RSAPrivateKey:
@@ -58,6 +71,7 @@ def write_pki_dir(folder: Path, ca_pem: bytes | str, certificate_pem: bytes | st
         write_file(folder / name, _bytes(ca_pem), mode=0o644)
     for name in (KEY_FILE, *QEMU_KEY_FILES):
         write_file(folder / name, _bytes(key), mode=0o600)
+    write_file(folder / QEMU_DH_FILE, DH_PARAMETERS, mode=0o644)
     for name in (*QEMU_CERTIFICATE_FILES, CERTIFICATE_FILE):
         write_file(folder / name, _bytes(certificate_pem), mode=0o644)
 
