@@ -21,9 +21,10 @@ from nahtlos.model.config import ServerConfig, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Unavailable
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.storage import CopyPhase, ReplicaState
+from nahtlos.model.storage import Changes, CopyPhase, ReplicaState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Ledger
+from nahtlos.physical.agent.volumes.rejoin import check_ran_on, on_one_copy
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper, reached_by_copies
 from nahtlos.physical.ports import Drivers, StorageDesired, VmmId
 from nahtlos.wire.messages import Message
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
+MIB = 1 << 20
 RECORD_SECONDS = 0.03
 """What the orchestrator's record takes here."""
 STILL_SECONDS = 0.1
@@ -93,6 +95,9 @@ class Cloudlet:
         return ReplicasRecorded(attachment=reached_by_copies(self.server.volume, left))
 
     def keeper(self) -> DiskKeeper:
+        return DiskKeeper(self.context())
+
+    def context(self) -> Context:
         host = self.hosts[0]
         drivers = Drivers(
             supervisor=host.supervisor,
@@ -100,7 +105,7 @@ class Cloudlet:
             network=None,  # pyright: ignore[reportArgumentType]
             storage=host.storage,
         )
-        context = Context(
+        return Context(
             settings=host.settings,
             drivers=drivers,
             ledger=self.ledger,
@@ -111,7 +116,6 @@ class Cloudlet:
             on_bug=_raise,
             ask=self.ask,
         )
-        return DiskKeeper(context)
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
@@ -315,6 +319,65 @@ async def test_copy_is_rebuilt_under_the_writer_and_all_copies_are_the_same(plac
         await cloudlet.guest.verified()
         first = await one.storage.digest(volume.id, 0, volume.size_mib << 20)
         assert await two.storage.digest(volume.id, 0, volume.size_mib << 20) == first
+
+
+async def test_copy_comes_back_by_what_differs_under_the_writer(place: Place) -> None:
+    """Its daemon does not know what it was written last; the server, which has run on, does."""
+    cloudlet = await replicated(place, 2)
+    one, two = cloudlet.hosts
+    volume = volume_on(one, "server-root")
+    context = cloudlet.context()
+    for host in cloudlet.hosts:
+        await host.storage.step_begin(volume.id, "2-a")
+    assert await one.hypervisor.disks_settled(cloudlet.vmm, cloudlet.server)
+    for host in cloudlet.hosts:
+        await host.storage.step_reached(volume.id, "2-a")
+    async with cloudlet.kept():
+        source, gone = cloudlet.server.volume.copies
+        await cloudlet.stands_still_for(lose_power(cloudlet, 1, await cloudlet.daemon(1)))
+        await two.restart_supervisor()
+        await two.restart_drivers()
+        coming = msgspec.structs.replace(
+            volume, host=HostId("host-2"), epoch=2, image=None, state=ReplicaState.STALE
+        )
+        changes = await two.storage.rejoin(coming)
+        assert changes == Changes(since="2-a", ranges=None)
+        await check_ran_on(context, cloudlet.server.spec.id, gone)
+        target = msgspec.structs.replace(gone, export="server-root.e2")
+        await one.storage.relocate_start(volume, target, bytes_per_second=0, changes=changes)
+        await until_in_step(one, volume.id)
+        copied = (await one.storage.relocate_progress(volume.id)).done
+        with cloudlet.guest.pulse() as pulse:
+            await cloudlet.reach((source, msgspec.structs.replace(target, joining=True)))
+            assert (await one.storage.relocate_progress(volume.id)).phase is CopyPhase.READY
+            await one.storage.relocate_cancel(volume.id)
+            await cloudlet.reach((source, target))
+            await cloudlet.guest.acknowledges(50)
+        print(f"rejoined: {copied / MIB:.1f} of {volume.size_mib} MiB, longest silence {pulse.longest:.3f} s")
+        assert 0 < copied < volume.size_mib * MIB / 4
+        assert (await cloudlet.guest.disk())["errors"] == 0
+        await cloudlet.guest.writes(0)
+        await cloudlet.guest.verified()
+        first = await one.storage.digest(volume.id, 0, volume.size_mib * MIB)
+        assert await two.storage.digest(volume.id, 0, volume.size_mib * MIB) == first
+
+
+async def test_server_whose_vmm_is_killed_goes_on_with_one_copy(place: Place) -> None:
+    """What was on its way may be at one copy alone: that the other is stale is recorded before one is read."""
+    cloudlet = await replicated(place, 2)
+    one = cloudlet.hosts[0]
+    pid = await one.pid(cloudlet.vmm.unit)
+    os.kill(pid, signal.SIGKILL)
+    await one.until_ended(cloudlet.vmm.unit)
+    cloudlet.connected = False
+    with pytest.raises(Unavailable):
+        await on_one_copy(cloudlet.context(), cloudlet.server)
+    cloudlet.connected = True
+    alone = await on_one_copy(cloudlet.context(), cloudlet.server)
+    assert cloudlet.lost == [HostId("host-2")]
+    assert (alone.volume.copies, alone.volume.export) == ((), "server-root.e1")
+    assert alone.volume.address == one.settings.address
+    assert await on_one_copy(cloudlet.context(), alone) == alone
 
 
 async def test_client_of_an_older_epoch_is_shut_out(place: Place) -> None:
