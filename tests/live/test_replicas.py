@@ -363,7 +363,7 @@ async def test_copy_comes_back_by_what_differs_under_the_writer(place: Place) ->
 
 
 async def test_server_whose_vmm_is_killed_goes_on_with_one_copy(place: Place) -> None:
-    """What was on its way may be at one copy alone: that the other is stale is recorded before one is read."""
+    """What was on its way may be at one copy alone: that the other is stale is recorded before that."""
     cloudlet = await replicated(place, 2)
     one = cloudlet.hosts[0]
     pid = await one.pid(cloudlet.vmm.unit)

@@ -85,6 +85,9 @@ class ReplicaConductor(VolumeConductor):
         self.order(order)
         return order
 
+    def learn(self) -> None:
+        self._learn()
+
     def _learn(self) -> None:
         for task in self.tasks.values():
             ended = self.ended.get((task.id, task.coordinator))
@@ -132,6 +135,8 @@ class Replicating(Relocating):
 
     loses: bool = True
     ends: bool = False
+    steps: bool = False
+    """Its copies are waited for to be in step."""
 
     async def _play(self, folder: Path) -> None:
         self.cloudlet = Cloudlet.build(
@@ -171,6 +176,12 @@ class Replicating(Relocating):
         self.status = self._status(order)
         await world.until(self._quiet, timeout=bound, what="convergence")
         await self._writes_on()
+        if self.steps:
+            held = hosts_with(world, VOLUME)
+            await world.until(lambda: bool(held[HOME].in_step), timeout=bound, what="a step")
+            await world.until(
+                lambda: held[TARGET].in_step == held[HOME].in_step, timeout=bound, what="the same step"
+            )
         if self.ends:
             (vmm,) = world.running(SERVER)
             world.kill_vmm(vmm, "killed")

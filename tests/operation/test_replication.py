@@ -65,6 +65,13 @@ def test_server_whose_vmm_ended_goes_on_with_one_copy_and_that_is_recorded_first
     assert run.world.facts(SERVER).boots == 2
 
 
+@pytest.mark.parametrize("event", [None, kill_agents(HOME, TARGET, CLIENT), kill_storage(HOME, TARGET)])
+def test_copies_come_to_be_in_step_whoever_dies(event: Event | None) -> None:
+    joined = next(s for s in STRIKES if s.host == HOME and f"{s.driver}.{s.verb}" == "ledger.joined")
+    run = Replicating(steps=True, loses=False, at=joined if event else None, does=event)
+    assert not run.play().problems
+
+
 def test_without_that_the_world_sees_the_hole(monkeypatch: pytest.MonkeyPatch) -> None:
     async def as_it_is(_context: Context, server: ServerConfig) -> ServerConfig:
         return server

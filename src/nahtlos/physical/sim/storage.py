@@ -209,12 +209,17 @@ class SimStorage(SimDriver):
         return None
 
     async def step_begin(self, volume: VolumeId, step: str) -> None:
-        self._check_up()
-        self._own(volume)
+        async with self.verb("step_begin", volume):
+            self._check_up()
+            self._own(volume).steps.add(step)
 
     async def step_reached(self, volume: VolumeId, step: str) -> None:
-        self._check_up()
-        self._own(volume)
+        async with self.verb("step_reached", volume):
+            self._check_up()
+            held = self._own(volume)
+            if step not in held.steps:
+                raise Refused(f"what was written to {volume} since {step} is not known", field="step")
+            held.in_step = step
 
     # --- backups and files ---
 

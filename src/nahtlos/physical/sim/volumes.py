@@ -49,6 +49,9 @@ class Volume:
     """In the daemon's memory: it dies with it."""
     problem: str = ""
     """As it was marked."""
+    in_step: str = ""
+    steps: set[str] = field(default_factory=set[str])
+    """Since which it knows what was written. In the daemon's memory."""
     in_doubt: bool = False
     """A server ended while it wrote to this and to other copies: they may differ in what was on its way."""
 
@@ -322,6 +325,7 @@ class Disks:
             if volume.job is not None:
                 self.touch(volume.spec.id)
             volume.job = None
+            volume.steps.clear()
 
     # --- snapshots ---
 
