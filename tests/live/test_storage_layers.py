@@ -22,7 +22,7 @@ from nahtlos.physical.ports import Crash, StorageDesired
 from nahtlos.physical.storage import decisions
 from nahtlos.physical.storage.images import image_tool
 from nahtlos.physical.storage.layers import LayerFiles
-from nahtlos.physical.storage.record import LayerRef, RecordMap, active_chain, chain
+from nahtlos.physical.storage.record import Layer, LayerRef, RecordMap, active_chain, chain
 from nahtlos.physical.storage.sockets import peers
 
 pytestmark = [
@@ -289,7 +289,7 @@ async def test_clones_stay_valid_while_their_origin_changes(place: Place) -> Non
     with pytest.raises(Conflict, match="clone rests on") as refusal:
         await scene.reconcile(without=("s2",))
     assert refusal.value.field == "snapshot"
-    with pytest.raises(Conflict, match="clone rests on"):
+    with pytest.raises(Conflict, match="has snapshots: s1, s2"):
         await scene.host.storage.reconcile(StorageDesired(removed=(DATA,)))
     await scene.settled(without=("s1",))  # what the clone rests on goes into the layer below
     assert disk.read(0) == block(99)
@@ -524,10 +524,12 @@ async def test_a_full_pool_leaves_nothing_half_made(place: Place, monkeypatch: p
     taken = LayerFiles.make_qcow2
     made = 0
 
-    async def second_is_full(files: LayerFiles, *arguments: object, **options: object) -> None:
+    async def second_is_full(
+        files: LayerFiles, ref: LayerRef, layer: Layer, *, preallocated: bool = False
+    ) -> None:
         nonlocal made
         made += 1
-        await (full() if made == 2 else taken(files, *arguments, **options))
+        await (full() if made == 2 else taken(files, ref, layer, preallocated=preallocated))
 
     monkeypatch.setattr(LayerFiles, "make_qcow2", second_is_full)
     with pytest.raises(Unavailable) as refusal:

@@ -36,6 +36,7 @@ from nahtlos.physical.storage.report import volume_statuses
 from nahtlos.physical.storage.serving import Serving
 from nahtlos.physical.storage.snapshots import Snapshots
 from nahtlos.physical.storage.sockets import Patience, bound_descriptor
+from nahtlos.wire.credentials import DH_PARAMETERS, QEMU_DH_FILE, write_file
 
 
 class EmbeddedStorage:
@@ -314,6 +315,8 @@ class EmbeddedStorage:
                 field="pki_dir",
                 remedy="let this host join the cloud first",
             )
+        if not (pki_dir / QEMU_DH_FILE).exists():  # a host that joined before there was one
+            write_file(pki_dir / QEMU_DH_FILE, DH_PARAMETERS, mode=0o644)
         return Unit(
             name=UNIT,
             argv=(*bundle.storage_daemon(), *arguments(self.daemon.qmp_path, pki_dir, wanted)),

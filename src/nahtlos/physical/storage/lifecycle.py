@@ -13,6 +13,7 @@ from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
 from nahtlos.physical.storage.daemon import EXPORT_GONE_WITHIN
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
+from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.layers import LayerFiles, base_file, overlay_file
 from nahtlos.physical.storage.merging import Merging, job_name
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord
@@ -175,7 +176,7 @@ class Lifecycle:
         if found is None:
             await daemon.execute("block_resize", arguments)
             return
-        shut = {"id": found.id, "mode": "hard"}
+        shut: Options = {"id": found.id, "mode": "hard"}
         await daemon.execute("block-export-del", shut)
         await self._serving.on_step("resize.shut")
         until = time.monotonic() + EXPORT_GONE_WITHIN
@@ -194,14 +195,21 @@ class Lifecycle:
     # --- deleted -----------------------------------------------------------------------------------
 
     async def delete(self, volume: VolumeId) -> str:
-        """With its snapshots. Conflict while others rest on them."""
+        """Conflict while it has snapshots, or others rest on it."""
         record = self._serving.records[volume]
+        if record.snapshots and record.mode is Mode.SERVING:
+            names = ", ".join(sorted(each.id for each in record.snapshots))
+            raise Conflict(
+                f"volume '{volume}' has snapshots: {names}",
+                field="volume",
+                remedy="delete them first",
+            )
         resting = self._resting(record)
         if resting:
             raise Conflict(
                 f"{', '.join(resting)} {'rests' if len(resting) == 1 else 'rest'} on '{volume}'",
                 field="volume",
-                remedy="delete what was made from its snapshots first",
+                remedy="delete what was made from it first",
             )
         if record.mode is not Mode.DELETING:
             record = msgspec.structs.replace(record, mode=Mode.DELETING, merge=None)

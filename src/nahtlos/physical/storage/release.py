@@ -29,8 +29,7 @@ from nahtlos.physical.storage.definition import UNIT, trial_arguments
 
 MIN_VERSION = (10,)
 """The NBD server of earlier ones lacks TCP_NODELAY: a thirtieth of the operations per second."""
-ENDS_WITHIN = 1.0
-"""Then it is killed: nothing that was acknowledged is lost by that."""
+ENDS_WITHIN = 2.0
 SERVES_WITHIN = 5.0
 TRIES = 3
 _TRIAL = f"{UNIT}.trial"
@@ -59,6 +58,7 @@ class DaemonRelease:
         self._supervisor = supervisor
         self.bundles = bundles
         self._daemon = daemon
+        self._ended_pid: int | None = None
 
     def chosen(self) -> Chosen | None:
         try:
@@ -107,6 +107,7 @@ class DaemonRelease:
         await on_step("upgrade.defined")
         await self._end_daemon()
         await on_step("upgrade.ended")
+        await self._next_one(define)
         if await self._serves_by(wanted):
             self._write(Chosen(release=wanted))
             return
@@ -114,6 +115,7 @@ class DaemonRelease:
         self._write(Chosen(release=chosen.release, failed=wanted, reason=reason))
         await define()
         await self._end_daemon()
+        await self._next_one(define)
         if not await self._serves_by(chosen.release):
             raise Unavailable(f"neither {wanted} nor {chosen.release} serves: {self._daemon.said()[-400:]}")
         raise _refusal(wanted, reason)
@@ -133,20 +135,29 @@ class DaemonRelease:
     # --- processes ---------------------------------------------------------------------------------
 
     async def _end_daemon(self) -> None:
-        """The one that runs; its supervisor starts the next one as it is defined now."""
+        """The one that runs; its supervisor starts the next one as it is defined now. Killed: nothing that
+        was acknowledged is lost by that, while a daemon that ends by itself goes on to accept clients, and
+        they wait a second after it has told them that it has no such export."""
         pid = await self._daemon.pid()
+        self._ended_pid = pid
         if pid is None:
             return
         await self._daemon.close()
         with suppress(ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-                if not await _ended(pidfd, ENDS_WITHIN):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    await _ended(pidfd, ENDS_WITHIN)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await _ended(pidfd, ENDS_WITHIN)
             finally:
                 os.close(pidfd)
+
+    async def _next_one(self, define: Define) -> None:
+        """At once: a supervisor waits a moment, longer each time, before it starts again what ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENDS_WITHIN):
+                while self._ended_pid is not None and await self._daemon.pid() == self._ended_pid:
+                    await asyncio.sleep(0.001)
+        await define()
 
     async def _serves_by(self, release: ReleaseId) -> bool:
         until, began = time.monotonic() + SERVES_WITHIN, None

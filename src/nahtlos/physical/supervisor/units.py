@@ -1,7 +1,7 @@
 """Units: daemons with a name that outlive the agent and, once started, the supervisor too.
 
             start                    exit, restart=True
-  (none) ---------> RUNNING ----------------------------> WAITING --(backoff)--> RUNNING
+  (none) ---------> RUNNING ----------------------------> WAITING --(backoff, or start)--> RUNNING
                        |  exit, restart=False
                        |----------------------------> ENDED          stop, from any state: (none)
 
@@ -100,9 +100,13 @@ class UnitTable:
         async with entry.lock:
             if self._entries.setdefault(unit.name, entry) is not entry:
                 return await self.start(unit)  # stopped and started anew while we waited
-            if entry.process is not None or entry.restart is not None:
+            if entry.process is not None:
                 if entry.record.unit != unit:
                     self._note(entry, unit=unit)  # used when it is started the next time
+            elif entry.restart is not None:  # who asks for it does not wait for the backoff
+                entry.restart.cancel()
+                self._note(entry, unit=unit)
+                self._again(entry)
             else:
                 entry.record = UnitRecord(unit=unit)
                 try:
