@@ -73,12 +73,13 @@ class VolumeConductor(Conductor):
     def relocate(
         self, server: ServerId, to: HostId, *, bytes_per_second: int = 0, deadline: float = 600.0
     ) -> RelocateOrder:
+        self.learn()
         _, epoch = self.places[server]
         config = self.server_config(server, epoch)
         now = self.volume(config.volume.volume)
         then = msgspec.structs.replace(now, host=to, epoch=now.epoch + 1)
         order = RelocateOrder(
-            id=OperationId(f"op-{now.id}-{now.epoch}-1"),
+            id=OperationId(f"op-{now.id}-{now.epoch}-{1 + len(self.tasks)}"),
             coordinator=now.host,
             hosts=self.peers(),
             volume=now,
@@ -109,7 +110,7 @@ class VolumeConductor(Conductor):
             super()._content(host, last), volumes=tuple(v for v in volumes if v.host == host)
         )
 
-    def _learn(self) -> None:
+    def learn(self) -> None:
         for task in self.tasks.values():
             ended = self.ended.get((task.id, task.coordinator))
             if isinstance(task, RelocateOrder) and ended and ended.state is OperationState.DONE:
@@ -118,7 +119,7 @@ class VolumeConductor(Conductor):
                     self.homes[task.volume.id] = (task.destination.host, task.destination.epoch)
 
     async def _tell_all(self) -> None:
-        self._learn()
+        self.learn()
         await super()._tell_all()
 
     def say(self, host: HostId, message: Message) -> None:
@@ -216,6 +217,8 @@ class Relocating(Run):
 
     def _settled(self) -> bool:
         conductor = self.conductor
+        assert isinstance(conductor, VolumeConductor)
+        conductor.learn()
         moved = all(conductor.over(order) is not None for order in conductor.orders.values())
         if not all(host.powered and host.storage_up for host in self.world.hosts.values()):
             return False

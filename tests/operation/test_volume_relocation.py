@@ -76,6 +76,7 @@ def test_the_steps_of_a_clean_run_are_found() -> None:
         assert (HOME, f"storage.{verb}") in struck
     assert (TARGET, "storage.receive") in struck
     assert (TARGET, "ledger.receive") in struck
+    assert (TARGET, "ledger.keep") in struck
     assert (CLIENT, "ledger.adopt") in struck
     assert (CLIENT, "hypervisor.disks_reconcile") in struck
     assert (HOME, "ledger.pivot") in struck

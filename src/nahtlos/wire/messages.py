@@ -39,6 +39,7 @@ from nahtlos.wire.volumes import (
     VolumeDigested,
     VolumeForget,
     VolumeFreeze,
+    VolumeKeep,
     VolumeMark,
     VolumeRanOn,
     VolumeReceive,
@@ -314,6 +315,7 @@ ToPeer = (
     | VolumeReceive
     | VolumeAttach
     | VolumeForget
+    | VolumeKeep
     | VolumeFreeze
     | VolumeThaw
     | VolumeSnapshot

@@ -180,6 +180,14 @@ class VolumeReceive(Message, frozen=True, kw_only=True):
     volume: VolumeSpec
 
 
+class VolumeKeep(Message, frozen=True, kw_only=True):
+    """Coordinator to a host it had told `VolumeReceive`, once the copy there is the one that counts: it is
+    served as `volume` says, and nothing may be received over it, although no configuration names it yet."""
+
+    id: OperationId
+    volume: VolumeSpec
+
+
 class VolumeForget(Message, frozen=True, kw_only=True):
     """Coordinator to a host it had told `VolumeReceive`: the operation was undone, what was received counts
     for nothing. Also keeps a `VolumeReceive` that arrives late from having any effect."""
@@ -256,6 +264,9 @@ class VolumeAttach(Message, frozen=True, kw_only=True):
     id: OperationId
     server: ServerId
     attachment: VolumeAttachment
+    instead_of: VolumeEndpoint | None = None
+    """The copy whose place the one of `attachment.copies` takes. Where the server reaches the volume by
+    several, the others stay; where it has let this one go meanwhile, nothing changes. None: of all."""
 
 
 class ReplicaLost(Message, frozen=True, kw_only=True):

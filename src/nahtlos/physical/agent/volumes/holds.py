@@ -1,7 +1,7 @@
 """Which volumes this host knows better than its configuration: those that came and those that left by an
 operation the orchestrator may not have heard the end of.
 
-    (none) --receive--> RECEIVED(e + 1) --a configuration names it--> (none)
+    (none) --receive--> RECEIVED(e + 1) --it counts--> KEPT(e + 1) --a configuration names it--> (none)
                               `--undone--> DROPPED
     (none) --the copy that counts is elsewhere--> LEFT(e) --no configuration names it any more--> (none)
 
@@ -26,6 +26,8 @@ PREFIX = "volume/"
 
 class VolumeHold(StrEnum):
     RECEIVED = "received"
+    KEPT = "kept"
+    """What was received is what counts."""
     DROPPED = "dropped"
     LEFT = "left"
 
@@ -41,7 +43,7 @@ class Held(Value, frozen=True, kw_only=True):
         match self.hold:
             case VolumeHold.LEFT:
                 return spec.epoch <= self.epoch
-            case VolumeHold.RECEIVED:
+            case VolumeHold.RECEIVED | VolumeHold.KEPT:
                 return spec.epoch < self.epoch
             case VolumeHold.DROPPED:
                 return False
@@ -64,6 +66,10 @@ def receive(ledger: Ledger, operation: OperationId, volume: VolumeSpec) -> None:
     if config is not None and volume.id in config.removed_volumes:
         raise Conflict(f"{config.host} is told to delete {volume.id}", field="volume")
     known = held(ledger).get(volume.id)
+    if known is not None and known.hold is VolumeHold.KEPT and known.operation == operation:
+        return  # said late
+    if known is not None and known.hold is VolumeHold.KEPT:
+        raise Conflict(f"{volume.id} is here since {known.operation}", field="volume")
     if known is not None and _past(known, operation, volume):
         raise Stale(f"{volume.id} is past epoch {volume.epoch} here", field="volume")
     fact = Held(volume=volume.id, epoch=volume.epoch, hold=VolumeHold.RECEIVED, operation=operation)
@@ -84,12 +90,27 @@ def forget(ledger: Ledger, operation: OperationId, volume: VolumeId) -> bool:
     known = held(ledger).get(volume)
     if known is not None and known.operation != operation:
         return False
-    if known is not None and known.hold is VolumeHold.LEFT:
+    if known is not None and known.hold in (VolumeHold.LEFT, VolumeHold.KEPT):
         return False
     fact = Held(
         volume=volume, epoch=known.epoch if known else 0, hold=VolumeHold.DROPPED, operation=operation
     )
     ledger.remember("forget", {_key(volume): msgspec.msgpack.encode(fact)})
+    return True
+
+
+def keep(ledger: Ledger, operation: OperationId, volume: VolumeSpec) -> bool:
+    """What was received is the volume from now on; False if a configuration says so already. Stale if it has
+    left again, or an operation of a later epoch has brought another."""
+    known = held(ledger).get(volume.id)
+    config = ledger.config()
+    if config is not None and any(v.id == volume.id and v.epoch >= volume.epoch for v in config.volumes):
+        return False
+    if known is not None and known.operation != operation and known.epoch >= volume.epoch:
+        raise Stale(f"{volume.id} is past epoch {volume.epoch} here", field="volume")
+    fact = Held(volume=volume.id, epoch=volume.epoch, hold=VolumeHold.KEPT, operation=operation)
+    if fact != known:
+        ledger.remember("keep", {_key(volume.id): msgspec.msgpack.encode(fact)})
     return True
 
 
@@ -113,7 +134,7 @@ def settle(ledger: Ledger, config: HostConfig) -> None:
 
 def _settled(each: Held, named: VolumeSpec | None, config: HostConfig) -> bool:
     match each.hold:
-        case VolumeHold.RECEIVED:
+        case VolumeHold.RECEIVED | VolumeHold.KEPT:
             return each.volume in config.removed_volumes or (named is not None and named.epoch >= each.epoch)
         case VolumeHold.LEFT:
             return named is None

@@ -19,6 +19,7 @@ from nahtlos.wire.volumes import (
     VolumeDigested,
     VolumeForget,
     VolumeFreeze,
+    VolumeKeep,
     VolumeMark,
     VolumeRanOn,
     VolumeReceive,
@@ -33,6 +34,7 @@ ForVolume = (
     VolumeReceive
     | VolumeAttach
     | VolumeForget
+    | VolumeKeep
     | VolumeFreeze
     | VolumeThaw
     | VolumeSnapshot
@@ -63,6 +65,8 @@ async def carry_out(context: Context, body: ForVolume) -> None:
     match body:
         case VolumeReceive():
             await _receive(context, body)
+        case VolumeKeep():
+            await _keep(context, body)
         case VolumeForget():
             await _forget(context, body)
         case VolumeAttach():
@@ -104,6 +108,11 @@ def _check_here(context: Context, volume: VolumeSpec) -> None:
         raise Refused(f"{volume.id} is for {volume.host}", field="volume")
 
 
+async def _keep(context: Context, body: VolumeKeep) -> None:
+    if holds.keep(context.ledger, body.id, body.volume):
+        await context.drivers.storage.reconcile(_only(context, volumes=(body.volume,)))
+
+
 async def _forget(context: Context, body: VolumeForget) -> None:
     """What was received goes, unless this host's configuration has come to name it."""
     config = context.ledger.config()
@@ -134,7 +143,8 @@ async def _attach(context: Context, body: VolumeAttach) -> None:
     """Written down first: should its VMM end meanwhile, it is started with the new path. Until this was
     answered both paths lead to the same data."""
     held = owned(context, body.server)
-    server = reached_by(held.server, without(body.attachment, lost_exports(context.ledger)))
+    attachment = without(body.attachment, lost_exports(context.ledger))
+    server = reached_by(held.server, attachment, body.instead_of)
     context.ledger.adopt(server)
     vmm = VmmId(body.server, held.epoch)
     vmms = await context.drivers.hypervisor.observe()
@@ -152,10 +162,18 @@ def _still_owned(context: Context, server: ServerConfig) -> None:
         raise Conflict(f"{server.spec.id} has moved meanwhile", field="server")
 
 
-def reached_by(server: ServerConfig, attachment: VolumeAttachment) -> ServerConfig:
-    """`server` with this volume reached as `attachment` says; its size and limits stay. Conflict if it has no
-    such volume, Stale if it reaches it by a later epoch."""
-    found = [_redirected(each, attachment) for each in server.all_volumes]
+def reached_by(
+    server: ServerConfig, attachment: VolumeAttachment, instead_of: VolumeEndpoint | None = None
+) -> ServerConfig:
+    """`server` with this volume reached as `attachment` says; its size and limits stay, and so do its other
+    copies if this is `instead_of` one. Conflict if it has no such volume, Stale if it reaches it by a later
+    epoch."""
+    found = [
+        _with_copy(each, attachment, instead_of)
+        if instead_of is not None and each.copies
+        else _redirected(each, attachment)
+        for each in server.all_volumes
+    ]
     if all(each.volume != attachment.volume for each in found):
         raise Conflict(f"{server.spec.id} has no volume {attachment.volume}", field="volume")
     return msgspec.structs.replace(server, volume=found[0], data_volumes=tuple(found[1:]))
@@ -167,7 +185,29 @@ def _redirected(known: VolumeAttachment, new: VolumeAttachment) -> VolumeAttachm
     if epoch_of(known) > epoch_of(new):
         raise Stale(f"{known.volume} is reached as {known.export} already", field="volume")
     return msgspec.structs.replace(
-        known, address=new.address, port=new.port, export=new.export, copies=new.copies, rbd=new.rbd
+        known,
+        address=new.address,
+        port=new.port,
+        export=new.export,
+        copies=new.copies if len(new.copies) > 1 else (),
+        rbd=new.rbd,
+    )
+
+
+def _with_copy(known: VolumeAttachment, new: VolumeAttachment, old: VolumeEndpoint) -> VolumeAttachment:
+    """`old` among its copies has gone to the one that `new` names."""
+    if known.volume != new.volume or len(new.copies) != 1:
+        return known
+    gone = (old.address, old.port, old.export)
+    copies = tuple(
+        msgspec.structs.replace(new.copies[0], joining=each.joining)
+        if (each.address, each.port, each.export) == gone
+        else each
+        for each in known.copies
+    )
+    first = copies[0]
+    return msgspec.structs.replace(
+        known, address=first.address, port=first.port, export=first.export, copies=copies
     )
 
 

@@ -25,7 +25,7 @@ from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.copying import Act, Pace, fraction, next_act, told
 from nahtlos.physical.agent.volumes.hosts import Hosts
-from nahtlos.wire.volumes import RelocateOrder, VolumeAttach, VolumeForget, VolumeReceive
+from nahtlos.wire.volumes import RelocateOrder, VolumeAttach, VolumeForget, VolumeKeep, VolumeReceive
 
 POLL_SECONDS = 0.05
 ASK_AGAIN_SECONDS = 0.25
@@ -95,6 +95,9 @@ class Relocation:
 
     def _check(self) -> None:
         order, me = self._order, self._context.settings.host
+        same = order.destination.backend is order.volume.backend
+        if same and order.destination.host == me:
+            raise Refused(f"{order.volume.id} is at {me} already", field="destination")
         if order.source.host != me or order.destination.epoch <= order.volume.epoch:
             raise Refused(f"{order.volume.id} of {order.source.host} cannot leave {me} so", field="order")
 
@@ -266,6 +269,7 @@ class Relocation:
             self._mark("pivot")
             await self._until_done("the ledger to be written", self._leave)
             self._context.changed()
+        await self._until_done(f"{self._order.destination.host} to keep it", self._keep)
         await self._until_done("who has it open to go there", self._pivot)
         if self._journal.step != "finish":
             self._record("finish")
@@ -274,6 +278,17 @@ class Relocation:
 
     async def _leave(self) -> None:
         holds.leave(self._context.ledger, self._order.volume, self._journal, "pivot")
+
+    async def _keep(self) -> None:
+        """Said before the copy here may go: nothing is received over the one there from then on."""
+        body = VolumeKeep(id=self._order.id, volume=self._order.destination)
+        try:
+            await self._hosts.ask(self._order.destination.host, body, RECEIVE_SECONDS)
+        except Stale:
+            return
+        except Refused as refused:
+            if refused.field != "message":
+                raise  # else an agent of an earlier release, which keeps it until it is asked otherwise
 
     async def _finish(self) -> None:
         try:
@@ -284,7 +299,8 @@ class Relocation:
 
     async def _pivot(self) -> None:
         order = self._order
-        await self._lead_to(_attachment(order.volume.id, order.target, order.rbd))
+        instead_of = order.source if order.rbd is None else None
+        await self._lead_to(_attachment(order.volume.id, order.target, order.rbd), instead_of)
 
     async def _lead_back(self) -> None:
         client, volume = self._order.client, self._order.volume.id
@@ -292,16 +308,20 @@ class Relocation:
             if before.volume == volume:
                 await self._lead_to(before)
 
-    async def _lead_to(self, attachment: VolumeAttachment) -> None:
+    async def _lead_to(self, attachment: VolumeAttachment, instead_of: VolumeEndpoint | None = None) -> None:
         """Returns when the server reaches the volume so, wherever it is."""
         client = self._order.client
         if client is None:
             return
-        body = VolumeAttach(id=self._order.id, server=client.server, attachment=attachment)
-        others = [host for host in self._hosts.all if host != client.at.host]
-        answers = [await self._attached(host, body) for host in (client.at.host, *others)]
-        if None in answers:
-            return
+        body = VolumeAttach(
+            id=self._order.id, server=client.server, attachment=attachment, instead_of=instead_of
+        )
+        answers = list[str]()
+        for host in dict.fromkeys((client.at.host, *self._hosts.all)):
+            answer = await self._attached(host, body)
+            if answer is None:
+                return
+            answers.append(answer)
         self._note_ownerless(all(answer == _NOT_MINE for answer in answers))
 
     async def _attached(self, host: HostId, body: VolumeAttach) -> str | None:
@@ -377,5 +397,10 @@ def _attachment(
     volume: VolumeId, endpoint: VolumeEndpoint, rbd: RbdEndpoint | None = None
 ) -> VolumeAttachment:
     return VolumeAttachment(
-        volume=volume, address=endpoint.address, port=endpoint.port, export=endpoint.export, rbd=rbd
+        volume=volume,
+        address=endpoint.address,
+        port=endpoint.port,
+        export=endpoint.export,
+        copies=(endpoint,),
+        rbd=rbd,
     )
