@@ -63,6 +63,13 @@ def check_intent(state: State, host: HostId, intent: HostIntent) -> None:
     role = state.hosts[known_host(state, host)].spec.role
     if role is not HostRole.EDGE or intent is not HostIntent.DRAINED:
         return
+    uplinks = [network.id for network in state.networks if network.gateway_host == host]
+    if uplinks:
+        raise Refused(
+            f"{host} holds the uplink of {listed(uplinks)}, which stays where the settings say",
+            field="host",
+            remedy="name another host for it in the orchestrator's settings",
+        )
     topology = state.topology()
     places = state.blueprint.gateways if state.blueprint else {}
     here = [r for r, spec in topology.routers.items() if spec.gateway and _place_of(spec, places) == host]
