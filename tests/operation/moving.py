@@ -195,9 +195,9 @@ class Run:
         if self.status is not None and self.status.state is OperationState.STUCK:
             self.problems.append(f"stuck: {self.status.error}")
         place, epoch = self.conductor.places[SERVER]
-        ended = self.status is not None and not world.facts(SERVER).excuses
-        if ended and (place, epoch) != self._place_wanted():
-            self.problems.append(f"{self.status}, and it is on {place} by epoch {epoch}")
+        status = self.status if not world.facts(SERVER).excuses else None
+        if status is not None and (place, epoch) != self._place_wanted():
+            self.problems.append(f"{status.state}, and it is on {place} by epoch {epoch}")
         if not world.facts(SERVER).excuses and not self.loss_excused:
             self._judge_packets()
 

@@ -12,7 +12,7 @@ from nahtlos.physical.sim.faults import Moment
 STRIKES = [
     s
     for s in strikes()
-    if s.driver in ("hypervisor", "network") and s.verb not in ("observe", "reconcile", "releases")
+    if s.driver in ("hypervisor", "network") and s.verb not in ("observe", "reconcile", "release", "releases")
 ]
 
 
