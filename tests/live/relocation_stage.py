@@ -15,7 +15,7 @@ from physical_host import Host, Place, volume_on
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error
-from nahtlos.model.storage import VolumeFormat, VolumeSpec
+from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeFormat, VolumeSpec
 from nahtlos.physical.agent.volumes.copying import Act, next_act
 from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.hypervisor.commandline import TLS_CLIENT, tls_object
@@ -180,6 +180,17 @@ class Stage:
             await self._survived(
                 target, lambda: target.storage.reconcile(StorageDesired(volumes=(self.spec,)))
             )
+
+    async def progress(self) -> CopyProgress:
+        return await self.home.storage.relocate_progress(self.spec.id)
+
+    async def copied_until_ready(self) -> None:
+        to = msgspec.structs.replace(self.spec, host=self.other.settings.host, epoch=self.spec.epoch + 1)
+        await self.other.storage.receive(to)
+        await self.home.storage.relocate_start(self.spec, self.endpoint(to), bytes_per_second=0)
+        async with asyncio.timeout(WITHIN):
+            while (await self.progress()).phase is not CopyPhase.READY:
+                await asyncio.sleep(0.02)
 
     async def _copied(self, source: Host, target: Host, to: VolumeSpec) -> None:
         while True:

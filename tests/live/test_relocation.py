@@ -1,8 +1,10 @@
 """Volumes that are relocated on real storage daemons while they are written, with kill -9 of agents and
 daemons at every step: what was acknowledged is there, and the writer waits only for who has died."""
 
+import asyncio
 import os
 import random
+import signal
 import statistics
 from collections.abc import Awaitable, Callable
 
@@ -10,7 +12,7 @@ import pytest
 from physical_host import Host
 from relocation_stage import Died, Stage, stage
 
-from nahtlos.model.storage import VolumeFormat
+from nahtlos.model.storage import CopyPhase, VolumeFormat
 
 pytestmark = [
     pytest.mark.live,
@@ -87,7 +89,7 @@ async def test_whoever_dies_at_whatever_step_nothing_acknowledged_is_lost() -> N
     random.Random("relocation").shuffle(cases)
     missed: list[str] = []
     async with stage("relk", VolumeFormat.RAW) as play:
-        for step, victim in cases if THOROUGH else cases[: len(cases) // 3]:
+        for step, victim in cases if THOROUGH else cases[: len(cases) // 4]:
             _, struck = strike(play, step, victim)
             await play.relocate()
             missed += [] if struck else [f"{victim} at {step}"]
@@ -97,6 +99,28 @@ async def test_whoever_dies_at_whatever_step_nothing_acknowledged_is_lost() -> N
         await play.relocate()
         assert play.writer.acknowledged > before
     assert not missed, missed
+
+
+async def test_target_that_hangs_holds_the_writer_up_for_a_moment_only() -> None:
+    """It takes what is sent, as far as its kernel is concerned, and answers nothing."""
+    async with stage("relh", VolumeFormat.RAW) as play:
+        await play.copied_until_ready()
+        pid = await play.other.pid("qsd")
+        play.writer.longest = 0.0
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(20):
+                while (await play.progress()).phase is not CopyPhase.FAILED:
+                    await asyncio.sleep(0.05)
+            before = play.writer.acknowledged
+            await asyncio.sleep(0.3)
+            assert play.writer.acknowledged > before
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert 1.0 < play.writer.longest < 8.0, play.writer.longest
+        await play.relocate()
+        assert await play.wrong() == []
+        assert play.writer.errors == 0
 
 
 async def test_qcow2_is_relocated_like_raw() -> None:

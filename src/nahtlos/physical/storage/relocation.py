@@ -25,6 +25,7 @@ from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, Deletion, ReplicaState, VolumeFormat, VolumeSpec
+from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.hypervisor.bundle import Bundle
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
@@ -40,6 +41,9 @@ from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 RECONNECT_SECONDS = 1
 """A target whose daemon is started anew is there again at once; one that is gone for longer ends the copy."""
 HOLD_SECONDS = 86400
+SILENT_SECONDS = 1.5
+GREET_SECONDS = 0.5
+LOOK_SECONDS = 0.5
 
 
 class Outcome(StrEnum):
@@ -107,6 +111,7 @@ class Relocations:
         self._daemon = serving.daemon
         self._files = files
         self._merging = merging
+        self._looked_at = 0.0
 
     # --- copying -----------------------------------------------------------------------------------
 
@@ -172,7 +177,23 @@ class Relocations:
         record = await self._settled(volume)
         if record.mode is Mode.PROXY:
             return CopyProgress(phase=CopyPhase.DONE)
+        if record.endpoint is not None:
+            await self._cut_if_silent(record.endpoint)
         return progress_of((await self._daemon.jobs()).get(job_name(volume)))
+
+    async def _cut_if_silent(self, target: VolumeEndpoint) -> None:
+        """A daemon that hangs takes what is sent and answers nothing, and writers wait: its connections
+        are ended, and unless it answers new ones, the copy breaks off."""
+        loop, pid = asyncio.get_running_loop(), await self._daemon.pid()
+        if pid is None or loop.time() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = loop.time()
+        address = (target.address, target.port)
+        silences = await asyncio.to_thread(connections.silences, pid, (address,))
+        if not any(each.seconds > SILENT_SECONDS for each in silences):
+            return
+        if not await connections.answers(address, connect_within=GREET_SECONDS, greet_within=GREET_SECONDS):
+            await asyncio.to_thread(connections.end, pid, address)
 
     async def cancel(self, volume: VolumeId) -> None:
         record = self._serving.records.get(volume)
