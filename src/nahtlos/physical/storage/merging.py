@@ -171,6 +171,10 @@ class Merging:
             "base-node": graph.format_node(LayerRef(volume, merge.into)),
             "auto-dismiss": False,
         }
+        if leaf != LayerRef(volume, merge.layer):
+            # For the header above, where nobody reads it. Left to itself the daemon writes down the whole
+            # chain; a long one does not fit, and 11.1 dies of that.
+            arguments["backing-file"] = records[volume].layer(merge.into).file
         await self._daemon.execute("block-commit", arguments)
 
     async def _is_through(self, record: VolumeRecord, merge: Merge) -> bool:
