@@ -28,6 +28,7 @@ from nahtlos.model.inventory import HostInventory, Inventory
 from nahtlos.model.networking import Direction, SecurityRule
 from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
 from nahtlos.model.topology import Topology, Underlay
+from nahtlos.runtime.controllers.bookkeeping import leaving_balancers
 from nahtlos.runtime.executor.configs import next_config
 from nahtlos.runtime.executor.world import World
 
@@ -189,3 +190,16 @@ def test_a_host_without_part_in_a_network_is_not_waited_for_after_a_move() -> No
     reported = {**reported, EDGE2: seen(EDGE2, after[EDGE2].generation - 1)}
     behind = replace(settled, inventory=msgspec.structs.replace(known, hosts=reported))
     assert next_config(behind, H1).reflect == (A,), "it may have had part in the network before"
+
+
+def test_a_load_balancer_leaves_a_host_that_is_drained() -> None:
+    found = topology()
+    balancer = msgspec.structs.replace(found.balancers[LoadBalancerId("lb")], host=H1)
+    found = msgspec.structs.replace(found, balancers={balancer.id: balancer})
+    seen = world(found)
+    connected = Inventory(hosts={}, connected=frozenset({H1, H2, EDGE}))
+    drained = msgspec.structs.replace(seen.policy, intents={H1: HostIntent.DRAINED})
+    assert leaving_balancers(replace(seen, inventory=connected)) == ()
+    (moved,) = leaving_balancers(replace(seen, policy=drained, inventory=connected))
+    assert moved == msgspec.structs.replace(balancer, host=H2)
+    assert leaving_balancers(replace(seen, policy=drained)) == (), "nobody is there to carry it"

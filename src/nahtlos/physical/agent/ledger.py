@@ -269,10 +269,13 @@ class Ledger:
 
     def facts(self, prefix: str) -> dict[str, bytes]:
         """What operations have to leave behind for others, by key."""
-        rows = self._db.execute("select key, value from facts where substr(key, 1, ?) = ? order by key", (
-            len(prefix),
-            prefix,
-        ))
+        rows = self._db.execute(
+            "select key, value from facts where substr(key, 1, ?) = ? order by key",
+            (
+                len(prefix),
+                prefix,
+            ),
+        )
         return dict(rows.fetchall())
 
     def remember(self, name: str, facts: Mapping[str, bytes | None], journal: Journal | None = None) -> None:

@@ -4,12 +4,16 @@ Requests that were served, servers no host runs any more, volumes no host keeps 
 ended outside every blueprint, a campaign that is over.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+import msgspec
 
 from nahtlos.model.blueprint import CampaignState, HostIntent, Policy
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, RouterId, ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.networking import LoadBalancerSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.planner.upgrade import campaign_over
 from nahtlos.runtime.controllers.state import State
@@ -29,6 +33,8 @@ class Chores:
     impossible_moves: tuple[tuple[HostId, OperationId, ErrorRecord], ...] = ()
     """Moves that can never begin, with the host that will say so."""
     moved_gateways: tuple[tuple[RouterId, HostId, HostId], ...] = ()
+    leaving_balancers: tuple[LoadBalancerSpec, ...] = ()
+    """As they are to be: on another host than the one that is drained."""
     """Routers whose way out a drain has moved: from where it was asked for, to where it is asked for now."""
     campaign_over: bool = False
     of_volumes: VolumeChores = field(default_factory=VolumeChores)
@@ -47,6 +53,7 @@ def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> 
         stray_ends=_stray_ends(state, inventory, world),
         impossible_moves=_impossible_moves(world),
         moved_gateways=_moved_gateways(world),
+        leaving_balancers=leaving_balancers(world),
         campaign_over=policy.campaign is not None
         and policy.campaign.state in (CampaignState.RUNNING, CampaignState.CANCELLED)
         and campaign_over(policy, world.blueprint),
@@ -161,3 +168,24 @@ def _moved_gateways(world: World) -> tuple[tuple[RouterId, HostId, HostId], ...]
         and places[router].host != asked
         and policy.intents.get(asked) is HostIntent.DRAINED
     )
+
+
+def leaving_balancers(world: World) -> tuple[LoadBalancerSpec, ...]:
+    """A load balancer leaves a host that is drained for the one that carries fewest. What it passes on at
+    that moment is cut off, as connections end in it; new ones are taken at its new place."""
+    policy, balancers = world.policy, world.topology.balancers
+    carried = Counter(balancer.host for balancer in balancers.values())
+    open_hosts = sorted(
+        host
+        for host, spec in policy.hosts.items()
+        if spec.role is HostRole.COMPUTE
+        and policy.intents.get(host, HostIntent.ACTIVE) is HostIntent.ACTIVE
+        and host in world.inventory.connected
+    )
+    found: list[LoadBalancerSpec] = []
+    for _, balancer in sorted(balancers.items()):
+        if policy.intents.get(balancer.host) is HostIntent.DRAINED and open_hosts:
+            place = min(open_hosts, key=lambda host: (carried[host], host))
+            carried[place] += 1
+            found.append(msgspec.structs.replace(balancer, host=place))
+    return tuple(found)

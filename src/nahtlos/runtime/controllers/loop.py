@@ -134,6 +134,10 @@ class PlanningLoop:
                     await operations.end(tx, outcomes.stray_record(status, host), now)
             for router, before, at in found.moved_gateways:
                 await networking.place_gateway(tx, router, before, at)
+            for balancer in found.leaving_balancers:
+                await networking.put_load_balancer(tx, balancer)
+                text = f"{balancer.id} is carried by {balancer.host}"
+                drafts.append(EventDraft(kind="load-balancer.moved", subject=balancer.id, text=text))
             for host, operation, error in found.impossible_moves:
                 await operations.refuse(tx, operation, host, error)
             if found.campaign_over and state.campaign is not None:
