@@ -72,7 +72,7 @@ def test_an_operators_day(nahtlos: CommandLine, tmp_path: Path) -> None:
     assert opened["status"]["converged"]
     assert {h["phase"] for h in opened["hosts"]} == {"serving"}
     assert nahtlos.refused("lab", "up")["field"] == "lab"
-    assert {r["id"] for r in nahtlos.json("release", "list")} == {old, new}
+    assert {r["id"] for r in nahtlos.json("release", "list")} >= {old, new}
 
     created = nahtlos.json("server", "create", "web", "--memory-mib", "128", "--host", "host-1")
     assert (created["host"], created["release"]) == ("host-1", old)
