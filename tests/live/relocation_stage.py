@@ -25,7 +25,7 @@ from nahtlos.physical.ports import StorageDesired, Unit
 SIZE_MIB = 64
 SLOTS = 2048
 """Blocks that are written, one after the other, again and again."""
-WITHIN = 30.0
+WITHIN = 60.0
 
 Options = dict[str, object]
 
