@@ -153,6 +153,7 @@ def test_a_pki_folder_serves_us_and_qemu(authority: CertificateAuthority, tmp_pa
         "server-key.pem": 0o600,
         "client-cert.pem": 0o644,
         "client-key.pem": 0o600,
+        "dh-params.pem": 0o644,
     }
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert server_context(folder).verify_mode is ssl.CERT_REQUIRED
