@@ -170,7 +170,7 @@ async def test_subnets_are_routed_on_the_senders_own_host(cloud: RoutedCloud) ->
     expired = red.ping("10.2.0.10", "-t", "1")
     assert "From 10.1.0.1" in expired and "Time to live exceeded" in expired
     assert "From fd01::1" in red.ping("fd02::10", "-t", "1")
-    assert "From fd01::1 icmp_seq=1 Destination unreachable: No route" in red.ping("fd09::1")
+    assert "100% packet loss" in red.ping("fd09::1"), "it leads outside, where nobody has it"
     # One hop each way: the way back is routed where the other server is.
     assert "ttl=63" in red.ping("10.2.0.10")
     neighbours = red.command("ip", "neigh", "show")
@@ -438,7 +438,7 @@ async def test_what_was_broken_is_restored_and_said(
     cloud.command(where, space, *argv) if space else cloud.hosts[where].command(*argv)
     found = await cloud.reconcile(where)
     assert any(words in text for text in found), found
-    assert len(found) <= 12, found
+    assert len(found) <= 16, found
     before = cloud.hosts[where].driver.routing.writes
     assert await cloud.reconcile(where) == ()
     assert cloud.hosts[where].driver.routing.writes == before, "what is right is not touched"
