@@ -25,7 +25,7 @@ from nahtlos.physical.ports import StorageDesired, Unit
 SIZE_MIB = 64
 SLOTS = 2048
 """Blocks that are written, one after the other, again and again."""
-WITHIN = 60.0
+WITHIN = 30.0
 
 Options = dict[str, object]
 
@@ -72,7 +72,8 @@ class Client:
         self._host = host
         self._door = host.settings.run_dir / "client.nbd"
         self._qmp_path = host.settings.run_dir / "client.qmp"
-        self._number = 0
+        self._number = self._wired = 0
+        """The newest connection, and the last one known to be used with nothing of an older one left."""
         self._reached: VolumeEndpoint | None = None
 
     async def open(self, at: VolumeEndpoint) -> Disk:
@@ -86,7 +87,7 @@ class Client:
                 *("--chardev", f"socket,id=qmp,path={self._qmp_path},server=on,wait=off"),
                 *("--monitor", "chardev=qmp", "--object", credentials),
                 *("--object", '{"qom-type":"throttle-group","id":"limits"}'),
-                *("--blockdev", _json(self._connection(at)), "--blockdev", _json(self._top())),
+                *("--blockdev", _json(self._connection(at, 0)), "--blockdev", _json(self._top())),
                 *("--nbd-server", f"addr.type=unix,addr.path={self._door}"),
                 *("--export", "type=nbd,id=e,node-name=top,name=volume,writable=on"),
             ),
@@ -100,10 +101,10 @@ class Client:
                 await asyncio.sleep(0.01)
         return await asyncio.to_thread(Disk, self._door)
 
-    def _connection(self, at: VolumeEndpoint) -> Options:
+    def _connection(self, at: VolumeEndpoint, number: int) -> Options:
         return {
             "driver": "nbd",
-            "node-name": f"volume{self._number}",
+            "node-name": f"volume{number}",
             "server": {"type": "inet", "host": at.address, "port": str(at.port)},
             "export": at.export,
             "reconnect-delay": 30,
@@ -120,10 +121,12 @@ class Client:
             return
         qmp = await Qmp.connect(self._qmp_path)
         try:
-            old, self._number = f"volume{self._number}", self._number + 1
-            await qmp.execute("blockdev-add", self._connection(at))
+            if self._wired == self._number:
+                await qmp.execute("blockdev-add", self._connection(at, self._number + 1))
+                self._number += 1
             await qmp.execute("blockdev-reopen", {"options": [self._top()]})
-            await qmp.execute("blockdev-del", {"node-name": old})
+            await qmp.execute("blockdev-del", {"node-name": f"volume{self._wired}"})
+            self._wired = self._number
             self._reached = at
         except Gone as gone:
             raise AssertionError("the client died") from gone

@@ -28,6 +28,7 @@ SOURCE_STEPS = (
     "relocate.passed",
     "relocate.shut",
     "relocate.forgotten",
+    "relocate.dropped",
 )
 TARGET_STEPS = ("receive.recorded", "receive.made", "receive.defined")
 VICTIMS = ("agent", "daemon", "other daemon", "agent and daemon", "all")

@@ -27,7 +27,8 @@ from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.networks import NetworkRequest, RouterChange, RouterRequest
 from nahtlos.wire.memory import Faults
 
-SOURCE, DESTINATION, SENDER = HostId("edge-1"), HostId("edge-2"), HostId("host-1")
+SOURCE, DESTINATION, SENDER = HostId("edge-2"), HostId("edge-1"), HostId("host-1")
+"""The first edge host has an uplink by the settings: it cannot be drained."""
 ROUTER, NETWORK = RouterId("wan"), NetworkId("blue")
 ADDRESS = "203.0.113.2"
 BOUND_SECONDS = 200.0

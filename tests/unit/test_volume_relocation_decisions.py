@@ -98,9 +98,9 @@ def spec(epoch: int) -> VolumeSpec:
 
 
 def test_snapshots_stay_when_their_volume_leaves_and_it_may_come_back_beside_them() -> None:
-    assert left_behind(record()) is None
-    left = left_behind(record(snapshots=2))
-    assert left is not None
+    assert left_behind(record(), rested_on=False).mode is Mode.DELETING
+    assert left_behind(record(), rested_on=True).mode is Mode.LEFT
+    left = left_behind(record(snapshots=2), rested_on=False)
     assert (left.mode, left.epoch, left.active) == (Mode.LEFT, 0, 1)
     assert [layer.number for layer in left.layers] == [0, 1]
     back = blank_record(spec(5), msgspec.structs.replace(left, last_number=2))

@@ -172,7 +172,7 @@ class Relocations:
 
     async def progress(self, volume: VolumeId) -> CopyProgress:
         record = self._serving.records.get(volume)
-        if record is None or record.mode is Mode.LEFT:
+        if record is None or record.mode in (Mode.LEFT, Mode.DELETING):
             return CopyProgress(phase=CopyPhase.NONE)
         record = await self._settled(volume)
         if record.mode is Mode.PROXY:
@@ -197,7 +197,7 @@ class Relocations:
 
     async def cancel(self, volume: VolumeId) -> None:
         record = self._serving.records.get(volume)
-        if record is None or record.mode is Mode.LEFT:
+        if record is None or record.mode in (Mode.LEFT, Mode.DELETING):
             return
         record = await self._settled(volume)
         if record.mode is Mode.PROXY:
@@ -244,16 +244,33 @@ class Relocations:
             raise Refused(f"the copy of volume '{volume}' broke off", field="volume")
 
     async def _pass_on(self, volume: VolumeId) -> None:
-        """Recorded; now what is started from here on does so, then what runs."""
+        """Recorded; now what is started from here on does so, then what runs.
+
+        A daemon that was started meanwhile has no mirror any more, and takes writes here alone: then the
+        target has not all of it, and the volume stays (Unavailable)."""
+        await self._stays_if_out_of_step(volume)
         await self._serving.define()
         await self._serving.on_step("relocate.defined")
+        if await self._stays_if_out_of_step(volume) is Outcome.FORWARD:
+            await self._reopen(volume)
+        await self._serving.on_step("relocate.passed")
+        await self._tidy(self._serving.records[volume])
+
+    async def _stays_if_out_of_step(self, volume: VolumeId) -> Outcome:
+        found, _ = await self._found(volume)
+        if found is Outcome.BACK:
+            await self._take_back(self._serving.records[volume])
+            raise Unavailable(f"the copy of volume '{volume}' broke off: the storage daemon was started anew")
+        return found
+
+    async def _reopen(self, volume: VolumeId) -> None:
         records = self._serving.records.all()
         record, data = records[volume], graph.data_nodes(records, volume, self._serving.places)
+        # One that was left by an earlier journey leads to an export that is gone.
+        await self._daemon.remove_nodes((graph.remote_node(volume),))
         await self._daemon.add_nodes(data)
         fair = graph.filter_nodes(record, graph.remote_node(volume))[0]
         await self._daemon.execute("blockdev-reopen", {"options": [fair]})
-        await self._serving.on_step("relocate.passed")
-        await self._tidy(record)
 
     async def _tidy(self, record: VolumeRecord) -> None:
         """What the daemon does not need any more of a volume that is passed on."""
@@ -281,49 +298,72 @@ class Relocations:
         record = self._serving.records[volume]
         if record.mode is not Mode.PROXY:
             return record
-        records, seen = self._serving.records.all(), await self._daemon.graph()
-        chain = decisions.seen_chain(seen, volume, decisions.known_nodes(records))
-        job = (await self._daemon.jobs()).get(job_name(volume))
-        below = seen.below(graph.node_name("target", volume))
-        match outcome(chain, graph.remote_node(volume), job, below):
+        found, remains = await self._found(volume)
+        match found:
             case Outcome.PASSED_ON:
-                if chain is None:
+                if remains is None:
                     await self._serving.settle((volume,))
-                elif job is not None or graph.node_name("target", volume) in seen.nodes:
+                elif remains:
                     await self._tidy(record)
             case Outcome.FORWARD:
                 await self._pass_on(volume)
             case Outcome.BACK:
-                await self._serving.keep(msgspec.structs.replace(record, mode=Mode.SERVING))
-                await self._serving.define()
-                await self._stop(self._serving.records[volume])
+                await self._take_back(record)
         return self._serving.records[volume]
+
+    async def _found(self, volume: VolumeId) -> tuple[Outcome, bool | None]:
+        """What the daemon that runs makes of a volume recorded as passed on, and whether anything of the copy
+        remains there. None if the daemon has no such volume."""
+        records, seen = self._serving.records.all(), await self._daemon.graph()
+        chain = decisions.seen_chain(seen, volume, decisions.known_nodes(records))
+        job = (await self._daemon.jobs()).get(job_name(volume))
+        target = graph.node_name("target", volume)
+        found = outcome(chain, graph.remote_node(volume), job, seen.below(target))
+        return found, None if chain is None else job is not None or target in seen.nodes
+
+    async def _take_back(self, record: VolumeRecord) -> None:
+        await self._serving.keep(msgspec.structs.replace(record, mode=Mode.SERVING))
+        await self._serving.define()
+        await self._stop(self._serving.records[record.volume])
 
     # --- the end at the source ---------------------------------------------------------------------
 
     async def finish(self, volume: VolumeId) -> None:
+        """A file is gone before its record is: one that no record names would be taken for a volume."""
         record = self._serving.records.get(volume)
-        if record is None or record.mode is Mode.LEFT:
-            return
+        if record is not None and record.mode not in (Mode.LEFT, Mode.DELETING):
+            record = await self._withdrawn(volume)
+        await self._serving.define()
+        # A daemon that died since then has come back by the definition of before, and serves it again.
+        await self._shut(volume)
+        await self._drop_filters(volume)
+        if record is not None and record.mode is Mode.DELETING:
+            await self._drop(record, ())
+            await self._serving.on_step("relocate.dropped")
+            await self._serving.keep(removed=(volume,))
+
+    async def _withdrawn(self, volume: VolumeId) -> VolumeRecord:
+        """Nobody comes here any more, and what is left is recorded. Conflict while somebody does."""
         record = await self._settled(volume)
         if record.mode is not Mode.PROXY:
             raise Refused(f"volume '{volume}' has not left this host", field="volume")
         await self._shut(volume)
         await self._serving.on_step("relocate.shut")
-        left = left_behind(record)
-        if left is None and not self._rested_on(volume):
-            await self._serving.keep(removed=(volume,))
-        else:
-            await self._serving.keep(left or _withdrawn(record))
+        left = left_behind(record, rested_on=self._rested_on(volume))
+        await self._serving.keep(left)
         await self._serving.on_step("relocate.forgotten")
-        await self._serving.define()
-        names = (graph.top_node(volume), graph.fair_node(volume), graph.remote_node(volume))
-        await self._daemon.remove_nodes(names)
-        kept = left.layers if left else ()
+        if left.mode is Mode.LEFT:
+            await self._drop(record, left.layers)
+        return left
+
+    async def _drop(self, record: VolumeRecord, kept: tuple[Layer, ...]) -> None:
         gone = tuple(layer for layer in record.layers if layer not in kept)
         zero = record.deletion is Deletion.ZERO
-        if left is not None or self._serving.records.get(volume) is None:
-            await asyncio.to_thread(self._files.drop, gone, kept, overwrite=zero)
+        await asyncio.to_thread(self._files.drop, gone, kept, overwrite=zero)
+
+    async def _drop_filters(self, volume: VolumeId) -> None:
+        names = (graph.top_node(volume), graph.fair_node(volume), graph.remote_node(volume))
+        await self._daemon.remove_nodes(names)
 
     async def _shut(self, volume: VolumeId) -> None:
         export = (await self._daemon.exports()).get(volume)
@@ -338,12 +378,12 @@ class Relocations:
         """What is here of volumes that left, for the sake of snapshots that are gone by now."""
         for volume, record in tuple(self._serving.records.all().items()):
             if record.mode is Mode.LEFT and not record.snapshots and not self._rested_on(volume):
+                for layer in reversed(record.layers):
+                    ref = LayerRef(volume, layer.number)
+                    await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
+                    await self._daemon.remove_nodes((graph.file_node(ref),))
+                await self._drop(record, ())
                 await self._serving.keep(removed=(volume,))
-                names = (LayerRef(volume, layer.number) for layer in record.layers)
-                for ref in names:
-                    await self._daemon.remove_nodes((graph.format_node(ref), graph.file_node(ref)))
-                zero = record.deletion is Deletion.ZERO
-                await asyncio.to_thread(self._files.drop, record.layers, (), overwrite=zero)
 
     def _rested_on(self, volume: VolumeId) -> bool:
         return bool(clones(self._serving.records.all(), volume))
@@ -451,17 +491,12 @@ def blank_record(volume: VolumeSpec, before: VolumeRecord | None) -> VolumeRecor
     )
 
 
-def left_behind(record: VolumeRecord) -> VolumeRecord | None:
-    """What stays of a volume that has left: its snapshots. None if there are none."""
+def left_behind(record: VolumeRecord, *, rested_on: bool) -> VolumeRecord:
+    """What stays of a volume that has left: its snapshots, and all of it if volumes made from it rest on its
+    layers."""
+    gone = msgspec.structs.replace(record, endpoint=None, epoch=0, bitmaps=(), merge=None)
     if not record.snapshots:
-        return None
+        return msgspec.structs.replace(gone, mode=Mode.LEFT if rested_on else Mode.DELETING)
     newest = max(each.layer for each in record.snapshots)
     layers = tuple(layer for layer in record.layers if layer.number != record.active)
-    return msgspec.structs.replace(
-        record, mode=Mode.LEFT, endpoint=None, layers=layers, active=newest, epoch=0, bitmaps=(), merge=None
-    )
-
-
-def _withdrawn(record: VolumeRecord) -> VolumeRecord:
-    """Volumes made from it rest on its layers: they stay, and are not served."""
-    return msgspec.structs.replace(record, mode=Mode.LEFT, endpoint=None, epoch=0, bitmaps=(), merge=None)
+    return msgspec.structs.replace(gone, mode=Mode.LEFT, layers=layers, active=newest)
