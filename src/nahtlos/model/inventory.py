@@ -4,7 +4,7 @@ from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId, RouterId, ServerId, SnapshotId, VolumeId
-from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.nouns import CpuShare, HostRole, Size
 from nahtlos.model.values import Value
 
 
@@ -19,6 +19,19 @@ class RunState(StrEnum):
     """This host owns the server and no VMM runs it."""
 
 
+class ComputeStatus(Value, frozen=True, kw_only=True):
+    """What a running server has of its host now, as measured there, not as asked for."""
+
+    vcpus: int = 0
+    memory_mib: int = 0
+    """Which the guest has taken; it may be slow to give some back."""
+    cpu: CpuShare = CpuShare()
+    waits_for: str = ""
+    """Why it is not yet as asked for; empty if it is."""
+    took_ms: dict[str, int] = {}
+    """`vcpus`, `memory`, `cpu`: of the last change of each, from the agent's beginning until it held."""
+
+
 class ServerStatus(Value, frozen=True, kw_only=True):
     id: ServerId
     epoch: int
@@ -28,6 +41,7 @@ class ServerStatus(Value, frozen=True, kw_only=True):
     size: Size
     since: float = 0.0
     """Wall clock, seconds, of the last change of state."""
+    compute: ComputeStatus = ComputeStatus()
 
 
 class OperationState(StrEnum):

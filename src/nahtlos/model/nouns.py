@@ -26,6 +26,15 @@ class Size(Value, frozen=True, kw_only=True):
         return self.vcpus <= room.vcpus and self.memory_mib <= room.memory_mib
 
 
+class CpuShare(Value, frozen=True, kw_only=True):
+    """What a server gets of its host's processors. Changed while it runs."""
+
+    quota: int = 0
+    """Per cent of one processor's time, for all its vCPUs together: 100 is one whole processor. 0: no limit."""
+    weight: int = 100
+    """1 to 10000, beside other servers' where processors are short."""
+
+
 class ServerSpec(Value, frozen=True, kw_only=True):
     """A server as its owner asked for it, plus what must never change under it while it lives
     (machine type and CPU model are the guest's hardware)."""
@@ -43,6 +52,15 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     data_volumes: tuple[VolumeId, ...] = ()
     """Further disks; each keeps its place (its index) for as long as it is attached. An empty one is a place
     that a disk has left."""
+
+    cpu: CpuShare = CpuShare()
+    max_vcpus: int = 0
+    """Of its hardware: how far `size.vcpus` may be raised while it runs. 0: a server with none to plug."""
+    boot_memory_mib: int = 0
+    """Of its hardware: memory that is there from the start; what `size.memory_mib` has beyond it is plugged.
+    0: all of it is there, and none can be plugged."""
+    max_memory_mib: int = 0
+    """Of its hardware: how far `size.memory_mib` may be raised while it runs; 0 as above."""
 
     @property
     def all_volumes(self) -> tuple[VolumeId, ...]:

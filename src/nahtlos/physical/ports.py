@@ -34,7 +34,14 @@ from nahtlos.model.ids import (
     SnapshotId,
     VolumeId,
 )
-from nahtlos.model.inventory import Accelerator, PoolStatus, RunState, SnapshotStatus, VolumeStatus
+from nahtlos.model.inventory import (
+    Accelerator,
+    ComputeStatus,
+    PoolStatus,
+    RunState,
+    SnapshotStatus,
+    VolumeStatus,
+)
 from nahtlos.model.nouns import Size
 from nahtlos.model.storage import (
     BackupSpec,
@@ -147,6 +154,7 @@ class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     """This VMM has sent its server completely (source); resuming it would run a second copy."""
     disk_problems: tuple[DiskProblem, ...] = ()
     """Why its guest was stopped by its disks, and copies that failed."""
+    compute: ComputeStatus = ComputeStatus()
 
 
 class MigrationPhase(StrEnum):
@@ -193,6 +201,14 @@ class Hypervisor(Protocol):
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]: ...
 
     async def console_write(self, vmm: VmmId, data: bytes) -> None: ...
+
+    # what a VMM that runs is given
+
+    async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        """Give it the vCPUs, the memory and the share of the processors that `server` names, and wait a
+        moment for the guest to take (or give back) them; what it has then is in `VmmStatus.compute`. Returns
+        what was changed. Refused where its hardware or its release has no way to; a later call goes on."""
+        ...
 
     # disks of a VMM that runs
 

@@ -146,6 +146,10 @@ class QemuHypervisor:
 
     # --- disks -------------------------------------------------------------------------------------
 
+    async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        self._running(vmm)
+        return ()
+
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         found = self._running(vmm)
         async with found.changing_disks:

@@ -54,6 +54,11 @@ class SimHypervisor(SimDriver):
         async with self.verb("console_write", vmm.unit):
             self._living(vmm).console.extend(data)
 
+    async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
+        async with self.verb("compute_reconcile", vmm.unit):
+            self._living(vmm)
+            return ()
+
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("disks_reconcile", vmm.unit):
             return change_disks(self.world, self._living(vmm), server)
