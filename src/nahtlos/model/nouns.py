@@ -30,7 +30,7 @@ class CpuShare(Value, frozen=True, kw_only=True):
     """What a server gets of its host's processors. Changed while it runs."""
 
     quota: int = 0
-    """Per cent of one processor's time, for all its vCPUs together: 100 is one whole processor. 0: no limit."""
+    """Per cent of one processor's time, all its vCPUs together: 100 is one whole processor. 0: no limit."""
     weight: int = 100
     """1 to 10000, beside other servers' where processors are short."""
 
