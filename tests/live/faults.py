@@ -46,7 +46,8 @@ SCAN_SECONDS = 0.01
 STEP_SECONDS = 60.0
 FROZEN_SECONDS = 4.3
 """A source asks a destination that long in vain before it draws conclusions (it waits 5 s)."""
-TRIES = 4
+TRIES = 10
+"""A switch takes some milliseconds: on a busy machine it is often over before it is seen."""
 SETTLE_SECONDS = 90.0
 BOOT_SECONDS = 90.0
 
