@@ -185,6 +185,7 @@ async def test_requests_that_cannot_be_granted_name_field_and_remedy(cloud: Scri
         (ask.create_server(ServerRequest(name="a", vcpus=0)), Refused, "vcpus"),
         (ask.create_server(ServerRequest(name="a", memory_mib=1)), Refused, "memory_mib"),
         (ask.create_server(ServerRequest(name="a", volume_mib=100)), Refused, "volume_mib"),
+        (ask.create_server(ServerRequest(name="a", user_data="é" * 8193)), Refused, "user_data"),
         (ask.create_server(ServerRequest(name="a", image=type(GUEST)("no"))), NotFound, "image"),
         (ask.create_server(ServerRequest(name="a", host=HostId("host-9"))), NotFound, "host"),
         (ask.create_server(ServerRequest(name="a", host=EDGE)), Refused, "host"),

@@ -219,6 +219,14 @@ def test_a_server_is_told_of_all_its_interfaces_in_its_project_and_of_no_others(
     assert page(found, "/latest/meta-data/nothing") is None
 
 
+def test_a_server_is_told_its_user_data_and_nobody_elses() -> None:
+    own = network(spec(), port())
+    (record,) = json.loads(metadata.directory(own, [own], (), {port().server: "#cloud-config\n"}))["servers"]
+    assert page(pages(record, record["nics"][0]), "/latest/user-data") == "#cloud-config\n"
+    (other,) = json.loads(metadata.directory(own, [own], (), {ServerId("other"): "#!"}))["servers"]
+    assert page(pages(other, other["nics"][0]), "/latest/user-data") is None
+
+
 def test_a_seed_names_interfaces_in_the_order_of_the_servers_ports() -> None:
     ports = (
         PortSpec(id=PortId("z"), network=RED, mac=MAC.upper(), ip="10.77.0.10", addresses=(MADE,)),

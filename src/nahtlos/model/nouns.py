@@ -10,6 +10,9 @@ from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
 from nahtlos.model.values import Value
 
 
+USER_DATA_BYTES = 16 << 10
+
+
 class Size(Value, frozen=True, kw_only=True):
     """What a server takes of a host, or what a host has: whole vCPUs and MiB of memory."""
 
@@ -61,6 +64,9 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     0: all of it is there, and none can be plugged."""
     max_memory_mib: int = 0
     """Of its hardware: how far `size.memory_mib` may be raised while it runs; 0 as above."""
+
+    user_data: str = ""
+    """What its owner tells the guest (cloud-init's user-data); at most `USER_DATA_BYTES`."""
 
     @property
     def all_volumes(self) -> tuple[VolumeId, ...]:

@@ -66,6 +66,10 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         ] = None,
         replicas: Annotated[int, typer.Option(help="Copies of its system disk.", min=1)] = 1,
         volume_format: Annotated[VolumeFormat, typer.Option(help="Of its system disk.")] = VolumeFormat.RAW,
+        user_data: Annotated[
+            typer.FileText | None,
+            typer.Option(help="File for the guest's cloud-init: #cloud-config, or a script; - is stdin."),
+        ] = None,
         project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = 120.0,
@@ -82,6 +86,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             volumes=tuple(VolumeId(name) for name in volume or ()),
             copies=replicas,
             volume_format=volume_format,
+            user_data=user_data.read() if user_data else "",
             networks=tuple(port_request(text) for text in network or ()),
         )
         async with cli.client() as client:

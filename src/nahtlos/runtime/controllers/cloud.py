@@ -147,6 +147,8 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     copies: int = 1
     """Of its system disk."""
     volume_format: VolumeFormat = VolumeFormat.RAW
+    user_data: str = ""
+    """For the guest: a cloud-init document or script."""
     networks: tuple[PortRequest, ...] = ()
     """One port each. None: one in the project's only network, or the only one with an uplink."""
 

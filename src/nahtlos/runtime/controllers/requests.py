@@ -17,7 +17,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Accelerator, Inventory
 from nahtlos.model.networking import PortSpec, RouterSpec
-from nahtlos.model.nouns import Component, HostRole, Release, ServerSpec, Size
+from nahtlos.model.nouns import USER_DATA_BYTES, Component, HostRole, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.version_pairs import Verdict, Way, pair_for
 from nahtlos.planner.place import room_for
@@ -220,9 +220,26 @@ def server_of(
         format=request.volume_format,
     )
     server = ServerSpec(
-        id=name, project=request.project, size=size, volume=volume.id, ports=ports, machine=machine
+        id=name,
+        project=request.project,
+        size=size,
+        volume=volume.id,
+        ports=ports,
+        machine=machine,
+        user_data=_checked_user_data(request.user_data),
     )
     return server, volume
+
+
+def _checked_user_data(text: str) -> str:
+    length = len(text.encode())
+    if length > USER_DATA_BYTES:
+        raise Refused(
+            f"the user data has {length} bytes, at most {USER_DATA_BYTES} are kept",
+            field="user_data",
+            remedy="let it fetch the rest: cloud-init follows #include lines",
+        )
+    return text
 
 
 def check_promise(state: State, size: Size) -> None:

@@ -1,7 +1,7 @@
 """What a server can learn about itself: records for `metadata_server`, and the files of a NoCloud seed.
 
-Pure. The same record on every host, whichever of them the server runs on: it is made of the network's ports
-alone, not of what a host knows of its own servers.
+Pure. The same record on every host, whichever of them the server runs on: it is made of the network's ports.
+Only what its owner tells a server (its user data) is known to its host alone.
 """
 
 import functools
@@ -36,17 +36,25 @@ def seed(
 
 
 def directory(
-    network: NetworkConfig, networks: Iterable[NetworkConfig], routers: Iterable[RouterConfig]
+    network: NetworkConfig,
+    networks: Iterable[NetworkConfig],
+    routers: Iterable[RouterConfig],
+    user_data: Mapping[ServerId, str] | None = None,
 ) -> str:
     """The file of `network` for its metadata server: every server that has a port in it, with all the ports
-    that `networks` of the same project tell of it, and the routers of its IPv6 subnets."""
+    that `networks` of the same project tell of it, and the routers of its IPv6 subnets. `user_data` is told
+    to servers of this host, who alone ask it."""
     servers = {port.server for port in network.ports}
     nics: dict[ServerId, dict[PortId, Record]] = {server: {} for server in servers}
     for other in networks:
         for port in other.ports:
             if port.server in servers and other.spec.project == network.spec.project:
                 nics[port.server][port.id] = nic(port, other.spec)
-    records = [_record(server, [n for _, n in sorted(nics[server].items())]) for server in sorted(servers)]
+    told = user_data or {}
+    records = [
+        _record(server, [n for _, n in sorted(nics[server].items())], told.get(server, ""))
+        for server in sorted(servers)
+    ]
     content = {"network": network.spec.id, "servers": records, "routers": routers_of(network, routers)}
     return msgspec.json.encode(content).decode()
 

@@ -116,7 +116,9 @@ class Services(Part):
         content = (addressing.dhcp_hosts(network, dhcp.LEASE), addressing.dns_names(network))
         for path, text in zip((files.hosts, files.names), content, strict=True):
             _write_if_different(path, text)
-        _write_if_different(files.metadata, metadata.directory(network, networks, config.routers), mode=0o600)
+        user_data = {server.spec.id: server.spec.user_data for server in config.servers}
+        directory = metadata.directory(network, networks, config.routers, user_data)
+        _write_if_different(files.metadata, directory, mode=0o600)
         told = dhcp.arguments(
             spec, hosts=files.hosts, names=files.names, leases=files.leases, user=self._user()
         )
