@@ -229,6 +229,11 @@ async def test_a_dead_member_is_taken_out_and_comes_back(balanced: Balanced) -> 
     assert balanced.asked(15)[""] == 0, "who is refused is sent on, before anybody has noticed"
     status = await balanced.until(lambda s: [m.up for m in s.members] == [True, False, True])
     assert status.members[1].member.address == "10.1.0.12"
+    (told,) = await balanced.cloud.hosts[B].call(lambda d: d.load_balancers())
+    assert told.id == ID
+    assert [(m.address, m.port, m.up) for m in told.members] == [
+        (s.ip, PORT, s is not balanced.servers[1]) for s in balanced.servers
+    ]
     assert balanced.asked(20) == {"one": 10, "three": 10}
     balanced.services[1].start()
     await balanced.until(lambda s: all(m.up for m in s.members))

@@ -3,7 +3,16 @@
 from enum import StrEnum
 
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, RouterId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.ids import (
+    HostId,
+    LoadBalancerId,
+    OperationId,
+    ReleaseId,
+    RouterId,
+    ServerId,
+    SnapshotId,
+    VolumeId,
+)
 from nahtlos.model.nouns import CpuShare, HostRole, Size
 from nahtlos.model.values import Value
 
@@ -122,6 +131,22 @@ class SnapshotStatus(Value, frozen=True, kw_only=True):
     """Volumes here that rest on it."""
 
 
+class MemberStatus(Value, frozen=True, kw_only=True):
+    """A member of a load balancer as its health checks find it."""
+
+    address: str
+    port: int
+    up: bool
+    connections: int = 0
+
+
+class LoadBalancerStatus(Value, frozen=True, kw_only=True):
+    id: LoadBalancerId
+    connections: int
+    """That are open."""
+    members: tuple[MemberStatus, ...] = ()
+
+
 class PoolStatus(Value, frozen=True, kw_only=True):
     """Where a host keeps volumes, in bytes."""
 
@@ -162,6 +187,8 @@ class HostInventory(Value, frozen=True, kw_only=True):
     volumes: tuple[VolumeStatus, ...] = ()
     snapshots: tuple[SnapshotStatus, ...] = ()
     pool: PoolStatus | None = None
+    load_balancers: tuple[LoadBalancerStatus, ...] = ()
+    """Those it carries and that answer."""
     disk_problems: tuple[str, ...] = ()
     """Disks that stopped a server, or copies that were lost, in words with what to do."""
     operations: tuple[OperationStatus, ...] = ()

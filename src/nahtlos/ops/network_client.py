@@ -20,6 +20,7 @@ from nahtlos.runtime.controllers.networks import (
     FloatingIpRequest,
     LoadBalancerChange,
     LoadBalancerRequest,
+    LoadBalancerView,
     NetworkChange,
     NetworkRequest,
     NetworkView,
@@ -153,11 +154,11 @@ class NetworkClient:
 
     # --- load balancers
 
-    async def load_balancers(self) -> tuple[LoadBalancerSpec, ...]:
-        return await self._ask("GET", ("load-balancers",), None, tuple[LoadBalancerSpec, ...])
+    async def load_balancers(self) -> tuple[LoadBalancerView, ...]:
+        return await self._ask("GET", ("load-balancers",), None, tuple[LoadBalancerView, ...])
 
-    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerSpec:
-        return await self._ask("GET", ("load-balancers", balancer), None, LoadBalancerSpec)
+    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerView:
+        return await self._ask("GET", ("load-balancers", balancer), None, LoadBalancerView)
 
     async def create_load_balancer(self, request: LoadBalancerRequest) -> LoadBalancerSpec:
         return await self._ask("POST", ("load-balancers",), request, LoadBalancerSpec)

@@ -37,6 +37,7 @@ from nahtlos.model.ids import (
 from nahtlos.model.inventory import (
     Accelerator,
     ComputeStatus,
+    LoadBalancerStatus,
     PoolStatus,
     RunState,
     SnapshotStatus,
@@ -337,6 +338,11 @@ class Network(Protocol):
     async def release(self) -> ReleaseId | None:
         """That every network function beside the kernel runs by (`HostConfig.network_release`), as the last
         reconcile left it; None: the host's own programs."""
+        ...
+
+    async def load_balancers(self) -> tuple[LoadBalancerStatus, ...]:
+        """Those this host carries, as their health checks find the members. One that does not answer at
+        once is left out."""
         ...
 
     async def port_create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:

@@ -6,12 +6,13 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Rate, RouterSpec
+from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Member, Rate, RouterSpec
 from nahtlos.model.topology import Underlay
 from nahtlos.ops.cli.amounts import rate_text
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, facts, table
 from nahtlos.runtime.controllers.networks import (
     Fate,
+    LoadBalancerView,
     NetworkView,
     Outcome,
     PortView,
@@ -243,10 +244,18 @@ def floating_ips(values: Sequence[FloatingIpSpec]) -> RenderableType:
     return table(columns, rows, "no floating IPs yet; `nahtlos floating-ip create NAME --address ADDRESS`")
 
 
-def balancers(values: Sequence[LoadBalancerSpec]) -> RenderableType:
-    columns = ("Load balancer", "Project", "Network", "Listens at", "Host", ">Members")
+def balancers(values: Sequence[LoadBalancerView]) -> RenderableType:
+    columns = ("Load balancer", "Project", "Network", "Listens at", "Host", ">Members", ">Healthy")
     rows = (
-        (b.id, b.project, b.network, _listens(b), b.host, str(sum(not m.draining for m in b.members)))
+        (
+            b.id,
+            b.project,
+            b.network,
+            _listens(b),
+            b.host,
+            str(sum(not m.draining for m in b.members)),
+            _healthy(b),
+        )
         for b in values
     )
     return table(columns, rows, "no load balancers yet; `nahtlos load-balancer create NAME`")
@@ -254,6 +263,19 @@ def balancers(values: Sequence[LoadBalancerSpec]) -> RenderableType:
 
 def _listens(value: LoadBalancerSpec) -> str:
     return f"[{value.vip}]:{value.port}" if ":" in value.vip else f"{value.vip}:{value.port}"
+
+
+def _healthy(value: LoadBalancerView) -> str:
+    return NOTHING if value.status is None else str(sum(m.up for m in value.status.members))
+
+
+def _found(value: LoadBalancerSpec, member: Member) -> tuple[str, str]:
+    """Whether the member is up, and its connections."""
+    status = value.status if isinstance(value, LoadBalancerView) else None
+    for each in status.members if status else ():
+        if (each.address, each.port) == (member.address, member.port):
+            return "up" if each.up else "down", str(each.connections)
+    return NOTHING, NOTHING
 
 
 def balancer(value: LoadBalancerSpec) -> RenderableType:
@@ -273,8 +295,11 @@ def balancer(value: LoadBalancerSpec) -> RenderableType:
         ]
     )
     members = table(
-        ("Member", ">Port", ">Weight", ""),
-        ((m.address, str(m.port), str(m.weight), "draining" if m.draining else "") for m in value.members),
+        ("Member", ">Port", ">Weight", "Health", ">Connections", ""),
+        (
+            (m.address, str(m.port), str(m.weight), *_found(value, m), "draining" if m.draining else "")
+            for m in value.members
+        ),
         "no members",
     )
     return Group(known, Text(), members)

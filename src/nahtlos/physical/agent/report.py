@@ -118,6 +118,7 @@ async def inventory(
             operation_status(j, context.waits.get(j.id, ""), context.progress.get(j.id, 0.0))
             for j in journals
         ),
+        load_balancers=await context.drivers.network.load_balancers(),
         disk_problems=tuple(context.disk_problems.values()),
         drift=converger.drift,
         problems=converger.problems,

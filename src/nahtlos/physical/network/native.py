@@ -24,6 +24,7 @@ import msgspec
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId, ReleaseId, RouterId
+from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import doctor, kernel, links, nft, nft_chains, plan
@@ -315,6 +316,9 @@ class NativeNetwork:
 
     async def release(self) -> ReleaseId | None:
         return self._programs.release
+
+    async def load_balancers(self) -> tuple[LoadBalancerStatus, ...]:
+        return await self.routing.load_balancers()
 
     # --- verbs ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import msgspec
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import PortId, ReleaseId, RouterId
+from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.faults import Life
@@ -76,6 +77,9 @@ class SimNetwork(SimDriver):
     async def release(self) -> ReleaseId | None:
         async with self.verb("release"):
             return self.host.network_release
+
+    async def load_balancers(self) -> tuple[LoadBalancerStatus, ...]:
+        return ()
 
     def _put_right(self, config: HostConfig, port: PortConfig) -> list[str]:
         paths, board = self.world.paths, self.host.board

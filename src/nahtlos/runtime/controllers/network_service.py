@@ -39,6 +39,7 @@ from nahtlos.runtime.controllers.networks import (
     FloatingIpRequest,
     LoadBalancerChange,
     LoadBalancerRequest,
+    LoadBalancerView,
     NetworkChange,
     NetworkRequest,
     NetworkView,
@@ -295,11 +296,15 @@ class NetworkService:
 
     # --- load balancers ------------------------------------------------------------------------------
 
-    async def load_balancers(self) -> tuple[LoadBalancerSpec, ...]:
-        return tuple((await self._topology()).balancers.values())
+    async def load_balancers(self) -> tuple[LoadBalancerView, ...]:
+        look = await self._looks.now()
+        known = look.state.topology().balancers.values()
+        return tuple(network_views.balancer_view(spec, look.inventory) for spec in known)
 
-    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerSpec:
-        return balancer_requests.known_balancer(await self._topology(), balancer)
+    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerView:
+        look = await self._looks.now()
+        spec = balancer_requests.known_balancer(look.state.topology(), balancer)
+        return network_views.balancer_view(spec, look.inventory)
 
     async def create_load_balancer(self, request: LoadBalancerRequest) -> LoadBalancerSpec:
         async with self._changing() as change:

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 
+import msgspec
+
 from nahtlos.model.ids import HostId, NetworkId, PortId, SecurityGroupId, SubnetId
-from nahtlos.model.networking import SubnetSpec
+from nahtlos.model.inventory import Inventory
+from nahtlos.model.networking import LoadBalancerSpec, SubnetSpec
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.controllers.networks import (
+    LoadBalancerView,
     NetworkView,
     PortView,
     SecurityGroupView,
@@ -40,6 +44,12 @@ def _subnet_view(topology: Topology, spec: SubnetSpec) -> SubnetView:
     router = topology.router_of(spec.id)
     project = topology.networks[spec.network].project
     return SubnetView(spec=spec, project=project, router=router.id if router else None)
+
+
+def balancer_view(spec: LoadBalancerSpec, inventory: Inventory) -> LoadBalancerView:
+    host = inventory.hosts.get(spec.host) if spec.host in inventory.connected else None
+    found = (each for each in (host.load_balancers if host else ()) if each.id == spec.id)
+    return LoadBalancerView(**msgspec.structs.asdict(spec), status=next(found, None))
 
 
 def port_view(topology: Topology, places: Mapping[PortId, HostId], port: PortId) -> PortView:

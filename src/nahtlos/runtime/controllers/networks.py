@@ -21,6 +21,7 @@ from nahtlos.model.ids import (
     ServerId,
     SubnetId,
 )
+from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.model.networking import (
     DEFAULT_PROJECT,
     AddressPair,
@@ -193,6 +194,13 @@ class NetworkView(Value, frozen=True, kw_only=True):
     load_balancers: tuple[LoadBalancerId, ...]
 
 
+class LoadBalancerView(LoadBalancerSpec, frozen=True, kw_only=True):
+    """As asked for, and as its host last found it."""
+
+    status: LoadBalancerStatus | None = None
+    """None: not served yet, or its host is not connected."""
+
+
 class PortView(Value, frozen=True, kw_only=True):
     id: PortId
     server: ServerId
@@ -312,8 +320,8 @@ class Networks(Protocol):
     ) -> FloatingIpSpec: ...
     async def delete_floating_ip(self, floating_ip: FloatingIpId) -> None: ...
 
-    async def load_balancers(self) -> tuple[LoadBalancerSpec, ...]: ...
-    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerSpec: ...
+    async def load_balancers(self) -> tuple[LoadBalancerView, ...]: ...
+    async def load_balancer(self, balancer: LoadBalancerId) -> LoadBalancerView: ...
     async def create_load_balancer(self, request: LoadBalancerRequest) -> LoadBalancerSpec: ...
     async def change_load_balancer(
         self, balancer: LoadBalancerId, change: LoadBalancerChange

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import msgspec
 
+from nahtlos.model import inventory
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import LoadBalancerId
+from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.model.networking import LoadBalancerSpec, Member
 from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.ports import Supervisor, Unit
 
 PREFIX = "haproxy."
 DEADLINE = 5.0
+AT_ONCE = 0.5
 POLL_SECONDS = 0.02
 MOST_WEIGHT = 256
 IDLE = "24h"
@@ -141,6 +144,16 @@ def decode(spec_members: Iterable[Member], info: str, stat: str) -> BalancerStat
     )
 
 
+def reported(id_: LoadBalancerId, status: BalancerStatus) -> LoadBalancerStatus:
+    members = tuple(
+        inventory.MemberStatus(
+            address=m.member.address, port=m.member.port, up=m.up, connections=m.connections
+        )
+        for m in status.members
+    )
+    return LoadBalancerStatus(id=id_, connections=status.connections, members=members)
+
+
 # --- acting ------------------------------------------------------------------------------------------
 
 
@@ -257,6 +270,19 @@ class Balancers:
 
     def _spec(self, id_: LoadBalancerId) -> Path:
         return self._folder / f"{id_}.json"
+
+    async def statuses(self) -> tuple[LoadBalancerStatus, ...]:
+        """Of all, without waiting for one that does not answer: it is looked at again."""
+        names = sorted(LoadBalancerId(path.stem) for path in self._folder.glob("*.json"))
+        found = await asyncio.gather(*map(self._at_once, names))
+        return tuple(reported(id_, status) for id_, status in zip(names, found, strict=True) if status)
+
+    async def _at_once(self, id_: LoadBalancerId) -> BalancerStatus | None:
+        try:
+            async with asyncio.timeout(AT_ONCE):
+                return await self.status(id_)
+        except (Error, TimeoutError):
+            return None
 
     async def status(self, id_: LoadBalancerId) -> BalancerStatus:
         try:

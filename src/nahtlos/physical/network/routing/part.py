@@ -22,6 +22,7 @@ from pathlib import Path
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Error, NotFound, Unavailable
 from nahtlos.model.ids import LoadBalancerId, PortId, RouterId
+from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.physical.network import kernel, links, nft
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
@@ -155,6 +156,10 @@ class Routing(Part):
         return await asyncio.to_thread(self._connections.write, decisions.gateway_name(number), state)
 
     # --- load balancers --------------------------------------------------------------------------------
+
+    async def load_balancers(self) -> tuple[LoadBalancerStatus, ...]:
+        """Those that this host carries and that answer at once."""
+        return await self._balancers.statuses()
 
     async def balancer_status(self, balancer: LoadBalancerId) -> BalancerStatus:
         """Of one that this host carries."""
