@@ -18,7 +18,7 @@ from moving import BOUND_SECONDS, POLLS_STRUCK, Strike, StruckFrame
 from relocating import CLIENT, EDGE, HOME, OFTEN, SERVER, TARGET, VOLUME, Relocating, VolumeConductor
 
 from nahtlos.model.config import HostConfig, ServerConfig, VolumeEndpoint
-from nahtlos.model.ids import HostId, OperationId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, PortId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationState, OperationStatus
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
 from nahtlos.physical.agent.volumes.replicas import reached_by_copies
@@ -43,6 +43,7 @@ class ReplicaConductor(VolumeConductor):
         self.current: list[HostId] = [HOME]
         self.losses = 0
         self.pinned = False
+        self.removed: tuple[ServerId, ...] = ()
         self.applied: set[OperationId] = set()
 
     def volume(self, volume: VolumeId) -> VolumeSpec:
@@ -65,7 +66,17 @@ class ReplicaConductor(VolumeConductor):
             super()._content(host, last),
             volumes=tuple(spec.at(host) for spec in specs if host in self.current),
             pinned_volumes=tuple(spec.id for spec in specs) if self.pinned else (),
+            removed_servers=self.removed,
         )
+
+    def _reflect(self, host: HostId, last: HostConfig | None) -> tuple[PortId, ...]:
+        return () if self.removed else super()._reflect(host, last)
+
+    def remove(self, server: ServerId) -> None:
+        """Its volume stays."""
+        self.removed = (*self.removed, server)
+        del self.places[server]
+        self._wake.set()
 
     def pin(self) -> None:
         self.pinned = True
@@ -103,8 +114,7 @@ class ReplicaConductor(VolumeConductor):
         if body.lost in self.current and len(self.current) > 1:
             self.current.remove(body.lost)
         self._wake.set()
-        _, epoch = self.places[body.server]
-        return ReplicasRecorded(attachment=self.server_config(body.server, epoch).volume)
+        return ReplicasRecorded(attachment=self.server_config(body.server, body.epoch).volume)
 
     async def _serve(self, channel: Channel) -> None:
         host = HostId(channel.peer.removeprefix("host/"))
@@ -131,10 +141,12 @@ class ReplicaConductor(VolumeConductor):
 
 @dataclass
 class Replicating(Relocating):
-    """`loses`: the copy's host loses power once it is current. `ends`: the server's VMM is killed instead."""
+    """`loses`: the copy's host loses power once it is current. `ends`: the server's VMM is killed instead.
+    `removed`: the server is removed while it writes; with `ends`, at the moment its VMM is killed."""
 
     loses: bool = True
     ends: bool = False
+    removed: bool = False
     steps: bool = False
     """Its copies are waited for to be in step."""
 
@@ -185,6 +197,9 @@ class Replicating(Relocating):
         if self.ends:
             (vmm,) = world.running(SERVER)
             world.kill_vmm(vmm, "killed")
+        if self.removed:
+            await self._remove()
+        elif self.ends:
             await world.until(lambda: len(world.running(SERVER)) == 1, timeout=bound, what="a new start")
             await world.until(conductor.converged, timeout=bound, what="convergence")
             await self._writes_on()
@@ -195,6 +210,20 @@ class Replicating(Relocating):
             await self._writes_on()
             if TARGET in conductor.current:
                 self.problems.append("a copy that is gone is recorded as current")
+
+    async def _remove(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, ReplicaConductor)
+        world.facts(SERVER).deleted = True
+        conductor.remove(SERVER)
+        await world.until(
+            lambda: conductor.converged() and not world.hosts[CLIENT].vmms,
+            timeout=BOUND_SECONDS,
+            what="removal",
+        )
+        held = hosts_with(world, VOLUME)
+        if len(conductor.current) > 1 and any(held[host].in_doubt for host in conductor.current):
+            self.problems.append("several copies count that may differ")
 
     def _status(self, order: RebuildOrder) -> OperationStatus | None:
         return self.conductor.ended.get((order.id, order.coordinator))

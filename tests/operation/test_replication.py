@@ -65,6 +65,40 @@ def test_server_whose_vmm_ended_goes_on_with_one_copy_and_that_is_recorded_first
     assert run.world.facts(SERVER).boots == 2
 
 
+def test_server_that_is_removed_while_it_writes_leaves_copies_that_are_alike() -> None:
+    run = Replicating(removed=True).play()
+    assert not run.problems
+    conductor = run.conductor
+    assert isinstance(conductor, ReplicaConductor)
+    assert (conductor.current, conductor.losses) == ([HOME, TARGET], 0)
+
+
+def test_server_whose_vmm_ends_as_it_is_removed_leaves_one_copy_that_counts() -> None:
+    run = Replicating(removed=True, ends=True).play()
+    assert not run.problems
+    conductor = run.conductor
+    assert isinstance(conductor, ReplicaConductor)
+    assert len(conductor.current) == 1
+
+
+@pytest.mark.parametrize("verb", ["hypervisor.pause", "hypervisor.kill", "ledger.fresh", "ledger.disown"])
+@pytest.mark.parametrize("moment", [Moment.BEFORE, Moment.AFTER])
+def test_agent_that_dies_while_it_removes_a_server_leaves_no_copies_that_differ(
+    verb: str, moment: Moment
+) -> None:
+    seen = Replicating(removed=True).play().seen
+    at = [s for s in seen if (s.host, f"{s.driver}.{s.verb}", s.moment) == (CLIENT, verb, moment)][-1]
+    assert not Replicating(removed=True, at=at, act=Act.CRASH).play().problems
+
+
+def test_without_that_copies_that_differ_would_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def as_it_is(_context: Context, _server: ServerConfig) -> None:
+        return
+
+    monkeypatch.setattr(converge, "end_alike", as_it_is)
+    assert Replicating(removed=True).play().problems == ["several copies count that may differ"]
+
+
 @pytest.mark.parametrize("event", [None, kill_agents(HOME, TARGET, CLIENT), kill_storage(HOME, TARGET)])
 def test_copies_come_to_be_in_step_whoever_dies(event: Event | None) -> None:
     joined = next(s for s in STRIKES if s.host == HOME and f"{s.driver}.{s.verb}" == "ledger.joined")

@@ -8,7 +8,7 @@ import pytest
 from nahtlos.model.blueprint import Blueprint, PlannedMove
 from nahtlos.model.errors import Conflict, NotFound, Stale
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ServerId, VolumeId
-from nahtlos.model.nouns import Assignment, HostRole, HostSpec
+from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
 from nahtlos.runtime.controllers.replica_records import lose
 from nahtlos.runtime.store import blueprints, intent, leases, volumes
@@ -91,6 +91,27 @@ async def test_who_does_not_own_the_server_is_refused(store: Store, asker: HostI
 async def test_the_destination_of_a_move_that_runs_may_own_it_already(store: Store) -> None:
     await lose(store, LEADER, TWO, told(THREE, "web-1-disk.e3", epoch=5))
     assert (await held(store))[0] == (ONE, TWO)
+
+
+async def test_a_server_that_is_being_removed_may_leave_copies_that_do_not_count(store: Store) -> None:
+    leaving = ServerSpec(
+        id=ServerId("web-2"),
+        size=Size(vcpus=1, memory_mib=64),
+        volume=VolumeId("web-2-disk"),
+        data_volumes=(VOLUME,),
+        ports=(),
+        machine="pc-q35-10.0",
+    )
+    blank = VolumeSpec(id=leaving.volume, size_mib=8, image=None, host=ONE)
+    async with store.writing() as tx:
+        await intent.add_server(tx, leaving, blank, 0.0)
+    body = msgspec.structs.replace(told(TWO, "web-1-disk.e2", epoch=1), server=leaving.id)
+    with pytest.raises(NotFound):
+        await lose(store, LEADER, ONE, body)
+    async with store.writing() as tx:
+        await intent.mark_server_removed(tx, leaving.id, 1.0)
+    await lose(store, LEADER, ONE, body)
+    assert (await held(store))[0] == (ONE, THREE)
 
 
 async def test_a_copy_that_is_being_rebuilt_and_is_lost_makes_its_rebuild_void(store: Store) -> None:

@@ -16,7 +16,7 @@ from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.volumes import holds
-from nahtlos.physical.agent.volumes.rejoin import never_ran, note_fresh, on_one_copy
+from nahtlos.physical.agent.volumes.rejoin import end_alike, never_ran, note_fresh, on_one_copy
 from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without_lost
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
@@ -239,10 +239,12 @@ class Converger:
                 await self._context.drivers.hypervisor.resume(VmmId(server, step.epoch))
                 self._context.say("server.resumed", server, "it stood still; resumed")
             case Act.REMOVE:
+                await end_alike(self._context, step.server)
                 await self._end(VmmId(server, step.epoch))
                 for port in step.server.spec.ports:
                     await self._context.drivers.network.port_delete(port.id)
                 self._context.ledger.disown(server)
+                note_fresh(self._context.ledger, server, fresh=False)
                 self._context.say("server.removed", server, "removed")
             case Act.END_STRAY:
                 await self._end(VmmId(server, step.epoch))

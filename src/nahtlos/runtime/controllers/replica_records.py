@@ -7,7 +7,7 @@ not from here on. Asked again it answers the same. Never decides what becomes of
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.errors import NotFound, Refused, Stale
-from nahtlos.model.ids import HostId
+from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.storage import ReplicaState, VolumeSpec
 from nahtlos.runtime.executor.attachments import attachment
 from nahtlos.runtime.store import blueprints, intent, volumes
@@ -65,9 +65,12 @@ def _epoch(export: str) -> int:
 
 
 async def _check_owner(tx: AsyncConnection, asker: HostId, body: ReplicaLost) -> None:
-    """As it is recorded, or as it will be once the end of a move that runs has been heard of."""
+    """As it is recorded, or as it will be once the end of a move that runs has been heard of. A server that is
+    being removed has no place any more: whoever still had it says what it has left."""
     target = await blueprints.target(tx)
     held = target.servers.get(body.server) if target else None
+    if held is None and await _is_removed(tx, body.server):
+        return
     if target is None or held is None:
         raise NotFound(f"no server '{body.server}'", field="server")
     at_home = held.host == asker and body.epoch in (held.epoch, held.epoch + 1)
@@ -80,6 +83,11 @@ async def _check_owner(tx: AsyncConnection, asker: HostId, body: ReplicaLost) ->
             f"{asker} does not own {body.server} by epoch {body.epoch}; {held.host} does by {held.epoch}",
             field="server",
         )
+
+
+async def _is_removed(tx: AsyncConnection, server: ServerId) -> bool:
+    row = (await intent.servers(tx)).get(server)
+    return row is not None and row.removed_at is not None
 
 
 async def _check_volume(tx: AsyncConnection, body: ReplicaLost) -> None:

@@ -7,20 +7,27 @@ back by what differs (`rebuild`).
 A copy whose memory of its own writes is gone can still come back by what the others remember, if the VMM that
 wrote to it has run on since: whatever was on its way to the lost copy it has written again to the others.
 
-Owns facts of the ledger: which losses a VMM has run through, and servers that never ran. Never decides by
-itself which copies count: that is recorded by the orchestrator (`replicas.record_loss`).
+Owns facts of the ledger: which losses a VMM has run through, and servers of which no write can be on its way.
+Never decides by itself which copies count: that is recorded by the orchestrator (`replicas.record_loss`).
 """
 
+import asyncio
+from contextlib import suppress
+
 from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
-from nahtlos.model.errors import Conflict
+from nahtlos.model.errors import Conflict, Error, NotFound
 from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.inventory import RunState
 from nahtlos.physical.agent.context import Context
-from nahtlos.physical.agent.ledger import Ledger
+from nahtlos.physical.agent.ledger import Hold, Ledger
 from nahtlos.physical.agent.volumes.freeze import owned
-from nahtlos.physical.agent.volumes.replicas import PREFIX, place, ran_on, record_loss
+from nahtlos.physical.agent.volumes.replicas import PREFIX, place, ran_on, record_loss, without_lost
 from nahtlos.physical.ports import DiskProblem, DiskTrouble, VmmId
 
 FRESH = "fresh/"
+"""Servers that never ran, or that stood still before they were ended for good."""
+STILL_WITHIN = 8.0
+"""A copy that hangs is cut off within a few seconds."""
 
 
 # --- decisions -----------------------------------------------------------------------------------------
@@ -38,6 +45,7 @@ def candidates(attachment: VolumeAttachment, here: HostId) -> tuple[VolumeEndpoi
 
 
 def never_ran(ledger: Ledger, server: ServerId) -> bool:
+    """Nor has it begun to write anything that may not be everywhere."""
     return f"{FRESH}{server}" in ledger.facts(FRESH)
 
 
@@ -82,6 +90,37 @@ def _no_vmm_ran_on(ledger: Ledger, server: ServerConfig) -> None:
     mine = {key: b"" for key, value in known.items() if value.startswith(f"{server.spec.id} ".encode())}
     if mine:
         ledger.remember("ended", dict(mine))
+
+
+async def end_alike(context: Context, server: ServerConfig) -> None:
+    """Before the VMM of a server is ended for good: what it has begun to write is at every copy of its
+    volumes, or it is recorded that one of them counts alone. So whoever has a volume next never reads two
+    that differ. Unavailable while neither can be had: it is to be tried again."""
+    ledger, name = context.ledger, server.spec.id
+    held = ledger.owner(name)
+    if held is None or held.hold is not Hold.OWNED or never_ran(ledger, name):
+        return
+    if all(len(each.copies) < 2 for each in held.server.all_volumes):
+        return
+    if await _stands_still(context, VmmId(name, held.epoch)):
+        note_fresh(ledger, name, fresh=True)
+        return
+    with suppress(NotFound):  # nobody keeps a record of it any more
+        await on_one_copy(context, await without_lost(context, held.server))
+
+
+async def _stands_still(context: Context, vmm: VmmId) -> bool:
+    """And every write it has begun is done everywhere."""
+    hypervisor = context.drivers.hypervisor
+    try:
+        async with asyncio.timeout(STILL_WITHIN):
+            found = {each.id: each.state for each in await hypervisor.observe()}
+            if found.get(vmm) not in (RunState.RUNNING, RunState.PAUSED):
+                return False
+            await hypervisor.pause(vmm)
+            return not await hypervisor.disks_check(vmm)
+    except (Error, TimeoutError):
+        return False
 
 
 async def check_ran_on(context: Context, server: ServerId, gone: VolumeEndpoint) -> None:
