@@ -29,7 +29,8 @@ MAC = "52:54:00:4d:00:f0"
 GUEST_IP = f"{SUBNET}.240"
 BANDWIDTH = 4 << 30
 DOWNTIME_MS = 20
-RELENT = ((4.0, 300), (12.0, 2000))
+Relent = tuple[tuple[float, int], ...]
+RELENT: Relent = ((4.0, 300), (12.0, 2000))
 """A guest that writes faster than it converges: after so many seconds so long a downtime is accepted
 (300 ms is QEMU's default)."""
 BOOT_SECONDS = 60.0
@@ -117,30 +118,39 @@ class BareGuest:
         self._qmp: QMPClient | None = None
 
     async def boot(self) -> None:
-        self._process, self._qmp = await self._start(self._node, incoming=False)
+        self._process, self._qmp = await self._start(self._node, self._bundles[self._node], incoming=False)
 
     async def move(self) -> None:
         """To the other host and, if the releases differ, to the other release."""
         assert self._qmp is not None, "not booted"
         target = "b" if self._node == "a" else "a"
-        process, qmp = await self._start(target, incoming=True)
+        process, qmp = await self._start(target, self._bundles[target], incoming=True)
         uri = f"tcp:{self._lab.address(target)}:{4500 + self._number}"
         for side in (self._qmp, qmp):
-            await _capabilities(side)
+            await set_capabilities(side, frozenset({"events", "return-path"}))
         await self._qmp.execute(
             "migrate-set-parameters", {"max-bandwidth": BANDWIDTH, "downtime-limit": DOWNTIME_MS}
         )
         await qmp.execute("migrate-incoming", {"uri": uri})
         await self._qmp.execute("migrate", {"uri": uri})
-        began, limits = time.monotonic(), list(RELENT)
+        await self._until_arrived(qmp)
+        await self._take_up(process, qmp)
+        self._node = target
+
+    async def _until_arrived(self, qmp: QMPClient, relent: Relent = RELENT) -> None:
+        assert self._qmp is not None
+        began, limits = time.monotonic(), list(relent)
         while not await self._arrived(qmp):
             if time.monotonic() - began > MOVE_SECONDS:
                 raise RuntimeError(f"bare move not done after {MOVE_SECONDS:g} s: {self._seen}")
             if limits and time.monotonic() - began > limits[0][0]:
                 await self._qmp.execute("migrate-set-parameters", {"downtime-limit": limits.pop(0)[1]})
             await asyncio.sleep(0.01)
+
+    async def _take_up(self, process: "subprocess.Popen[bytes]", qmp: QMPClient) -> None:
+        """The guest runs there; the process it left ends."""
         await self._end(self._process, self._qmp)
-        self._node, self._process, self._qmp = target, process, qmp
+        self._process, self._qmp = process, qmp
 
     async def _arrived(self, destination: QMPClient) -> bool:
         assert self._qmp is not None
@@ -162,12 +172,14 @@ class BareGuest:
             with contextlib.suppress(EOFError):
                 await qmp.disconnect()
 
-    async def _start(self, node: str, *, incoming: bool) -> "tuple[subprocess.Popen[bytes], QMPClient]":
+    async def _start(
+        self, node: str, bundle: Bundle, *, incoming: bool
+    ) -> "tuple[subprocess.Popen[bytes], QMPClient]":
         self._number += 1
-        bundle: Bundle = self._bundles[node]
+        name = f"tap{self._number}"
         namespace = self._lab.namespace(node)
-        tap = within(namespace, lambda: _open_tap("tap0"))
-        _run("ip", "-n", namespace, "link", "set", "tap0", "txqueuelen", "10000", "master", "br0", "up")
+        tap = within(namespace, lambda: _open_tap(name))
+        _run("ip", "-n", namespace, "link", "set", name, "txqueuelen", "10000", "master", "br0", "up")
         monitor = self._lab.work / f"{self._number}.qmp"
         arguments = [
             *("nsenter", f"--net=/run/netns/{namespace}"),
@@ -193,8 +205,7 @@ class BareGuest:
         return process, await _connected(monitor, process)
 
 
-async def _capabilities(qmp: QMPClient) -> None:
-    on = {"events", "return-path"}
+async def set_capabilities(qmp: QMPClient, on: frozenset[str]) -> None:
     known: Any = await qmp.execute("query-migrate-capabilities")
     capabilities = [{"capability": c["capability"], "state": c["capability"] in on} for c in known]
     await qmp.execute("migrate-set-capabilities", {"capabilities": capabilities})

@@ -5,23 +5,22 @@ same QEMU release, on this machine, by turns within one run; one prober counts n
 second for both. The gap of a move is the longest silence the client heard around it. The baseline is
 described in `benchmarks.bare`; unlike it, nahtlos' moves run over TLS with both sides verified, keep a
 journal and are ordered through the operator API.
+
+Replacements in place (`benchmarks.in_place`) are a part of it.
 """
 
 import argparse
 import asyncio
 import contextlib
-import json
 import os
-import shutil
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
+from benchmarks import in_place
 from benchmarks.bare import GUEST_IP, BareGuest, BareLab
+from benchmarks.client_gaps import PACKETS_PER_SECOND, Series, Side, merge, probing, read_series
 from benchmarks.figures import Figures, Goal
 from nahtlos.lab.datacentre import Datacentre, LabShape, unique_name
 from nahtlos.lab.outside import Outside
@@ -31,11 +30,9 @@ from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Release, Size
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerRequest
-from nahtlos.runtime.evidence.gaps import Window, longest_silence, percentile
-from nahtlos.runtime.evidence.records import count, read_probe
+from nahtlos.runtime.evidence.gaps import Window, percentile
 from nahtlos.runtime.releases import list_releases
 
-PACKETS_PER_SECOND = 1000
 MEMORY_SIZES = (256, 1024)
 DIRTY_RATES = (0, 40, 200)
 DIRTIED_MIB = {256: 64, 1024: 128}
@@ -44,31 +41,6 @@ UP_SECONDS = 60.0
 MOVE_SECONDS = 120.0
 AFTER_SECONDS = 0.6
 GAP_GOAL = Goal(at_most=1.2, of_ratio=True)
-
-
-@dataclass
-class Series:
-    """Moves of one guest under one load, as a client saw them."""
-
-    gaps_ms: list[float] = field(default_factory=list[float])
-    sent: int = 0
-    lost: int = 0
-    duplicated: int = 0
-
-    @property
-    def p50(self) -> float:
-        return statistics.median(self.gaps_ms)
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to move one guest."""
-
-    name: str
-    ip: str
-    outside: Outside
-    namespace: str
-    move: Callable[[], Awaitable[None]]
 
 
 async def measure(side: Side, moves: int, rate: int, mib: int, folder: Path) -> Series:
@@ -85,46 +57,6 @@ async def measure(side: Side, moves: int, rate: int, mib: int, folder: Path) -> 
     if status.memory.errors:
         raise RuntimeError(f"{side.name}: {status.memory.errors} pages of the guest's memory are wrong")
     return read_series(folder, windows)
-
-
-def read_series(folder: Path, windows: list[Window]) -> Series:
-    (arrivals,) = read_probe(folder).arrivals.values()
-    counted = count(arrivals, complete=True)
-    times = arrivals.sorted_times()
-    series = Series(sent=counted.sent, lost=counted.lost, duplicated=counted.duplicated)
-    for window in windows:
-        silence = longest_silence(times, window)
-        if silence is None:
-            raise RuntimeError(f"{folder.name}: nothing was received around a move")
-        series.gaps_ms.append(silence.milliseconds)
-    return series
-
-
-@contextlib.asynccontextmanager
-async def probing(side: Side, folder: Path) -> AsyncGenerator[None]:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    plan = {
-        "servers": [{"name": side.name, "ip": side.ip}],
-        "udp_pps": PACKETS_PER_SECOND,
-        "tcp_interval": 3600.0,
-        "http_interval": 3600.0,
-    }
-    (folder / "plan.json").write_text(json.dumps(plan))
-    process = subprocess.Popen(
-        [
-            *("nsenter", f"--net=/run/netns/{side.namespace}", sys.executable, "-m", "nahtlos.lab.probe"),
-            *("--plan", str(folder / "plan.json"), "--out", str(folder)),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        await asyncio.sleep(2.0)
-        yield
-    finally:
-        process.terminate()
-        await asyncio.to_thread(process.wait, 30)
 
 
 class Ours:
@@ -238,13 +170,6 @@ def say(case: str, got: dict[str, Series]) -> None:
     print(f"{case}: {seen}", flush=True)
 
 
-def merge(total: Series, part: Series) -> None:
-    total.gaps_ms.extend(part.gaps_ms)
-    total.sent += part.sent
-    total.lost += part.lost
-    total.duplicated += part.duplicated
-
-
 def add_case(figures: Figures, case: str, got: Series, baseline: Series) -> None:
     moves = len(got.gaps_ms)
     figures.add(f"gap p50, {case}", got.p50, "ms", baseline=baseline.p50, goal=GAP_GOAL, samples=moves)
@@ -275,12 +200,17 @@ def add_totals(figures: Figures, got: Series, baseline: Series) -> None:
     figures.add("moves counted", moves, "moves", goal=Goal(at_least=20), samples=moves)
 
 
+async def measure_all(*, long: bool) -> Figures:
+    work = Path("build/bench/moves")
+    figures = await run(LONG_MOVES if long else QUICK_MOVES, work)
+    await in_place.run(in_place.LONG if long else in_place.QUICK, work, figures)
+    return figures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.moves")
     parser.add_argument("--long", action="store_true", help=f"{LONG_MOVES} moves of each kind")
-    moves = LONG_MOVES if parser.parse_args().long else QUICK_MOVES
-    work = Path("build/bench/moves")
-    figures = asyncio.run(run(moves, work))
+    figures = asyncio.run(measure_all(long=parser.parse_args().long))
     return figures.finish("moves", f"Moves seen by a client at {PACKETS_PER_SECOND} packets a second")
 
 
