@@ -18,13 +18,16 @@ class Described(Machine):
         super().__init__(root, checkout=root / "checkout")
         self._lacks = lacks
         self._superuser = superuser
-        self.free = 1 << 20
+        self.free = self.total = 1 << 20
 
     def is_root(self) -> bool:
         return self._superuser
 
     def free_mib(self, path: Path) -> int:
         return self.free
+
+    def total_mib(self, path: Path) -> int:
+        return self.total
 
     def trial(self, argv: Sequence[str], stdin: str = "") -> str:
         said = " ".join(argv) + stdin
@@ -99,6 +102,20 @@ def test_no_root_no_packages_no_memory_no_room(root: Path) -> None:
     found = failing(root, machine)
     assert set(found) == {"root", "packages", "memory", "shared memory", "disk"}
     assert found["packages"] == "missing: mtools, syslinux"
+
+
+def test_a_host_whose_shared_memory_is_small_is_told_what_it_can_offer(root: Path) -> None:
+    (root / "dev/shm").mkdir()
+    machine = Described(root)
+    findings = {finding.name: finding for finding in examine(root / "build", machine)}
+    assert findings["memory for servers"].ok
+    machine.total = 4394
+    findings = {finding.name: finding for finding in examine(root / "build", machine)}
+    found = findings["memory for servers"]
+    assert not found.ok
+    assert "4394 of this machine's 8789 MiB" in found.detail
+    assert found.remedy == "mount -o remount,size=7910m /dev/shm"
+    assert "memory for servers" not in failing(root, machine)
 
 
 def test_another_system_is_refused(root: Path) -> None:

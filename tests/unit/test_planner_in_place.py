@@ -45,6 +45,22 @@ def test_servers_of_one_host_take_turns_those_of_others_do_not() -> None:
     assert set(cloud.world.under.values()) == {NEW}
 
 
+def test_no_more_are_replaced_at_once_than_may_move_at_once() -> None:
+    cloud = cloud_of(2, 2, 2)
+    cloud.want(parallel_moves=2)
+    ask(cloud, *range(1, 7))
+    at_once: set[int] = set()
+
+    def all_done() -> bool:
+        busy = [move.source for move in cloud.now.moves if move.in_place]
+        assert len(busy) == len(set(busy)), "two on one host"
+        at_once.add(len(busy))
+        return set(cloud.world.under.values()) == {NEW}
+
+    cloud.follow(all_done)
+    assert max(at_once) == 2
+
+
 def test_a_full_host_has_room_for_it_because_the_memory_is_shared() -> None:
     cloud = running_cloud((4,), 1024, 256)
     cloud.world.accelerator = Accelerator(name="tcg", reason="")

@@ -22,6 +22,7 @@ from nahtlos.model.errors import Error, ErrorRecord, Refused, Unavailable
 from nahtlos.physical.agent.agent import Agent
 from nahtlos.physical.agent.keyring import AskedKeyring
 from nahtlos.physical.hypervisor.driver import QemuHypervisor
+from nahtlos.physical.memory_room import within_room
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings, load_settings
@@ -64,6 +65,9 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
     supervisor = SupervisorClient(settings.supervisor_socket)
     for folder in (settings.state_dir, settings.run_dir, settings.ram_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings, less = within_room(settings)
+    if less:
+        log.warning("%s", less)
     keyring = AskedKeyring()
     drivers = Drivers(
         supervisor=supervisor,

@@ -26,6 +26,8 @@ NEEDED_MEMORY_MIB = 3 * 1024
 """Six servers of 256 MiB, a second copy of those that move, and the processes around them."""
 NEEDED_SHM_MIB = 2 * 1024
 """RAM files of six servers, and of the copies of those that move."""
+RAM_SHARE = 0.9
+"""Of the machine's memory, what servers may want; the rest is the host's own."""
 NEEDED_DISK_MIB = 4 * 1024
 """Downloads, two unpacked releases, volumes."""
 TRIAL_SECONDS = 10.0
@@ -77,6 +79,10 @@ class Machine:
             path = path.parent
         return shutil.disk_usage(path).free // MIB
 
+    def total_mib(self, path: Path) -> int:
+        """Of the file system that holds `path`, which exists."""
+        return shutil.disk_usage(path).total // MIB
+
     def trial(self, argv: Sequence[str], stdin: str = "") -> str:
         """Empty if the command succeeds, else why not."""
         try:
@@ -112,6 +118,7 @@ def examine(build: Path, machine: Machine | None = None) -> list[Finding]:
         *_packet_rules(machine),
         _memory(machine),
         _shm(machine),
+        *_ram_room(machine),
         _disk(machine, build),
         *_releases(build),
         _image(build),
@@ -212,8 +219,7 @@ def _devices(machine: Machine) -> list[Finding]:
 
 
 def _memory(machine: Machine) -> Finding:
-    found = re.search(r"^MemAvailable:\s+(\d+)", machine.text("/proc/meminfo"), re.MULTILINE)
-    available = int(found[1]) // 1024 if found else 0
+    available = _in_meminfo(machine, "MemAvailable")
     ok = available >= NEEDED_MEMORY_MIB
     return _required(
         "memory",
@@ -232,6 +238,29 @@ def _shm(machine: Machine) -> Finding:
         f"{free} MiB free in /dev/shm, {NEEDED_SHM_MIB} needed by the demo",
         f"mount -o remount,size={2 * NEEDED_SHM_MIB}m /dev/shm",
     )
+
+
+def _ram_room(machine: Machine) -> list[Finding]:
+    """A host's servers have their memory there: it offers no more than that holds."""
+    found, shm = _in_meminfo(machine, "MemTotal"), machine.path("/dev/shm")
+    if not found or not shm.exists():
+        return []
+    room = machine.total_mib(shm)
+    ok = room >= RAM_SHARE * found
+    finding = Finding(
+        name="memory for servers",
+        ok=ok,
+        level=Level.USEFUL,
+        detail=f"/dev/shm holds {room} of this machine's {found} MiB: hosts offer no more than that",
+        remedy="" if ok else f"mount -o remount,size={int(RAM_SHARE * found)}m /dev/shm",
+    )
+    return [finding]
+
+
+def _in_meminfo(machine: Machine, name: str) -> int:
+    """MiB; 0 if it is not told."""
+    found = re.search(rf"^{name}:\s+(\d+)", machine.text("/proc/meminfo"), re.MULTILINE)
+    return int(found[1]) // 1024 if found else 0
 
 
 def _disk(machine: Machine, build: Path) -> Finding:
