@@ -179,6 +179,7 @@ class QemuHypervisor:
         if await vmm.state() == "inmigrate" and vmm.record is not None and not vmm.record.listening:
             if in_place:
                 await migration.set_capabilities(vmm, migration.DESTINATION | migration.IN_PLACE)
+                await self._ready_whole(self._running(VmmId(server.spec.id, server.epoch)))
                 return
             await migration.set_capabilities(vmm, migration.DESTINATION)
             tls = {"tls-creds": TLS_SERVER, "tls-authz": HOSTS_ONLY}
@@ -227,9 +228,11 @@ class QemuHypervisor:
         if not found.received and await found.state() == "inmigrate":
             raise Refused(f"{vmm.unit} has not received its server yet", field="vmm")
         if found.ran_here:
-            async with found.changing_disks:
+            async with found.changing_disks:  # while placeholders take its writes the guest must not run
                 await self._care.complete(found)
-        await found.execute("cont")
+                await found.execute("cont")
+        else:
+            await found.execute("cont")
         found.last_state = RunState.RUNNING
         found.note_resumed()
 
@@ -237,6 +240,7 @@ class QemuHypervisor:
 
     async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
         found = self._running(vmm)
+        found.ready_whole = False
         await migration.set_capabilities(found, migration.SOURCE)
         await migration.set_source_parameters(
             found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
@@ -244,7 +248,14 @@ class QemuHypervisor:
         await migration.begin(found, uri)
 
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
-        await migration.send_whole(self._running(vmm), self._stream_of(to))
+        found, uri = self._running(vmm), self._stream_of(to)
+        if not found.ready_whole:
+            await self._ready_whole(found)
+        await migration.send_whole(found, uri)
+
+    async def _ready_whole(self, vmm: Vmm) -> None:
+        await migration.ready_whole(vmm)
+        vmm.ready_whole = True
 
     def _stream_of(self, to: VmmId) -> str:
         record = self._running(to).record
