@@ -116,6 +116,7 @@ class Replacement(Steps):
         self.mark("stopped")
         await hypervisor.replace_send(self._old, self._new)
         await hypervisor.incoming_wait(self._new, timeout=ARRIVE_SECONDS)
+        self.mark("arrived")
         self._commit()
         await hypervisor.resume(self._new)
         self.mark("running")
@@ -135,7 +136,10 @@ class Replacement(Steps):
         self.end(OperationState.DONE)
 
     async def _make_run(self) -> None:
-        """A VMM that died meanwhile is left to convergence, which starts the server again."""
+        """A VMM that died meanwhile is left to convergence, which starts the server again. Nothing is asked
+        if this process told it to run: its guest needs the CPUs now."""
+        if "running" in self.journal.times:
+            return
         vmm = await self._observed(self._new)
         if vmm is None or vmm.state is RunState.CRASHED or vmm.state is RunState.RUNNING:
             return

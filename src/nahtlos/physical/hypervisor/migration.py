@@ -25,6 +25,8 @@ UNLIMITED = 4 << 30
 """Bytes per second."""
 STARTED_WITHIN = 10.0
 CANCELLED_WITHIN = 10.0
+LOOK_AGAIN = 0.05
+"""An event that does not come by then is asked for: the connection may be a new one."""
 PLENTY = 1_000_000
 """Bytes per second QEMU may believe it has at the switch; it does not decide when to switch."""
 
@@ -33,6 +35,15 @@ class Monitor(Protocol):
     async def execute(
         self, command: str, arguments: Arguments | None = None, *, within: float = ...
     ) -> Answer: ...
+
+
+class Watched(Monitor, Protocol):
+    """Whose events are heard."""
+
+    stream_word: str
+    """What QEMU last said of its outgoing stream by itself."""
+
+    async def event_within(self, seconds: float) -> None: ...
 
 
 _PHASES = {
@@ -48,6 +59,8 @@ _PHASES = {
     "failed": MigrationPhase.FAILED,
     "cancelled": MigrationPhase.CANCELLED,
 }
+
+_ENDED = ("completed", "failed", "cancelled")
 
 
 def progress_of(answer: Mapping[str, object]) -> MigrationProgress:
@@ -99,11 +112,29 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
     )
 
 
-async def send_whole(monitor: Monitor, uri: str) -> None:
-    """Of a guest that stands still, in place: everything but the memory. Refused if it failed at once."""
+async def ready_whole(monitor: Monitor) -> None:
+    """What `send_whole` is to send, said while the guest still runs: nobody waits for it then."""
     await set_capabilities(monitor, frozenset({"events"}) | IN_PLACE)
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **NO_TLS})
-    await begin(monitor, uri)
+
+
+async def send_whole(source: Watched, uri: str) -> None:
+    """Of a guest that stands still, in place: everything but the memory. Returns when it has left, told by
+    QEMU's own event; Refused if it failed at once."""
+    source.stream_word = ""
+    await source.execute("migrate", {"uri": uri})
+    until = time.monotonic() + STARTED_WITHIN
+    while source.stream_word not in _ENDED:
+        said = source.stream_word
+        await source.event_within(LOOK_AGAIN)
+        if source.stream_word == said:
+            source.stream_word = str((await source.execute("query-migrate")).get("status", ""))
+        if time.monotonic() > until:
+            await cancel(source)
+            raise Unavailable(f"not everything was sent to {uri} within {STARTED_WITHIN:g} s")
+    if source.stream_word != "completed":
+        why = (await progress(source)).error or source.stream_word
+        raise Refused(f"the stream failed at once: {why}", field="uri")
 
 
 async def begin(monitor: Monitor, uri: str) -> None:

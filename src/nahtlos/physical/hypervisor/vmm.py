@@ -78,6 +78,10 @@ class Vmm:
         self.last_state = RunState.STARTING
         self.received = False
         """Its incoming stream is known to be complete."""
+        self.ready_whole = False
+        """It was told what to send to a VMM of its own host, and nothing else since."""
+        self.stream_word = ""
+        """What QEMU last said of its outgoing stream by itself."""
         self.changing_disks = asyncio.Lock()
         self.failed_nodes: set[str] = set()
         """Block nodes that its quorums have complained of since somebody last looked."""
@@ -200,7 +204,9 @@ class Vmm:
                 self.failed_nodes.add(str(data.get("node-name", "")))
             if self._on_disks is not None:
                 self._on_disks()
-        if name == "MIGRATION" and data.get("status") == "completed":
+        if name == "MIGRATION":
+            self.stream_word = str(data.get("status", ""))
+        if name == "MIGRATION" and self.stream_word == "completed":
             record = self.record
             self.received = self.received or bool(record and record.incoming)
 
