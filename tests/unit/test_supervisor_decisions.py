@@ -23,12 +23,12 @@ def test_unknown_descriptor_name_is_refused() -> None:
         substituted(("{fd:missing}",), {})
 
 
-def test_pauses_double_to_two_seconds_and_start_over_after_a_stable_run() -> None:
-    pauses = [0.0]
+def test_what_ran_is_started_at_once_and_pauses_double_to_two_seconds() -> None:
+    pauses = [next_backoff(None, ran_for=0.5)]
     for _ in range(9):
         pauses.append(next_backoff(pauses[-1], ran_for=0.5))
-    assert pauses[1:] == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.0, 2.0]
-    assert next_backoff(2.0, ran_for=10.0) == 0.02
+    assert pauses == [0.0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.0, 2.0]
+    assert next_backoff(2.0, ran_for=1.0) == 0.0
 
 
 def test_packets_survive_the_wire_with_their_paths() -> None:

@@ -34,8 +34,8 @@ from nahtlos.physical.supervisor.journal import (
 
 FIRST_BACKOFF = 0.02
 LONGEST_BACKOFF = 2.0
-STABLE_AFTER = 10.0
-"""Seconds; a unit that ran this long starts again with the first backoff."""
+STABLE_AFTER = 1.0
+"""Seconds; a unit that ran this long is started again at once when it ends: others wait for it."""
 KILL_DEADLINE = 10.0
 log = logging.getLogger(__name__)
 _FD = re.compile(r"\{fd:([^}]+)\}")
@@ -53,11 +53,11 @@ def substituted(argv: tuple[str, ...], numbers: dict[str, int]) -> list[str]:
     return [_FD.sub(number, argument) for argument in argv]
 
 
-def next_backoff(last: float, ran_for: float) -> float:
-    """Seconds to wait before the next start; `last` is 0 before the first."""
-    if last == 0 or ran_for >= STABLE_AFTER:
-        return FIRST_BACKOFF
-    return min(last * 2, LONGEST_BACKOFF)
+def next_backoff(last: float | None, ran_for: float) -> float:
+    """Seconds to wait before the next start; `last` is None before the first."""
+    if last is None or ran_for >= STABLE_AFTER:
+        return 0.0
+    return min(max(last * 2, FIRST_BACKOFF), LONGEST_BACKOFF)
 
 
 class _Process:
@@ -79,7 +79,7 @@ class _Entry:
         self.record = record
         self.process: _Process | None = None
         self.restart: asyncio.TimerHandle | None = None
-        self.backoff = 0.0
+        self.backoff: float | None = None
         self.lock = asyncio.Lock()
         self.stopping = False
 
