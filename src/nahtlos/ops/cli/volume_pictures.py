@@ -53,7 +53,7 @@ def volumes(views: Sequence[VolumeView]) -> RenderableType:
 def _state(view: VolumeView) -> Text:
     if view.removed:
         return Text("being deleted", style=WARN)
-    if any(copy.problem for copy in view.copies):
+    if view.trouble or any(copy.problem for copy in view.copies):
         return Text("in trouble", style=BAD)
     if any(copy.state is ReplicaState.STALE for copy in view.copies):
         return Text("degraded", style=WARN)
@@ -107,6 +107,8 @@ def volume(view: VolumeView) -> RenderableType:
             "nowhere",
         ),
     ]
+    if view.trouble:
+        parts.append(Text(f"trouble: {view.trouble}", style=BAD))
     parts += [Text(standing(task)) for task in view.tasks]
     if view.waits_for:
         parts.append(Text(f"waits: {view.waits_for}", style=WARN))

@@ -156,8 +156,9 @@ class EmbeddedStorage:
         return tuple(self.copies.marked(status) for status in found)
 
     async def pool(self) -> PoolStatus | None:
-        folder = self._settings.state_dir
-        if not folder.is_dir():
+        places = (self.serving.places.volumes, self._settings.state_dir)
+        folder = next((each for each in places if each.is_dir()), None)
+        if folder is None:
             return None
         found = await asyncio.to_thread(os.statvfs, folder)
         return PoolStatus(total=found.f_blocks * found.f_frsize, free=found.f_bavail * found.f_frsize)

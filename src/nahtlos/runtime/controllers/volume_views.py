@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 
 from nahtlos.model.blueprint import PlanReport
-from nahtlos.model.ids import HostId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import Inventory, OperationStatus, SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
 from nahtlos.model.volume_work import (
@@ -63,7 +63,16 @@ def volume_view(
         waits_for=waits,
         settled=not tasks and whole and not any(host in behind for host in concerned),
         removed=row.removed,
+        trouble=_trouble(state, inventory, volume, server) if server is not None else "",
     )
+
+
+def _trouble(state: State, inventory: Inventory, volume: VolumeId, server: ServerId) -> str:
+    """As the agent at its server says it; see `agent.volumes.replicas.DiskKeeper`."""
+    seen = inventory.hosts.get(_place(state, server))
+    told = seen.disk_problems if seen else ()
+    about = (f"{volume} of {server}: ", f"{server} stands still: ")
+    return "; ".join(text for text in told if any(words in text for words in about))
 
 
 def _place(state: State, server: str) -> HostId:

@@ -173,6 +173,8 @@ class VolumeView(Value, frozen=True, kw_only=True):
     """Everything asked for has come about: nothing is under way, every copy is current and served, and who
     has it reaches it as recorded."""
     removed: bool = False
+    trouble: str = ""
+    """Why its server stands still because of it, and what to do."""
 
 
 class SnapshotView(Value, frozen=True, kw_only=True):
