@@ -32,14 +32,19 @@ void console_print(const char *format, ...)
         (void)!write(console.fd, out, size);
 }
 
-static void obey(const char *command)
+static void obey(char *command)
 {
     char text[1024];
     if (!strcmp(command, "status")) {
         status_json(text, sizeof text);
         console_print("address %s\n%s", link_address(), text);
+    } else if (!strncmp(command, "set ", 4)) {
+        const char *wrong = settings_change(command + 4);
+        console_print("%s\n", wrong ? wrong : "done");
     } else if (!strcmp(command, "help")) {
-        console_print("status  what the checkers have seen so far\nhelp    this list\n");
+        console_print("status      what the checkers have seen so far\n"
+                      "set a=1&b=2 as /set does\n"
+                      "help        this list\n");
     } else if (*command) {
         console_print("unknown command '%s'; try help\n", command);
     }

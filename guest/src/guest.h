@@ -8,6 +8,7 @@
  *   stream.c    TCP: line echo (7000), HTTP (80)
  *   memory.c    the memory checker, a thread of its own
  *   disk.c      the disk checker, a thread of its own
+ *   work.c      processors that are plugged, workers that keep them busy: threads of their own
  *   console.c   the serial console
  *
  * The event loop runs on one thread and never blocks; the two checkers publish counters it only reads.
@@ -49,6 +50,7 @@ extern uint64_t boot_number; /* the first 8 bytes of boot_id as they lie in memo
 
 bool write_file(const char *path, const char *text);
 long available_mib(void);
+long total_mib(void);
 
 /* --- parts --- */
 
@@ -66,6 +68,8 @@ double heartbeat_longest_gap_ms(void);
 
 void stream_start(void);
 size_t status_json(char *out, size_t size);
+/* `name=value&...`; NULL, or why not. */
+const char *settings_change(char *query);
 
 /* Keeps an eye on the clock the kernel chose. */
 void clock_start(void);
@@ -78,6 +82,15 @@ struct memory_status {
     uint64_t verified_pages, passes, errors;
 };
 struct memory_status memory_status(void);
+
+void work_start(void);
+const char *work_set(long workers);
+struct work_status {
+    long online;
+    unsigned workers;
+    uint64_t turns;
+};
+struct work_status work_status(void);
 
 void disk_start(void);
 const char *disk_set(long per_s);

@@ -114,12 +114,22 @@ static size_t read_file(const char *path, char *out, size_t size)
     return length > 0 ? (size_t)length : 0;
 }
 
-long available_mib(void)
+static long meminfo_mib(const char *name)
 {
     char text[1024];
     read_file("/proc/meminfo", text, sizeof text);
-    char *found = strstr(text, "MemAvailable:");
-    return found ? atol(found + 13) / 1024 : 0;
+    char *found = strstr(text, name);
+    return found ? atol(found + strlen(name)) / 1024 : 0;
+}
+
+long available_mib(void)
+{
+    return meminfo_mib("MemAvailable:");
+}
+
+long total_mib(void)
+{
+    return meminfo_mib("MemTotal:");
 }
 
 static void mount_kernel_file_systems(void)
@@ -221,6 +231,7 @@ int main(void)
     stream_start();
     link_start(announce);
     memory_start(MEMORY_MIB, MEMORY_MB_PER_S);
+    work_start();
     clock_start();
     loop_run();
 }

@@ -110,16 +110,19 @@ size_t status_json(char *out, size_t size)
 {
     struct memory_status memory = memory_status();
     struct disk_status disk = disk_status();
+    struct work_status work = work_status();
     return snprintf(out, size,
                     "{\"boot_id\": \"%s\", \"uptime_ms\": %.1f, \"heartbeat\": %llu, "
                     "\"heartbeat_longest_gap_ms\": %.3f, "
                     "\"memory\": {\"mib\": %u, \"mb_per_s\": %u, \"verified_pages\": %llu, \"passes\": %llu, "
-                    "\"errors\": %llu}, "
+                    "\"errors\": %llu, \"total_mib\": %ld}, "
+                    "\"cpu\": {\"online\": %ld, \"workers\": %u, \"turns\": %llu}, "
                     "\"disk\": {\"acknowledged\": %llu, \"errors\": %llu, \"per_s\": %u, \"capacity\": %llu, "
                     "\"full\": %s}}\n",
                     boot_id, now_ns() / 1e6, (unsigned long long)heartbeat_count(), heartbeat_longest_gap_ms(),
                     memory.mib, memory.mb_per_s, (unsigned long long)memory.verified_pages,
-                    (unsigned long long)memory.passes, (unsigned long long)memory.errors,
+                    (unsigned long long)memory.passes, (unsigned long long)memory.errors, total_mib(), work.online,
+                    work.workers, (unsigned long long)work.turns,
                     (unsigned long long)disk.acknowledged, (unsigned long long)disk.errors, disk.per_s,
                     (unsigned long long)disk.capacity, disk.full ? "true" : "false");
 }
@@ -132,7 +135,7 @@ static void answer_status(struct connection *connection)
 }
 
 /* Reads `name=value&...`. NULL, or what is wrong with it; values not named stay -1. */
-static const char *parse_settings(char *query, long *mib, long *rate, long *disk)
+static const char *parse_settings(char *query, long *mib, long *rate, long *disk, long *workers)
 {
     static char why[96];
     for (char *save, *pair = strtok_r(query, "&", &save); pair; pair = strtok_r(NULL, "&", &save)) {
@@ -141,7 +144,7 @@ static const char *parse_settings(char *query, long *mib, long *rate, long *disk
             *value++ = 0;
         long number = value && *value >= '0' && *value <= '9' ? strtol(value, &rest, 10) : -1;
         long *target = !strcmp(pair, "memory_mib") ? mib : !strcmp(pair, "memory_mb_per_s") ? rate
-                     : !strcmp(pair, "disk_per_s") ? disk : NULL;
+                     : !strcmp(pair, "disk_per_s") ? disk : !strcmp(pair, "cpu_workers") ? workers : NULL;
         for (char *c = pair; *c; c++) /* it is quoted back within JSON */
             if (*c < ' ' || *c == '"' || *c == '\\')
                 *c = '?';
@@ -155,14 +158,22 @@ static const char *parse_settings(char *query, long *mib, long *rate, long *disk
     return NULL;
 }
 
-static void change_settings(struct connection *connection, char *query)
+const char *settings_change(char *query)
 {
-    long mib = -1, rate = -1, disk = -1;
-    const char *wrong = parse_settings(query, &mib, &rate, &disk);
+    long mib = -1, rate = -1, disk = -1, workers = -1;
+    const char *wrong = parse_settings(query, &mib, &rate, &disk, &workers);
     if (!wrong && (mib >= 0 || rate >= 0))
         wrong = memory_set(mib, rate);
     if (!wrong && disk >= 0)
         wrong = disk_set(disk);
+    if (!wrong && workers >= 0)
+        wrong = work_set(workers);
+    return wrong;
+}
+
+static void change_settings(struct connection *connection, char *query)
+{
+    const char *wrong = settings_change(query);
     if (wrong)
         refuse(connection, 400, wrong);
     else

@@ -4,6 +4,7 @@ that agents rely on. Each play runs on simulated hosts and, where it can, on rea
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypervisor_worlds import WORLDS, Hosts, OneHost, Stage, stage_of
 
@@ -11,6 +12,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import CpuShare, Size
 from nahtlos.physical.ports import MigrationPhase, StorageDesired, VmmId, VmmStatus
 
 CONVERGES_WITHIN = 60.0
@@ -188,6 +190,56 @@ def test_what_is_impossible_is_refused(stage: Stage) -> None:
                 vmm, "tcp:127.0.0.1:1", peer=hosts.second.name, bandwidth=GIB
             )
         assert await state(hosts.first, vmm) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_a_running_server_is_given_vcpus_and_a_share_and_keeps_them(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        plain = hosts.server()
+        boot = plain.spec.size.memory_mib
+        spec = msgspec.structs.replace(
+            plain.spec, max_vcpus=3, boot_memory_mib=boot, max_memory_mib=boot + 128, cpu=CpuShare(weight=200)
+        )
+        server = msgspec.structs.replace(plain, spec=spec)
+        vmm = VmmId(spec.id, server.epoch)
+        await hosts.first.storage.reconcile(StorageDesired(volumes=(hosts.volume(server.volume.volume),)))
+        await hosts.first.plug(server)
+        await hosts.first.hypervisor.start(server, hosts.release)
+        assert await compute(hosts.first, vmm) == (1, boot, CpuShare(weight=200))
+        size, share = Size(vcpus=2, memory_mib=boot), CpuShare(quota=150, weight=50)
+        server = msgspec.structs.replace(server, spec=msgspec.structs.replace(spec, size=size, cpu=share))
+        assert len(await hosts.first.hypervisor.compute_reconcile(vmm, server)) == 2
+        assert await hosts.first.hypervisor.compute_reconcile(vmm, server) == ()
+        assert await compute(hosts.first, vmm) == (2, boot, share)
+        for wrong in (Size(vcpus=4, memory_mib=boot), Size(vcpus=2, memory_mib=boot - 4)):
+            asked = msgspec.structs.replace(server, spec=msgspec.structs.replace(spec, size=wrong))
+            with pytest.raises(Refused):
+                await hosts.first.hypervisor.compute_reconcile(vmm, asked)
+        assert await compute(hosts.first, vmm) == (2, boot, share)
+        with pytest.raises(NotFound):
+            await hosts.first.hypervisor.compute_reconcile(VmmId(spec.id, 9), server)
+
+    stage(play)
+
+
+async def compute(host: OneHost, vmm: VmmId) -> tuple[int, int, CpuShare]:
+    status = await seen(host, vmm)
+    assert status is not None
+    assert status.compute.waits_for == ""
+    return status.compute.vcpus, status.compute.memory_mib, status.compute.cpu
+
+
+def test_a_server_without_places_to_plug_has_no_way_to_more(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, vmm = await booted(hosts)
+        size = server.spec.size
+        for wrong in (Size(vcpus=2, memory_mib=size.memory_mib), Size(vcpus=1, memory_mib=2048)):
+            asked = msgspec.structs.replace(server, spec=msgspec.structs.replace(server.spec, size=wrong))
+            with pytest.raises(Refused) as refused:
+                await hosts.first.hypervisor.compute_reconcile(vmm, asked)
+            assert refused.value.remedy
+        assert await compute(hosts.first, vmm) == (size.vcpus, size.memory_mib, CpuShare())
 
     stage(play)
 

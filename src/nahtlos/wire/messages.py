@@ -221,6 +221,8 @@ class MovePrepare(Message, frozen=True, kw_only=True):
     epoch: int
     marks: bool = False
     """The source will mark what its firewall has let in, if the destination says that it believes that."""
+    vcpus: int = 0
+    """That the server has now, which the destination's machine must have, too; 0: as the order says."""
 
 
 class MoveReady(Message, frozen=True, kw_only=True):

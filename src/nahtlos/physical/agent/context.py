@@ -65,6 +65,10 @@ class Context:
     """Held while the network is brought to the configuration. An operation passes through it once after
     its journal began, so that no older decision about its ports is still being carried out."""
 
+    plugging: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while servers are given vCPUs or memory. An operation passes through it, likewise, before it looks
+    at what its server has."""
+
     switching: set[OperationId] = field(default_factory=set[OperationId])
     """Operations between the switch of the path and a breath after the end of the blackout."""
     _calmed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -91,6 +95,10 @@ class Context:
 
     async def pass_paths(self) -> None:
         async with self.paths:
+            pass
+
+    async def pass_plugging(self) -> None:
+        async with self.plugging:
             pass
 
     def error_of(self, exception: Exception) -> Error:

@@ -4,6 +4,7 @@ A server is started, started again after its VMM ended, or removed here; never m
 while an operation of it runs. What the configuration does not mention is reported and left alone.
 """
 
+import asyncio
 from collections.abc import Awaitable, Iterable, Mapping
 from enum import StrEnum
 
@@ -14,6 +15,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.giving import has, wanted_compute
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.rejoin import end_alike, never_ran, note_fresh, on_one_copy
@@ -130,7 +132,7 @@ class Converger:
         await self._context.calm()
         drift += await self._collect(problems, self._network(config))
         await self._context.calm()
-        await self._servers(config, problems)
+        await self._compute(config, await self._servers(config, problems), problems)
         await self._disks(config, problems)
         if drift and self.generation == config.generation:
             for text in drift:
@@ -194,7 +196,8 @@ class Converger:
         except Exception:
             return {}
 
-    async def _servers(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
+    async def _servers(self, config: HostConfig, problems: list[ErrorRecord]) -> tuple[VmmStatus, ...]:
+        """As they were before."""
         vmms = await self._context.drivers.hypervisor.observe()
         for step in server_steps(config, self._context.ledger.ownership(), vmms, self.busy()):
             try:
@@ -203,6 +206,40 @@ class Converger:
                 error = self._context.error_of(raised)
                 problems.append(ErrorRecord.of(error))
                 self._context.say("server.problem", step.server.spec.id, f"{step.act}: {error}")
+        return vmms
+
+    async def _compute(
+        self, config: HostConfig, found: Iterable[VmmStatus], problems: list[ErrorRecord]
+    ) -> None:
+        """Of servers that run: vCPUs, memory, their share of the processors. Each waits for its own guest."""
+        vmms = {vmm.id: vmm for vmm in found}
+        async with self._context.plugging, asyncio.TaskGroup() as group:
+            for wanted in config.servers:
+                held = self._owned(wanted.spec.id)
+                vmm = vmms.get(VmmId(wanted.spec.id, held.epoch)) if held else None
+                if held is not None and vmm is not None:
+                    new = wanted_compute(wanted, held.server)
+                    if new != held.server or not has(vmm, new):
+                        group.create_task(self._give(vmm, new, problems))
+
+    async def _give(self, vmm: VmmStatus, new: ServerConfig, problems: list[ErrorRecord]) -> None:
+        server = new.spec.id
+        try:
+            if not has(vmm, new):
+                for text in await self._context.drivers.hypervisor.compute_reconcile(vmm.id, new):
+                    self._context.say("server.compute", server, text)
+                    self._context.changed()
+            if server not in self.busy():
+                self._context.ledger.adopt(new)
+        except Exception as raised:
+            error = self._context.error_of(raised)
+            problems.append(ErrorRecord.of(error))
+            self._context.say("server.problem", server, f"compute: {error}")
+
+    def _owned(self, server: ServerId) -> Ownership | None:
+        """None also while an operation has it."""
+        held = self._context.ledger.owner(server)
+        return held if held and held.hold is Hold.OWNED and server not in self.busy() else None
 
     async def _disks(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
         """Of servers that run: attached, detached, enlarged, limited, reached as the configuration says."""

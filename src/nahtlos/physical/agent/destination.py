@@ -17,6 +17,7 @@ from nahtlos.model.ids import PortId, ReleaseId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.ports import MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
@@ -200,7 +201,8 @@ class DestinationMove:
             await drivers.network.move_prepare(
                 port, network, MoveRole.DESTINATION, order.source_address, marked=body.marks
             )
-        await drivers.hypervisor.incoming_start(order.server, order.epoch, release)
+        server = with_vcpus(order.server, body.vcpus)
+        await drivers.hypervisor.incoming_start(server, order.epoch, release)
         uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
         for port in order.ports:
             if not await drivers.network.move_sacrifice(port.id):

@@ -21,6 +21,7 @@ import msgspec
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.steps import Steps
 from nahtlos.physical.ports import VmmId, VmmStatus
@@ -75,7 +76,10 @@ class Replacement(Steps):
         await self._context.pass_paths()
         for port in order.ports:
             await drivers.network.replace_prepare(port)
-        await drivers.hypervisor.incoming_start(order.server, order.epoch, order.release, in_place=True)
+        await self._context.pass_plugging()
+        old = await self._observed(self._old)
+        server = with_vcpus(order.server, old.compute.vcpus if old else 0)
+        await drivers.hypervisor.incoming_start(server, order.epoch, order.release, in_place=True)
         await drivers.hypervisor.incoming_listen(self._new, self._context.settings.address)
         for port in order.ports:
             if not await drivers.network.replace_join(port):

@@ -6,6 +6,7 @@ from nahtlos import __version__
 from nahtlos.model.config import HostConfig
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import (
+    ComputeStatus,
     HostInventory,
     OperationStatus,
     RunState,
@@ -35,6 +36,7 @@ def servers_of(
                     release=vmm.release if vmm else None,
                     size=held.server.spec.size,
                     since=now,
+                    compute=vmm.compute if vmm else ComputeStatus(),
                 )
             )
     for (server, epoch), vmm in statuses.items():

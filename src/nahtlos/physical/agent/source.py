@@ -114,11 +114,16 @@ class SourceMove:
         self._check_owned()
         self._record("prepare")
         await context.pass_paths()
-        ready = await self._peer.ask(
-            MovePrepare(id=order.id, server=order.server.spec.id, epoch=order.server.epoch, marks=True),
-            MoveReady,
-            30.0,
+        await context.pass_plugging()
+        vmm = await self._observed()
+        prepare = MovePrepare(
+            id=order.id,
+            server=order.server.spec.id,
+            epoch=order.server.epoch,
+            marks=True,
+            vcpus=vmm.compute.vcpus if vmm else 0,
         )
+        ready = await self._peer.ask(prepare, MoveReady, 30.0)
         for port in order.ports:
             await context.drivers.network.move_prepare(
                 port,

@@ -2,9 +2,12 @@
 
 The guest's hardware must be the same on every host and under every release that can run its machine type:
 versioned machine, named CPU, fixed PCI addresses, no defaults. A change here that a running guest can see
-is a change of its hardware and needs a new machine type.
+is a change of its hardware and needs a new machine type. vCPUs and memory that can be plugged are there only
+where the server was made with places for them; a VMM that waits for a server is started with the vCPUs that
+server has at that moment.
 
-    pcie.0   03.0 disk   04.0.. NICs   10.0, 10.1 root ports for data disks   1f.* (the machine's own)
+    pcie.0   03.0 disk   04.0.. NICs   0c.0 plugged memory   10.0, 10.1 root ports for data disks
+             1f.* (the machine's own)
 """
 
 import uuid
@@ -16,6 +19,7 @@ import msgspec
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.networking import PortSpec
+from nahtlos.model.nouns import ServerSpec
 from nahtlos.physical.hypervisor.disks import DATA_DISKS, QUEUE_SIZE, TLS_CLIENT, disk_arguments
 
 FIRST_NIC_ADDRESS = 0x4
@@ -33,6 +37,14 @@ SERVERS = uuid.UUID("5b0c1a52-6f0e-4a53-9f7e-6e6168746c6f")
 PROBE_NIC = "nic"
 RAM = "ram0"
 """Part of the migration stream: the name of the memory's block."""
+PLUGGED_RAM = "plug0"
+"""Likewise, of memory that is plugged."""
+PLUGGED_MEMORY = "mem0"
+PLUGGED_MEMORY_ADDRESS = 0xC
+PLUGGED_STEP_MIB = 4
+"""Guests take and give back whole steps of this. The device counts in blocks of half of it."""
+MOST_VCPUS = 240
+"""Beyond it a machine needs an interrupt controller that not every guest knows."""
 TLS_SERVER = "tls-server"
 HOSTS_ONLY = "hosts-only"
 """Ids of objects every VMM has for its moves and its volume."""
@@ -51,6 +63,10 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
     log: Path
     ram: Path
     record: Path
+
+    @property
+    def plugged_ram(self) -> Path:
+        return self.ram.with_suffix(".plug")
 
 
 class VmmShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +92,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
     server = shape.server.spec
     if len(server.ports) > NICS:
         raise Refused(f"a server has at most {NICS} ports", field="ports")
+    check_hardware(server)
     return (
         *("-name", f"guest={server.id},debug-threads=on"),
         *("-uuid", str(uuid.uuid5(SERVERS, server.id))),
@@ -83,10 +100,11 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
             f"{server.machine},memory-backend={RAM},{WITHOUT}",
             shape.accelerator,
             server.cpu_model,
-            server.size.vcpus,
+            _topology(server),
         ),
         *("-global", WITHOUT_VAPIC),
-        *_memory(server.size.memory_mib, shape.paths.ram),
+        *_vcpus(server),
+        *_memory(shape),
         *_monitors(shape.paths),
         *_console(shape.paths),
         *_root_ports(),
@@ -119,7 +137,7 @@ def probe_arguments(shape: ProbeShape) -> tuple[str, ...]:
         "tx_queue_size": QUEUE_SIZE,
     }
     return (
-        *_machine("q35", shape.accelerator, "qemu64", 1),
+        *_machine("q35", shape.accelerator, "qemu64", "1"),
         *("-m", "256M", "-no-reboot", "-serial", f"file:{shape.console}"),
         *("-qmp", f"unix:{shape.qmp},server=on,wait=off"),
         *("-kernel", str(shape.kernel), "-initrd", str(shape.initrd)),
@@ -145,12 +163,12 @@ def hosts_only_object(name: str) -> tuple[str, str]:
     return object_argument("authz-list", name, policy="deny", rules=rules)
 
 
-def _machine(machine: str, accelerator: str, cpu: str, vcpus: int) -> tuple[str, ...]:
+def _machine(machine: str, accelerator: str, cpu: str, topology: str) -> tuple[str, ...]:
     return (
         *("-machine", machine),
         *("-accel", accelerator),
         *("-cpu", cpu),
-        *("-smp", str(vcpus)),
+        *("-smp", topology),
         *("-nodefaults", "-no-user-config", "-display", "none"),
     )
 
@@ -161,10 +179,81 @@ def _held_until_stopped(version: tuple[int, ...]) -> tuple[str, ...]:
     return ("-global", "migration.switchover-ack-legacy=on") if version >= (11, 1) else ()
 
 
-def _memory(mib: int, path: Path) -> tuple[str, ...]:
-    """A shared file, so that a VMM of another release can take it over in place."""
-    backend = {"size": mib << 20, "mem-path": str(path), "share": True}
-    return (*object_argument("memory-backend-file", RAM, **backend), "-m", f"{mib}M")
+def check_hardware(server: ServerSpec) -> None:
+    """Whether there can be a machine like this at all."""
+    size = server.size
+    if server.max_vcpus and not 1 <= size.vcpus <= server.max_vcpus <= MOST_VCPUS:
+        raise Refused(
+            f"{server.id} has {size.vcpus} vCPUs and places for {server.max_vcpus}",
+            field="max_vcpus",
+            remedy=f"as many as it has at least, {MOST_VCPUS} at most",
+        )
+    if not server.max_memory_mib:
+        return
+    boot = server.boot_memory_mib
+    if not 0 < boot <= size.memory_mib <= server.max_memory_mib or boot == server.max_memory_mib:
+        raise Refused(
+            f"{server.id} has {size.memory_mib} MiB, {boot} from the start, {server.max_memory_mib} at most",
+            field="max_memory_mib",
+            remedy="at least what it has, and more than what it has from the start",
+        )
+    if (size.memory_mib - boot) % PLUGGED_STEP_MIB or (server.max_memory_mib - boot) % PLUGGED_STEP_MIB:
+        raise Refused(
+            f"memory beyond the {boot} MiB of {server.id} is plugged in steps of {PLUGGED_STEP_MIB} MiB",
+            field="memory_mib",
+            remedy=f"ask for {boot} MiB and a multiple of {PLUGGED_STEP_MIB}",
+        )
+
+
+def _topology(server: ServerSpec) -> str:
+    """One vCPU a socket, so that each of them can be plugged; the first one is always there."""
+    if not server.max_vcpus:
+        return str(server.size.vcpus)
+    return f"1,maxcpus={server.max_vcpus},sockets={server.max_vcpus},cores=1,threads=1"
+
+
+def vcpu_device(driver: str, socket: int) -> dict[str, object]:
+    return {"driver": driver, "id": f"vcpu{socket}", "socket-id": socket, "core-id": 0, "thread-id": 0}
+
+
+def _vcpus(server: ServerSpec) -> tuple[str, ...]:
+    if not server.max_vcpus:
+        return ()
+    driver = f"{server.cpu_model.partition(',')[0]}-x86_64-cpu"
+    sockets = range(1, server.size.vcpus)
+    return tuple(part for n in sockets for part in ("-device", _json(vcpu_device(driver, n))))
+
+
+def _memory(shape: VmmShape) -> tuple[str, ...]:
+    """Shared files, so that a VMM of another release can take them over in place."""
+    server = shape.server.spec
+    boot = server.boot_memory_mib if server.max_memory_mib else server.size.memory_mib
+    backend = {"size": boot << 20, "mem-path": str(shape.paths.ram), "share": True}
+    first = object_argument("memory-backend-file", RAM, **backend)
+    if not server.max_memory_mib:
+        return (*first, "-m", f"{boot}M")
+    plugged = {
+        "size": server.max_memory_mib - boot << 20,
+        "mem-path": str(shape.paths.plugged_ram),
+        "share": True,
+        "reserve": False,
+    }
+    device = {
+        "driver": "virtio-mem-pci",
+        "id": PLUGGED_MEMORY,
+        "memdev": PLUGGED_RAM,
+        "bus": "pcie.0",
+        "addr": f"{PLUGGED_MEMORY_ADDRESS:#x}",
+        "block-size": PLUGGED_STEP_MIB << 19,
+        # What is plugged in a server that arrives comes with it.
+        "requested-size": 0 if shape.incoming else server.size.memory_mib - boot << 20,
+    }
+    return (
+        *first,
+        *object_argument("memory-backend-file", PLUGGED_RAM, **plugged),
+        *("-m", f"{boot}M,maxmem={server.max_memory_mib}M"),
+        *("-device", _json(device)),
+    )
 
 
 def _monitors(paths: VmmPaths) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from nahtlos.physical.hypervisor.commandline import (
     server_arguments,
     tap_fds,
 )
+from nahtlos.physical.hypervisor.compute import ComputeCare, check_movable
 from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
 from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
@@ -64,6 +65,7 @@ class QemuHypervisor:
         self._prober = Prober(settings, supervisor)
         self._vmms: dict[VmmId, Vmm] = {}
         self._care = DiskCare(supervisor)
+        self._compute = ComputeCare(settings, supervisor)
 
     async def close(self) -> None:
         """Let go of all monitors. VMMs run on."""
@@ -99,9 +101,12 @@ class QemuHypervisor:
             async with asyncio.timeout(OBSERVE_WITHIN):
                 word = await vmm.state()
                 problems = await self._care.stopped(vmm) if word == STOPPED_BY_DISK else ()
+                if word != "inmigrate":
+                    vmm.last_compute = await self._compute.status(vmm)
         except (Error, TimeoutError):
             # It lives but does not answer (yet): what it said last is the best there is.
-            return VmmStatus(id=identity, state=vmm.last_state, release=release, size=size)
+            state, compute = vmm.last_state, vmm.last_compute
+            return VmmStatus(id=identity, state=state, release=release, size=size, compute=compute)
         if word == "running":
             vmm.note_resumed()
         record = vmm.record
@@ -114,6 +119,7 @@ class QemuHypervisor:
             migrated=waits and word not in ("inmigrate", "running"),
             sent=word in ("postmigrate", "finish-migrate"),
             disk_problems=problems,
+            compute=vmm.last_compute,
         )
 
     async def start(self, server: ServerConfig, release: ReleaseId) -> None:
@@ -126,6 +132,7 @@ class QemuHypervisor:
         async with found.lock:
             await self._supervisor.stop(vmm.unit, grace=0)
             await found.disconnect()
+            await self._compute.ended(found)
             found.remove_files()
         self._vmms.pop(vmm, None)
 
@@ -144,11 +151,14 @@ class QemuHypervisor:
         except (OSError, TimeoutError) as error:
             raise Unavailable(f"the console of {vmm.server} does not answer: {error}") from error
 
-    # --- disks -------------------------------------------------------------------------------------
+    # --- what it is given --------------------------------------------------------------------------
 
     async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
-        self._running(vmm)
-        return ()
+        found = self._running(vmm)
+        async with found.changing_compute:
+            return await self._compute.reconcile(found, server)
+
+    # --- disks -------------------------------------------------------------------------------------
 
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         found = self._running(vmm)
@@ -241,6 +251,7 @@ class QemuHypervisor:
     async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
         found = self._running(vmm)
         found.ready_whole = False
+        await check_movable(found)
         await migration.set_capabilities(found, migration.SOURCE)
         await migration.set_source_parameters(
             found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
@@ -303,6 +314,7 @@ class QemuHypervisor:
                 vmm.write_record(record)
                 await self._supervisor.start(unit)
             await self._answering(vmm)
+        await self._compute.begin(vmm)
         await self._care.settle(vmm)
         return vmm
 
@@ -311,6 +323,7 @@ class QemuHypervisor:
         bundle = await self._bundles.checked(record.release)
         self._check_machine(bundle, record.server)
         self._check_credentials()
+        self._compute.check_start(record, bundle.version)
         taps = tuple(
             name for port in record.server.spec.ports for name in tap_fds(port, in_place=record.in_place)
         )

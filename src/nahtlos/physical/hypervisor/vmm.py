@@ -7,13 +7,14 @@ unit and knows what it is. Never starts or ends the process.
 import asyncio
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ReleaseId, ServerId
-from nahtlos.model.inventory import RunState
+from nahtlos.model.inventory import ComputeStatus, RunState
 from nahtlos.physical.hypervisor.commandline import VmmPaths
 from nahtlos.physical.hypervisor.qmp import ANSWER_WITHIN, Answer, Arguments, Gone, Qmp
 from nahtlos.physical.ports import VmmId
@@ -34,6 +35,18 @@ class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """URI of the stream, noted before QEMU is told to listen."""
     resumed: bool = False
     """An arrived server has run here: if its guest does not run now, that is for another reason."""
+    took_ms: dict[str, int] = {}
+    """Of the last change of each: `ComputeStatus.took_ms`."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """Something its guest was asked for."""
+
+    amount: int
+    since: float
+    """Monotonic."""
+    devices: tuple[str, ...] = ()
+    """That the guest is to say it uses."""
 
 
 def vmm_of_unit(name: str) -> VmmId | None:
@@ -89,6 +102,12 @@ class Vmm:
         """When which connection's copy was found to have failed although it answers."""
         self.refused_keys: set[str] = set()
         """Connections whose daemon answers and serves no such volume."""
+        self.changing_compute = asyncio.Lock()
+        self.last_compute = ComputeStatus()
+        self.asked: dict[str, Asked] = {}
+        """`vcpus`, `memory`: what its guest has not taken or given back yet."""
+        self.os_answers: dict[str, int] = {}
+        """What the guest's system said of a vCPU (ACPI _OST): 0 is success."""
         self._on_disks = on_disks
         self._changed = asyncio.Event()
         self._connecting = asyncio.Lock()
@@ -127,10 +146,12 @@ class Vmm:
             return ""
 
     def share_memory(self, of: VmmPaths) -> None:
-        """Its memory is the file of another VMM of this host, under a name of its own: it stays when that one
-        and its name go."""
+        """Its memory is the files of another VMM of this host, under names of its own: they stay when that
+        one and its names go."""
         try:
             self.paths.ram.hardlink_to(of.ram)
+            if of.plugged_ram.exists():
+                self.paths.plugged_ram.hardlink_to(of.plugged_ram)
         except FileNotFoundError:
             raise Refused(f"{of.ram} is gone: there is no memory to take over", field="server") from None
 
@@ -139,6 +160,7 @@ class Vmm:
         paths = self.paths
         for path in (
             paths.ram,
+            paths.plugged_ram,
             paths.qmp,
             paths.qmp_emergency,
             paths.stream,
@@ -151,6 +173,7 @@ class Vmm:
         paths.record.unlink(missing_ok=True)
         self._record = None
         self.received = False
+        self.asked, self.os_answers = {}, {}
         self.last_state = RunState.STARTING
 
     # --- monitor -----------------------------------------------------------------------------------
@@ -199,6 +222,8 @@ class Vmm:
 
     def _on_event(self, name: str, data: Mapping[str, object]) -> None:
         self._changed.set()
+        if name == "ACPI_DEVICE_OST":
+            self._note_os_answer(data.get("info"))
         if name in DISK_EVENTS:
             if name == "QUORUM_REPORT_BAD":
                 self.failed_nodes.add(str(data.get("node-name", "")))
@@ -209,6 +234,10 @@ class Vmm:
         if name == "MIGRATION" and self.stream_word == "completed":
             record = self.record
             self.received = self.received or bool(record and record.incoming)
+
+    def _note_os_answer(self, info: object) -> None:
+        said = cast("Mapping[str, object]", info or {})
+        self.os_answers[str(said.get("device", ""))] = int(str(said.get("status", 0)))
 
 
 def ensure_folders(settings: AgentSettings) -> None:

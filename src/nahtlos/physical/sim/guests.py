@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
+from nahtlos.model.nouns import CpuShare, ServerSpec
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId
 from nahtlos.physical.sim.paths import Tap
 
@@ -41,6 +42,33 @@ class Guest:
 
 
 @dataclass(eq=False)
+class Given:
+    """What a VMM has of its host."""
+
+    vcpus: int
+    memory_mib: int
+    cpu: CpuShare
+    asked_mib: int = 0
+    asked_at: float = 0.0
+    held_at: float = 0.0
+    """When its guest will have given back what was asked."""
+    took_ms: dict[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        self.asked_mib = self.asked_mib or self.memory_mib
+
+    def take_over(self, of: "Given") -> None:
+        """The guest has what it had; the share is the new machine's own."""
+        self.memory_mib, self.asked_mib, self.held_at = of.memory_mib, of.asked_mib, of.held_at
+        self.asked_at = of.asked_at
+
+    @classmethod
+    def of(cls, spec: ServerSpec) -> "Given":
+        """A machine that begins."""
+        return cls(vcpus=spec.size.vcpus, memory_mib=spec.size.memory_mib, cpu=spec.cpu)
+
+
+@dataclass(eq=False)
 class Vmm:
     id: VmmId
     host: HostId
@@ -51,6 +79,7 @@ class Vmm:
     taps: list[Tap]
     dirty_rate: int
     """Bytes a second the guest dirties."""
+    given: Given
     in_place: bool = False
     """It receives a server of its own host, whose memory it shares."""
     guest: Guest | None = None

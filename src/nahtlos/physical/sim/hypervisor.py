@@ -5,11 +5,13 @@ import asyncio
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
-from nahtlos.model.inventory import Accelerator, RunState
+from nahtlos.model.inventory import Accelerator, ComputeStatus, RunState
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId, VmmStatus
+from nahtlos.physical.sim.compute import change_compute, compute_of
 from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.guests import LINK_BYTES_PER_SECOND, Vmm
+from nahtlos.physical.sim.world import World
 
 
 class SimHypervisor(SimDriver):
@@ -21,7 +23,7 @@ class SimHypervisor(SimDriver):
 
     async def observe(self) -> tuple[VmmStatus, ...]:
         async with self.verb("observe"):
-            return tuple(_status(v) for v in self.host.vmms.values())
+            return tuple(_status(self.world, v) for v in self.host.vmms.values())
 
     async def verify(self, release: ReleaseId) -> Accelerator:
         async with self.verb("verify", release):
@@ -56,8 +58,7 @@ class SimHypervisor(SimDriver):
 
     async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("compute_reconcile", vmm.unit):
-            self._living(vmm)
-            return ()
+            return change_compute(self.world, self._living(vmm), server)
 
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("disks_reconcile", vmm.unit):
@@ -175,7 +176,7 @@ class SimHypervisor(SimDriver):
         return held
 
 
-def _status(vmm: Vmm) -> VmmStatus:
+def _status(world: World, vmm: Vmm) -> VmmStatus:
     return VmmStatus(
         id=vmm.id,
         state=vmm.state,
@@ -184,4 +185,5 @@ def _status(vmm: Vmm) -> VmmStatus:
         migrated=vmm.migrated and not vmm.has_run,
         sent=vmm.sent,
         disk_problems=vmm.disk_problems,
+        compute=compute_of(world, vmm) if vmm.guest else ComputeStatus(),
     )

@@ -30,7 +30,7 @@ from nahtlos.model.nouns import HostRole, Size
 from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
-from nahtlos.physical.sim.guests import Guest, Stream, Vmm
+from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm
 from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
 from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
@@ -149,6 +149,10 @@ class World:
         self.trace: list[Step] = []
         self.dirty_rates: dict[ServerId, int] = {}
         """Bytes a second; servers not named dirty 8 MiB/s."""
+        self.slow_memory: dict[ServerId, float] = {}
+        """Seconds a guest takes to give memory back; those not named do it at once."""
+        self.clinging: set[ServerId] = set()
+        """Guests that let no vCPU go."""
         self.stalled_links: set[frozenset[HostId]] = set()
         self.client: HostId | None = None
         """The host through which packets from outside come in."""
@@ -346,6 +350,7 @@ class World:
             taps=taps,
             in_place=in_place,
             dirty_rate=self.dirty_rates.get(server.spec.id, 8 << 20),
+            given=Given.of(server.spec),
         )
         host.vmms[vmm_id] = vmm
         for tap in taps:
@@ -511,6 +516,9 @@ class World:
             raise Refused(f"{source.id.unit} is being sent already", field="vmm")
         if not source.running and not destination.in_place:
             raise Refused(f"{source.id.unit} does not run", field="vmm")
+        if destination.given.vcpus != source.given.vcpus:
+            self._nothing_arrives(destination, "its machine has other vCPUs")
+            raise Refused(f"{destination.id.unit} has other vCPUs than {source.id.unit}", field="vcpus")
         stream = Stream(source, destination, rate, self.now, self._stream_ended)
         stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
         source.stream = stream
@@ -526,6 +534,7 @@ class World:
             assert source.guest is not None
             source.sent = True
             destination.guest = source.guest.copied()
+            destination.given.take_over(source.given)
             destination.migrated = True
             destination.state = RunState.PAUSED
             destination.console += source.console

@@ -48,7 +48,8 @@ PROBE_ARGUMENT: Final = "nahtlos.probe=1"
 PROBE_IDLE_ARGUMENT: Final = "nahtlos.probe=idle"
 KERNEL_ARGUMENTS: Final = (
     "console=ttyS0 quiet loglevel=4 panic=1 oops=panic mitigations=off nokaslr tsc=reliable highres=off "
-    "no_timer_check apparmor=0 audit=0 cryptomgr.notests initcall_blacklist=init_kprobe_trace"
+    "no_timer_check memhp_default_state=online_movable apparmor=0 audit=0 cryptomgr.notests "
+    "initcall_blacklist=init_kprobe_trace"
 )
 """An oops ends the guest (and shows as another boot id) rather than letting it limp on unnoticed.
 The TSC keeps the time, and timers are as coarse as the kernel's tick: under emulation both halve what a guest

@@ -37,6 +37,7 @@ MODULES = (
     "drivers/virtio/virtio_pci",
     "drivers/block/virtio_blk",
     "drivers/net/virtio_net",
+    "drivers/virtio/virtio_mem",
 )
 """In the order in which they need each other."""
 SYSLINUX = Path("/usr/lib/syslinux")
