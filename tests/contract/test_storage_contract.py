@@ -10,10 +10,10 @@ import pytest
 from hypervisor_worlds import STORAGE_WORLDS, Hosts, OneHost, Stage, ceph_world, stage_of
 
 from nahtlos.model.config import VolumeEndpoint
-from nahtlos.model.errors import Conflict, Error, Refused
-from nahtlos.model.ids import SnapshotId, VolumeId
+from nahtlos.model.errors import Conflict, Error, NotFound, Refused
+from nahtlos.model.ids import OperationId, SnapshotId, VolumeId
 from nahtlos.model.storage import CopyPhase, SnapshotSpec, StorageBackend, VolumeSpec
-from nahtlos.physical.ports import Storage, StorageDesired, VmmId
+from nahtlos.physical.ports import SnapshotFetch, Storage, StorageDesired, VmmId
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,48 @@ def test_a_volume_is_reverted_to_a_snapshot_of_its_own_only(stage: Stage) -> Non
             with pytest.raises(Refused):
                 await storage.revert(volume, SnapshotId(name))
         assert set(await held(hosts)) == {"one", "two"}
+
+    stage(play)
+
+
+def test_snapshots_come_from_another_host_that_keeps_them_until_it_is_told(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        if hosts.backend is StorageBackend.CEPH:
+            return  # there they are on no host
+        here, there = hosts.first.storage, hosts.second.storage
+        volume = msgspec.structs.replace(hosts.volume("one"), image=None, size_mib=16)
+        await here.reconcile(StorageDesired(volumes=(volume,)))
+        await here.snapshot((taken("then", volume),))
+        fetch = SnapshotFetch(
+            operation=OperationId("volume-1"),
+            volume=volume.id,
+            source=VolumeEndpoint(host=hosts.first.name, address=hosts.first.address, port=10809, export=""),
+        )
+        copied: list[tuple[int, int]] = []
+
+        async def bring() -> None:
+            offer = await here.offer_snapshots(volume.id, (SnapshotId("then"),))
+            await there.fetch_snapshots(
+                fetch, offer, speed=lambda: 0, on_copied=lambda *done: copied.append(done)
+            )
+            await here.end_offer(volume.id)
+
+        with pytest.raises(NotFound):
+            await here.offer_snapshots(volume.id, (SnapshotId("never"),))
+        for _ in range(2):
+            await bring()
+        assert copied[-1][0] == copied[-1][1] > 0
+        for storage in (here, there):
+            assert [(s.id, s.volume) for s in await storage.snapshots()] == [("then", "one")]
+        assert await there.observe() == (), "the volume itself is no concern of it"
+        for _ in range(2):
+            await there.forget_fetched(fetch)
+        assert await there.snapshots() == ()
+        await bring()
+        await here.reconcile(StorageDesired(volumes=(volume,), removed_snapshots=(SnapshotId("then"),)))
+        assert await here.snapshots() == () and len(await there.snapshots()) == 1
+        await there.reconcile(StorageDesired(removed_snapshots=(SnapshotId("then"),)))
+        assert await there.snapshots() == ()
 
     stage(play)
 

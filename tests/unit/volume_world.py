@@ -4,7 +4,7 @@ import msgspec
 
 from nahtlos.model.blueprint import Blueprint, HostIntent, Policy
 from nahtlos.model.config import HostConfig
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import (
     HostInventory,
     Inventory,
@@ -14,13 +14,14 @@ from nahtlos.model.inventory import (
     PoolStatus,
     RunState,
     ServerStatus,
+    SnapshotStatus,
     VolumeStatus,
 )
 from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
-from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
-from nahtlos.model.volume_work import PlannedVolumeTask, Rebuilding, Relocation, VolumeEnd
+from nahtlos.model.storage import Replica, ReplicaState, SnapshotSpec, VolumeSpec
+from nahtlos.model.volume_work import PlannedVolumeTask, Rebuilding, Relocation, SnapshotMove, VolumeEnd
 from nahtlos.planner.plan import plan
-from nahtlos.runtime.controllers.volume_records import relocated
+from nahtlos.runtime.controllers.volume_records import moved_snapshot, relocated
 from nahtlos.runtime.store.volumes import with_state
 
 OLD = ReleaseId("qemu-10")
@@ -84,6 +85,8 @@ class Site:
         )
         self.free = dict.fromkeys(self.policy.hosts, free_mib)
         self.away: set[HostId] = set()
+        self.lingering: dict[HostId, tuple[SnapshotStatus, ...]] = {}
+        """Snapshots that are kept elsewhere by now, and still there."""
         self.operations: dict[HostId, list[OperationStatus]] = {}
         self.configs: dict[HostId, HostConfig] = {}
         self.blueprint: Blueprint | None = None
@@ -134,6 +137,14 @@ class Site:
                 for v in self.policy.volumes.values()
                 if any(copy.host == name for copy in v.copies)
             ),
+            snapshots=(
+                *(
+                    SnapshotStatus(id=s.id, volume=s.volume, size_mib=s.size_mib, allocated_bytes=3 * MIB)
+                    for s in self.policy.snapshots.values()
+                    if name in s.hosts
+                ),
+                *self.lingering.get(name, ()),
+            ),
             pool=PoolStatus(total=100_000 * MIB, free=self.free[name] * MIB),
             operations=tuple(self.operations.get(name, ())),
         )
@@ -172,9 +183,19 @@ class Site:
         if done and isinstance(work, Rebuilding):
             spec = self.policy.volumes[work.volume]
             self.want(with_state(spec, work.target, ReplicaState.CURRENT, task.epoch))
+        if done and isinstance(work, SnapshotMove):
+            self._moved(work)
         wishes = tuple(w for w in self.policy.volume_wishes if not done or w.id != task.wish)
         ends: dict[OperationId, VolumeEnd] = {task.id: VolumeEnd(done=done)}
         self.policy = msgspec.structs.replace(self.policy, volume_wishes=wishes, volume_ends=ends)
+
+    def _moved(self, work: SnapshotMove) -> None:
+        known = dict[SnapshotId, SnapshotSpec](self.policy.snapshots)
+        for name in work.snapshots:
+            known[name] = moved_snapshot(known[name], work.source, work.destination)
+        self.want(snapshots=known)
+        still = tuple(SnapshotStatus(id=name, volume=work.volume) for name in work.snapshots)
+        self.lingering[work.source] = (*self.lingering.get(work.source, ()), *still)
 
     def running(self, task: PlannedVolumeTask, state: OperationState = OperationState.RUNNING) -> None:
         status = OperationStatus(id=task.id, kind=OperationKind.RELOCATE, state=state, step="copy")

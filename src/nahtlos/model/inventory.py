@@ -14,6 +14,7 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.nouns import CpuShare, HostRole, Size
+from nahtlos.model.storage import StorageBackend
 from nahtlos.model.values import Value
 
 
@@ -83,6 +84,8 @@ class OperationKind(StrEnum):
     """A snapshot becomes a file of its own."""
     SCRUB = "scrub"
     """The copies of a volume are compared."""
+    SNAPSHOT_MOVE = "snapshot-move"
+    """Snapshots of a volume go to another host."""
 
 
 class OperationStatus(Value, frozen=True, kw_only=True):
@@ -129,6 +132,7 @@ class SnapshotStatus(Value, frozen=True, kw_only=True):
     allocated_bytes: int = 0
     clones: tuple[VolumeId, ...] = ()
     """Volumes here that rest on it."""
+    backend: StorageBackend = StorageBackend.EMBEDDED
 
 
 class MemberStatus(Value, frozen=True, kw_only=True):

@@ -156,6 +156,38 @@ class SnapshotExport(Value, frozen=True, kw_only=True):
     """TLS pre-shared key; its identity is `id`."""
 
 
+class OfferedLayer(Value, frozen=True, kw_only=True):
+    """A layer of snapshots as its host offers it to another one: the bytes of a file that does not change."""
+
+    export: str
+    length: int
+    """Bytes of the file."""
+    size: int
+    """Bytes its reader sees."""
+    format: VolumeFormat
+    below: int | None = None
+    """What it rests on: its place in the offer."""
+    encryption_key: KeyId | None = None
+
+
+class OfferedSnapshot(Value, frozen=True, kw_only=True):
+    id: SnapshotId
+    layer: int
+    """Its place in the offer."""
+    group: str = ""
+    size: int = 0
+    created_at: float = 0.0
+
+
+class SnapshotOffer(Value, frozen=True, kw_only=True):
+    """Snapshots of one volume, and all they rest on."""
+
+    snapshots: tuple[OfferedSnapshot, ...]
+    layers: tuple[OfferedLayer, ...]
+    """Each after the one it rests on."""
+    deletion: Deletion = Deletion.DISCARD
+
+
 class BackupSpec(Value, frozen=True, kw_only=True):
     """What one backup holds: the whole volume, or what changed since `base`."""
 

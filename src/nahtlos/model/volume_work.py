@@ -42,6 +42,16 @@ class Reverting(Value, frozen=True, kw_only=True, tag="revert"):
     snapshot: SnapshotId
 
 
+class SnapshotMove(Value, frozen=True, kw_only=True, tag="snapshot-move"):
+    """What `source` keeps of these snapshots of one volume goes to `destination`."""
+
+    volume: VolumeId
+    snapshots: tuple[SnapshotId, ...]
+    source: HostId
+    destination: HostId
+    bytes_per_second: int = 0
+
+
 class BackingUp(Value, frozen=True, kw_only=True, tag="backup"):
     backup: BackupSpec
     base: BackupSpec | None = None
@@ -56,7 +66,7 @@ class Restoring(Value, frozen=True, kw_only=True, tag="restore"):
     """Oldest first."""
 
 
-VolumeWork = Relocation | Rebuilding | SnapshotGroup | Reverting | BackingUp | Restoring
+VolumeWork = Relocation | Rebuilding | SnapshotGroup | Reverting | SnapshotMove | BackingUp | Restoring
 
 
 class VolumeWish(Value, frozen=True, kw_only=True):
@@ -103,7 +113,7 @@ def volumes_of(work: VolumeWork) -> tuple[VolumeId, ...]:
             return (work.backup.volume,)
         case Restoring():
             return (work.volume.id,)
-        case Relocation() | Rebuilding() | Reverting():
+        case Relocation() | Rebuilding() | Reverting() | SnapshotMove():
             return (work.volume,)
 
 
@@ -117,6 +127,8 @@ def kind_of(work: VolumeWork) -> OperationKind:
             return OperationKind.SNAPSHOT
         case Reverting():
             return OperationKind.REVERT
+        case SnapshotMove():
+            return OperationKind.SNAPSHOT_MOVE
         case BackingUp() | Restoring():
             return OperationKind.BACKUP
 
@@ -133,6 +145,8 @@ def words(work: VolumeWork) -> str:
             return f"snapshot {', '.join(s.id for s in work.snapshots)}"
         case Reverting():
             return f"revert {work.volume} to {work.snapshot}"
+        case SnapshotMove():
+            return f"bring {', '.join(work.snapshots)} from {work.source} to {work.destination}"
         case BackingUp():
             return f"back up {work.backup.volume} as {work.backup.id}"
         case Restoring():
@@ -148,5 +162,5 @@ def new_names(work: VolumeWork) -> tuple[VolumeId | SnapshotId | BackupId, ...]:
             return (work.backup.id,)
         case Restoring():
             return (work.volume.id,)
-        case Relocation() | Rebuilding() | Reverting():
+        case Relocation() | Rebuilding() | Reverting() | SnapshotMove():
             return ()

@@ -27,6 +27,7 @@ from nahtlos.model.ids import (
     BackupId,
     HostId,
     KeyId,
+    OperationId,
     PortId,
     ReleaseId,
     RouterId,
@@ -50,6 +51,7 @@ from nahtlos.model.storage import (
     CopyProgress,
     DiskBudget,
     SnapshotExport,
+    SnapshotOffer,
     SnapshotSpec,
     VolumeFormat,
     VolumeSpec,
@@ -485,6 +487,19 @@ OnCopied = Callable[[int, int], None]
 """Bytes done, bytes in all. May be called in a thread."""
 
 
+Speed = Callable[[], int]
+"""Bytes a second that may be copied now; 0: no limit. Called in a thread."""
+
+
+class SnapshotFetch(msgspec.Struct, frozen=True, kw_only=True):
+    """Snapshots that come here by `operation`."""
+
+    operation: OperationId
+    volume: VolumeId
+    source: VolumeEndpoint
+    """The storage daemon that offers them."""
+
+
 class BackupResult(msgspec.Struct, frozen=True, kw_only=True):
     base: BackupId | None
     """What it rests on; None: it is a full one."""
@@ -528,6 +543,25 @@ class Storage(Protocol):
 
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         """The volume is as it was then. Conflict while a client has it open. All snapshots stay."""
+        ...
+
+    async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
+        """Readable by other hosts, layer by layer, until `end_offer` or until the daemon ends. Said again,
+        it is an offer of its own. NotFound where one is not here, Unavailable while anything they rest on may
+        still change."""
+        ...
+
+    async def end_offer(self, volume: VolumeId) -> None: ...
+
+    async def fetch_snapshots(
+        self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
+    ) -> None:
+        """What another host offers is here on return, all of it, as snapshots of the volume, whether that is
+        here or not. Nothing that is here changes. Repeated after a crash it goes on where it was."""
+        ...
+
+    async def forget_fetched(self, fetch: SnapshotFetch) -> None:
+        """The snapshots this operation has brought here, and what it has begun to copy, are gone."""
         ...
 
     # relocation: source

@@ -27,6 +27,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, RouterId, ServerId
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
+from nahtlos.model.snapshot_places import left_over_snapshots, snapshots_on
 from nahtlos.model.storage import StorageBackend
 from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
 from nahtlos.model.volume_work import PlannedVolumeTask
@@ -192,6 +193,11 @@ class Draft:
             for copy in volume.copies
         )
 
+    def keeps_snapshots(self, host: HostId) -> bool:
+        """Whether one is in files of `host`, also one that is kept elsewhere by now."""
+        seen = self.observed.inventory
+        return bool(snapshots_on(self.policy, seen, host) or left_over_snapshots(self.policy, seen, host))
+
     def volume_hosts(self, server: ServerId) -> set[HostId]:
         """Hosts that serve volumes of `server`."""
         spec = self.policy.servers.get(server)
@@ -229,7 +235,7 @@ class Draft:
             case HostIntent.CORDONED:
                 return HostPhase.CORDONED
             case HostIntent.DRAINED:
-                held = self.holds(host) or self.keeps_volumes(host)
+                held = self.holds(host) or self.keeps_volumes(host) or self.keeps_snapshots(host)
                 return HostPhase.EMPTYING if held else HostPhase.DRAINED
 
     def set_phase(self, host: HostId, phase: HostPhase) -> None:

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 
 from nahtlos.model.blueprint import Blueprint, Policy
 from nahtlos.model.storage import StorageBackend
-from nahtlos.model.volume_work import PlannedVolumeTask, Rebuilding, Relocation, volumes_of
+from nahtlos.model.volume_work import (
+    PlannedVolumeTask,
+    Rebuilding,
+    Relocation,
+    SnapshotMove,
+    volumes_of,
+)
 
 
 def volume_violations(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]:
@@ -21,6 +27,7 @@ def volume_violations(policy: Policy, before: Blueprint, child: Blueprint) -> It
         if task.id in begun:
             continue
         yield from _copies(policy, task)
+        yield from _snapshots(policy, task)
         for server in moving:
             spec = policy.servers.get(server)
             if spec is not None and set(spec.all_volumes) & set(volumes_of(task.work)):
@@ -40,6 +47,19 @@ def _operations(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator
     for operation in new.keys() - old.keys():
         if int(operation.rpartition("-")[2]) <= before.counter:
             yield f"the id {operation} is used again"
+
+
+def _snapshots(policy: Policy, task: PlannedVolumeTask) -> Iterator[str]:
+    """They come from where they are kept, and go to where they are not."""
+    work = task.work
+    if not isinstance(work, SnapshotMove):
+        return
+    if work.destination not in policy.hosts:
+        yield f"{task.id} goes to {work.destination}, which is no host"
+    for name in work.snapshots:
+        spec = policy.snapshots.get(name)
+        if spec is None or work.source not in spec.hosts or work.destination in spec.hosts:
+            yield f"{task.id} brings {name} from where it is not, or to where it is"
 
 
 def _copies(policy: Policy, task: PlannedVolumeTask) -> Iterator[str]:

@@ -15,6 +15,7 @@ from nahtlos.model.volume_work import (
     Restoring,
     Reverting,
     SnapshotGroup,
+    SnapshotMove,
     VolumeWork,
     words,
 )
@@ -52,6 +53,8 @@ def decided(draft: Draft, work: VolumeWork, reason: str, wish: str = "") -> Deci
             found = _revert(draft, work)
         case BackingUp():
             found = _backup(draft, work)
+        case SnapshotMove():
+            found = Decided(work, work.destination, (work.source, work.destination), "")
         case Restoring():
             found = Decided(work, work.volume.host, (work.volume.host,), "")
     return found if isinstance(found, Unready) else found._replace(reason=reason, wish=wish)

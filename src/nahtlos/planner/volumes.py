@@ -23,12 +23,14 @@ from nahtlos.model.volume_work import (
     Restoring,
     Reverting,
     SnapshotGroup,
+    SnapshotMove,
     VolumeWork,
     kind_of,
     volumes_of,
     words,
 )
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.snapshots import snapshots_to_leave, tell_of_snapshots
 from nahtlos.planner.volume_places import domain_of, places
 from nahtlos.planner.volume_wishes import Decided, Unready, decided
 
@@ -106,10 +108,11 @@ def _all_wanted(draft: Draft) -> list[tuple[str, Decided | Unready]]:
         if not wish.cancelled
     ]
     drains = [(_key(work), _leaving(draft, work)) for work in copies_to_leave(draft)]
-    return [*rebuilds, *wishes, *drains]
+    snapshots = [(_key(work), begin) for work, begin in snapshots_to_leave(draft, drained_hosts(draft))]
+    return [*rebuilds, *wishes, *drains, *snapshots]
 
 
-def _key(work: Rebuilding | Relocation) -> str:
+def _key(work: Rebuilding | Relocation | SnapshotMove) -> str:
     place = work.target if isinstance(work, Rebuilding) else work.source
     return f"{kind_of(work)}/{work.volume}/{place}"
 
@@ -255,7 +258,7 @@ def _read(draft: Draft, work: VolumeWork) -> Iterator[tuple[VolumeSpec, HostId]]
                     yield volume, host
             case BackingUp():
                 yield volume, work.backup.host
-            case Reverting() | Restoring():
+            case Reverting() | Restoring() | SnapshotMove():
                 pass
 
 
@@ -317,6 +320,7 @@ def _tell_of_drains(draft: Draft) -> None:
             mib = sum(volume.size_mib for volume in kept)
             many = "1 volume" if len(kept) == 1 else f"{len(kept)} volumes"
             draft.wait(host, WaitKind.MOVE, f"{host} still keeps {many} ({mib} MiB)")
+        tell_of_snapshots(draft, host)
 
 
 def spread_badly(draft: Draft, volume: VolumeSpec) -> bool:

@@ -41,6 +41,9 @@ from nahtlos.wire.volumes import (
     VolumeFreeze,
     VolumeKeep,
     VolumeMark,
+    VolumeOffer,
+    VolumeOffered,
+    VolumeOfferEnd,
     VolumeRanOn,
     VolumeReceive,
     VolumeRejoin,
@@ -326,6 +329,8 @@ ToPeer = (
     | VolumeRejoin
     | VolumeRanOn
     | VolumeStep
+    | VolumeOffer
+    | VolumeOfferEnd
     | GatewayPrepare
     | GatewayState
     | GatewayTake
@@ -344,6 +349,7 @@ Answer = (
     | KeyData
     | VolumeDigested
     | VolumeRejoined
+    | VolumeOffered
 )
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 

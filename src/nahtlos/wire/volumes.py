@@ -7,7 +7,14 @@ import msgspec
 
 from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, SnapshotId, VolumeId
-from nahtlos.model.storage import BackupSpec, Changes, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    Changes,
+    SnapshotOffer,
+    SnapshotSpec,
+    VolumeFormat,
+    VolumeSpec,
+)
 from nahtlos.wire.message import Message
 
 
@@ -151,6 +158,21 @@ class RevertOrder(VolumeOrder, frozen=True, kw_only=True):
         return (self.volume.id,)
 
 
+class MoveSnapshotsOrder(VolumeOrder, frozen=True, kw_only=True):
+    """What `source` keeps of these snapshots comes to the coordinator, who fetches it. It stays there, too,
+    until the end of this is recorded."""
+
+    volume: VolumeId
+    snapshots: tuple[SnapshotId, ...]
+    source: VolumeEndpoint
+    """Its storage daemon; exports are told by it (`VolumeOffer`)."""
+    bytes_per_second: int = 0
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.volume,)
+
+
 VolumeTask = (
     RelocateOrder
     | RebuildOrder
@@ -160,6 +182,7 @@ VolumeTask = (
     | RevertOrder
     | SnapshotFileOrder
     | ScrubOrder
+    | MoveSnapshotsOrder
 )
 
 
@@ -248,6 +271,25 @@ class VolumeSnapshot(Message, frozen=True, kw_only=True):
     id: OperationId
     snapshots: tuple[SnapshotSpec, ...]
     undo: bool = False
+
+
+class VolumeOffer(Message, frozen=True, kw_only=True):
+    """Coordinator to a host with snapshots it shall have: `Storage.offer_snapshots`."""
+
+    id: OperationId
+    volume: VolumeId
+    snapshots: tuple[SnapshotId, ...]
+
+
+class VolumeOffered(Message, frozen=True, kw_only=True):
+    offer: SnapshotOffer
+
+
+class VolumeOfferEnd(Message, frozen=True, kw_only=True):
+    """Nobody reads any more what was offered of this volume."""
+
+    id: OperationId
+    volume: VolumeId
 
 
 class SetCopySpeed(Message, frozen=True, kw_only=True):

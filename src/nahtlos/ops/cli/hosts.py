@@ -85,6 +85,9 @@ def _left(seen: tuple[HostView, str]) -> str:
     parts = [f"{count_of(len(view.servers), 'server')} left"] if view.servers else []
     if view.kept.volumes:
         parts.append(f"{count_of(len(view.kept.volumes), 'volume')} left")
+    if view.kept.snapshots:
+        parts.append(f"{count_of(len(view.kept.snapshots), 'snapshot')} left")
+    if view.kept.volumes or view.kept.snapshots:
         parts.append(pictures.leaving(view))
     left = ", ".join(parts) or "settling"
     return f"{left}; {waits}" if waits else left

@@ -124,12 +124,10 @@ def host(view: HostView) -> RenderableType:
 
 
 def _kept(view: HostView) -> str:
-    """Volumes with a copy here; while they leave, what is left and for how long."""
+    """Volumes with a copy here, and snapshots; while they leave, what is left and for how long."""
     kept = view.kept
-    if not kept.volumes:
-        return NOTHING
-    names = ", ".join(kept.volumes)
-    return f"{names}; {leaving(view)}" if kept.leaving else names
+    names = ", ".join((*kept.volumes, *(f"{name} (snapshot)" for name in kept.snapshots)))
+    return (f"{names}; {leaving(view)}" if kept.leaving else names) or NOTHING
 
 
 def leaving(view: HostView) -> str:

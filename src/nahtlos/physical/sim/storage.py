@@ -1,6 +1,7 @@
 """`physical.ports.Storage` over the simulated world. Volumes and snapshots are on the host's disk: they
 survive all but their removal. What volumes are and what must never happen to them: `sim.volumes`."""
 
+import asyncio
 import hashlib
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from nahtlos.model.storage import (
     Changes,
     CopyPhase,
     CopyProgress,
+    OfferedSnapshot,
+    SnapshotOffer,
     SnapshotSpec,
     VolumeFormat,
     VolumeSpec,
 )
-from nahtlos.physical.ports import BackupResult, OnCopied, StorageDesired
+from nahtlos.physical.ports import BackupResult, OnCopied, SnapshotFetch, Speed, StorageDesired
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.volumes import COPY_BYTES_PER_SECOND, Snapshot, Volume
 
@@ -125,6 +128,52 @@ class SimStorage(SimDriver):
                 raise Refused(f"{snapshot} is of {taken.spec.volume}", field="snapshot")
             held.writes = taken.writes
             self.world.disks.reverted(volume.id, taken.writes)
+
+    async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
+        async with self.verb("offer_snapshots", volume):
+            self._check_up()
+            found = [self._found(each) for each in snapshots]
+            self.host.offered.update(snapshots)
+            return SnapshotOffer(
+                snapshots=tuple(
+                    OfferedSnapshot(id=each.spec.id, layer=0, group=each.spec.group) for each in found
+                ),
+                layers=(),
+            )
+
+    async def end_offer(self, volume: VolumeId) -> None:
+        async with self.verb("end_offer", volume):
+            here = self.host.snapshots
+            self.host.offered = {s for s in self.host.offered if s in here and here[s].spec.volume != volume}
+
+    async def fetch_snapshots(
+        self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
+    ) -> None:
+        """One after the other; all are here at once, or none."""
+        async with self.verb("fetch_snapshots", fetch.volume):
+            missing = [each.id for each in offer.snapshots if each.id not in self.host.snapshots]
+            coming: dict[SnapshotId, Snapshot] = {}
+            for number, snapshot in enumerate(missing, 1):
+                size = self._offered(fetch, snapshot).spec.size_mib << 20
+                await asyncio.sleep(size / (speed() or COPY_BYTES_PER_SECOND))
+                self.life.check()
+                taken = self._offered(fetch, snapshot)
+                coming[snapshot] = Snapshot(taken.spec, taken.writes, came_by=fetch.operation)
+                on_copied(number, len(missing))
+            self.host.snapshots |= coming
+
+    def _offered(self, fetch: SnapshotFetch, snapshot: SnapshotId) -> Snapshot:
+        source = self.world.hosts[fetch.source.host]
+        reached = source.powered and source.storage_up and snapshot in source.offered
+        if not reached or frozenset((source.id, self.host.id)) in self.world.stalled_links:
+            raise Unavailable(f"{source.id} does not offer {snapshot}")
+        return self.world.disks.found(source, snapshot)
+
+    async def forget_fetched(self, fetch: SnapshotFetch) -> None:
+        async with self.verb("forget_fetched", fetch.volume):
+            came = [s for s, each in self.host.snapshots.items() if each.came_by == fetch.operation]
+            for snapshot in came:
+                del self.host.snapshots[snapshot]
 
     # --- relocation: source ---
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
-from nahtlos.model.ids import HostId, SnapshotId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, VolumeSpec
 from nahtlos.physical.ports import DiskProblem, DiskTrouble
 from nahtlos.physical.sim.guests import Vmm
@@ -60,6 +60,8 @@ class Volume:
 class Snapshot:
     spec: SnapshotSpec
     writes: int
+    came_by: OperationId | None = None
+    """From another host; None: it was taken here."""
 
 
 class Copy:
@@ -321,6 +323,7 @@ class Disks:
 
     def daemon_ended(self, host: "SimHost") -> None:
         """What it only had in memory is gone."""
+        host.offered.clear()
         for volume in host.volumes.values():
             if volume.job is not None:
                 self.touch(volume.spec.id)

@@ -107,6 +107,8 @@ class SimHost:
     disks_told: asyncio.Event = field(default_factory=asyncio.Event)
     """Disks have stopped a guest here."""
     snapshots: dict[SnapshotId, Snapshot] = field(default_factory=dict[SnapshotId, Snapshot])
+    offered: set[SnapshotId] = field(default_factory=set[SnapshotId])
+    """Which other hosts can read. In the storage daemon's memory."""
     storage_up: bool = True
     storage_restarts: int = 0
     storage_release: ReleaseId | None = None

@@ -21,12 +21,13 @@ from nahtlos.model.storage import (
     Changes,
     CopyPhase,
     CopyProgress,
+    SnapshotOffer,
     SnapshotSpec,
     StorageBackend,
     VolumeFormat,
     VolumeSpec,
 )
-from nahtlos.physical.ports import BackupResult, OnCopied, Storage, StorageDesired
+from nahtlos.physical.ports import BackupResult, OnCopied, SnapshotFetch, Speed, Storage, StorageDesired
 
 
 class CephBackend(Storage, Protocol):
@@ -158,6 +159,21 @@ class Backends:
 
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         await self._of(volume).revert(volume, snapshot)
+
+    async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
+        """Those in Ceph are on no host."""
+        return await self._embedded.offer_snapshots(volume, snapshots)
+
+    async def end_offer(self, volume: VolumeId) -> None:
+        await self._embedded.end_offer(volume)
+
+    async def fetch_snapshots(
+        self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
+    ) -> None:
+        await self._embedded.fetch_snapshots(fetch, offer, speed=speed, on_copied=on_copied)
+
+    async def forget_fetched(self, fetch: SnapshotFetch) -> None:
+        await self._embedded.forget_fetched(fetch)
 
     # --- relocation --------------------------------------------------------------------------------
 

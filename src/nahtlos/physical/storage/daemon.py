@@ -196,6 +196,11 @@ class Daemon:
         except TimeoutError:
             raise Unavailable(f"export {identity} is still there after {EXPORT_GONE_WITHIN:g} s") from None
 
+    async def export_nodes(self) -> dict[str, str]:
+        """Of every export, of volumes or not, by its id: the node it shows."""
+        found = cast("list[dict[str, object]]", (await self.execute("query-block-exports"))["value"])
+        return {str(each["id"]): str(each["node-name"]) for each in found if not each.get("shutting-down")}
+
     async def _export_ids(self) -> set[str]:
         answer = await self.execute("query-block-exports")
         return {str(each["id"]) for each in cast("list[dict[str, object]]", answer["value"])}

@@ -217,8 +217,12 @@ def with_pivot(record: VolumeRecord, merge: Merge) -> VolumeRecord:
 
 
 def pivoted(record: VolumeRecord, merge: Merge) -> VolumeRecord:
-    """The new layer of the base's file is all there is."""
-    return msgspec.structs.replace(record, layers=(record.layer(merge.into),), active=merge.into, merge=None)
+    """The new layer of the base's file is all there is, beside layers of snapshots that came from elsewhere
+    or were here before the volume."""
+    below = record.layer(merge.layer).backing
+    gone = {merge.layer, below.number if below is not None else merge.layer}
+    layers = tuple(layer for layer in record.layers if layer.number not in gone)
+    return msgspec.structs.replace(record, layers=layers, active=merge.into, merge=None)
 
 
 def not_merged(record: VolumeRecord) -> VolumeRecord:

@@ -14,10 +14,27 @@ from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Error, Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import BackupSpec, Changes, CopyProgress, SnapshotSpec, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    Changes,
+    CopyProgress,
+    SnapshotOffer,
+    SnapshotSpec,
+    VolumeFormat,
+    VolumeSpec,
+)
 from nahtlos.physical.hypervisor.bundle import Bundles
 from nahtlos.physical.hypervisor.commandline import TLS_FILES
-from nahtlos.physical.ports import BackupResult, Keyring, OnCopied, StorageDesired, Supervisor, Unit
+from nahtlos.physical.ports import (
+    BackupResult,
+    Keyring,
+    OnCopied,
+    SnapshotFetch,
+    Speed,
+    StorageDesired,
+    Supervisor,
+    Unit,
+)
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.copies import Copies
 from nahtlos.physical.storage.daemon import Daemon
@@ -34,6 +51,8 @@ from nahtlos.physical.storage.relocation import Relocations
 from nahtlos.physical.storage.replication import Replication
 from nahtlos.physical.storage.report import volume_statuses
 from nahtlos.physical.storage.serving import Serving
+from nahtlos.physical.storage.snapshot_arrivals import Arrivals
+from nahtlos.physical.storage.snapshot_offers import Offers
 from nahtlos.physical.storage.snapshots import Snapshots
 from nahtlos.physical.storage.sockets import Patience, bound_descriptor
 from nahtlos.wire.credentials import DH_PARAMETERS, QEMU_DH_FILE, write_file
@@ -52,7 +71,9 @@ class EmbeddedStorage:
         self.files = LayerFiles(places, settings.images_dir, self.daemon)
         self.merging = Merging(self.serving, self.files)
         self._lifecycle = Lifecycle(self.serving, self.files, self.merging)
-        self.relocations = Relocations(settings.host, self.serving, self.files, self.merging)
+        self._offers = Offers(self.serving, self.files, self.merging)
+        self._arrivals = Arrivals(self.serving, settings.pki_dir)
+        self.relocations = Relocations(settings.host, self.serving, self.files, self.merging, self._offers)
         self._snapshots = Snapshots(self.serving, self.files, self.merging)
         self.releases = DaemonRelease(settings, supervisor, Bundles(settings.releases_dir), self.daemon)
         self.copies = Copies(settings, supervisor, self.serving, self.releases.bundle)
@@ -87,7 +108,8 @@ class EmbeddedStorage:
             replaced = self.releases.ensure(desired.release, self.serving.define, self.serving.on_step)
             await attempt.several(replaced)
         await attempt.several(self.copies.export(desired.exports))
-        if not volumes and not going and not _any_snapshot(self.serving.records, desired.removed_snapshots):
+        left = self.relocations.left_for_nothing()
+        if not (volumes or going or left or _any_snapshot(self.serving.records, desired.removed_snapshots)):
             return
         known = [volume for volume in volumes if volume.id in records]
         for volume in known:
@@ -98,6 +120,8 @@ class EmbeddedStorage:
             if volume.id not in records:
                 await attempt.one(self._lifecycle.create(volume, bundle))
         await self.serving.define()
+        for volume in going:
+            await attempt.to(self._offers.end(volume))
         bare = [volume for volume in going if not records[volume].snapshots]  # such as clones of the others
         for volume in bare:
             await attempt.one(self._lifecycle.delete(volume))
@@ -184,6 +208,26 @@ class EmbeddedStorage:
             await self._snapshots.revert(volume.id, snapshot, await self.releases.bundle())
             await self.merging.tidy(volume.id)
             await self.serving.settle((volume.id,))
+
+    async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
+        async with self.serving.changing:
+            return await self._offers.make(volume, snapshots)
+
+    async def end_offer(self, volume: VolumeId) -> None:
+        async with self.serving.changing:
+            if await self.daemon.pid() is not None:
+                await self._offers.end(volume)
+
+    async def fetch_snapshots(
+        self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
+    ) -> None:
+        await self._arrivals.copy(fetch, offer, speed=speed, on_copied=on_copied)
+        async with self.serving.changing:
+            await self._arrivals.record(fetch, offer)
+
+    async def forget_fetched(self, fetch: SnapshotFetch) -> None:
+        async with self.serving.changing:
+            await self._arrivals.forget(fetch)
 
     # --- relocation, replication -------------------------------------------------------------------
 

@@ -209,7 +209,8 @@ class Merging:
         await self._serving.on_step("pivot.ended")
         await self._serving.define()
         await self._daemon.job_cancel(job_name(volume))
-        gone = tuple(layer for layer in record.layers if layer.number != merge.into)
+        kept = self._record(volume).layers
+        gone = tuple(layer for layer in record.layers if layer not in kept)
         await self._remove(record, tuple(sorted(gone, key=lambda layer: -layer.number)))
         return True
 

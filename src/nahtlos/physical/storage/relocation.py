@@ -36,6 +36,7 @@ from nahtlos.physical.storage.layers import LayerFiles, base_file
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord, clones
 from nahtlos.physical.storage.serving import Serving
+from nahtlos.physical.storage.snapshot_offers import Offers
 from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 
 RECONNECT_SECONDS = 1
@@ -105,12 +106,15 @@ def _target(volume: VolumeId, below: str) -> Options:
 
 
 class Relocations:
-    def __init__(self, host: HostId, serving: Serving, files: LayerFiles, merging: Merging) -> None:
+    def __init__(
+        self, host: HostId, serving: Serving, files: LayerFiles, merging: Merging, offers: Offers
+    ) -> None:
         self._host = host
         self._serving = serving
         self._daemon = serving.daemon
         self._files = files
         self._merging = merging
+        self._offers = offers
         self._looked_at = 0.0
 
     # --- copying -----------------------------------------------------------------------------------
@@ -375,15 +379,27 @@ class Relocations:
             raise Conflict(f"volume '{volume}' is open here still", field="volume") from denied
 
     async def sweep(self) -> None:
-        """What is here of volumes that left, for the sake of snapshots that are gone by now."""
-        for volume, record in tuple(self._serving.records.all().items()):
-            if record.mode is Mode.LEFT and not record.snapshots and not self._rested_on(volume):
+        """What is here of volumes that left, for the sake of snapshots that are gone by now. With one of them
+        another may go, on which it rested."""
+        while gone := self.left_for_nothing():
+            for volume in gone:
+                record = self._serving.records[volume]
+                await self._offers.end(volume)
                 for layer in reversed(record.layers):
                     ref = LayerRef(volume, layer.number)
                     await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
                     await self._daemon.remove_nodes((graph.file_node(ref),))
                 await self._drop(record, ())
+                await self._serving.on_step("left.dropped")
                 await self._serving.keep(removed=(volume,))
+
+    def left_for_nothing(self) -> tuple[VolumeId, ...]:
+        """Volumes that left and of which no snapshot is here any more."""
+        return tuple(
+            volume
+            for volume, record in self._serving.records.all().items()
+            if record.mode is Mode.LEFT and not record.snapshots and not self._rested_on(volume)
+        )
 
     def _rested_on(self, volume: VolumeId) -> bool:
         return bool(clones(self._serving.records.all(), volume))

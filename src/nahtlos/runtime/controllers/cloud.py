@@ -25,6 +25,7 @@ from nahtlos.model.ids import (
     ProjectId,
     ReleaseId,
     ServerId,
+    SnapshotId,
     VolumeId,
 )
 from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
@@ -40,9 +41,10 @@ class KeptVolumes(Value, frozen=True, kw_only=True):
     """What a host keeps of volumes; and where it gives them away, how far that has come."""
 
     volumes: tuple[VolumeId, ...] = ()
+    snapshots: tuple[SnapshotId, ...] = ()
     bytes: int = 0
     leaving: tuple[OperationId, ...] = ()
-    """Operations that bring copies elsewhere now."""
+    """Operations that bring copies and snapshots elsewhere now."""
     bytes_left: int = 0
     bytes_per_second: float = 0.0
     """As measured; 0: not known."""

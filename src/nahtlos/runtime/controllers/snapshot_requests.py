@@ -12,6 +12,7 @@ from nahtlos.planner.volume_places import has_room, places
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use
 from nahtlos.runtime.controllers.requests import compute_host, listed
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_records import EXPORT_PORTS
 from nahtlos.runtime.controllers.volume_requests import (
     check_idle,
     check_name_free,
@@ -27,7 +28,6 @@ from nahtlos.runtime.controllers.volumes import (
     TargetRequest,
 )
 
-EXPORT_PORTS = (10900, 10999)
 EXPORT_SECONDS = (10, 7 * 86400)
 MAX_GROUP = 32
 NBD_SCHEME = "nbd://"

@@ -12,6 +12,7 @@ from nahtlos.model.errors import Conflict, ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole
+from nahtlos.model.snapshot_places import reported_snapshots
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import volumes_of
 from nahtlos.planner.volume_places import places
@@ -143,12 +144,14 @@ def _spent(policy: Policy, inventory: Inventory, world: World) -> tuple[tuple[Vo
 
 
 def _gone_snapshots(state: State, inventory: Inventory) -> tuple[SnapshotId, ...]:
-    return tuple(
-        name
-        for name, row in state.kept.snapshots.items()
-        if row.removed
-        and all(_has_deleted(state, inventory, host, name) for host in row.spec.hosts if host in state.hosts)
-    )
+    """Also from where they are not kept any more."""
+    found: list[SnapshotId] = []
+    for name, row in state.kept.snapshots.items():
+        having = (h for h in state.hosts if any(s.id == name for s in reported_snapshots(inventory, h)))
+        hosts = {*having, *(host for host in row.spec.hosts if host in state.hosts)}
+        if row.removed and all(_has_deleted(state, inventory, host, name) for host in hosts):
+            found.append(name)
+    return tuple(found)
 
 
 def _has_deleted(state: State, inventory: Inventory, host: HostId, snapshot: SnapshotId) -> bool:

@@ -5,6 +5,7 @@ as far as no loss has come between.
     relocated   the copy is at its destination, by its new epoch
     rebuilt     the copy is current, unless it was lost again since it was decided
     snapshots, backups, a restored volume: they are there from here on
+    snapshots moved  they are kept at their destination, and their host is told to let go of them
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,14 @@ from nahtlos.model.blueprint import Blueprint, OperationRecord
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import BackupId, HostId, OperationId
 from nahtlos.model.inventory import OperationState, OperationStatus
-from nahtlos.model.storage import BackupSpec, Replica, ReplicaState, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    Replica,
+    ReplicaState,
+    SnapshotExport,
+    SnapshotSpec,
+    VolumeSpec,
+)
 from nahtlos.model.volume_work import (
     BackingUp,
     PlannedVolumeTask,
@@ -26,14 +34,18 @@ from nahtlos.model.volume_work import (
     Restoring,
     Reverting,
     SnapshotGroup,
+    SnapshotMove,
     VolumeWork,
     kind_of,
     volumes_of,
     words,
 )
-from nahtlos.runtime.store import operations, volumes
+from nahtlos.runtime.store import intent, operations, volumes
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.volumes import pinned_epochs, with_state
+
+EXPORT_PORTS = (10900, 10999)
+"""At which a host serves snapshots to who has a credential; the first and the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,8 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
         case SnapshotGroup():
             taken = (msgspec.structs.replace(s, created_at=now) for s in task.work.snapshots)
             await volumes.add_snapshots(tx, taken)
+        case SnapshotMove():
+            await _snapshots_moved(tx, task.work)
         case BackingUp():
             await volumes.add_backup(tx, backup_made(task.work.backup, result, now))
         case Restoring():
@@ -109,6 +123,50 @@ async def _rebuilt(tx: AsyncConnection, task: PlannedVolumeTask, work: Rebuildin
     if spec is None or await volumes.losses_at(tx, work.volume, work.target) != task.losses:
         return
     await volumes.put(tx, with_state(spec, work.target, ReplicaState.CURRENT, task.epoch))
+
+
+async def _snapshots_moved(tx: AsyncConnection, work: SnapshotMove) -> None:
+    """Also of those that are being deleted: their new host is told to."""
+    kept = await volumes.read(tx)
+    for name in work.snapshots:
+        row = kept.snapshots.get(name)
+        if row is None:
+            continue
+        after = moved_snapshot(row.spec, work.source, work.destination)
+        await volumes.put_snapshot(tx, after)
+        for volume in (await intent.volumes(tx)).values():
+            if volume.spec.snapshot == name and not rests_on(volume.spec, after):
+                await volumes.put(tx, msgspec.structs.replace(volume.spec, snapshot=None))
+    for export in kept.exports:
+        if export.snapshot in work.snapshots and export.host == work.source:
+            others = [e for e in (await volumes.read(tx)).exports if e.id != export.id]
+            await volumes.forget_export(tx, export.id)
+            if (after := moved_export(export, work.destination, others)) is not None:
+                await volumes.put_export(tx, after)
+
+
+# --- what snapshots are then -------------------------------------------------------------------------
+
+
+def moved_snapshot(spec: SnapshotSpec, source: HostId, destination: HostId) -> SnapshotSpec:
+    hosts = (destination if host == source else host for host in spec.hosts)
+    return msgspec.structs.replace(spec, hosts=tuple(dict.fromkeys(hosts)))
+
+
+def rests_on(volume: VolumeSpec, snapshot: SnapshotSpec) -> bool:
+    """Whether a clone may still rest on a snapshot that has moved: where that was before, too."""
+    return any(copy.host in snapshot.hosts for copy in volume.copies)
+
+
+def moved_export(
+    export: SnapshotExport, to: HostId, others: Iterable[SnapshotExport]
+) -> SnapshotExport | None:
+    """By the same name and credential until the same moment, at another address. None: no port is free."""
+    used = {each.port for each in others if each.host == to}
+    first, last = EXPORT_PORTS
+    ports = (export.port, *range(first, last + 1))
+    port = next((each for each in ports if each not in used), None)
+    return None if port is None else msgspec.structs.replace(export, host=to, port=port)
 
 
 # --- what a volume is then ---------------------------------------------------------------------------
@@ -203,7 +261,7 @@ def record_of(
 
 def places_of(work: VolumeWork) -> tuple[HostId | None, HostId | None]:
     match work:
-        case Relocation():
+        case Relocation() | SnapshotMove():
             return work.source, work.destination
         case Rebuilding():
             return work.source, work.target

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 from nahtlos.model.blueprint import PlanReport
 from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import Inventory, OperationStatus, SnapshotStatus, VolumeStatus
+from nahtlos.model.snapshot_places import left_over_snapshots, snapshots_on
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
@@ -12,6 +13,7 @@ from nahtlos.model.volume_work import (
     Rebuilding,
     Relocation,
     Restoring,
+    SnapshotMove,
     VolumeWish,
     VolumeWork,
     kind_of,
@@ -173,27 +175,43 @@ def _rate(status: OperationStatus | None, total: int, taken_at: float) -> float:
 def _bytes(state: State, work: VolumeWork) -> int:
     if isinstance(work, Restoring):
         return work.volume.size_mib * MIB
+    if isinstance(work, SnapshotMove):
+        return sum(_allocated(state, work.source, name) for name in work.snapshots)
     if not isinstance(work, Relocation | Rebuilding | BackingUp):
         return 0
     row = state.volumes.get(volumes_of(work)[0])
     return row.spec.size_mib * MIB if row is not None else 0
 
 
+def _allocated(state: State, host: HostId, snapshot: SnapshotId) -> int:
+    """What it takes there, as last seen."""
+    seen = state.inventories.get(host)
+    told = (s.allocated_bytes for s in (seen.snapshots if seen is not None else ()) if s.id == snapshot)
+    return next(told, 0)
+
+
 def kept_volumes(state: State, inventory: Inventory, host: HostId) -> KeptVolumes:
     """What `host` keeps, and, while it gives that away, how long it will take at the pace measured now."""
     specs = [row.spec for row in state.volumes.values() if not row.removed]
     kept = kept_on(specs, host)
+    policy = state.policy()
+    snapshots = {spec.id for spec in snapshots_on(policy, inventory, host)}
+    snapshots |= {status.id for status in left_over_snapshots(policy, inventory, host)}
     planned = state.blueprint.volume_tasks if state.blueprint else ()
     leaving: dict[OperationId, TaskView] = {
         task.id: _task(state, inventory, task)
         for task in planned
-        if isinstance(task.work, Relocation) and task.work.source == host and task.id not in state.volume_ends
+        if isinstance(task.work, Relocation | SnapshotMove)
+        and task.work.source == host
+        and task.id not in state.volume_ends
     }
     total = sum(volume.size_mib for volume in kept) * MIB
+    total += sum(_allocated(state, host, name) for name in snapshots)
     done = sum(int(view.bytes_total * view.progress) for view in leaving.values())
     rate = sum(view.bytes_per_second for view in leaving.values())
     return KeptVolumes(
         volumes=tuple(sorted(volume.id for volume in kept)),
+        snapshots=tuple(sorted(snapshots)),
         bytes=total,
         leaving=tuple(sorted(leaving)),
         bytes_left=max(0, total - done),

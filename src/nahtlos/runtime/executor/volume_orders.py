@@ -1,6 +1,6 @@
 """From a planned operation of volumes to the order its coordinator is given. Pure."""
 
-from nahtlos.model.config import VolumeAttachment
+from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
@@ -11,14 +11,16 @@ from nahtlos.model.volume_work import (
     Restoring,
     Reverting,
     SnapshotGroup,
+    SnapshotMove,
     volumes_of,
 )
-from nahtlos.runtime.executor.attachments import attachment, endpoint
+from nahtlos.runtime.executor.attachments import NBD_PORT, attachment, endpoint
 from nahtlos.runtime.executor.volumes import all_know, clients
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.volumes import (
     BackupOrder,
     BeginVolumeTask,
+    MoveSnapshotsOrder,
     PeerAddress,
     RebuildOrder,
     RelocateOrder,
@@ -89,6 +91,8 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
                 volume=volume.at(task.coordinator),
                 snapshot=task.work.snapshot,
             )
+        case SnapshotMove():
+            return _move_snapshots(world, task, task.work)
         case BackingUp():
             volume = world.policy.volumes.get(task.work.backup.volume)
             if volume is None:
@@ -134,6 +138,22 @@ def _relocate(world: World, task: PlannedVolumeTask, work: Relocation) -> Reloca
         target=target,
         rbd=reached.rbd if reached else None,
         client=next(iter(_clients(world, task)), None),
+        bytes_per_second=work.bytes_per_second,
+    )
+
+
+def _move_snapshots(world: World, task: PlannedVolumeTask, work: SnapshotMove) -> MoveSnapshotsOrder | None:
+    known = [world.policy.snapshots.get(snapshot) for snapshot in work.snapshots]
+    source = world.policy.hosts.get(work.source)
+    if source is None or any(spec is None or work.source not in spec.hosts for spec in known):
+        return None
+    return MoveSnapshotsOrder(
+        id=task.id,
+        coordinator=task.coordinator,
+        hosts=_peers(world),
+        volume=work.volume,
+        snapshots=work.snapshots,
+        source=VolumeEndpoint(host=work.source, address=source.address, port=NBD_PORT, export=""),
         bytes_per_second=work.bytes_per_second,
     )
 

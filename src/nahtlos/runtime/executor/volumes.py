@@ -9,13 +9,14 @@ from collections.abc import Iterable
 
 from nahtlos.model.config import HostConfig, VolumeAttachment
 from nahtlos.model.ids import HostId, ServerId, SnapshotId, VolumeId
+from nahtlos.model.snapshot_places import left_over_snapshots, reported_snapshots
 from nahtlos.model.storage import (
     SnapshotExport,
     SnapshotSpec,
     StorageBackend,
     VolumeSpec,
 )
-from nahtlos.model.volume_work import PlannedVolumeTask, volumes_of
+from nahtlos.model.volume_work import PlannedVolumeTask, SnapshotMove, volumes_of
 from nahtlos.runtime.executor.world import World
 
 # --- what is kept ------------------------------------------------------------------------------------
@@ -91,7 +92,19 @@ def snapshots_kept(world: World, host: HostId) -> tuple[SnapshotSpec, ...]:
 
 
 def removed_snapshots(world: World, host: HostId) -> tuple[SnapshotId, ...]:
-    return tuple(sorted(s.id for s in world.removed_snapshots if host in s.hosts))
+    """Those that are to be no more, and those that are kept elsewhere by now. Nothing that an operation
+    brings from one host to another goes before its end is recorded."""
+    busy = {
+        snapshot
+        for task in world.blueprint.volume_tasks
+        if isinstance(task.work, SnapshotMove)
+        for snapshot in task.work.snapshots
+    }
+    there = {status.id for status in reported_snapshots(world.inventory, host)}
+    deleted = {s.id for s in world.removed_snapshots if host in s.hosts or s.id in there}
+    left = left_over_snapshots(world.policy, world.inventory, host)
+    moved = {status.id for status in left if not status.clones}
+    return tuple(sorted((deleted | moved) - busy))
 
 
 def exports(world: World, host: HostId) -> tuple[SnapshotExport, ...]:

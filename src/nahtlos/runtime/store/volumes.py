@@ -224,6 +224,12 @@ async def add_snapshots(tx: AsyncConnection, specs: Iterable[SnapshotSpec]) -> N
         await tx.execute(statement.on_conflict_do_nothing(index_elements=["id"]))
 
 
+async def put_snapshot(tx: AsyncConnection, spec: SnapshotSpec) -> None:
+    """In the place of the one of this name, whether or not it is being deleted."""
+    table = schema.snapshots
+    await tx.execute(update(table).where(table.c.id == spec.id).values(document=text_of(spec)))
+
+
 async def mark_snapshot_removed(tx: AsyncConnection, snapshot: SnapshotId) -> None:
     await forget_exports(tx, snapshot=snapshot)
     await tx.execute(update(schema.snapshots).where(schema.snapshots.c.id == snapshot).values(removed=True))
@@ -243,6 +249,10 @@ async def put_export(tx: AsyncConnection, export: SnapshotExport) -> None:
             expires_at=export.expires_at,
         )
     )
+
+
+async def forget_export(tx: AsyncConnection, export: str) -> None:
+    await tx.execute(delete(schema.snapshot_exports).where(schema.snapshot_exports.c.id == export))
 
 
 async def forget_exports(

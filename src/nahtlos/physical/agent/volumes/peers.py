@@ -21,6 +21,9 @@ from nahtlos.wire.volumes import (
     VolumeFreeze,
     VolumeKeep,
     VolumeMark,
+    VolumeOffer,
+    VolumeOffered,
+    VolumeOfferEnd,
     VolumeRanOn,
     VolumeReceive,
     VolumeRejoin,
@@ -43,6 +46,8 @@ ForVolume = (
     | VolumeRejoin
     | VolumeRanOn
     | VolumeStep
+    | VolumeOffer
+    | VolumeOfferEnd
 )
 
 
@@ -56,6 +61,8 @@ async def answer_volume(context: Context, body: ForVolume, peer: str) -> Message
         return VolumeDigested(sha256=digest)
     if isinstance(body, VolumeRejoin):
         return VolumeRejoined(changes=await _rejoin(context, body))
+    if isinstance(body, VolumeOffer):
+        return VolumeOffered(offer=await context.drivers.storage.offer_snapshots(body.volume, body.snapshots))
     await carry_out(context, body)
     return Done()
 
@@ -87,7 +94,9 @@ async def carry_out(context: Context, body: ForVolume) -> None:
             await context.drivers.storage.step_begin(body.volume, body.step)
         case VolumeStep():
             await context.drivers.storage.step_reached(body.volume, body.step)
-        case VolumeDigest():
+        case VolumeOfferEnd():
+            await context.drivers.storage.end_offer(body.volume)
+        case VolumeDigest() | VolumeOffer():
             pass  # it asks, and changes nothing
 
 

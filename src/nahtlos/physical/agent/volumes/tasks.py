@@ -13,8 +13,10 @@ from nahtlos.physical.agent.volumes.relocation import Relocation
 from nahtlos.physical.agent.volumes.revert import Revert
 from nahtlos.physical.agent.volumes.scrub import Scrub
 from nahtlos.physical.agent.volumes.snapshot import GroupSnapshot
+from nahtlos.physical.agent.volumes.snapshot_move import SnapshotMove
 from nahtlos.wire.volumes import (
     BackupOrder,
+    MoveSnapshotsOrder,
     RebuildOrder,
     RelocateOrder,
     RestoreOrder,
@@ -56,6 +58,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
     SnapshotFileOrder: OperationKind.SNAPSHOT_FILE,
     ScrubOrder: OperationKind.SCRUB,
     RevertOrder: OperationKind.REVERT,
+    MoveSnapshotsOrder: OperationKind.SNAPSHOT_MOVE,
 }
 _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     RelocateOrder: Relocation,
@@ -66,6 +69,7 @@ _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     SnapshotFileOrder: SnapshotFile,
     ScrubOrder: Scrub,
     RevertOrder: Revert,
+    MoveSnapshotsOrder: SnapshotMove,
 }
 
 

@@ -25,12 +25,20 @@ from nahtlos.model.storage import (
     Changes,
     CopyPhase,
     CopyProgress,
+    SnapshotOffer,
     SnapshotSpec,
     StorageBackend,
     VolumeFormat,
     VolumeSpec,
 )
-from nahtlos.physical.ports import BackupResult, OnCopied, StorageDesired, Supervisor
+from nahtlos.physical.ports import (
+    BackupResult,
+    OnCopied,
+    SnapshotFetch,
+    Speed,
+    StorageDesired,
+    Supervisor,
+)
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors, images
 from nahtlos.physical.storage.ceph.gateway import Gateway
@@ -236,6 +244,20 @@ class CephStorage:
         self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
     ) -> None:
         raise _lacking("snapshot_file")
+
+    async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
+        raise _lacking("offer_snapshots")
+
+    async def end_offer(self, volume: VolumeId) -> None:
+        """None is ever made here."""
+
+    async def fetch_snapshots(
+        self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
+    ) -> None:
+        raise _lacking("fetch_snapshots")
+
+    async def forget_fetched(self, fetch: SnapshotFetch) -> None:
+        """None ever comes here."""
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
         raise _lacking("mark")

@@ -18,7 +18,7 @@ import msgspec
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, SnapshotId, VolumeId
 from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
-from nahtlos.model.storage import Deletion, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import Deletion, StorageBackend, VolumeFormat, VolumeSpec
 
 NEW, GONE = ".new.", ".gone."
 HOST, EPOCH, DELETION, RECEIVING, OFFER = "host", "epoch", "deletion", "receiving", "offer"
@@ -171,6 +171,7 @@ def snapshot_statuses(image: ImageFacts) -> tuple[SnapshotStatus, ...]:
             group=image.metadata.get(GROUP + snapshot.name, ""),
             size_mib=snapshot.size >> 20,
             clones=tuple(VolumeId(child) for child in snapshot.children if not child.startswith(".")),
+            backend=StorageBackend.CEPH,
         )
         for snapshot in image.live_snapshots
     )

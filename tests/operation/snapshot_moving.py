@@ -1,0 +1,145 @@
+"""Two snapshots of a volume that go from one host to another while a server on a third one writes to the
+volume, run in the simulated world with something going wrong. If they came, their source is told to let go.
+
+`Run` and `Strike` are those of `moving`: the moments are taken from the trace of a clean run.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from moving import BOUND_SECONDS, Run, Strike, StruckFrame
+from relocating import CLIENT, HOME, PORT, SERVER, TARGET, VOLUME, VolumeConductor
+
+from nahtlos.model.config import HostConfig, VolumeEndpoint
+from nahtlos.model.ids import HostId, OperationId, SnapshotId
+from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.storage import SnapshotSpec
+from nahtlos.physical.sim.agents import AgentProcess
+from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
+from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.volumes import Snapshot
+from nahtlos.wire.volumes import MoveSnapshotsOrder
+
+OPERATION = OperationId("op-snapshots")
+SNAPSHOTS = {SnapshotId("old"): 3, SnapshotId("new"): 5}
+"""How many writes each holds."""
+
+
+class SnapshotConductor(VolumeConductor):
+    """Tells the source to let go once it has heard that everything has come."""
+
+    def _content(self, host: HostId, last: HostConfig | None) -> HostConfig:
+        content = super()._content(host, last)
+        status = self.ended.get((OPERATION, TARGET))
+        if host != HOME or status is None or status.state is not OperationState.DONE:
+            return content
+        return msgspec.structs.replace(content, removed_snapshots=tuple(SNAPSHOTS))
+
+
+@dataclass
+class SnapshotMoving(Run):
+    bytes_per_second: int = 0
+    gone: list[str] = field(default_factory=list[str])
+    """Snapshots that were nowhere for a moment."""
+
+    async def _play(self, folder: Path) -> None:
+        self.cloudlet = Cloudlet.build(
+            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
+        )
+        self.conductor = SnapshotConductor(self.cloudlet, storage_host=HOME)
+        for spec in self.cloudlet.specs:
+            self.agents[spec.id] = AgentProcess(
+                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
+            )
+        self.conductor.place(server_spec(1), CLIENT)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self.conductor.run())]
+            running += [tasks.create_task(a.run()) for a in self.agents.values()]
+            try:
+                await self._go()
+            except TimeoutError as error:
+                self.problems.append(str(error))
+            finally:
+                for task in running:
+                    task.cancel()
+        self._judge_snapshots()
+
+    async def _go(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, SnapshotConductor)
+        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+        for name, writes in SNAPSHOTS.items():
+            spec = SnapshotSpec(id=name, volume=VOLUME, size_mib=40)
+            world.hosts[HOME].snapshots[name] = Snapshot(spec, writes)
+        self._since = {}
+        if isinstance(self.faults, StruckFrame):
+            self.faults.armed = True
+        at = self.cloudlet.spec(HOME)
+        conductor.order(
+            MoveSnapshotsOrder(
+                id=OPERATION,
+                coordinator=TARGET,
+                hosts=conductor.peers(),
+                volume=VOLUME,
+                snapshots=tuple(SNAPSHOTS),
+                source=VolumeEndpoint(host=HOME, address=at.address, port=PORT, export=""),
+                bytes_per_second=self.bytes_per_second,
+            )
+        )
+        await world.until(self._is_over, timeout=BOUND_SECONDS, what="the end")
+        self.status = self._ended()
+        await world.until(self._settled, timeout=BOUND_SECONDS, what="the source to let go")
+
+    def _ended(self) -> OperationStatus | None:
+        return self.conductor.ended.get((OPERATION, TARGET))
+
+    def _is_over(self) -> bool:
+        self._look()
+        return self._ended() is not None
+
+    def _look(self) -> None:
+        """Each is somewhere, whole."""
+        hosts = self.world.hosts.values()
+        for name, writes in SNAPSHOTS.items():
+            found = [host.snapshots[name].writes for host in hosts if name in host.snapshots]
+            if set(found) != {writes}:
+                self.gone.append(f"{name} holds {found} of {writes} writes at {self.world.now():.3f}")
+
+    def _settled(self) -> bool:
+        self._look()
+        hosts = self.world.hosts
+        if not all(host.powered and host.storage_up for host in hosts.values()):
+            return False
+        done = self.status is not None and self.status.state is OperationState.DONE
+        return self.conductor.converged() and not (done and hosts[HOME].snapshots)
+
+    def _judge_snapshots(self) -> None:
+        world = self.world
+        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
+        for host, agent in self.agents.items():
+            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
+        self.problems += self.gone[:1]
+        if self.status is None or self.status.state is OperationState.STUCK:
+            self.problems.append(f"not ended: {self.status}")
+            return
+        here, other = (TARGET, HOME) if self.status.state is OperationState.DONE else (HOME, TARGET)
+        if world.hosts[here].snapshots.keys() != SNAPSHOTS.keys() or world.hosts[other].snapshots:
+            places = {host.id: sorted(host.snapshots) for host in world.hosts.values()}
+            self.problems.append(f"{self.status.state}, and they are at {places}")
+        if not world.running(SERVER):
+            self.problems.append("the server does not run")
+
+
+def strikes() -> Iterator[Strike]:
+    """Every moment of a clean run that is the operation's own, from the order to its end."""
+    clean = SnapshotMoving().play()
+    assert not clean.problems, clean.problems
+    seen: set[Strike] = set()
+    for strike in clean.seen:
+        own = strike.driver == "ledger" or "offer" in strike.verb or "fetch" in strike.verb
+        if strike not in seen and own and strike.host in (HOME, TARGET):
+            seen.add(strike)
+            yield strike
