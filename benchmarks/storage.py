@@ -9,10 +9,11 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
 
 from benchmarks import storage_io, storage_limits, storage_relocation, storage_stalls, storage_torture
-from benchmarks.figures import Figures
+from benchmarks.figures import Figure, Figures, Goal
 
 SUBJECTS: dict[str, Callable[..., Coroutine[object, object, None]]] = {
     "io": storage_io.measure,
@@ -21,6 +22,38 @@ SUBJECTS: dict[str, Callable[..., Coroutine[object, object, None]]] = {
     "stalls": storage_stalls.measure,
     "torture": storage_torture.measure,
 }
+
+
+class Told(Figures):
+    """Each said as it is found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = time.monotonic()
+
+    def add(
+        self,
+        figure: str,
+        value: float,
+        unit: str,
+        *,
+        baseline: float | None = None,
+        goal: Goal | None = None,
+        samples: int = 1,
+    ) -> Figure:
+        added = super().add(figure, value, unit, baseline=baseline, goal=goal, samples=samples)
+        beside = f", baseline {baseline:.4g}" if baseline is not None else ""
+        missed = ", MISSED" if added.met is False else ""
+        print(
+            f"  {time.monotonic() - self._began:4.0f} s  {figure}: {value:.4g} {unit}{beside}{missed}",
+            file=sys.stderr,
+        )
+        return added
+
+
+def _ended(_signal: int, _frame: object) -> None:
+    """What was started is ended on the way out."""
+    sys.exit(143)
 
 
 def main() -> int:
@@ -33,8 +66,8 @@ def main() -> int:
     if os.geteuid() != 0:
         print("needs root", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
-    figures = Figures()
+    signal.signal(signal.SIGTERM, _ended)
+    figures = Told()
     for name, measure in SUBJECTS.items():
         if arguments.only is None or name in arguments.only:
             print(f"measuring {name}", file=sys.stderr)

@@ -1,17 +1,20 @@
 /* What a server does to its disk, and how long it waited: an NBD client of a unix socket, one thread, a fixed
  * number of requests under way.
  *
- *     storage_load SOCKET KIND BLOCK DEPTH SECONDS
+ *     storage_load SOCKET KIND BLOCK DEPTH SECONDS [STATE]
  *
  * KIND: seqread seqwrite randread randwrite: says what was done as JSON, with completions per hundredth second.
  *       check: writes random blocks of which each carries the number of its write, without a flush, until
  *       SECONDS are over or its input ends; then reads all of them. A block must hold a write that is at least
  *       the last acknowledged one, and none that was never sent.
+ * hold: the same as a guest whose disk stops it when a request fails: once nothing is under way any more it stands
+ *       still ('s' in the file STATE), and sends what has failed again when it is let go on (by a 'g' there).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,11 +26,11 @@
 #include <unistd.h>
 
 enum { READ = 0, WRITE = 1, DEPTH = 64, BINS = 1 << 16, HISTOGRAM = 1 << 20 };
-static const double BIN = 0.01;
+static const double BIN = 0.01, HELD_AT_MOST = 60;
 
 struct request { uint32_t magic; uint16_t flags, kind; uint64_t handle, offset; uint32_t length; } __attribute__((packed));
 struct reply { uint32_t magic, error; uint64_t handle; } __attribute__((packed));
-struct slot { double began; uint64_t block; uint32_t number; int busy; };
+struct slot { double began; uint64_t block; uint32_t number; int busy, failed; };
 
 static struct slot slots[DEPTH];
 static uint32_t *acknowledged, *sent;
@@ -35,7 +38,7 @@ static uint32_t bins[BINS];
 static uint32_t histogram[HISTOGRAM]; /* by 10 microseconds */
 static uint64_t operations, errors, size_;
 static double longest, longest_at;
-static int disk;
+static int disk, state = -1;
 
 static double now(void) {
     struct timespec t;
@@ -124,21 +127,43 @@ static void fill(char *data, uint32_t length, uint64_t block, uint32_t number) {
     for (uint32_t i = 0; i < length / 8; i++) word[i] = block << 32 | number;
 }
 
+static void stand_still(void) {
+    struct timespec moment = {0, 500000};
+    double since = now();
+    char said = 's';
+    if (pwrite(state, &said, 1, 0) != 1) die("state");
+    while (said != 'g') {
+        if (now() - since > HELD_AT_MOST) die("nobody lets it go on");
+        nanosleep(&moment, 0);
+        if (pread(state, &said, 1, 0) != 1) die("state");
+    }
+    if (pwrite(state, "r", 1, 0) != 1) die("state");
+}
+
+/* A failed write once more; it has waited since it was sent first. */
+static void again(int index, uint32_t length, char *data) {
+    double began = slots[index].began;
+    fill(data, length, slots[index].block, slots[index].number);
+    ask(index, WRITE, slots[index].block, length, data);
+    slots[index].began = began;
+    slots[index].failed = 0;
+}
+
 static int under_way(uint64_t block, int depth) {
     for (int i = 0; i < depth; i++)
         if (slots[i].busy && slots[i].block == block) return 1;
     return 0;
 }
 
-static double load(int kind, int random, int checked, uint32_t length, int depth, double seconds) {
+static double load(int kind, int random, int checked, int held, uint32_t length, int depth, double seconds) {
     char *data = aligned_alloc(4096, length);
     uint64_t blocks = size_ / length, next = 0;
     double began = now(), ended = began + seconds;
-    int busy = 0, stopping = 0, turn = 0;
+    int busy = 0, failed = 0, stopping = 0, turn = 0;
     fill(data, length, 1, 1);
     for (;;) {
         if (now() >= ended || (checked && (++turn & 15) == 0 && input_ended())) stopping = 1;
-        for (int i = 0; i < depth && !stopping; i++) {
+        for (int i = 0; i < depth && !stopping && !failed; i++) {
             if (slots[i].busy) continue;
             uint64_t block = random ? random_block(blocks) : next++ % blocks;
             if (checked) {
@@ -148,9 +173,19 @@ static double load(int kind, int random, int checked, uint32_t length, int depth
             ask(i, kind, block, length, data);
             busy++;
         }
+        if (failed && !busy) {
+            stand_still();
+            for (int i = 0; i < depth; i++)
+                if (slots[i].failed) again(i, length, data), busy++, failed--;
+        }
         if (!busy) break;
         int index = answer(kind, length, data);
         busy--;
+        if (index < 0 && held) {
+            struct slot *slot = &slots[-1 - index];
+            slot->failed = slot->busy = 1, failed++, errors--;
+            continue;
+        }
         if (index < 0) continue;
         count(index, began);
         if (checked) acknowledged[slots[index].block] = slots[index].number;
@@ -182,16 +217,19 @@ static double percentile(double part) {
 }
 
 int main(int count_, char **words) {
-    if (count_ != 6) return 2;
+    if (count_ != 6 && count_ != 7) return 2;
     const char *what = words[2];
     uint32_t length = atoi(words[3]);
     int depth = atoi(words[4]), checked = !strcmp(what, "check");
+    int held = !strcmp(what, "hold");
+    checked |= held;
+    if (held && (count_ != 7 || (state = open(words[6], O_RDWR)) < 0)) die("state");
     int random = checked || !strncmp(what, "rand", 4), kind = checked || strstr(what, "write") ? WRITE : READ;
     uint64_t lost = 0, wrong = 0;
     if (depth > DEPTH) return 2;
     connect_to(words[1]);
     acknowledged = calloc(size_ / length, sizeof *acknowledged), sent = calloc(size_ / length, sizeof *sent);
-    double seconds = load(kind, random, checked, length, depth, atof(words[5]));
+    double seconds = load(kind, random, checked, held, length, depth, atof(words[5]));
     uint64_t failed = errors;
     if (checked) verify(length, &lost, &wrong);
     printf("{\"operations\": %lu, \"seconds\": %.6f, \"errors\": %lu, \"lost\": %lu, \"wrong\": %lu, ", operations,

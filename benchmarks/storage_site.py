@@ -8,6 +8,8 @@ same stand-in before it.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import ipaddress
 import json
 import os
@@ -15,8 +17,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 
@@ -30,9 +33,11 @@ from nahtlos.physical.hypervisor.commandline import tls_object
 from nahtlos.physical.hypervisor.qmp import Gone, Qmp
 from nahtlos.physical.ports import StorageDesired, Unit
 from nahtlos.physical.settings import AgentSettings
+from nahtlos.physical.storage.definition import UNIT
 from nahtlos.physical.storage.embedded import EmbeddedStorage
+from nahtlos.physical.storage.serving import OnStep
 from nahtlos.physical.supervisor.client import SupervisorClient
-from nahtlos.physical.supervisor.launch import launch_supervisor
+from nahtlos.physical.supervisor.launch import RunningSupervisor, launch_supervisor
 from nahtlos.runtime.identity.authority import CertificateAuthority
 from nahtlos.wire.credentials import write_pki_dir
 
@@ -41,6 +46,7 @@ SOURCE = Path(__file__).with_name("storage_load.c")
 ADDRESSES = ipaddress.ip_network("127.21.0.0/24")
 UP_WITHIN = 20.0
 RECONNECT = 30
+CLONE_NEWNET = 0x40000000
 
 Node = dict[str, object]
 TOP: Node = {"driver": "throttle", "node-name": "top", "throttle-group": "limits", "discard": "unmap"}
@@ -71,6 +77,25 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.errors or self.lost or self.wrong)
 
 
+@contextlib.contextmanager
+def inside(namespace: str) -> Generator[None]:
+    """This thread, and those it starts, in a network namespace: where an agent would be, who asks storage
+    daemons whether they live."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open() as before:
+        with Path(f"/run/netns/{namespace}").open() as there:
+            _enter(libc, there.fileno())
+        try:
+            yield
+        finally:
+            _enter(libc, before.fileno())
+
+
+def _enter(libc: ctypes.CDLL, descriptor: int) -> None:
+    if libc.setns(descriptor, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
 class Site:
     """To be used as an asynchronous context."""
 
@@ -83,12 +108,14 @@ class Site:
         self.program = self.folder / "storage_load"
         self._authority = CertificateAuthority.open(self.folder / "ca")
         self._count = hosts
+        self._inside = contextlib.ExitStack()
         self.hosts: list[Host] = []
 
     async def __aenter__(self) -> Self:
         subprocess.run(["gcc", "-O2", "-o", str(self.program), str(SOURCE)], check=True, timeout=60)
         _ip("netns", "add", self.namespace)
         _ip("-n", self.namespace, "link", "set", "lo", "up")
+        self._inside.enter_context(inside(self.namespace))
         for number in range(1, self._count + 1):
             name, address = HostId(f"host-{number}"), str(ADDRESSES[number])
             issued = self._authority.issue_host(name, address)
@@ -100,6 +127,7 @@ class Site:
     async def __aexit__(self, *_: object) -> None:
         for host in self.hosts:
             await host.close()
+        self._inside.close()
         _ip("netns", "del", self.namespace)
         shutil.rmtree(self.folder)
         shutil.rmtree(self.run_dir)
@@ -132,11 +160,17 @@ class Host:
             capacity=Size(vcpus=4, memory_mib=2048),
         )
         run.mkdir()
-        self._running = launch_supervisor(
-            self.settings.supervisor_socket, folder / "supervisor", namespace=site.namespace
-        )
+        self._supervisor_state = folder / "supervisor"
+        self._running = self._launch()
         self.supervisor = SupervisorClient(self.settings.supervisor_socket)
         self.storage = EmbeddedStorage(self.settings, self.supervisor)
+        self.on_step: OnStep | None = None
+        """Hears of the storage's steps, also of those of drivers to come."""
+
+    def _launch(self) -> RunningSupervisor:
+        return launch_supervisor(
+            self.settings.supervisor_socket, self._supervisor_state, namespace=self.site.namespace
+        )
 
     async def close(self) -> None:
         await self.storage.close()
@@ -155,6 +189,27 @@ class Host:
         """As when the agent was killed and started again."""
         await self.storage.close()
         self.storage = EmbeddedStorage(self.settings, self.supervisor)
+        self.hear(self.on_step)
+
+    def hear(self, on_step: OnStep | None) -> None:
+        self.on_step = on_step
+        if on_step is not None:
+            self.storage.serving.on_step = on_step
+
+    async def lose_power(self) -> None:
+        """Nobody holds the sockets of its storage daemon any more."""
+        daemon = await self.pid(UNIT)
+        self._running.kill()
+        if daemon is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(daemon, signal.SIGKILL)
+
+    async def come_back(self) -> None:
+        """What ran is started again by its supervisor."""
+        self._running = await asyncio.to_thread(self._launch)
+        self.supervisor.close()
+        self.supervisor = SupervisorClient(self.settings.supervisor_socket)
+        await self.restart_driver()
 
     async def forget(self, *volumes: VolumeSpec) -> None:
         await self.storage.reconcile(StorageDesired(removed=tuple(volume.id for volume in volumes)))
@@ -172,10 +227,14 @@ class Host:
         before = await self.pid(unit)
         if before is None:
             return
-        os.kill(before, signal.SIGKILL)
-        async with asyncio.timeout(UP_WITHIN):
-            while await self.pid(unit) in (before, None):
-                await asyncio.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(before, signal.SIGKILL)
+        try:
+            async with asyncio.timeout(UP_WITHIN):
+                while await self.pid(unit) in (before, None):
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise RuntimeError(f"{unit} does not start again: {self.storage.daemon.said()}") from None
 
     async def pid(self, unit: str) -> int | None:
         status = (await self.supervisor.units()).get(unit)
@@ -186,7 +245,7 @@ class Disk:
     """The stand-in: the nodes of a disk, the last of them under its throttle filter `top`."""
 
     def __init__(self, host: Host, name: str, nodes: tuple[Node, ...], *, version: str = "") -> None:
-        self.host = host
+        self.host: Host = host
         self._unit = f"disk-{name}"
         self._nodes = nodes
         self._below = str(nodes[-1]["node-name"])
@@ -195,7 +254,7 @@ class Disk:
         self.reaches: VolumeEndpoint | None = None
         """Where it was led to; None: where it began."""
         self._bundle = host.site.bundle(version)
-        self.door = host.settings.run_dir / f"{name}.nbd"
+        self.door: Path = host.settings.run_dir / f"{name}.nbd"
         self._monitor = host.settings.run_dir / f"{name}.qmp"
         self.qmp: Qmp | None = None
 
@@ -254,17 +313,41 @@ class Disk:
             before, self._below, self.reaches = self._below, fresh, endpoint
             await self.qmp.execute("blockdev-del", {"node-name": before})
 
+    def writer(self, *, depth: int) -> "Running":
+        return Running(self, "check", depth=depth)
+
     async def load(self, kind: str, *, seconds: float, block: int = 4096, depth: int = 1) -> Load:
         return await Running(self, kind, seconds=seconds, block=block, depth=depth).ended()
+
+
+class Offered(Protocol):
+    """A disk that a load can be put on."""
+
+    @property
+    def host(self) -> Host: ...
+    @property
+    def door(self) -> Path: ...
+
+    def writer(self, *, depth: int) -> "Running":
+        """One that checks itself."""
+        ...
 
 
 class Running:
     """A load under way."""
 
     def __init__(
-        self, disk: Disk, kind: str, *, seconds: float = 3600, block: int = 4096, depth: int = 1
+        self,
+        disk: Offered,
+        kind: str,
+        *,
+        seconds: float = 3600,
+        block: int = 4096,
+        depth: int = 1,
+        state: Path | None = None,
     ) -> None:
-        words = (str(disk.host.site.program), str(disk.door), kind, str(block), str(depth), str(seconds))
+        words = [str(disk.host.site.program), str(disk.door), kind, str(block), str(depth), str(seconds)]
+        words += [str(state)] if state is not None else []
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     async def stop(self) -> Load:

@@ -9,9 +9,12 @@ import contextlib
 import statistics
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
+import msgspec
+
 from benchmarks.figures import Figures, Goal
+from benchmarks.storage_copies import EPOCH_WRITE, Copies
 from benchmarks.storage_relocation import relocated
-from benchmarks.storage_site import Disk, Host, Load, Running, Site, remote
+from benchmarks.storage_site import Disk, Host, Load, Offered, Site, remote
 from nahtlos.model.ids import SnapshotId
 from nahtlos.model.storage import SnapshotSpec, VolumeSpec
 from nahtlos.physical.storage.definition import UNIT
@@ -21,7 +24,9 @@ VERSIONS = ("10.0", "11.1")
 AROUND = 0.4
 """Seconds of writing before and after an event."""
 QUICK, LONG = 4, 20
+DEPTH = 4
 NONE = Goal(at_most=0)
+PART = Goal(at_most=0.95, of_ratio=True)
 
 
 class Writing:
@@ -32,12 +37,12 @@ class Writing:
         self.quiet: list[float] = []
         """The longest it waited where nothing was done, in ms."""
 
-    async def around(self, disk: Disk, event: Callable[[], Awaitable[None]], *, depth: int = 4) -> None:
-        await self._run(disk, None, depth)
-        await self._run(disk, event, depth)
+    async def around(self, disk: Offered, event: Callable[[], Awaitable[None]]) -> None:
+        await self._run(disk, None)
+        await self._run(disk, event)
 
-    async def _run(self, disk: Disk, event: Callable[[], Awaitable[None]] | None, depth: int) -> None:
-        running = Running(disk, "check", depth=depth)
+    async def _run(self, disk: Offered, event: Callable[[], Awaitable[None]] | None) -> None:
+        running = disk.writer(depth=DEPTH)
         try:
             await asyncio.sleep(AROUND)
             if event is not None:
@@ -51,14 +56,24 @@ class Writing:
         else:
             self.loads.append(load)
 
-    def report(self, figures: Figures, what: str, *, p50: float | None = None, most: float) -> None:
-        waits = [load.longest * 1000 for load in self.loads]
+    def report(
+        self,
+        figures: Figures,
+        what: str,
+        *,
+        p50: float | None = None,
+        most: float | None = None,
+        less: float = 0.0,
+    ) -> None:
+        """`less`: ms that are not to be counted."""
+        waits = [load.longest * 1000 - less for load in self.loads]
         count = len(waits)
         quiet = statistics.median(self.quiet)
         goal = Goal(at_most=p50) if p50 is not None else None
         median, longest = statistics.median(waits), max(waits)
         figures.add(f"longest wait, {what}, p50", median, "ms", baseline=quiet, goal=goal, samples=count)
-        figures.add(f"longest wait, {what}, all", longest, "ms", goal=Goal(at_most=most), samples=count)
+        goal = Goal(at_most=most) if most is not None else None
+        figures.add(f"longest wait, {what}, all", longest, "ms", goal=goal, samples=count)
         bad = sum(load.errors + load.lost + load.wrong for load in self.loads)
         written = sum(load.operations for load in self.loads)
         figures.add(f"lost, wrong or failed, {what}", bad, "writes", goal=NONE, samples=written)
@@ -67,9 +82,10 @@ class Writing:
 async def measure(figures: Figures, *, long: bool) -> None:
     rounds = LONG if long else QUICK
     async with Site(2) as site:
-        for subject in (_kills, _snapshots, _upgrades):
+        for subject in (_kills, _snapshots, _upgrades, _resizes):
             await subject(figures, site.hosts[0], rounds)
         await _relocations(figures, site, rounds)
+        await _copies(figures, site, rounds)
 
 
 @contextlib.asynccontextmanager
@@ -106,6 +122,43 @@ async def _upgrades(figures: Figures, host: Host, rounds: int) -> None:
             release = host.site.bundle(version).release
             await writing.around(disk, lambda release=release: host.have(volume, release=release))
     writing.report(figures, "storage daemon of another release", most=250)
+
+
+async def _resizes(figures: Figures, host: Host, rounds: int) -> None:
+    writing = Writing()
+    async with served(host, "grows") as (volume, disk):
+        for more in range(1, rounds + 1):
+            larger = msgspec.structs.replace(volume, size_mib=volume.size_mib + 4 * more)
+            await writing.around(disk, lambda larger=larger: host.have(larger))
+    writing.report(figures, "enlarged", most=100)
+
+
+async def _copies(figures: Figures, site: Site, rounds: int) -> None:
+    """Two copies: the daemon of one is killed; then all of its host, which comes back later."""
+    killed, lost = Writing(), Writing()
+    copied: list[int] = []
+    away = site.hosts[1]
+    name = away.settings.host
+    async with Copies(site.hosts, "copied", size_mib=SIZE_MIB) as copies:
+        for _ in range(rounds):
+            await killed.around(copies, lambda: away.kill(UNIT))
+            await copies.in_step()
+
+            async def loses() -> None:
+                await away.lose_power()
+                await copies.recorded(name)
+
+            await lost.around(copies, loses)
+            await away.come_back()
+            copied.append(await copies.rejoin(name))
+        differ = len(await copies.differ())
+    killed.report(figures, "storage daemon of a copy killed")
+    what = f"a copy lost, without the {EPOCH_WRITE * 1000:.0f} ms of its record"
+    lost.report(figures, what, p50=100, less=EPOCH_WRITE * 1000)
+    whole = SIZE_MIB * rounds
+    mib = sum(copied) / (1 << 20)
+    figures.add("copied of a copy that came back", mib, "MiB", baseline=whole, goal=PART, samples=rounds)
+    figures.add("copies that differ after all that", differ, "copies", goal=NONE, samples=rounds)
 
 
 async def _relocations(figures: Figures, site: Site, rounds: int) -> None:
