@@ -16,6 +16,7 @@ from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, NotFound, Refused, Stale
 from nahtlos.model.ids import HostId, ImageId, NetworkId, OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import (
+    ComputeStatus,
     HostInventory,
     OperationKind,
     OperationState,
@@ -152,6 +153,8 @@ class ScriptedAgent:
         self.generations: list[int] = []
         self.owned: dict[ServerId, tuple[int, bool, ReleaseId | None]] = {}
         """Epoch, whether it is here, the release that runs it."""
+        self.has: dict[ServerId, ComputeStatus] = {}
+        """What servers have of this host, where that is not what they are to have."""
         self.operations: dict[OperationId, OperationStatus] = {}
         self.orders: dict[OperationId, MoveOrder] = {}
         self.begun: list[OperationId] = []
@@ -408,6 +411,21 @@ class ScriptedAgent:
             state=RunState.RUNNING,
             release=release,
             size=Size(vcpus=1, memory_mib=256),
+            compute=self.has.get(server) or self._given(server),
+        )
+
+    def _given(self, server: ServerId) -> ComputeStatus:
+        """As it was told."""
+        spec = next(
+            (s.spec for s in (self.config.servers if self.config else ()) if s.spec.id == server), None
+        )
+        if spec is None or self.config is None or self.generation < self.config.generation:
+            return ComputeStatus()
+        return ComputeStatus(
+            vcpus=spec.size.vcpus,
+            memory_mib=spec.size.memory_mib,
+            cpu=spec.cpu,
+            took_ms={"vcpus": 21, "memory": 43, "cpu": 7},
         )
 
 

@@ -42,8 +42,9 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_api import NetworkRoutes
+from nahtlos.ops.project_api import project_routes
 from nahtlos.ops.volume_api import VolumeRoutes
-from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerRequest
+from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerChange, ServerRequest
 from nahtlos.runtime.identity import Operators, Presented
 
 Authenticate = Callable[[Presented], Awaitable[str | None]]
@@ -95,6 +96,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
         add(routes, cloud)
     NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
     VolumeRoutes(routes, lambda: cloud.volumes, _body, _json).add()
+    project_routes(routes, lambda: cloud.projects, _body, _json)
     if enrolment is not None:
         _operators(routes, enrolment)
     app.include_router(open_routes)
@@ -175,6 +177,11 @@ def _servers(routes: APIRouter, cloud: Cloud) -> None:
     @routes.get("/servers/{server}")
     async def server(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         return _json(await cloud.server(ServerId(server)))
+
+    @routes.patch("/servers/{server}")
+    async def change(server: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        asked = await _body(request, ServerChange)
+        return _json(await cloud.change_server(ServerId(server), asked))
 
     @routes.delete("/servers/{server}")
     async def delete(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]

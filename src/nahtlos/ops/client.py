@@ -37,6 +37,7 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_client import NetworkClient
+from nahtlos.ops.project_client import ProjectClient
 from nahtlos.ops.volume_client import VolumeClient
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
@@ -44,6 +45,7 @@ from nahtlos.runtime.controllers.cloud import (
     HostView,
     JoinAnswer,
     JoinRequest,
+    ServerChange,
     ServerRequest,
     ServerView,
     Status,
@@ -65,6 +67,7 @@ class OperatorClient:
         self.where = where
         self._networks = NetworkClient(self._ask_at)
         self._volumes = VolumeClient(self._ask_at)
+        self._projects = ProjectClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -108,6 +111,10 @@ class OperatorClient:
     @property
     def volumes(self) -> VolumeClient:
         return self._volumes
+
+    @property
+    def projects(self) -> ProjectClient:
+        return self._projects
 
     # --- the cloud, hosts, releases
 
@@ -166,6 +173,9 @@ class OperatorClient:
 
     async def create_server(self, request: ServerRequest) -> ServerView:
         return await self._ask("POST", "servers", request, ServerView)
+
+    async def change_server(self, server: ServerId, change: ServerChange) -> ServerView:
+        return await self._ask("PATCH", f"servers/{_part(server)}", change, ServerView)
 
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
         return await self._ask("POST", f"servers/{_part(server)}/move", MoveRequest(to=to), ServerView)

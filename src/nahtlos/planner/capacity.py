@@ -1,7 +1,8 @@
 """What hosts could take, against what customers were promised.
 
 What could be placed now = what is placed + the free room of hosts that take servers now. A server that
-moves holds room at both ends, so a move never makes a promise look better than it is.
+moves holds room at both ends, so a move never makes a promise look better than it is. A server that grows
+holds what it was promised at once; one that shrinks, what its guest has not given back yet.
 """
 
 from nahtlos.model.blueprint import CapacityReport

@@ -66,6 +66,14 @@ class Observed:
     def connected(self, host: HostId) -> bool:
         return host in self.inventory.connected and host in self.inventory.hosts
 
+    def at_least(self, server: ServerId, size: Size) -> Size:
+        """`size`, or what the server has been seen to have if that is more."""
+        for _, status in self.copies.get(server, ()):
+            has = status.compute
+            if has.vcpus > size.vcpus or has.memory_mib > size.memory_mib:
+                size = Size(vcpus=max(has.vcpus, size.vcpus), memory_mib=max(has.memory_mib, size.memory_mib))
+        return size
+
     def server_on(self, server: ServerId, host: HostId) -> ServerStatus | None:
         copies = self.copies.get(server, ())
         return next((status for where, status in copies if where == host), None)
@@ -135,10 +143,11 @@ class Draft:
         return spec is not None and spec.role is HostRole.COMPUTE
 
     def size(self, server: ServerId) -> Size:
-        """As asked for; of a server that is being removed, as last seen."""
+        """What it takes of a host: as asked for, or as seen where that is more (a guest gives memory back in
+        its own time); of a server that is being removed, as last seen."""
         spec = self.policy.servers.get(server)
         if spec is not None:
-            return spec.size
+            return self.observed.at_least(server, spec.size)
         return max(
             (status.size for _, status in self.observed.copies.get(server, ())),
             key=lambda size: size.memory_mib,

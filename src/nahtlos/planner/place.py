@@ -107,11 +107,51 @@ def room_for(
     if owner is not None and owner.host == host:
         return None
     hosts = open_hosts(draft, without=owner.host if owner else None)
-    for server in heaviest_first(draft, policy.servers.keys() - draft.servers.keys() - {spec.id}):
-        place = policy.placements.get(server) or pack(draft, [server], hosts).places.get(server)
-        if place is not None:
-            draft.rooms.take(place, draft.size(server))
+    _take_unplaced(draft, hosts, except_for=spec.id)
     allowed = hosts if host is None else [host] if host in hosts else []
     if choose(draft, spec.id, allowed, draft.rooms):
         return None
     return _refusal(draft, spec.id, host, hosts)
+
+
+def _take_unplaced(draft: Draft, hosts: list[HostId], *, except_for: ServerId) -> None:
+    """Servers that were asked for and are not placed yet take the room they will be given."""
+    for server in heaviest_first(draft, draft.policy.servers.keys() - draft.servers.keys() - {except_for}):
+        place = draft.policy.placements.get(server) or pack(draft, [server], hosts).places.get(server)
+        if place is not None:
+            draft.rooms.take(place, draft.size(server))
+
+
+class NoGrowth(Value, frozen=True, kw_only=True):
+    """Why a server cannot be given what was asked for where it is."""
+
+    host: HostId
+    has: Size
+    needs: Size
+    """Beyond what it has."""
+    free: Size
+    """What its host could give it beyond what it has."""
+    fits_on: tuple[HostId, ...]
+    """Hosts that would take it at the size asked for."""
+
+
+def room_to_grow(
+    policy: Policy, inventory: Inventory, blueprint: Blueprint | None, spec: ServerSpec
+) -> NoGrowth | None:
+    """None if the host of the server, which is placed, can give it what `spec` asks for. What it gives back
+    is no one else's before the guest has given it back."""
+    draft = Draft(policy, inventory, blueprint)
+    count_rooms(draft)
+    owner = draft.servers[spec.id]
+    others = open_hosts(draft, without=owner.host)
+    _take_unplaced(draft, [owner.host, *others], except_for=spec.id)
+    has = draft.size(spec.id)
+    needs = at_least_zero(spec.size - has)
+    free = at_least_zero(draft.rooms.free(owner.host))
+    if needs.fits(free):
+        return None
+    grown = Draft(
+        msgspec.structs.replace(policy, servers={**policy.servers, spec.id: spec}), inventory, blueprint
+    )
+    fits = tuple(host for host in others if choose(grown, spec.id, [host], draft.rooms))
+    return NoGrowth(host=owner.host, has=has, needs=needs, free=free, fits_on=fits)

@@ -36,6 +36,17 @@ def octets(text: str, field: str) -> int:
     return int(match.group(1)) * _OCTETS[match.group(2).lower()]
 
 
+def per_cent(text: str, field: str) -> int:
+    """`50%` or `50`: of one processor; `none` is 0."""
+    if text.lower() == NONE:
+        return 0
+    if not text.removesuffix("%").isdecimal():
+        raise Refused(
+            f"'{text}' is no share", field=field, remedy="write it as 50% (of one processor), 200% or none"
+        )
+    return int(text.removesuffix("%"))
+
+
 def rate_text(value: Rate | None) -> str:
     if value is None:
         return "not limited"

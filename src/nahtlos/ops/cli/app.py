@@ -11,6 +11,7 @@ from nahtlos.ops.cli.machine import machine_commands
 from nahtlos.ops.cli.networks import network_commands, subnet_commands
 from nahtlos.ops.cli.operators import operator_commands
 from nahtlos.ops.cli.ports import port_commands
+from nahtlos.ops.cli.projects import project_commands
 from nahtlos.ops.cli.releases import release_commands
 from nahtlos.ops.cli.routers import floating_ip_commands, router_commands
 from nahtlos.ops.cli.security import security_group_commands
@@ -31,6 +32,7 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(host_commands(surroundings), name="host")
     app.add_typer(release_commands(surroundings), name="release")
     app.add_typer(server_commands(surroundings), name="server")
+    app.add_typer(project_commands(surroundings), name="project")
     app.add_typer(volume_commands(surroundings), name="volume")
     app.add_typer(snapshot_commands(surroundings), name="snapshot")
     app.add_typer(image_commands(surroundings), name="image")

@@ -361,6 +361,10 @@ async def _image_names(client: OperatorClient) -> list[str]:
     return [i.id for i in await client.volumes.images()]
 
 
+async def _project_names(client: OperatorClient) -> list[str]:
+    return [p.id for p in await client.projects.projects()]
+
+
 NAMES = {
     "volume": _volume_names,
     "volumes": _volume_names,
@@ -382,6 +386,7 @@ NAMES = {
     "server": _server_names,
     "release": _release_names,
     "operator": _operator_names,
+    "project": _project_names,
 }
 """What a command's argument or option of this name is completed with."""
 

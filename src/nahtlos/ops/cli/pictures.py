@@ -208,7 +208,7 @@ def _server_row(view: ServerView) -> tuple[str | Text, ...]:
     where = view.host or NOTHING
     return (
         view.id,
-        _server_state(view),
+        server_state(view),
         f"{where} → {view.moving_to}" if view.moving_to else where,
         view.ip,
         short(view.release),
@@ -219,31 +219,11 @@ def _server_row(view: ServerView) -> tuple[str | Text, ...]:
     )
 
 
-def _server_state(view: ServerView) -> Text:
+def server_state(view: ServerView) -> Text:
     if view.state is None:
         return Text("not seen yet", style=SOFT)
     styles = {RunState.RUNNING: GOOD, RunState.CRASHED: BAD}
     return Text(view.state, style=styles.get(view.state, WARN))
-
-
-def server(view: ServerView) -> RenderableType:
-    return facts(
-        [
-            ("server", view.id),
-            ("state", _server_state(view)),
-            ("host", view.host or NOTHING),
-            ("moves to", view.moving_to or NOTHING),
-            ("replaced by", view.replaced_by or NOTHING),
-            ("waits for", view.waits_for or NOTHING),
-            ("project", view.project),
-            ("address", f"{view.ip} ({view.mac})"),
-            ("ports", ", ".join(view.ports) or NOTHING),
-            ("size", size(view.size)),
-            ("VMM", view.release or NOTHING),
-            ("volume on", view.volume_host),
-            ("epoch", str(view.epoch)),
-        ]
-    )
 
 
 # --- upgrades ----------------------------------------------------------------------------------------

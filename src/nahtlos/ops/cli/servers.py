@@ -11,12 +11,16 @@ from rich.text import Text
 from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.storage import VolumeFormat
+from nahtlos.model.nouns import CpuShare
+from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.ops.cli import pictures
-from nahtlos.ops.cli.amounts import port_request
+from nahtlos.ops.cli.amounts import per_cent, port_request
 from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.server_pictures import server as server_picture
+from nahtlos.ops.cli.server_set import Quota, Weight, set_command
 from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.terminal import attach
+from nahtlos.ops.cli.volume_amounts import count, mebibytes, octets
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
@@ -43,7 +47,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         """One server."""
         async with cli.client() as client:
             view = await client.server(ServerId(server))
-        cli.show(view, pictures.server(view))
+        cli.show(view, server_picture(view))
 
     @command(app, "create", surroundings)
     async def create(  # pyright: ignore[reportUnusedFunction]
@@ -70,6 +74,18 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             typer.FileText | None,
             typer.Option(help="File for the guest's cloud-init: #cloud-config, or a script; - is stdin."),
         ] = None,
+        max_vcpus: Annotated[
+            int, typer.Option(help="How far its vCPUs may be raised while it runs; 0: not at all.", min=0)
+        ] = 0,
+        max_memory: Annotated[
+            str, typer.Option(help="How far its memory may be raised while it runs, as 2G; 0: not at all.")
+        ] = "0",
+        cpu_quota: Quota = None,
+        cpu_weight: Weight = None,
+        iops: Annotated[str | None, typer.Option(help="Of its system disk, or none.")] = None,
+        bandwidth: Annotated[
+            str | None, typer.Option(help="Bytes per second of its system disk: 50M, or none.")
+        ] = None,
         project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = 120.0,
@@ -88,12 +104,24 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             volume_format=volume_format,
             user_data=user_data.read() if user_data else "",
             networks=tuple(port_request(text) for text in network or ()),
+            max_vcpus=max_vcpus,
+            max_memory_mib=mebibytes(max_memory, "max_memory_mib"),
+            cpu=CpuShare(
+                quota=per_cent(cpu_quota, "cpu_quota") if cpu_quota else 0,
+                weight=CpuShare().weight if cpu_weight is None else cpu_weight,
+            ),
+            limits=DiskLimits(
+                iops=count(iops, "iops") if iops else 0,
+                bytes=octets(bandwidth, "bytes_per_second") if bandwidth else 0,
+            ),
         )
         async with cli.client() as client:
             view = await client.create_server(request)
             if wait:
                 view = await _until(cli, client, view, f"{name} starts", _runs, deadline)
-        cli.show(view, pictures.server(view))
+        cli.show(view, server_picture(view))
+
+    set_command(app, surroundings)
 
     @command(app, "move", surroundings)
     async def move(  # pyright: ignore[reportUnusedFunction]
@@ -114,7 +142,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 view = await _until(
                     cli, client, view, f"{server} moves", lambda seen: _moved(before, to, seen), deadline
                 )
-        cli.show(view, pictures.server(view))
+        cli.show(view, server_picture(view))
 
     @command(app, "replace-vmm", surroundings)
     async def replace_vmm(  # pyright: ignore[reportUnusedFunction]
@@ -135,7 +163,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 view = await _until(
                     cli, client, view, f"{server} is replaced", lambda seen: _replaced(seen, wanted), deadline
                 )
-        cli.show(view, pictures.server(view))
+        cli.show(view, server_picture(view))
 
     @command(app, "delete", surroundings)
     async def delete(  # pyright: ignore[reportUnusedFunction]

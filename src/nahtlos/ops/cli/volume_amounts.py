@@ -37,6 +37,15 @@ def octets(text: str, field: str) -> int:
     return round(float(match.group(1)) * _UNITS[match.group(2).lower()])
 
 
+def count(text: str, field: str) -> int:
+    """A whole number; `none` is 0."""
+    if text.lower() == NONE:
+        return 0
+    if not text.isdecimal():
+        raise Refused(f"'{text}' is no whole number", field=field, remedy="write it as 500 or none")
+    return int(text)
+
+
 def mebibytes(text: str, field: str = "size_mib") -> int:
     """`10G`, `512M`; a plain number is MiB."""
     if text.isdecimal():

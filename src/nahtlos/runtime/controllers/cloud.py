@@ -7,6 +7,8 @@ store, or writes intent and returns; nothing here waits for hosts. Errors are th
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from msgspec import UNSET, UnsetType
+
 from nahtlos.model.blueprint import (
     Campaign,
     CapacityReport,
@@ -28,12 +30,13 @@ from nahtlos.model.ids import (
     SnapshotId,
     VolumeId,
 )
-from nahtlos.model.inventory import Accelerator, HostInventory, OperationStatus, RunState
-from nahtlos.model.networking import DEFAULT_PROJECT
-from nahtlos.model.nouns import Component, HostRole, Release, Size
-from nahtlos.model.storage import VolumeFormat
+from nahtlos.model.inventory import Accelerator, ComputeStatus, HostInventory, OperationStatus, RunState
+from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
+from nahtlos.model.nouns import Component, CpuShare, HostRole, Release, Size
+from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
+from nahtlos.runtime.controllers.projects import Projects
 from nahtlos.runtime.controllers.volumes import Volumes
 
 
@@ -95,6 +98,17 @@ class ServerView(Value, frozen=True, kw_only=True):
     ports: tuple[PortId, ...] = ()
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
+    cpu: CpuShare = CpuShare()
+    max_vcpus: int = 0
+    boot_memory_mib: int = 0
+    max_memory_mib: int = 0
+    """These four, and `size`, are what was asked for; see `ServerSpec`."""
+    compute: ComputeStatus = ComputeStatus()
+    """What it has of its host, as measured there; without vCPUs: its host has not said."""
+    bandwidth: dict[PortId, PortBandwidth] = {}
+    limits: dict[VolumeId, DiskLimits] = {}
+    converged: bool = True
+    """Its host has come to the configuration in which everything asked of the server is."""
 
 
 class CampaignView(Value, frozen=True, kw_only=True):
@@ -153,6 +167,30 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     """For the guest: a cloud-init document or script."""
     networks: tuple[PortRequest, ...] = ()
     """One port each. None: one in the project's only network, or the only one with an uplink."""
+    max_vcpus: int = 0
+    """How far its vCPUs may be raised while it runs. 0: they may not be changed."""
+    max_memory_mib: int = 0
+    """How far its memory may be raised while it runs. 0: it may not be changed."""
+    cpu: CpuShare = CpuShare()
+    limits: DiskLimits = DiskLimits()
+    """Of its system disk."""
+
+
+class ServerChange(Value, frozen=True, kw_only=True):
+    """What a server is given while it runs. What is left out (UNSET) stays as it is."""
+
+    vcpus: int | UnsetType = UNSET
+    memory_mib: int | UnsetType = UNSET
+    cpu_quota: int | UnsetType = UNSET
+    """See `CpuShare`."""
+    cpu_weight: int | UnsetType = UNSET
+    net_in: Rate | UnsetType | None = UNSET
+    """What each of its ports may receive; None: not limited."""
+    net_out: Rate | UnsetType | None = UNSET
+    iops: int | UnsetType = UNSET
+    """Of each of its disks; 0: no limit."""
+    bytes_per_second: int | UnsetType = UNSET
+    """As above."""
 
 
 class JoinRequest(Value, frozen=True, kw_only=True):
@@ -176,6 +214,9 @@ class Cloud(Protocol):
     @property
     def volumes(self) -> Volumes: ...
 
+    @property
+    def projects(self) -> Projects: ...
+
     async def status(self) -> Status: ...
 
     async def hosts(self) -> tuple[HostView, ...]: ...
@@ -198,6 +239,10 @@ class Cloud(Protocol):
     async def servers(self) -> tuple[ServerView, ...]: ...
     async def server(self, server: ServerId) -> ServerView: ...
     async def create_server(self, request: ServerRequest) -> ServerView: ...
+    async def change_server(self, server: ServerId, change: ServerChange) -> ServerView:
+        """All of it, or nothing. Conflict if its host cannot give it, with what it could."""
+        ...
+
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView: ...
     async def replace_vmm(self, server: ServerId, by: ReleaseId | None) -> ServerView:
         """In place, by a VMM of `by` (None: of its host's release). Refused where the table of version pairs

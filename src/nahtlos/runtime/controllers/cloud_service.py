@@ -20,7 +20,7 @@ from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, 
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import MoveSample, forecast
-from nahtlos.runtime.controllers import outcomes, requests, views, volume_requests
+from nahtlos.runtime.controllers import outcomes, requests, server_requests, views, volume_requests
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
 from nahtlos.runtime.controllers.cloud import (
@@ -29,6 +29,7 @@ from nahtlos.runtime.controllers.cloud import (
     HostView,
     JoinAnswer,
     JoinRequest,
+    ServerChange,
     ServerRequest,
     ServerView,
     Status,
@@ -38,11 +39,14 @@ from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
 from nahtlos.runtime.controllers.port_requests import new_ports
+from nahtlos.runtime.controllers.project_requests import check_project
+from nahtlos.runtime.controllers.project_service import ProjectService
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.controllers.volume_service import KeyMaker, VolumeService
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations
 from nahtlos.runtime.store import intent as intents
+from nahtlos.runtime.store import volumes as volume_rows
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import AsyncConnection, Store
 from nahtlos.wire.messages import ConsoleData, ConsoleRead, ConsoleWrite
@@ -78,6 +82,7 @@ class CloudService:
         self._images = images
         self.networks = NetworkService(self._looks, said=self._said)
         self.volumes = VolumeService(self._looks, said=self._said, images=images, keys=keys)
+        self.projects = ProjectService(self._looks, said=self._said)
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -214,8 +219,10 @@ class CloudService:
                 machine=requests.machine_type((await intents.releases(tx)).values()),
                 ports=new_ports(state.topology(), name, project, request.networks),
             )
+            spec = server_requests.with_hardware(request, spec)
             volume = volume_requests.system_disk(state, inventory, disk, request.copies)
             spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
+            check_project(state, project, servers={name: spec}, volumes={volume.id: volume})
             requests.check_promise(state, size)
             requests.check_room(state, inventory, spec, request.host)
             await intents.add_server(tx, spec, volume, self._store.clock(), request.host)
@@ -223,6 +230,16 @@ class CloudService:
                 await self.volumes.attach(tx, each, spec)
         self._said("server.created", name, f"{name} is to be: {requests.words(size)}, {spec.ports[0].ip}")
         return await self.server(name)
+
+    async def change_server(self, server: ServerId, change: ServerChange) -> ServerView:
+        async with self._looks.changing() as tx:
+            state, inventory = await self._read(tx)
+            changed = server_requests.changed_server(state, inventory, server, change)
+            await volume_rows.put_server(tx, changed.server)
+            for volume in changed.volumes:
+                await volume_rows.put(tx, volume)
+        self._said("server.changed", server, f"{server} is to have {server_requests.asked(change)}")
+        return await self.server(server)
 
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
         async with self._looks.changing() as tx:

@@ -218,6 +218,7 @@ def server_of(
         host=HostId(""),
         project=request.project,
         format=request.volume_format,
+        limits=request.limits,
     )
     server = ServerSpec(
         id=name,
@@ -242,11 +243,13 @@ def _checked_user_data(text: str) -> str:
     return text
 
 
-def check_promise(state: State, size: Size) -> None:
-    """Servers in total stay within what was promised, which is what capacity is kept for."""
+def check_promise(state: State, size: Size, *, instead_of: ServerId | None = None) -> None:
+    """Servers in total stay within what was promised, which is what capacity is kept for. `instead_of`: the
+    server whose size this is to be."""
     if state.promised == Size():
         return
-    total = sum((r.spec.size for r in state.servers.values() if r.removed_at is None), size)
+    others = (r.spec.size for s, r in state.servers.items() if r.removed_at is None and s != instead_of)
+    total = sum(others, size)
     if not total.fits(state.promised):
         raise Conflict(
             f"all servers together would need {words(total)}, promised are {words(state.promised)}",

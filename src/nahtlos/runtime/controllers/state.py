@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import Blueprint, Policy
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import (
     HostInventory,
     Inventory,
@@ -31,10 +31,12 @@ from nahtlos.runtime.store import (
     leases,
     networking,
     operations,
+    projects,
     volumes,
 )
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
+from nahtlos.runtime.store.projects import ProjectLimits
 from nahtlos.runtime.store.volumes import Volumes
 
 
@@ -69,6 +71,7 @@ class State:
     """Of volumes, what is not in `volumes`."""
     volume_ends: dict[OperationId, VolumeEnd] = field(default_factory=dict[OperationId, VolumeEnd])
     """Of the blueprint's volume tasks, those whose end is recorded."""
+    project_limits: dict[ProjectId, ProjectLimits] = field(default_factory=dict[ProjectId, ProjectLimits])
     now: float = 0.0
     """By the database's clock."""
 
@@ -213,6 +216,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         volumes=await intent.volumes(tx),
         networks=await networking.networks(tx),
         functions=await networking.functions(tx),
+        project_limits=await projects.limits(tx),
         promised=await intent.promised(tx),
         parallel_moves=await intent.setting(tx, intent.PARALLEL_MOVES, 1),
         release=await default_release(tx),

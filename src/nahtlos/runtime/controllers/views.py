@@ -8,8 +8,8 @@ from nahtlos.model.blueprint import (
     PlanReport,
 )
 from nahtlos.model.ids import HostId, ServerId
-from nahtlos.model.inventory import Inventory, OperationStatus, ServerStatus
-from nahtlos.model.nouns import Size
+from nahtlos.model.inventory import ComputeStatus, Inventory, OperationStatus, ServerStatus
+from nahtlos.model.nouns import Assignment, Size
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
 from nahtlos.runtime.controllers.outcomes import DONE
 from nahtlos.runtime.controllers.state import State
@@ -62,15 +62,15 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
     move = next((m for m in (blueprint.moves if blueprint else ()) if m.server == server), None)
     seen = _observed(inventory, server)
     status = seen[1] if seen else None
-    volume = state.volumes.get(row.spec.volume)
-    port = row.spec.ports[0] if row.spec.ports else None
+    spec, volume = row.spec, state.volumes.get(row.spec.volume)
+    port = spec.ports[0] if spec.ports else None
     return ServerView(
         id=server,
         host=seen[0] if seen else assignment.host if assignment else None,
         epoch=status.epoch if status else assignment.epoch if assignment else 0,
         state=status.state if status else None,
         release=status.release if status else None,
-        size=row.spec.size,
+        size=spec.size,
         ip=port.ip if port else "",
         mac=port.mac if port else "",
         volume_host=volume.spec.host if volume else HostId(""),
@@ -78,8 +78,34 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         replaced_by=move.release if move else row.replace_by,
         waits_for=_waits_for(report, server, removed=row.removed_at is not None),
         created_at=row.created_at,
-        project=row.spec.project,
-        ports=tuple(port.id for port in row.spec.ports),
+        project=spec.project,
+        ports=tuple(each.id for each in spec.ports),
+        cpu=spec.cpu,
+        max_vcpus=spec.max_vcpus,
+        boot_memory_mib=spec.boot_memory_mib,
+        max_memory_mib=spec.max_memory_mib,
+        compute=status.compute if status else ComputeStatus(),
+        bandwidth={each.id: each.bandwidth for each in spec.ports},
+        limits={v: state.volumes[v].spec.limits for v in spec.all_volumes if v in state.volumes},
+        converged=assignment is not None and has_converged(state, inventory, assignment),
+    )
+
+
+def has_converged(state: State, inventory: Inventory, assignment: Assignment) -> bool:
+    """Whether the server's host has come to a configuration in which the server is as it is asked for now."""
+    config, seen = state.configs.get(assignment.host), inventory.hosts.get(assignment.host)
+    if config is None or seen is None or seen.generation < config.generation:
+        return False
+    told = next((each for each in config.servers if each.spec.id == assignment.server), None)
+    return (
+        told is not None
+        and told.epoch == assignment.epoch
+        and told.spec == state.servers[assignment.server].spec
+        and all(
+            each.limits == state.volumes[each.volume].spec.limits
+            for each in told.all_volumes
+            if each.volume in state.volumes
+        )
     )
 
 

@@ -226,6 +226,7 @@ def _placed(state: State, inventory: Inventory, volume: VolumeSpec, request: Vol
 def system_disk(state: State, inventory: Inventory, volume: VolumeSpec, copies: int) -> VolumeSpec:
     """With its places; of a server that is to be created."""
     _check_copies(copies)
+    checked_limits(volume.limits)
     first = _first(state, inventory, volume.size_mib, (), None)
     others = _others(state, inventory, volume.size_mib, [first], copies - 1)
     replicas = tuple(Replica(host=host) for host in others)

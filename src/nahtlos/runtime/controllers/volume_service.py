@@ -24,6 +24,7 @@ from nahtlos.runtime.controllers import (
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
 from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_views import settling
+from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_records import fenced
@@ -139,6 +140,7 @@ class VolumeService:
     async def change_volume(self, volume: VolumeId, change: VolumeChange) -> VolumeView:
         async with self._changing() as current:
             spec = volume_requests.changed_volume(current.state, current.inventory, volume, change)
+            check_project(current.state, spec.project, volumes={volume: spec})
             await rows.put(current.tx, spec)
         self._said("volume.changed", volume, f"{volume} is to change")
         return await self.volume(volume)
@@ -146,6 +148,7 @@ class VolumeService:
     async def attach_volume(self, volume: VolumeId, attaching: Attaching) -> VolumeView:
         async with self._changing() as change:
             server = volume_requests.attached_server(change.state, volume, attaching.server)
+            check_project(change.state, server.project, servers={server.id: server})
             await self.attach(change.tx, change.state.volumes[volume].spec, server)
         self._said("volume.attached", volume, f"{volume} is to be attached to {attaching.server}")
         return await self.volume(volume)

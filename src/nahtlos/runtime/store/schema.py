@@ -223,6 +223,13 @@ campaigns = Table(
     Column("hosts_upgraded", Integer, nullable=False),
 )
 
+project_limits = Table(
+    "project_limits",
+    metadata,
+    Column("project", String, primary_key=True),
+    Column("document", Text, nullable=False),
+)
+
 settings = Table(
     "settings",
     metadata,

@@ -206,7 +206,7 @@ async def detach(tx: AsyncConnection, volume: VolumeId) -> None:
 
 
 async def put_server(tx: AsyncConnection, spec: ServerSpec) -> None:
-    """With other data volumes; its ports are as before."""
+    """With other data volumes, of another size, limited otherwise; addresses of its ports are as before."""
     await tx.execute(
         update(schema.servers).where(schema.servers.c.id == spec.id).values(document=text_of(spec))
     )

@@ -1,0 +1,190 @@
+"""`nahtlos server set`: more or less of what a running server is given, in one call, and how long each took
+until it held.
+
+Of vCPUs, memory and processors the host says itself how long it took. Of ports and disks what is shown is
+the time from the cloud's answer until the host was seen to have come to the configuration with it, which is
+looked at again and again: an upper bound.
+"""
+
+import time
+from typing import Annotated
+
+import typer
+from msgspec import UNSET
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from nahtlos.model.ids import ServerId
+from nahtlos.model.inventory import RunState
+from nahtlos.model.values import Value
+from nahtlos.ops.cli import amounts, pictures, server_pictures, volume_amounts
+from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.server_pictures import disks_text, network_text, share_text
+from nahtlos.ops.cli.waiting import wait_until
+from nahtlos.runtime.controllers.cloud import ServerChange, ServerView
+
+Server = Annotated[str, typer.Argument(metavar="SERVER")]
+Quota = Annotated[
+    str | None, typer.Option(help="Of one processor, all its vCPUs together: 50%, 200%, or none.")
+]
+Weight = Annotated[
+    int | None, typer.Option(help="1 to 10000, beside other servers' where processors are short.")
+]
+
+VCPUS, MEMORY, CPU, NETWORK, DISKS = "vcpus", "memory", "cpu", "network", "disks"
+MEASURED = (VCPUS, MEMORY, CPU)
+"""Which the host measures."""
+
+
+class Given(Value, frozen=True, kw_only=True):
+    """One thing that is different."""
+
+    what: str
+    before: str
+    after: str
+    took_ms: int | None = None
+    """Until it held; None: it was not waited for."""
+
+
+class GivenAll(Value, frozen=True, kw_only=True):
+    server: ServerView
+    changes: tuple[Given, ...]
+
+
+def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
+    @command(app, "set", surroundings)
+    async def change(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        server: Server,
+        cpu_quota: Quota = None,
+        cpu_weight: Weight = None,
+        vcpus: Annotated[int | None, typer.Option(help="Up to what it was created for.")] = None,
+        memory: Annotated[
+            str | None, typer.Option(help="As 2G, up to what it was created for; a plain number is MiB.")
+        ] = None,
+        net_in: Annotated[
+            str | None, typer.Option(help="What each of its ports may receive: 50M, 1G, or none.")
+        ] = None,
+        net_out: Annotated[
+            str | None, typer.Option(help="What each of its ports may send: 50M, 1G, or none.")
+        ] = None,
+        iops: Annotated[str | None, typer.Option(help="Of each of its disks, or none.")] = None,
+        bandwidth: Annotated[
+            str | None, typer.Option(help="Bytes per second of each of its disks: 50M, or none.")
+        ] = None,
+        wait: Annotated[bool, typer.Option(help="Wait until it holds.")] = True,
+        deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 60.0,
+    ) -> None:
+        """Give a running server more or less: processors, memory, network, disks. All of it or nothing."""
+        asked = ServerChange(
+            vcpus=UNSET if vcpus is None else vcpus,
+            memory_mib=UNSET if memory is None else volume_amounts.mebibytes(memory, "memory_mib"),
+            cpu_quota=UNSET if cpu_quota is None else amounts.per_cent(cpu_quota, "cpu_quota"),
+            cpu_weight=UNSET if cpu_weight is None else cpu_weight,
+            net_in=UNSET if net_in is None else amounts.rate(net_in, "net_in"),
+            net_out=UNSET if net_out is None else amounts.rate(net_out, "net_out"),
+            iops=UNSET if iops is None else volume_amounts.count(iops, "iops"),
+            bytes_per_second=UNSET
+            if bandwidth is None
+            else volume_amounts.octets(bandwidth, "bytes_per_second"),
+        )
+        async with cli.client() as client:
+            before = await client.server(ServerId(server))
+            view = await client.change_server(ServerId(server), asked)
+            changes = differences(before, view)
+            if wait:
+                watch = Watch(changes)
+                view = await wait_until(
+                    cli,
+                    f"{server} is given it",
+                    lambda: client.server(ServerId(server)),
+                    watch.holds,
+                    lambda seen: standing(seen, changes),
+                    deadline=deadline,
+                )
+                changes = watch.timed(view)
+        cli.show(GivenAll(server=view, changes=changes), _picture(view, changes))
+
+
+# --- what is different -------------------------------------------------------------------------------
+
+
+def differences(before: ServerView, after: ServerView) -> tuple[Given, ...]:
+    """Between what was asked for then and is asked for now."""
+    texts = {
+        VCPUS: (str(before.size.vcpus), str(after.size.vcpus)),
+        MEMORY: (f"{before.size.memory_mib} MiB", f"{after.size.memory_mib} MiB"),
+        CPU: (share_text(before.cpu), share_text(after.cpu)),
+        NETWORK: (network_text(before), network_text(after)),
+        DISKS: (disks_text(before), disks_text(after)),
+    }
+    return tuple(Given(what=what, before=old, after=new) for what, (old, new) in texts.items() if old != new)
+
+
+# --- until it holds ----------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at what is reported, and remembers when the host had converged."""
+
+    def __init__(self, changes: tuple[Given, ...]) -> None:
+        self._changes = changes
+        self._began = time.monotonic()
+        self._converged_ms: int | None = None
+
+    def holds(self, seen: ServerView) -> bool:
+        if seen.converged and self._converged_ms is None:
+            self._converged_ms = round(1000 * (time.monotonic() - self._began))
+        return all(holds(seen, change.what) for change in self._changes)
+
+    def timed(self, seen: ServerView) -> tuple[Given, ...]:
+        return tuple(
+            Given(
+                what=change.what,
+                before=change.before,
+                after=change.after,
+                took_ms=self._took(seen, change.what),
+            )
+            for change in self._changes
+        )
+
+    def _took(self, seen: ServerView, what: str) -> int | None:
+        return seen.compute.took_ms.get(what) if what in MEASURED else self._converged_ms
+
+
+def holds(seen: ServerView, what: str) -> bool:
+    has = seen.compute
+    if seen.state is not RunState.RUNNING:
+        return False
+    match what:
+        case "vcpus":
+            return has.vcpus == seen.size.vcpus
+        case "memory":
+            return has.memory_mib == seen.size.memory_mib
+        case "cpu":
+            return has.vcpus > 0 and has.cpu == seen.cpu
+        case _:
+            return seen.converged
+
+
+def standing(seen: ServerView, changes: tuple[Given, ...]) -> str:
+    """What it waits for, in words."""
+    if seen.state is not RunState.RUNNING:
+        return seen.waits_for or f"it is {seen.state or 'not seen yet'}"
+    if seen.compute.waits_for:
+        return seen.compute.waits_for
+    late = ", ".join(change.what for change in changes if not holds(seen, change.what))
+    where = seen.host or "its host"
+    return f"{late}: {where} has not said that it holds; what keeps it from that: nahtlos host show {where}"
+
+
+def _picture(view: ServerView, changes: tuple[Given, ...]) -> RenderableType:
+    columns = ("Given", "Before", "Now", ">Held after")
+    rows = ((each.what, each.before, each.after, _took_text(each)) for each in changes)
+    return Group(pictures.table(columns, rows, "nothing is different"), Text(), server_pictures.server(view))
+
+
+def _took_text(change: Given) -> str:
+    if change.took_ms is None:
+        return "not measured" if change.what in MEASURED else pictures.NOTHING
+    return f"{'≤ ' if change.what not in MEASURED else ''}{change.took_ms} ms"

@@ -1,0 +1,227 @@
+"""What running servers are given, from the command line to agents' configurations: the real API over a real
+orchestrator and store, with scripted agents that report what they were told."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from click.testing import CliRunner, Result
+from scripted_cloud import ScriptedCloud, opened
+
+from nahtlos.model.config import PortConfig, ServerConfig
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.inventory import ComputeStatus
+from nahtlos.model.networking import PortBandwidth, Rate
+from nahtlos.model.nouns import CpuShare, Size
+from nahtlos.model.storage import DiskLimits
+from nahtlos.ops.api import create_app
+from nahtlos.ops.cli.amounts import per_cent
+from nahtlos.ops.cli.app import build_app
+from nahtlos.ops.cli.command import Surroundings
+from nahtlos.ops.cli.volume_amounts import count
+from nahtlos.ops.serve import serving
+from nahtlos.runtime.identity import Operators
+
+H1, WEB = HostId("host-1"), ServerId("web")
+CREATE = "server create web --host host-1 --vcpus 1 --memory-mib 256 --max-vcpus 3 --max-memory 768"
+Run = Callable[..., Awaitable[Result]]
+
+
+@pytest.fixture
+async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
+    async with opened(tmp_path / "runtime.sqlite") as cloud:
+        await cloud.ready()
+        yield cloud
+
+
+@pytest.fixture
+async def run(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Run]:
+    socket = tmp_path / "operator.sock"
+    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
+    app = typer.main.get_command(build_app(surroundings))
+
+    async def invoke(line: str, code: int = 0) -> Result:
+        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
+        assert result.exit_code == code, result.output + str(result.exception)
+        return result
+
+    operators = Operators(tmp_path / "operators.json")
+    async with serving(create_app(scripted.cloud, operators.authenticate), unix_socket=socket):
+        yield invoke
+
+
+def told(scripted: ScriptedCloud) -> tuple[ServerConfig, PortConfig]:
+    config = scripted.agents[H1].config
+    assert config is not None
+    (server,) = (s for s in config.servers if s.spec.id == WEB)
+    (port,) = (p for n in config.networks for p in n.ports if p.server == WEB)
+    return server, port
+
+
+async def error_of(run: Run, line: str) -> Any:
+    return json.loads((await run(f"{line} --json", 2)).stdout)["error"]
+
+
+async def test_everything_is_given_in_one_call_and_says_how_long_it_took(
+    run: Run, scripted: ScriptedCloud
+) -> None:
+    made = json.loads((await run(f"{CREATE} --cpu-weight 50 --iops 800 --json")).stdout)
+    assert (made["max_vcpus"], made["boot_memory_mib"], made["max_memory_mib"]) == (3, 256, 768)
+    assert made["limits"]["web-disk"]["iops"] == 800
+    line = "server set web --vcpus 3 --memory 512M --cpu-quota 150% --net-in 50M --net-out 1G --iops 500"
+    given = json.loads((await run(f"{line} --bandwidth 10M --json")).stdout)
+    server, port = told(scripted)
+    assert server.spec.size == Size(vcpus=3, memory_mib=512)
+    assert (server.spec.boot_memory_mib, server.spec.cpu) == (256, CpuShare(quota=150, weight=50))
+    rates = PortBandwidth(ingress=Rate(bits_per_second=50 * 10**6), egress=Rate(bits_per_second=10**9))
+    assert port.bandwidth == rates
+    assert server.volume.limits == DiskLimits(iops=500, bytes=10 << 20)
+    took = {change["what"]: change["took_ms"] for change in given["changes"]}
+    assert {what: took[what] for what in ("vcpus", "memory", "cpu")} == {"vcpus": 21, "memory": 43, "cpu": 7}
+    assert took["network"] == took["disks"] >= 0
+    assert given["server"]["compute"]["memory_mib"] == 512
+
+    shown = (await run("server set web --cpu-quota none --net-in none")).stdout
+    assert "not limited, weight 50" in shown and "7 ms" in shown
+    shown = (await run("server show web")).stdout
+    assert "3 vCPU, 512 MiB" in shown and "1 to 3 vCPU, 256 to 768 MiB" in shown
+    assert "in not limited, out 1 Gbit/s" in shown
+    assert "nothing is different" in (await run("server set web --vcpus 3")).stdout
+
+
+async def test_nothing_is_written_if_one_part_is_refused(run: Run, scripted: ScriptedCloud) -> None:
+    await run(CREATE)
+    before = told(scripted)
+    error = await error_of(run, "server set web --cpu-weight 7 --iops 5 --vcpus 4")
+    assert (error["kind"], error["field"], error["remedy"]) == ("refused", "vcpus", "ask for 1 to 3")
+    assert (await error_of(run, "server set web --memory 769"))["field"] == "memory_mib"
+    assert (await error_of(run, "server set web --cpu-quota 150"))["remedy"].startswith("give 1 to 100")
+    assert (await error_of(run, "server set web --cpu-quota much"))["field"] == "cpu_quota"
+    assert (await error_of(run, "server set web --cpu-weight 7 --net-in 1"))["field"] == "net_in"
+    assert (await error_of(run, "server set web"))["message"] == "nothing to change"
+    assert (await error_of(run, "server set nobody --vcpus 1"))["kind"] == "not-found"
+    assert (await error_of(run, "server create db --max-memory 300"))["field"] == "max_memory_mib"
+    await run("server set web --cpu-weight 100")
+    assert told(scripted) == before
+
+
+async def test_a_guest_that_keeps_its_memory_is_waited_for_and_says_so(
+    run: Run, scripted: ScriptedCloud
+) -> None:
+    await run(CREATE)
+    await run("server set web --memory 768")
+    kept = ComputeStatus(vcpus=1, memory_mib=768, waits_for="the guest has 512 MiB to give back")
+    agent = scripted.agents[H1]
+    agent.has[WEB] = kept
+    waited = await run("server set web --memory 256 --deadline 0.5 --json", 3)
+    assert "512 MiB to give back" in json.loads(waited.stdout)["error"]["message"]
+    shown = (await run("server show web")).stdout
+    assert "1 vCPU, 256 MiB; has 1 vCPU, 768 MiB (the guest has 512 MiB to give back)" in shown
+    error = await error_of(run, "server create big --host host-1 --memory-mib 512")
+    assert error["kind"] == "conflict", "what is not given back is nobody else's"
+    agent.has.clear()
+    agent.changed()
+
+    async def given_back() -> bool:
+        return (await scripted.cloud.server(WEB)).compute.memory_mib == 256
+
+    await scripted.until(given_back)
+    await run("server create big --host host-1 --memory-mib 512")
+
+
+async def test_without_waiting_it_is_told_and_the_next_orchestrator_goes_on(
+    run: Run, scripted: ScriptedCloud
+) -> None:
+    await run(CREATE)
+    agent = scripted.agents[H1]
+    agent.converges = False
+    given = json.loads((await run("server set web --vcpus 2 --cpu-quota 20 --no-wait --json")).stdout)
+    assert [(c["what"], c["took_ms"]) for c in given["changes"]] == [("vcpus", None), ("cpu", None)]
+    await scripted.kill()
+    await scripted.start()
+    agent.converges = True
+
+    async def asked() -> bool:
+        return agent.config is not None and told(scripted)[0].spec.cpu.quota == 20
+
+    await scripted.until(asked)
+    agent.converge()
+
+    async def holds() -> bool:
+        view = await scripted.cloud.server(WEB)
+        return view.converged and (view.compute.vcpus, view.compute.cpu.quota) == (2, 20)
+
+    await scripted.until(holds)
+
+
+async def test_it_keeps_what_it_is_given_where_it_moves(run: Run, scripted: ScriptedCloud) -> None:
+    await run(CREATE)
+    await run("server set web --vcpus 2 --memory 384 --cpu-quota 50")
+    agent = scripted.agents[H1]
+    agent.hold_moves = True
+    await run("server move web --to host-2 --no-wait")
+
+    async def begun() -> bool:
+        return bool(agent.begun)
+
+    await scripted.until(begun)
+    error = await error_of(run, "server set web --vcpus 3")
+    assert error["kind"] == "conflict" and "moving to host-2" in error["message"]
+    order = agent.orders[agent.begun[0]]
+    assert order.server.spec.size == Size(vcpus=2, memory_mib=384)
+    await run("server set web --cpu-quota 70 --no-wait")
+    agent.end_move(agent.begun[0])
+    await scripted.until(scripted.converged)
+    view = await scripted.cloud.server(WEB)
+    assert (view.host, view.size, view.cpu.quota) == ("host-2", Size(vcpus=2, memory_mib=384), 70)
+    assert (view.compute.vcpus, view.compute.cpu.quota, view.converged) == (2, 70, True)
+
+
+async def test_projects_are_limited_in_all(run: Run) -> None:
+    await run(CREATE)
+    limited = json.loads((await run("project set default --vcpus 2 --memory 1G --json")).stdout)
+    assert limited["limits"] == {"vcpus": 2, "memory_mib": 1024, "iops": 0, "bytes_per_second": 0}
+    assert (limited["servers"], limited["used"]["memory_mib"]) == (1, 256)
+    error = await error_of(run, "server set web --vcpus 3")
+    assert error["field"] == "vcpus" and error["remedy"].startswith("1 are left")
+    error = await error_of(run, "server create db --vcpus 2")
+    assert "may have 2 vCPUs and would have 3" in error["message"]
+    error = await error_of(run, "project set default --iops 1000")
+    assert "web-disk of web is not limited" in error["message"]
+    await run("server set web --iops 600")
+    await run("project set default --iops 1000")
+    assert (await error_of(run, "volume set web-disk --limit iops=none"))["field"] == "iops"
+    assert (await error_of(run, "server create db --iops 500"))["remedy"].startswith("400 are left")
+    await run("server create db --iops 400")
+    shown = (await run("project show default")).stdout
+    assert "2 of 2" in shown and "1000 of 1000" in shown
+    assert "default" in (await run("project list")).stdout
+    assert (await error_of(run, "project set default --vcpus 1"))["field"] == "vcpus"
+    assert (await error_of(run, "project set Default --vcpus 9"))["field"] == "project"
+    assert (await error_of(run, "project show nobody"))["kind"] == "not-found"
+    await run("project set default --vcpus none --memory none --iops none")
+    await run("server set web --vcpus 3")
+    assert json.loads((await run("project set other --vcpus 1 --json")).stdout)["servers"] == 0
+
+
+@pytest.mark.parametrize(("text", "value"), [("50%", 50), ("200", 200), ("none", 0), ("0", 0)])
+def test_shares_as_people_type_them(text: str, value: int) -> None:
+    assert per_cent(text, "cpu_quota") == value
+
+
+@pytest.mark.parametrize("text", ["", "%", "-5", "half", "50 %"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(Refused) as caught:
+        per_cent(text, "cpu_quota")
+    assert caught.value.field == "cpu_quota" and caught.value.remedy
+
+
+def test_numbers_as_people_type_them() -> None:
+    assert (count("500", "iops"), count("none", "iops")) == (500, 0)
+    with pytest.raises(Refused):
+        count("5k", "iops")
