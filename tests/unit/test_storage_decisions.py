@@ -1,5 +1,6 @@
 """Records of volumes, the nodes and command lines made of them, and what is decided by them; no daemon."""
 
+import errno
 import os
 import threading
 from itertools import pairwise
@@ -422,6 +423,16 @@ def test_copies_are_equal_and_as_sparse(tmp_path: Path) -> None:
         copy_sparse(reading.fileno(), writing.fileno())
     assert target.read_bytes() == source.read_bytes()
     assert target.stat().st_blocks <= source.stat().st_blocks + 16
+
+
+def test_the_kernel_copies_nothing_from_one_kind_of_file_system_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    test_copies_are_equal_and_as_sparse(tmp_path)
 
 
 def test_what_is_stored_is_overwritten_and_holes_stay_holes(tmp_path: Path) -> None:

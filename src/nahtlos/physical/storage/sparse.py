@@ -6,6 +6,9 @@ import os
 
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
+_READ = 1 << 20
+_NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Such as from one kind of file system to another."""
 
 
 def copy_sparse(source: int, target: int) -> None:
@@ -33,7 +36,16 @@ def _copy_data(source: int, target: int) -> None:
 
 def _copy_range(source: int, target: int, begin: int, end: int) -> None:
     while begin < end:
-        copied = os.copy_file_range(source, target, min(_CHUNK, end - begin), begin, begin)
+        copied = _copy_some(source, target, begin, end - begin)
         if copied == 0:
             raise OSError(errno.EIO, "an image became shorter while it was copied")
         begin += copied
+
+
+def _copy_some(source: int, target: int, begin: int, length: int) -> int:
+    try:
+        return os.copy_file_range(source, target, min(_CHUNK, length), begin, begin)
+    except OSError as error:
+        if error.errno not in _NOT_BY_THE_KERNEL:
+            raise
+    return os.pwrite(target, os.pread(source, min(_READ, length), begin), begin)
