@@ -1,12 +1,15 @@
 """A cloud in memory behind the operator API, and ways to reach it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+import typer.main
+from click.testing import CliRunner, Result
+from scripted_cloud import ScriptedCloud, opened
 
 from nahtlos.model.blueprint import (
     Campaign,
@@ -25,6 +28,8 @@ from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, 
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component, HostRole, Release, Size
 from nahtlos.ops.api import Enrolment, create_app
+from nahtlos.ops.cli.app import build_app
+from nahtlos.ops.cli.command import Surroundings
 from nahtlos.ops.client import OperatorClient
 from nahtlos.ops.serve import Listening, TlsPlace, serving
 from nahtlos.runtime.controllers.cloud import (
@@ -45,6 +50,7 @@ CAPACITY = CapacityReport(
     promised=Size(vcpus=2, memory_mib=512), in_service=Size(vcpus=8, memory_mib=4096), share=1.0
 )
 SIZE = Size(vcpus=1, memory_mib=256)
+Run = Callable[..., Awaitable[Result]]
 
 
 class FakeCloud:
@@ -385,3 +391,34 @@ async def reachable_cloud(cloud: FakeCloud, folder: Path, pki: Path) -> AsyncGen
 async def reachable(cloud: FakeCloud, tmp_path: Path, pki: Path) -> AsyncGenerator[Reachable]:
     async with reachable_cloud(cloud, tmp_path, pki) as place:
         yield place
+
+
+# --- a real orchestrator with scripted agents ---------------------------------------------------------
+
+
+@pytest.fixture
+async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
+    async with opened(tmp_path / "runtime.sqlite") as cloud:
+        await cloud.ready()
+        yield cloud
+
+
+@pytest.fixture
+async def socket(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Path]:
+    operators = Operators(tmp_path / "operators.json")
+    app = create_app(scripted.cloud, operators.authenticate)
+    async with serving(app, unix_socket=tmp_path / "operator.sock"):
+        yield tmp_path / "operator.sock"
+
+
+@pytest.fixture
+def run(socket: Path, tmp_path: Path) -> Run:
+    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
+    app = typer.main.get_command(build_app(surroundings))
+
+    async def invoke(line: str, code: int = 0) -> Result:
+        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
+        assert result.exit_code == code, result.output + str(result.exception)
+        return result
+
+    return invoke

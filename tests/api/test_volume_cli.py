@@ -1,59 +1,30 @@
 """Volumes from the command line to agents' configurations and orders: the real API over a real orchestrator
 and store, with scripted agents that carry out what they are ordered."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import typer.main
-from click.testing import CliRunner, Result
-from scripted_cloud import ScriptedCloud, opened
+from click.testing import Result
+from scripted_cloud import ScriptedCloud
 
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import DiskLimits, StorageBackend
-from nahtlos.ops.api import create_app
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import Surroundings
 from nahtlos.ops.cli.volume_amounts import destination, duration, limits, mebibytes, octets
-from nahtlos.ops.serve import serving
-from nahtlos.runtime.identity import Operators
-from nahtlos.wire.volumes import BackupOrder, RelocateOrder, RestoreOrder, RevertOrder, SnapshotOrder
+from nahtlos.wire.volumes import (
+    BackupOrder,
+    DeleteBackupOrder,
+    RelocateOrder,
+    RestoreOrder,
+    RevertOrder,
+    SnapshotOrder,
+)
 
 H1, H2, H3 = HostId("host-1"), HostId("host-2"), HostId("host-3")
 Run = Callable[..., Awaitable[Result]]
-
-
-@pytest.fixture
-async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
-    async with opened(tmp_path / "runtime.sqlite") as cloud:
-        await cloud.ready()
-        yield cloud
-
-
-@pytest.fixture
-async def socket(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Path]:
-    operators = Operators(tmp_path / "operators.json")
-    app = create_app(scripted.cloud, operators.authenticate)
-    async with serving(app, unix_socket=tmp_path / "operator.sock"):
-        yield tmp_path / "operator.sock"
-
-
-@pytest.fixture
-def run(socket: Path, tmp_path: Path) -> Run:
-    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
-    app = typer.main.get_command(build_app(surroundings))
-
-    async def invoke(line: str, code: int = 0) -> Result:
-        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
-        assert result.exit_code == code, result.output + str(result.exception)
-        return result
-
-    return invoke
 
 
 def told(scripted: ScriptedCloud, host: HostId) -> HostConfig:
@@ -201,6 +172,9 @@ async def test_backups_rest_on_each_other_and_become_volumes(run: Run, scripted:
     assert [b.id for b in order.chain] == ["one", "two"] and order.coordinator == H2
     assert (await run("volume show again")).stdout
     await run("backup delete two")
+    (deleted,) = orders(scripted, DeleteBackupOrder)
+    assert (deleted.backup.id, deleted.coordinator) == ("two", H2), "by who has its folder"
+    assert [v["spec"]["id"] for v in json.loads((await run("backup list --json")).stdout)] == ["one"]
 
 
 async def test_a_host_that_is_drained_gives_its_volumes_away(run: Run, scripted: ScriptedCloud) -> None:
@@ -208,12 +182,16 @@ async def test_a_host_that_is_drained_gives_its_volumes_away(run: Run, scripted:
     await run("volume create data --size 64 --replicas 2 --host host-1")
     await run("volume attach data web")
     await run("host drain host-1")
-    assert not told(scripted, H1).volumes and not told(scripted, H1).servers
+    await scripted.until(lambda: _keeps_nothing(scripted, H1))
     shown = json.loads((await run("volume show data --json")).stdout)
     hosts = [copy["host"] for copy in shown["copies"]]
     assert sorted(hosts) == [H2, H3], "never two copies on one host"
     kept = json.loads((await run("host show host-1 --json")).stdout)["kept"]
     assert kept["volumes"] == [] and kept["bytes_left"] == 0
+
+
+async def _keeps_nothing(scripted: ScriptedCloud, host: HostId) -> bool:
+    return not told(scripted, host).volumes and not told(scripted, host).servers
 
 
 REFUSED = (

@@ -2,6 +2,7 @@
 here in a storage daemon that offers it on a unix socket."""
 
 import asyncio
+import hashlib
 import os
 import signal
 import time
@@ -22,6 +23,7 @@ from nahtlos.model.storage import (
     CopyPhase,
     Deletion,
     Replica,
+    SnapshotExport,
     SnapshotSpec,
     VolumeFormat,
     VolumeSpec,
@@ -30,6 +32,7 @@ from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.ports import Storage, StorageDesired, Unit
 from nahtlos.physical.storage.backends import Backends
 from nahtlos.physical.storage.ceph import doors
+from nahtlos.physical.storage.exports import uri
 
 pytestmark = [
     pytest.mark.live,
@@ -200,6 +203,52 @@ async def test_a_volume_is_reverted_only_when_nobody_has_it_open(site: Site) -> 
     assert disk.read(0) == block(1)
     with pytest.raises(NotFound):
         await site.storage.revert(volume, SnapshotId("never"))
+
+
+async def test_a_snapshot_is_read_from_outside_and_becomes_a_file(site: Site) -> None:
+    volume = site.volume("read", size_mib=16)
+    await site.have(volume)
+    disk = await site.client("read")
+    disk.write(0, block(1))
+    await site.storage.snapshot((taken("told", "read"),))
+    disk.write(0, block(2))
+    export = SnapshotExport(
+        id="reader",
+        snapshot=SnapshotId("told"),
+        host=site.host.settings.host,
+        port=21000,
+        expires_at=time.time() + 600,
+        key_hex="0123456789abcdef" * 4,
+    )
+    site.host.storage.copies.export_from(site.storage.snapshot_node)
+    both = Backends(site.host.storage, site.storage)
+    wanted = StorageDesired(volumes=(volume,), exports=(export,))
+    assert "snapshot told exported as reader" in await both.reconcile(wanted)
+    key = site.host.settings.run_dir / "reader.psk"
+    key.write_text(f"reader:{export.key_hex}\n")
+    copied = site.host.settings.state_dir / "copied"
+    address = f"{uri(export, site.host.settings.address)}?tls-psk-file={key}"
+    async with asyncio.timeout(20):
+        while not await ran("nbdcopy", address, str(copied)):
+            await asyncio.sleep(0.1)
+    held = copied.read_bytes()
+    assert (len(held), held[: len(block(1))]) == (16 << 20, block(1))
+
+    file = site.host.settings.state_dir / "told.raw"
+    written = await both.snapshot_file(
+        SnapshotId("told"), file, VolumeFormat.RAW, on_copied=lambda done, total: None
+    )
+    assert file.read_bytes() == held
+    assert (written.bytes, written.sha256) == (len(held), hashlib.sha256(held).hexdigest())
+    await both.reconcile(StorageDesired(volumes=(volume,)))
+
+
+async def ran(*words: str) -> bool:
+    process = await asyncio.create_subprocess_exec(
+        *words, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    async with asyncio.timeout(20):
+        return await process.wait() == 0
 
 
 async def test_a_higher_epoch_shuts_out_who_writes(site: Site) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, NotFound, Refused, Stale
-from nahtlos.model.ids import HostId, ImageId, NetworkId, OperationId, ReleaseId, ServerId
+from nahtlos.model.ids import HostId, ImageId, NetworkId, OperationId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import (
     ComputeStatus,
     HostInventory,
@@ -32,7 +32,7 @@ from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.orchestrator import Orchestrator
-from nahtlos.runtime.controllers.volumes import ImageRequest, ImageView
+from nahtlos.runtime.controllers.volumes import FileView, ImageFileRequest, ImageRequest, ImageView
 from nahtlos.runtime.settings import CloudSettings
 from nahtlos.runtime.store.store import Store
 from nahtlos.wire.memory import MemoryNetwork
@@ -53,7 +53,7 @@ from nahtlos.wire.messages import (
     Report,
 )
 from nahtlos.wire.session import Session
-from nahtlos.wire.volumes import BeginVolumeTask, VolumeTask
+from nahtlos.wire.volumes import BeginVolumeTask, RebuildOrder, SetCopySpeed, VolumeTask
 
 AGENTS = ("10.99.0.1", 7443)
 OLD, NEW = ReleaseId("qemu-10.0.2-aaaaaaaaaaaa"), ReleaseId("qemu-11.1.3-bbbbbbbbbbbb")
@@ -113,6 +113,9 @@ class Releases:
 
 
 class Images:
+    def __init__(self) -> None:
+        self.written: dict[str, FileView] = {}
+
     async def images(self) -> dict[ImageId, int]:
         return {GUEST: 150}
 
@@ -124,6 +127,14 @@ class Images:
 
     async def delete(self, image: ImageId) -> None:
         return None
+
+    async def write_out(self, image: ImageId, request: ImageFileRequest) -> FileView:
+        view = FileView(file=request.file, image=image, format=request.format)
+        self.written[request.file] = msgspec.structs.replace(view, progress=1.0, bytes=7, sha256="5eed")
+        return view
+
+    def files(self) -> tuple[FileView, ...]:
+        return tuple(self.written.values())
 
 
 def release(name: ReleaseId, version: str, machines: tuple[str, ...]) -> Release:
@@ -164,6 +175,11 @@ class ScriptedAgent:
         self.hold_moves = False
         self.hold_volume_tasks = False
         self.fail_volume_tasks = 0
+        self.refuse_volume_tasks: ErrorRecord | None = None
+        self.results: dict[type[VolumeTask], dict[str, str]] = {}
+        """What comes of orders of a kind."""
+        self.problems: dict[VolumeId, str] = {}
+        self.speeds: list[tuple[OperationId, int]] = []
         self.volume_orders: list[VolumeTask] = []
         self.refusal: BaseException | None = None
         self._network = network
@@ -236,6 +252,8 @@ class ScriptedAgent:
                 self._begin_volume_task(body.order)
             case CancelOperation():
                 self.end_volume_task(body.id, OperationState.UNDONE)
+            case SetCopySpeed():
+                self.speeds.append((body.id, body.bytes_per_second))
             case Acknowledge():
                 for operation in body.ids:
                     assert self.operations[operation].state is not OperationState.RUNNING
@@ -308,6 +326,9 @@ class ScriptedAgent:
             self.fail_volume_tasks -= 1
             error = ErrorRecord(kind="unavailable", message="the pool was full", remedy="free space")
             self.end_volume_task(order.id, OperationState.UNDONE, error)
+        elif self.refuse_volume_tasks is not None:
+            error, self.refuse_volume_tasks = self.refuse_volume_tasks, None
+            self.end_volume_task(order.id, OperationState.UNDONE, error)
         elif not self.hold_volume_tasks:
             self.end_volume_task(order.id)
 
@@ -318,7 +339,13 @@ class ScriptedAgent:
         error: ErrorRecord | None = None,
     ) -> None:
         before = self.operations[operation]
-        self.operations[operation] = msgspec.structs.replace(before, state=state, step="done", error=error)
+        order = next((each for each in self.volume_orders if each.id == operation), None)
+        result = self.results.get(type(order), {}) if order and state is OperationState.DONE else {}
+        if isinstance(order, RebuildOrder) and state is OperationState.DONE:
+            self.hosts[order.target.host].problems.pop(order.volume.id, None)
+        self.operations[operation] = msgspec.structs.replace(
+            before, state=state, step="done", error=error, result=result
+        )
         self.changed()
 
     # --- moves ---
@@ -393,7 +420,13 @@ class ScriptedAgent:
             verified_release=self.verified,
             servers=tuple(self._server(s) for s, (_, here, _) in self.owned.items() if here),
             volumes=tuple(
-                VolumeStatus(id=v.id, epoch=v.epoch, served=True, size_mib=v.size_mib)
+                VolumeStatus(
+                    id=v.id,
+                    epoch=v.epoch,
+                    served=True,
+                    size_mib=v.size_mib,
+                    problem=self.problems.get(v.id, ""),
+                )
                 for v in (self.config.volumes if self.config else ())
             ),
             snapshots=tuple(

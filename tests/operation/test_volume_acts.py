@@ -228,15 +228,20 @@ class Copy:
         for value, at in wrong.items():
             self.content[at] = len(value)
         self.flickering: int | None = None
+        self.unreadable: int | None = None
+        self.away = False
         self.marked = ""
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:
         if self.flickering is not None:
             self.content[self.flickering] = (self.content[self.flickering] + 1) % 200
-        return bytes(self.content[offset >> 20 : (offset + length) >> 20])
+        first, last = offset >> 20, (offset + length) >> 20
+        if self.away or (self.unreadable is not None and first <= self.unreadable < last):
+            raise Unavailable("the connection was lost")
+        return bytes(self.content[first:last]) if length else b"nothing"
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
-        self.marked = f"{epoch} {problem}"
+        self.marked = f"{epoch} {problem}" if problem else ""
 
 
 class Scrubbing(Scrub):
@@ -269,8 +274,8 @@ async def scrubbed(folder: Path, copies: dict[HostId, Copy]) -> dict[str, str]:
     task = Scrubbing(given, begun(given, ScrubOrder(id=ID, coordinator=ME, volume=volume)))
     task.copies = copies
     journal = await task.run(recovering=False)
-    assert journal.state is OperationState.DONE
     given.ledger.close()
+    assert journal.state is OperationState.DONE, journal.error
     return operation_status(journal, "", 0.0).result
 
 
@@ -281,7 +286,13 @@ async def test_equal_copies_are_found_equal(tmp_path: Path) -> None:
 async def test_differing_range_is_found_and_its_copy_marked(tmp_path: Path) -> None:
     copies = {ME: Copy(), OTHER: Copy(a=77), THIRD: Copy()}
     result = await scrubbed(tmp_path, copies)
-    assert result == {"differences": "1", "ranges": f"{77 << 20}+{1 << 20} on {OTHER}"}
+    assert result == {
+        "copies": "3",
+        "compared_bytes": str(256 << 20),
+        "differences": "1",
+        "ranges": f"{77 << 20}+{1 << 20} on {OTHER}",
+        "wrong": OTHER,
+    }
     assert copies[OTHER].marked.startswith("3 1 ranges differ")
     assert not copies[ME].marked and not copies[THIRD].marked
 
@@ -290,6 +301,36 @@ async def test_the_home_is_marked_where_the_others_agree(tmp_path: Path) -> None
     copies = {ME: Copy(a=5), OTHER: Copy(), THIRD: Copy()}
     assert (await scrubbed(tmp_path, copies))["differences"] == "1"
     assert copies[ME].marked.startswith("1 ")
+
+
+async def test_a_single_copy_is_read(tmp_path: Path) -> None:
+    copies = {ME: Copy()}
+    copies[ME].unreadable = 9
+    result = await scrubbed(tmp_path, copies)
+    assert (result["copies"], result["ranges"]) == ("1", f"{9 << 20}+{1 << 20} on {ME}")
+    assert "1 ranges cannot be read" in copies[ME].marked and "backup" in copies[ME].marked
+
+
+async def test_what_cannot_be_read_is_wrong_whatever_the_others_say(tmp_path: Path) -> None:
+    copies = {ME: Copy(), OTHER: Copy()}
+    copies[ME].unreadable = 9
+    assert (await scrubbed(tmp_path, copies))["wrong"] == ME, "although it is the first"
+    assert not copies[OTHER].marked
+
+
+async def test_copies_found_equal_are_marked_no_more(tmp_path: Path) -> None:
+    copies = {ME: Copy(), OTHER: Copy()}
+    copies[OTHER].marked = "3 it differed"
+    assert (await scrubbed(tmp_path, copies))["differences"] == "0"
+    assert not copies[OTHER].marked
+
+
+async def test_a_host_that_is_away_is_no_difference(tmp_path: Path) -> None:
+    copies = {ME: Copy(), OTHER: Copy()}
+    copies[OTHER].away = True
+    with pytest.raises(AssertionError, match="connection was lost"):
+        await scrubbed(tmp_path, copies)
+    assert not copies[OTHER].marked
 
 
 async def test_what_is_written_meanwhile_is_no_difference(tmp_path: Path) -> None:

@@ -93,8 +93,11 @@ async def run(settings: AgentSettings, fd_peer: int | None) -> None:
 
 
 def _storage(settings: AgentSettings, supervisor: SupervisorClient, keyring: AskedKeyring) -> Backends:
+    embedded = EmbeddedStorage(settings, supervisor, keyring)
     ceph = CephStorage(settings, settings.ceph, supervisor) if settings.ceph else None
-    return Backends(EmbeddedStorage(settings, supervisor, keyring), ceph)
+    if ceph is not None:
+        embedded.copies.export_from(ceph.snapshot_node)
+    return Backends(embedded, ceph)
 
 
 def join(settings: AgentSettings, url: str, ca: Path, token: str) -> None:
@@ -110,6 +113,7 @@ def join(settings: AgentSettings, url: str, ca: Path, token: str) -> None:
             "address": settings.address,
             "peer_port": settings.peer_port,
             "csr_pem": csr,
+            "domain": settings.domain,
         },
     )
     write_pki_dir(settings.pki_dir, answer["ca_pem"], answer["certificate_pem"], key)

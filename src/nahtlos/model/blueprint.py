@@ -319,3 +319,5 @@ class OperationRecord(Value, frozen=True, kw_only=True):
     campaign: CampaignId | None = None
     release_before: ReleaseId | None = None
     release_after: ReleaseId | None = None
+    result: dict[str, str] = {}
+    """What came of it, as the agent that carried it out tells (`OperationStatus.result`)."""

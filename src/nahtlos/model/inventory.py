@@ -106,7 +106,9 @@ class OperationStatus(Value, frozen=True, kw_only=True):
     times: dict[str, float] = {}
     """Wall clock, seconds, at which each step began."""
     result: dict[str, str] = {}
-    """What came of it. Of a backup: `base` (empty: it is a full one), `stored_bytes`, `why_full`."""
+    """What came of it. Of a backup: `base` (empty: it is a full one), `stored_bytes`, `why_full`. Of a scrub:
+    `copies`, `compared_bytes`, `differences` (how many ranges), `ranges`, `wrong` (hosts whose copy it is).
+    Of a snapshot's file: `host`, `file`, `bytes`, `sha256`."""
 
 
 class VolumeStatus(Value, frozen=True, kw_only=True):
@@ -116,7 +118,8 @@ class VolumeStatus(Value, frozen=True, kw_only=True):
     size_mib: int
     allocated_bytes: int = 0
     """What it takes of its pool."""
-    clients: int = 0
+    clients: int = -1
+    """So many have it open; -1: its driver cannot tell."""
     problem: str = ""
     """Why it cannot be used, in words; empty if it can."""
     spent_epoch: int = 0

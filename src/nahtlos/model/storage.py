@@ -202,6 +202,8 @@ class BackupSpec(Value, frozen=True, kw_only=True):
     size_mib: int = 0
     """Of the volume then."""
     stored_bytes: int = 0
+    encryption_key: KeyId | None = None
+    """Of the volume then; what is restored from it is encrypted by it, too."""
 
 
 class Changes(Value, frozen=True, kw_only=True):

@@ -66,7 +66,44 @@ class Restoring(Value, frozen=True, kw_only=True, tag="restore"):
     """Oldest first."""
 
 
-VolumeWork = Relocation | Rebuilding | SnapshotGroup | Reverting | SnapshotMove | BackingUp | Restoring
+class Scrubbing(Value, frozen=True, kw_only=True, tag="scrub"):
+    """Its copies are compared; a single one is read."""
+
+    volume: VolumeId
+    bytes_per_second: int = 0
+    repair: bool = False
+    """A copy that differs is made anew."""
+
+
+class WritingFile(Value, frozen=True, kw_only=True, tag="snapshot-file"):
+    """What a snapshot holds becomes a file of one of its hosts."""
+
+    volume: VolumeId
+    snapshot: SnapshotId
+    file: str
+    format: VolumeFormat
+    host: HostId | None = None
+    """None: any that keeps it."""
+
+
+class DeletingBackup(Value, frozen=True, kw_only=True, tag="backup-deletion"):
+    """It is taken away from its target, and known no more."""
+
+    backup: BackupSpec
+
+
+VolumeWork = (
+    Relocation
+    | Rebuilding
+    | SnapshotGroup
+    | Reverting
+    | SnapshotMove
+    | BackingUp
+    | Restoring
+    | Scrubbing
+    | WritingFile
+    | DeletingBackup
+)
 
 
 class VolumeWish(Value, frozen=True, kw_only=True):
@@ -109,11 +146,11 @@ def volumes_of(work: VolumeWork) -> tuple[VolumeId, ...]:
     match work:
         case SnapshotGroup():
             return tuple(snapshot.volume for snapshot in work.snapshots)
-        case BackingUp():
+        case BackingUp() | DeletingBackup():
             return (work.backup.volume,)
         case Restoring():
             return (work.volume.id,)
-        case Relocation() | Rebuilding() | Reverting() | SnapshotMove():
+        case Relocation() | Rebuilding() | Reverting() | SnapshotMove() | Scrubbing() | WritingFile():
             return (work.volume,)
 
 
@@ -129,8 +166,12 @@ def kind_of(work: VolumeWork) -> OperationKind:
             return OperationKind.REVERT
         case SnapshotMove():
             return OperationKind.SNAPSHOT_MOVE
-        case BackingUp() | Restoring():
+        case BackingUp() | Restoring() | DeletingBackup():
             return OperationKind.BACKUP
+        case Scrubbing():
+            return OperationKind.SCRUB
+        case WritingFile():
+            return OperationKind.SNAPSHOT_FILE
 
 
 def words(work: VolumeWork) -> str:
@@ -151,6 +192,12 @@ def words(work: VolumeWork) -> str:
             return f"back up {work.backup.volume} as {work.backup.id}"
         case Restoring():
             return f"restore {work.volume.id} from {work.chain[-1].id}"
+        case Scrubbing():
+            return f"scrub {work.volume}"
+        case WritingFile():
+            return f"write {work.snapshot} to {work.file}"
+        case DeletingBackup():
+            return f"delete backup {work.backup.id}"
 
 
 def new_names(work: VolumeWork) -> tuple[VolumeId | SnapshotId | BackupId, ...]:
@@ -163,4 +210,6 @@ def new_names(work: VolumeWork) -> tuple[VolumeId | SnapshotId | BackupId, ...]:
         case Restoring():
             return (work.volume.id,)
         case Relocation() | Rebuilding() | Reverting() | SnapshotMove():
+            return ()
+        case Scrubbing() | WritingFile() | DeletingBackup():
             return ()

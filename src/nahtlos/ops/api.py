@@ -44,7 +44,15 @@ from nahtlos.ops.bodies import (
 from nahtlos.ops.network_api import NetworkRoutes
 from nahtlos.ops.project_api import project_routes
 from nahtlos.ops.volume_api import VolumeRoutes
-from nahtlos.runtime.controllers.cloud import Cloud, CloudEvent, JoinRequest, ServerChange, ServerRequest
+from nahtlos.ops.volume_care_api import VolumeCareRoutes
+from nahtlos.runtime.controllers.cloud import (
+    Cloud,
+    CloudEvent,
+    HostChange,
+    JoinRequest,
+    ServerChange,
+    ServerRequest,
+)
 from nahtlos.runtime.identity import Operators, Presented
 
 Authenticate = Callable[[Presented], Awaitable[str | None]]
@@ -96,6 +104,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
         add(routes, cloud)
     NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
     VolumeRoutes(routes, lambda: cloud.volumes, _body, _json).add()
+    VolumeCareRoutes(routes, lambda: cloud.volumes.care, _body, _json).add()
     project_routes(routes, lambda: cloud.projects, _body, _json)
     if enrolment is not None:
         _operators(routes, enrolment)
@@ -142,6 +151,10 @@ def _hosts(routes: APIRouter, cloud: Cloud) -> None:
     async def set_intent(host: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         change = await _body(request, IntentChange)
         return _json(await cloud.set_host_intent(HostId(host), change.intent))
+
+    @routes.patch("/hosts/{host}")
+    async def change(host: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.change_host(HostId(host), await _body(request, HostChange)))
 
     @routes.post("/join-tokens")
     async def join_token(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]

@@ -42,6 +42,7 @@ from nahtlos.ops.volume_client import VolumeClient
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
     CloudEvent,
+    HostChange,
     HostView,
     JoinAnswer,
     JoinRequest,
@@ -129,6 +130,9 @@ class OperatorClient:
 
     async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView:
         return await self._ask("PUT", f"hosts/{_part(host)}/intent", IntentChange(intent=intent), HostView)
+
+    async def change_host(self, host: HostId, change: HostChange) -> HostView:
+        return await self._ask("PATCH", f"hosts/{_part(host)}", change, HostView)
 
     async def create_join_token(self, host: HostId, role: HostRole, ttl_seconds: int) -> str:
         asked = JoinTokenRequest(host=host, role=role, ttl_seconds=ttl_seconds)
@@ -257,9 +261,15 @@ class OperatorClient:
         return await self._ask("GET", path, None, kind)
 
     async def _ask_at(
-        self, method: str, path: tuple[str, ...], body: msgspec.Struct | None, kind: type[Any] | None
+        self,
+        method: str,
+        path: tuple[str, ...],
+        body: msgspec.Struct | None,
+        kind: type[Any] | None,
+        query: str = "",
     ) -> Any:
-        return await self._ask(method, "/".join(_part(part) for part in path), body, kind)
+        where = "/".join(_part(part) for part in path)
+        return await self._ask(method, f"{where}?{query}" if query else where, body, kind)
 
     async def _ask(self, method: str, path: str, body: msgspec.Struct | None, kind: type[_T] | None) -> _T:
         """The decoded answer; `kind` None if none is expected."""

@@ -40,10 +40,16 @@ from nahtlos.runtime.controllers.networks import (
 
 
 class Ask(Protocol):
-    """One request: method, path in segments, body, what the answer is (None: nothing)."""
+    """One request: method, path in segments, body, what the answer is (None: nothing), query."""
 
     async def __call__(
-        self, method: str, path: tuple[str, ...], body: msgspec.Struct | None, kind: type[Any] | None, /
+        self,
+        method: str,
+        path: tuple[str, ...],
+        body: msgspec.Struct | None,
+        kind: type[Any] | None,
+        query: str = "",
+        /,
     ) -> Any: ...
 
 

@@ -84,6 +84,9 @@ class VolumeRoutes:
         self._read_one("/backups/{name}", lambda name: of().backup(BackupId(name)))
         self._make("/backups", BackupRequest, lambda asked: of().create_backup(asked), 202)
         self._remove("/backups/{name}", lambda name: of().delete_backup(BackupId(name)))
+        self._remove(
+            "/backups/{name}/record", lambda name: of().delete_backup(BackupId(name), keep_files=True)
+        )
         self._change(
             "POST",
             "/backups/{name}/restore",

@@ -2,6 +2,7 @@
 
 from nahtlos.model.ids import BackupId, ImageId, SnapshotId, VolumeId
 from nahtlos.ops.network_client import Ask
+from nahtlos.ops.volume_care_client import VolumeCareClient
 from nahtlos.runtime.controllers.volumes import (
     Attaching,
     BackupRequest,
@@ -28,6 +29,7 @@ from nahtlos.runtime.store.volumes import VolumeSettings
 class VolumeClient:
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
+        self.care = VolumeCareClient(ask)
 
     async def volumes(self) -> tuple[VolumeView, ...]:
         return await self._ask("GET", ("volumes",), None, tuple[VolumeView, ...])
@@ -104,8 +106,9 @@ class VolumeClient:
     async def restore_backup(self, backup: BackupId, request: RestoreRequest) -> VolumeId:
         return await self._ask("POST", ("backups", backup, "restore"), request, str)
 
-    async def delete_backup(self, backup: BackupId) -> None:
-        await self._ask("DELETE", ("backups", backup), None, None)
+    async def delete_backup(self, backup: BackupId, *, keep_files: bool = False) -> None:
+        path = ("backups", backup, "record") if keep_files else ("backups", backup)
+        await self._ask("DELETE", path, None, None)
 
     async def targets(self) -> tuple[TargetView, ...]:
         return await self._ask("GET", ("backup-targets",), None, tuple[TargetView, ...])

@@ -508,6 +508,11 @@ class BackupResult(msgspec.Struct, frozen=True, kw_only=True):
     """Why it is a full one although changes were asked for."""
 
 
+class FileWritten(msgspec.Struct, frozen=True, kw_only=True):
+    bytes: int
+    sha256: str
+
+
 class Keyring(Protocol):
     async def key(self, key: KeyId) -> bytes:
         """Unavailable if who keeps it cannot be reached, NotFound if there is none."""
@@ -640,6 +645,11 @@ class Storage(Protocol):
         """It is not to be: the next one begins where this would have."""
         ...
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        """It is not at its target any more; the volume need not be here. Another one of that name stays, and
+        one that is not there is fine. What rests on it can be restored no more: nothing may."""
+        ...
+
     async def restore(
         self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
     ) -> None:
@@ -648,16 +658,23 @@ class Storage(Protocol):
         ...
 
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
-    ) -> None:
-        """`file` appears when it is complete. Conflict if there is one."""
+        self,
+        snapshot: SnapshotId,
+        file: Path,
+        form: VolumeFormat,
+        *,
+        on_copied: OnCopied,
+        again: bool = False,
+    ) -> FileWritten:
+        """`file` appears when it is complete. Conflict if there is one, unless this is said `again`: then it
+        is what was written before."""
         ...
 
     # health
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
         """Say of a copy that it was found wrong while it was served by `epoch` (`VolumeStatus.problem`),
-        until it is received anew."""
+        until it is received anew. An empty `problem`: it was found right."""
         ...
 
     async def digest(self, volume: VolumeId, offset: int, length: int) -> bytes:

@@ -48,6 +48,9 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     underlay_interface: str = "eth0"
     capacity: Size
     nbd_port: int = 10809
+    domain: str = ""
+    """What fails together with this host (a rack, a power feed), told when it joins. Empty: nothing, or as
+    operators have set it."""
     ceph: CephSettings | None = None
     """None: this host has no Ceph volumes."""
 

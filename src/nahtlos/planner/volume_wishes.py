@@ -10,13 +10,16 @@ from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
+    DeletingBackup,
     Rebuilding,
     Relocation,
     Restoring,
     Reverting,
+    Scrubbing,
     SnapshotGroup,
     SnapshotMove,
     VolumeWork,
+    WritingFile,
     words,
 )
 from nahtlos.planner.draft import Draft
@@ -57,6 +60,12 @@ def decided(draft: Draft, work: VolumeWork, reason: str, wish: str = "") -> Deci
             found = Decided(work, work.destination, (work.source, work.destination), "")
         case Restoring():
             found = Decided(work, work.volume.host, (work.volume.host,), "")
+        case Scrubbing():
+            found = _scrub(draft, work)
+        case WritingFile():
+            found = _file(draft, work)
+        case DeletingBackup():
+            found = _backup_deletion(draft, work)
     return found if isinstance(found, Unready) else found._replace(reason=reason, wish=wish)
 
 
@@ -203,3 +212,38 @@ def _where_base_was_made(work: BackingUp, volume: VolumeSpec) -> HostId:
     """There it is known what has changed since."""
     base = work.base.host if work.base is not None else volume.host
     return base if base in volume.current else volume.current[0]
+
+
+def _scrub(draft: Draft, work: Scrubbing) -> Decided | Unready:
+    """Of all current copies. One that is stale is rebuilt, and so compared with another scrub."""
+    volume = draft.policy.volumes.get(work.volume)
+    if volume is None:
+        return _gone(work, work.volume)
+    if not volume.current:
+        return Unready(work, WaitKind.BLOCKED, f"no copy of {volume.id} is current")
+    return Decided(work, volume.current[0], volume.current, "")
+
+
+def _file(draft: Draft, work: WritingFile) -> Decided | Unready:
+    snapshot = draft.policy.snapshots.get(work.snapshot)
+    if snapshot is None or work.volume not in draft.policy.volumes:
+        text = f"to {words(work)}: there is no {work.snapshot} any more"
+        return Unready(work, WaitKind.OPERATOR, text, "cancel it")
+    if work.host is not None and work.host not in snapshot.hosts:
+        text = f"{work.snapshot} is not kept on {work.host}"
+        return Unready(work, WaitKind.OPERATOR, text, "cancel it, and name another host")
+    near = [host for host in snapshot.hosts if draft.observed.connected(host)]
+    host = work.host or next(iter(near or snapshot.hosts))
+    return Decided(msgspec.structs.replace(work, host=host), host, (host,), "")
+
+
+def _backup_deletion(draft: Draft, work: DeletingBackup) -> Decided | Unready:
+    """By whoever made it: its folder is there. What is at an address can be taken away from everywhere."""
+    host = work.backup.host
+    if host in draft.policy.hosts and (work.backup.target.startswith("/") or draft.observed.connected(host)):
+        return Decided(work, host, (host,), "")
+    there = [name for name in sorted(draft.policy.hosts) if draft.observed.connected(name)]
+    if work.backup.target.startswith("/") or not there:
+        text = f"to {words(work)}: {host or 'its host'} is no host of this cloud any more"
+        return Unready(work, WaitKind.OPERATOR, text, f"nahtlos backup delete {work.backup.id} --keep-files")
+    return Decided(work, there[0], (there[0],), "")

@@ -17,14 +17,17 @@ from nahtlos.model.nouns import Component
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
+    DeletingBackup,
     PlannedVolumeTask,
     Rebuilding,
     Relocation,
     Restoring,
     Reverting,
+    Scrubbing,
     SnapshotGroup,
     SnapshotMove,
     VolumeWork,
+    WritingFile,
     kind_of,
     volumes_of,
     words,
@@ -253,12 +256,12 @@ def _read(draft: Draft, work: VolumeWork) -> Iterator[tuple[VolumeSpec, HostId]]
         match work:
             case Relocation() | Rebuilding():
                 yield volume, work.source or volume.host
-            case SnapshotGroup():
+            case SnapshotGroup() | Scrubbing():
                 for host in volume.current:
                     yield volume, host
             case BackingUp():
                 yield volume, work.backup.host
-            case Reverting() | Restoring() | SnapshotMove():
+            case Reverting() | Restoring() | SnapshotMove() | WritingFile() | DeletingBackup():
                 pass
 
 
@@ -283,7 +286,7 @@ def _no_slot(draft: Draft, begin: Decided) -> Unready | None:
 
 def is_short(work: VolumeWork) -> bool:
     """Copies nothing, so it takes no slot."""
-    return isinstance(work, SnapshotGroup | Reverting)
+    return isinstance(work, SnapshotGroup | Reverting | DeletingBackup)
 
 
 # --- what others ask ---------------------------------------------------------------------------------

@@ -121,6 +121,16 @@ class RestoreOrder(VolumeOrder, frozen=True, kw_only=True):
         return (self.volume.id,)
 
 
+class DeleteBackupOrder(VolumeOrder, frozen=True, kw_only=True):
+    """The coordinator takes a backup away from its target."""
+
+    backup: BackupSpec
+
+    @property
+    def volumes(self) -> tuple[VolumeId, ...]:
+        return (self.backup.volume,)
+
+
 class SnapshotFileOrder(VolumeOrder, frozen=True, kw_only=True):
     """A snapshot of the coordinator becomes a file there, whole and on its own."""
 
@@ -137,7 +147,8 @@ class SnapshotFileOrder(VolumeOrder, frozen=True, kw_only=True):
 
 
 class ScrubOrder(VolumeOrder, frozen=True, kw_only=True):
-    """The copies of a volume are compared, while it is written. What differs is marked as such."""
+    """The copies of a volume are compared, while it is written. What differs, or cannot be read, is marked as
+    such."""
 
     volume: VolumeSpec
     bytes_per_second: int = 0
@@ -183,6 +194,7 @@ VolumeTask = (
     | SnapshotFileOrder
     | ScrubOrder
     | MoveSnapshotsOrder
+    | DeleteBackupOrder
 )
 
 
@@ -344,7 +356,7 @@ class VolumeDigested(Message, frozen=True, kw_only=True):
 
 class VolumeMark(Message, frozen=True, kw_only=True):
     """Coordinator to a host whose copy was found wrong: say so (`VolumeStatus.problem`) until it is made
-    anew."""
+    anew, or found right (`problem` is empty)."""
 
     volume: VolumeId
     epoch: int

@@ -9,6 +9,7 @@ from nahtlos.ops.cli.hosts import host_commands
 from nahtlos.ops.cli.images import image_commands
 from nahtlos.ops.cli.machine import machine_commands
 from nahtlos.ops.cli.networks import network_commands, subnet_commands
+from nahtlos.ops.cli.operations import operation_commands
 from nahtlos.ops.cli.operators import operator_commands
 from nahtlos.ops.cli.ports import port_commands
 from nahtlos.ops.cli.projects import project_commands
@@ -45,6 +46,7 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(floating_ip_commands(surroundings), name="floating-ip")
     app.add_typer(load_balancer_commands(surroundings), name="load-balancer")
     app.add_typer(upgrade_commands(surroundings), name="upgrade")
+    app.add_typer(operation_commands(surroundings), name="operation")
     app.add_typer(operator_commands(surroundings), name="operator")
     machine_commands(app, surroundings)
     return app

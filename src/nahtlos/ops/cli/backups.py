@@ -5,14 +5,16 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, HostId, ProjectId, VolumeId
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
-from nahtlos.ops.cli.copying import COPY_DEADLINE, Deadline, Wait
+from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Deadline, Wait, copied, standing
 from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.snapshots import wait_for_tasks
-from nahtlos.runtime.controllers.volumes import BackupRequest, RestoreRequest, TargetRequest
+from nahtlos.ops.client import OperatorClient
+from nahtlos.runtime.controllers.volumes import BackupRequest, RestoreRequest, TargetRequest, TaskView
 
 Backup = Annotated[str, typer.Argument(metavar="BACKUP")]
 
@@ -92,14 +94,51 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
         cli.show({"id": made}, Text(f"volume {name} is wished"))
 
     @command(app, "delete", surroundings)
-    async def delete(cli: Cli, backup: Backup) -> None:  # pyright: ignore[reportUnusedFunction]
-        """Forget a backup that no other rests on. What it holds at its target is left there."""
+    async def delete(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        backup: Backup,
+        keep_files: Annotated[
+            bool, typer.Option("--keep-files", help="Only forget it; what is at its target stays.")
+        ] = False,
+        wait: Wait = True,
+        deadline: Deadline = DEADLINE,
+    ) -> None:
+        """Delete a backup that no other rests on, and what it holds at its target."""
         async with cli.client() as client:
-            await client.volumes.delete_backup(BackupId(backup))
-        cli.show({"id": backup, "deleted": True}, Text(f"backup {backup} forgotten; its files are left"))
+            await client.volumes.delete_backup(BackupId(backup), keep_files=keep_files)
+            if wait and not keep_files:
+                await copied(
+                    cli,
+                    f"{backup} is deleted",
+                    lambda: _left(client, BackupId(backup)),
+                    lambda left: left is None,
+                    lambda left: left or (),
+                    lambda left: standing(left[0]) if left else "",
+                    deadline=deadline,
+                )
+        text = "forgotten; its files are left" if keep_files else "deleted"
+        cli.show({"id": backup, "deleted": True, "files_kept": keep_files}, Text(f"backup {backup} {text}"))
 
     app.add_typer(_target_commands(surroundings), name="target")
     return app
+
+
+async def _left(client: OperatorClient, backup: BackupId) -> tuple[TaskView, ...] | None:
+    """What is still to be done to delete it; None: it is gone."""
+    try:
+        view = await client.volumes.backup(backup)
+    except NotFound:
+        return None
+    if not view.deleting:
+        ended = await client.volumes.care.operations(subject=view.spec.volume, kind="backup", limit=1)
+        error = ended[0].record.error if ended else None
+        raise Conflict(
+            error.message if error else f"{backup} is not deleted",
+            field="backup",
+            remedy=error.remedy if error else "ask for it again",
+        )
+    tasks = await client.volumes.tasks()
+    return tuple(task for task in tasks if task.volume == view.spec.volume and task.kind == "backup")
 
 
 def _target_commands(surroundings: Surroundings) -> typer.Typer:

@@ -5,14 +5,16 @@ from typing import Annotated
 import typer
 
 from nahtlos.model.blueprint import HostIntent, HostPhase
+from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
-from nahtlos.runtime.controllers.cloud import HostView
+from nahtlos.runtime.controllers.cloud import HostChange, HostView
 from nahtlos.runtime.evidence.figures import count_of
 
+NO_DOMAIN = "none"
 Host = Annotated[str, typer.Argument(metavar="HOST")]
 
 
@@ -42,6 +44,22 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
     async def activate(cli: Cli, host: Host) -> None:  # pyright: ignore[reportUnusedFunction]
         """Take HOST back into service."""
         await _intend(cli, host, HostIntent.ACTIVE)
+
+    @command(app, "set", surroundings)
+    async def change(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        host: Host,
+        domain: Annotated[
+            str | None, typer.Option(help="What it fails together with, as a rack; none: nothing.")
+        ] = None,
+    ) -> None:
+        """Change what is known of HOST: copies of a volume go to different failure domains."""
+        if domain is None:
+            raise Refused("nothing is to be changed", field="domain", remedy="give --domain RACK, or none")
+        async with cli.client() as client:
+            asked = HostChange(domain="" if domain == NO_DOMAIN else domain)
+            view = await client.change_host(HostId(host), asked)
+        cli.show(view, pictures.host(view))
 
     @command(app, "drain", surroundings)
     async def drain(  # pyright: ignore[reportUnusedFunction]

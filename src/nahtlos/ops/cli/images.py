@@ -6,15 +6,22 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from nahtlos.model.errors import Refused
-from nahtlos.model.ids import ImageId
+from nahtlos.model.errors import NotFound, Refused
+from nahtlos.model.ids import HostId, ImageId, SnapshotId
 from nahtlos.model.storage import VolumeFormat
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.copying import COPY_DEADLINE, Deadline, Wait
+from nahtlos.ops.cli.volume_care import snapshot_to_file
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
-from nahtlos.runtime.controllers.volumes import ImageRequest, ImageView
+from nahtlos.runtime.controllers.volumes import (
+    FileView,
+    ImageFileRequest,
+    ImageRequest,
+    ImageView,
+    SnapshotFileRequest,
+)
 
 Image = Annotated[str, typer.Argument(metavar="IMAGE")]
 
@@ -56,6 +63,48 @@ def image_commands(surroundings: Surroundings) -> typer.Typer:
         assert view is not None
         cli.show(view, pictures.images((view,)))
 
+    @command(app, "export", surroundings)
+    async def write_out(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        names: Annotated[list[str], typer.Argument(metavar="[IMAGE] FILE", help="FILE by its whole path.")],
+        snapshot: Annotated[
+            str | None, typer.Option(help="Of this snapshot, on a host that keeps it.")
+        ] = None,
+        image_format: Annotated[VolumeFormat, typer.Option("--format", help="What FILE is to be.")] = (
+            VolumeFormat.QCOW2
+        ),
+        host: Annotated[str | None, typer.Option(help="With --snapshot: on this host.")] = None,
+        wait: Wait = True,
+        deadline: Deadline = COPY_DEADLINE,
+    ) -> None:
+        """Write an image to a file of the orchestrator's machine, or a snapshot to one of its host.
+
+        FILE is whole, rests on nothing, and can be imported."""
+        image, file = _image_and_file(names, snapshot)
+        async with cli.client() as client:
+            if snapshot is not None:
+                asked = SnapshotFileRequest(
+                    file=file, format=image_format, host=HostId(host) if host else None
+                )
+                await snapshot_to_file(cli, client, SnapshotId(snapshot), asked, wait, deadline)
+                return
+            if host is not None:
+                raise Refused(
+                    "images are on the orchestrator's machine", field="host", remedy="leave --host out"
+                )
+            request = ImageFileRequest(file=file, format=image_format)
+            view = await client.volumes.care.write_image(ImageId(image), request)
+            if wait:
+                view = await wait_until(
+                    cli,
+                    f"{image} is written to {file}",
+                    lambda: _file(client, file),
+                    lambda seen: bool(seen.sha256),
+                    lambda seen: f"{seen.progress:.0%}",
+                    deadline=deadline,
+                )
+        cli.show(view, pictures.file_written(view))
+
     @command(app, "delete", surroundings)
     async def delete(cli: Cli, image: Image) -> None:  # pyright: ignore[reportUnusedFunction]
         """Delete an image. Volumes made from it stay as they are."""
@@ -64,6 +113,31 @@ def image_commands(surroundings: Surroundings) -> typer.Typer:
         cli.show({"id": image, "deleted": True}, Text(f"image {image} deleted"))
 
     return app
+
+
+def _image_and_file(names: list[str], snapshot: str | None) -> tuple[str, str]:
+    wanted = 1 if snapshot is not None else 2
+    if len(names) != wanted:
+        raise Refused(
+            f"{len(names)} names are given",
+            field="file",
+            remedy="image export IMAGE FILE, or image export --snapshot SNAPSHOT FILE",
+        )
+    return names[0], names[-1]
+
+
+async def _file(client: OperatorClient, file: str) -> FileView:
+    """Refused if it could not be written; NotFound if an orchestrator started since knows nothing of it."""
+    view = next((v for v in await client.volumes.care.files() if v.file == file), None)
+    if view is None:
+        raise NotFound(
+            f"nothing is known of {file}: the orchestrator was started anew",
+            field="file",
+            remedy="ask for it again",
+        )
+    if view.problem:
+        raise Refused(view.problem, field="file", remedy="put that right, then ask for it again")
+    return view
 
 
 async def _image(client: OperatorClient, image: ImageId) -> ImageView | None:

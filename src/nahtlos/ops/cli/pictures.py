@@ -70,7 +70,7 @@ def seconds(value: float) -> str:
 
 
 def hosts(views: Sequence[HostView]) -> RenderableType:
-    columns = ("Host", "Role", "State", "Address", "Release", ">Servers", ">vCPU", ">Memory MiB")
+    columns = ("Host", "Role", "State", "Domain", "Address", "Release", ">Servers", ">vCPU", ">Memory MiB")
     return table(columns, (_host_row(view) for view in views), "no host has joined yet")
 
 
@@ -79,6 +79,7 @@ def _host_row(view: HostView) -> tuple[str | Text, ...]:
         view.id,
         view.role,
         _host_state(view),
+        view.domain or NOTHING,
         view.address,
         short(view.release),
         str(len(view.servers)),
@@ -107,6 +108,7 @@ def host(view: HostView) -> RenderableType:
                 ("role", view.role),
                 ("state", _host_state(view)),
                 ("intent", view.intent),
+                ("failure domain", view.domain or "its own"),
                 ("address", view.address),
                 ("release", view.release or NOTHING),
                 ("verified", view.verified_release or NOTHING),

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import DiskLimits, ReplicaState, StorageBackend
 from nahtlos.ops.cli.copying import standing
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, WARN, facts, table
 from nahtlos.ops.cli.volume_amounts import LIMITS
 from nahtlos.runtime.controllers.volumes import (
     BackupView,
+    CopyView,
     ExportTicket,
+    FileView,
     ImageView,
+    OperationView,
     SnapshotView,
     TargetView,
     TaskView,
@@ -87,20 +91,21 @@ def volume(view: VolumeView) -> RenderableType:
                     limits_text(spec.limits) + (f", group {spec.limits_group}" if spec.limits_group else ""),
                 ),
                 ("deletion", spec.deletion),
-                ("server", f"{view.server} (system disk)" if view.system else view.server or NOTHING),
+                ("server", _holder(view)),
                 ("snapshots", ", ".join(view.snapshots) or NOTHING),
             ]
         ),
         Text(),
         table(
-            ("Copy on", "State", "Served", ">Taken", "Trouble"),
+            ("Copy on", "State", "Served", ">Taken", ">Open", "Trouble"),
             (
                 (
                     copy.host,
                     Text(copy.state, style=GOOD if copy.state is ReplicaState.CURRENT else WARN),
                     "yes" if copy.served else "no" if copy.connected else "its agent is away",
                     amount(copy.allocated_bytes),
-                    copy.problem or NOTHING,
+                    str(copy.clients) if copy.clients >= 0 else NOTHING,
+                    _trouble(copy),
                 )
                 for copy in view.copies
             ),
@@ -112,7 +117,95 @@ def volume(view: VolumeView) -> RenderableType:
     parts += [Text(standing(task)) for task in view.tasks]
     if view.waits_for:
         parts.append(Text(f"waits: {view.waits_for}", style=WARN))
+    if view.ended:
+        parts += [Text(), operations(view.ended, "")]
     return Group(*parts)
+
+
+def _holder(view: VolumeView) -> str:
+    if view.server is None:
+        return NOTHING
+    place = f" on {view.server_host}" if view.server_host is not None else ""
+    return f"{view.server}{place}{' (system disk)' if view.system else ''}"
+
+
+def _trouble(copy: CopyView) -> str:
+    if not copy.problem:
+        return NOTHING
+    return f"{copy.problem}; {copy.remedy}" if copy.remedy else copy.problem
+
+
+def operations(views: Sequence[OperationView], empty: str) -> RenderableType:
+    rows = (
+        (
+            v.record.id,
+            v.record.kind,
+            v.record.subject,
+            Text(
+                "under way" if v.ended_at is None else v.record.state,
+                style=GOOD if v.record.state == OperationState.DONE else WARN,
+            ),
+            _moment(v.begun_at),
+            f"{v.ended_at - v.begun_at:.1f} s" if v.ended_at is not None else NOTHING,
+            came_of_it(v) or NOTHING,
+        )
+        for v in views
+    )
+    columns = ("Operation", "Kind", "Of", "State", "Decided", ">Took", "What came of it")
+    return table(columns, rows, empty)
+
+
+def came_of_it(view: OperationView) -> str:
+    """In words: why it failed, or what it has found or made."""
+    record = view.record
+    if record.error is not None:
+        return record.error.message
+    result = record.result
+    if "differences" in result:
+        compared = f"{amount(int(result.get('compared_bytes', '0')))} of {result.get('copies', '?')} copies"
+        if result["differences"] == "0":
+            return f"{compared}: nothing differs"
+        return f"{compared}: {result['ranges']}"
+    if "sha256" in result:
+        size = amount(int(result["bytes"]))
+        return f"{result['file']} on {result['host']}, {size}, sha256 {result['sha256']}"
+    if "stored_bytes" in result:
+        rests = f"rests on {result['base']}" if result.get("base") else "whole"
+        why = f": {result['why_full']}" if result.get("why_full") else ""
+        return f"{amount(int(result['stored_bytes']))} stored, {rests}{why}"
+    return ", ".join(f"{name} {text}" for name, text in sorted(result.items()))
+
+
+def operation(view: OperationView) -> RenderableType:
+    record = view.record
+    return facts(
+        [
+            ("operation", record.id),
+            ("kind", record.kind),
+            ("of", record.subject),
+            ("state", record.state),
+            ("from", record.source or NOTHING),
+            ("to", record.destination or NOTHING),
+            ("why", record.reason or NOTHING),
+            ("decided", _moment(view.begun_at)),
+            ("ended", _moment(view.ended_at) if view.ended_at is not None else NOTHING),
+            ("what came of it", came_of_it(view) or NOTHING),
+            ("remedy", (record.error.remedy if record.error else "") or NOTHING),
+        ]
+    )
+
+
+def file_written(view: FileView) -> RenderableType:
+    return facts(
+        [
+            ("file", view.file),
+            ("of image", view.image),
+            ("format", view.format),
+            ("state", "complete" if view.sha256 else f"{view.progress:.0%}"),
+            ("size", amount(view.bytes) if view.bytes else NOTHING),
+            ("sha256", view.sha256 or NOTHING),
+        ]
+    )
 
 
 def limits_text(limits: DiskLimits) -> str:
@@ -200,7 +293,11 @@ def backups(views: Sequence[BackupView]) -> RenderableType:
             v.spec.volume,
             _moment(v.spec.created_at),
             amount(v.spec.size_mib * MIB),
-            amount(v.spec.stored_bytes) if v.spec.stored_bytes else NOTHING,
+            "being deleted"
+            if v.deleting
+            else amount(v.spec.stored_bytes)
+            if v.spec.stored_bytes
+            else NOTHING,
             v.spec.base or "nothing: whole",
             f"{v.spec.target} on {v.spec.host}" if v.spec.target.startswith("/") else v.spec.target,
             ", ".join(v.rested_on_by) or NOTHING,

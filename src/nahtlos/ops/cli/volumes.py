@@ -17,6 +17,7 @@ from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Deadline, Wait, copied
 from nahtlos.ops.cli.settled import Project
+from nahtlos.ops.cli.volume_care import care_commands
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.volumes import (
@@ -232,6 +233,7 @@ def volume_commands(surroundings: Surroundings) -> typer.Typer:
                     return
                 await asyncio.sleep(WATCH_SECONDS)
 
+    care_commands(app, surroundings)
     _settings_command(app, surroundings)
     return app
 

@@ -22,7 +22,14 @@ from nahtlos.model.storage import (
     VolumeFormat,
     VolumeSpec,
 )
-from nahtlos.physical.ports import BackupResult, OnCopied, SnapshotFetch, Speed, StorageDesired
+from nahtlos.physical.ports import (
+    BackupResult,
+    FileWritten,
+    OnCopied,
+    SnapshotFetch,
+    Speed,
+    StorageDesired,
+)
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.volumes import COPY_BYTES_PER_SECOND, Snapshot, Volume
 
@@ -298,11 +305,23 @@ class SimStorage(SimDriver):
             self._check_up()
             self._own(volume.id).whole = True
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        async with self.verb("backup_delete"):
+            return
+
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
-    ) -> None:
+        self,
+        snapshot: SnapshotId,
+        file: Path,
+        form: VolumeFormat,
+        *,
+        on_copied: OnCopied,
+        again: bool = False,
+    ) -> FileWritten:
         async with self.verb("snapshot_file"):
-            self._found(snapshot)
+            taken = self._found(snapshot)
+            held = f"{taken.spec.volume} {taken.writes} {form}".encode()
+            return FileWritten(bytes=taken.spec.size_mib << 20, sha256=hashlib.sha256(held).hexdigest())
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
         async with self.verb("mark", volume):

@@ -27,7 +27,15 @@ from nahtlos.model.storage import (
     VolumeFormat,
     VolumeSpec,
 )
-from nahtlos.physical.ports import BackupResult, OnCopied, SnapshotFetch, Speed, Storage, StorageDesired
+from nahtlos.physical.ports import (
+    BackupResult,
+    FileWritten,
+    OnCopied,
+    SnapshotFetch,
+    Speed,
+    Storage,
+    StorageDesired,
+)
 
 
 class CephBackend(Storage, Protocol):
@@ -124,13 +132,22 @@ class Backends:
     ) -> None:
         await self._of(volume).restore(volume, chain, on_copied=on_copied)
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        """Whosever the volume was: where backups are kept, they are all alike."""
+        await self._embedded.backup_delete(backup)
+
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
-    ) -> None:
+        self,
+        snapshot: SnapshotId,
+        file: Path,
+        form: VolumeFormat,
+        *,
+        on_copied: OnCopied,
+        again: bool = False,
+    ) -> FileWritten:
         for storage in self._all:
             if any(status.id == snapshot for status in await storage.snapshots()):
-                await storage.snapshot_file(snapshot, file, form, on_copied=on_copied)
-                return
+                return await storage.snapshot_file(snapshot, file, form, on_copied=on_copied, again=again)
         raise NotFound(f"snapshot '{snapshot}' is not on this host", field="snapshot")
 
     # --- snapshots ---------------------------------------------------------------------------------

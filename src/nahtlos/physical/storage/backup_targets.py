@@ -96,6 +96,10 @@ class Target(Protocol):
         """What is left of it, unless there is a whole one of another time."""
         ...
 
+    def remove(self, volume: VolumeId) -> None:
+        """The backup of `volume`, whole or not. Another one stays: Conflict."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -103,7 +107,7 @@ def target_of(backup: BackupSpec) -> Target:
     if backup.target.startswith("/"):
         return FolderTarget(Path(backup.target), backup.id)
     if backup.target.startswith("nbd:"):
-        return NbdTarget(backup.target)
+        return NbdTarget(backup.target, backup.id)
     raise Refused(
         f"'{backup.target}' is no place for a backup",
         field="target",
@@ -164,8 +168,31 @@ class FolderTarget:
     def discard(self, created_at: float) -> None:
         held = self.manifest()
         if held is None or held.created_at == created_at:
+            self._unlink()
+
+    def remove(self, volume: VolumeId) -> None:
+        if not self._data.parent.is_dir():
+            raise Unavailable(
+                f"there is no folder {self._data.parent}",
+                field="target",
+                remedy="mount it, or forget the backup without it: --keep-files",
+            )
+        try:
+            held = self.manifest()
+        except Refused:
+            held = None  # damaged: nothing can be read of it
+        if held is not None and held.volume != volume:
+            raise _anothers(str(self._manifest), held)
+        self._unlink()
+
+    def _unlink(self) -> None:
+        """The manifest first: what has one is whole."""
+        try:
             self._manifest.unlink(missing_ok=True)
             self._data.unlink(missing_ok=True)
+        except OSError as error:
+            raise Unavailable(f"{self._data.parent}: {error.strerror}", field="target") from error
+        sync_folder(self._data.parent)
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -182,8 +209,9 @@ class FolderTarget:
 
 
 class NbdTarget:
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, backup: BackupId) -> None:
         self._uri = uri
+        self._backup = backup
         self._client: NbdClient | None = None
         self._at = parsed(uri)
 
@@ -250,6 +278,16 @@ class NbdTarget:
         if held is not None and held.created_at == created_at:
             self._connected().write(self._place, bytes(_BLOCK))
             self._connected().flush()
+
+    def remove(self, volume: VolumeId) -> None:
+        """Its bytes are the server's; without a manifest they count for nothing."""
+        held = self.manifest()
+        if held is None:
+            return
+        if (held.volume, held.backup) != (volume, self._backup):
+            raise _anothers(self._uri, held)
+        self._connected().write(self._place, bytes(_BLOCK))
+        self._connected().flush()
 
     def close(self) -> None:
         if self._client is not None:
@@ -341,6 +379,14 @@ def _decoded(body: bytes, where: str) -> BackupManifest:
         return msgspec.json.decode(body, type=BackupManifest)
     except msgspec.MsgspecError as error:
         raise _damaged(where, str(error)) from error
+
+
+def _anothers(where: str, held: BackupManifest) -> Conflict:
+    return Conflict(
+        f"{where} holds backup '{held.backup}' of '{held.volume}'",
+        field="backup",
+        remedy="forget this one without it: --keep-files",
+    )
 
 
 def _damaged(where: str, what: str) -> Refused:

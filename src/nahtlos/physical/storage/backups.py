@@ -142,6 +142,18 @@ class Backups:
             await asyncio.to_thread(target.discard, backup.created_at)
         await asyncio.to_thread(target.close)
 
+    async def delete(self, backup: BackupSpec) -> None:
+        """It is not at its target any more, and changes since it are followed no longer."""
+        record = self._records.get(backup.volume)
+        if record is not None and await self._daemon.pid() is not None:
+            with suppress(Error):  # it would only be followed for nothing
+                await self.points.unfollow(backup.volume, backup.id)
+        target = target_of(backup)
+        try:
+            await asyncio.to_thread(target.remove, backup.volume)
+        finally:
+            await asyncio.to_thread(target.close)
+
     async def _settle(self, volume: VolumeId, backup: BackupSpec, manifest: BackupManifest) -> None:
         await self.close_point(volume)
         if manifest.base is not None:

@@ -14,16 +14,16 @@ from nahtlos.model.ids import SnapshotId, VolumeId
 from nahtlos.model.inventory import VolumeStatus
 from nahtlos.model.storage import BackupSpec, SnapshotExport, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
-from nahtlos.physical.ports import BackupResult, OnCopied, Supervisor
+from nahtlos.physical.ports import BackupResult, FileWritten, OnCopied, Supervisor
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage import scrub
 from nahtlos.physical.storage.backups import Backups, OwnDoor, in_thread
-from nahtlos.physical.storage.exports import SnapshotExports
+from nahtlos.physical.storage.exports import NodeOf, SnapshotExports
 from nahtlos.physical.storage.graph import Places
 from nahtlos.physical.storage.record import Mode, VolumeRecord
 from nahtlos.physical.storage.scrub import Marks
 from nahtlos.physical.storage.serving import Serving
-from nahtlos.physical.storage.snapshot_file import write_snapshot
+from nahtlos.physical.storage.snapshot_file import file_facts, write_snapshot
 
 GetBundle = Callable[[], Awaitable[Bundle]]
 
@@ -72,13 +72,23 @@ class Copies:
     async def restore(self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], on_copied: OnCopied) -> None:
         await self.backups.restore(volume, chain, on_copied)
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        await self.backups.delete(backup)
+
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, on_copied: OnCopied
-    ) -> None:
+        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, on_copied: OnCopied, *, again: bool
+    ) -> FileWritten:
+        if again and file.exists():
+            return await in_thread(lambda stop: file_facts(file, stop))
         records = self._serving.records.all()
         await write_snapshot(await self._bundle(), records, snapshot, self._places, file, form, on_copied)
+        return await in_thread(lambda stop: file_facts(file, stop))
 
     # --- exports -----------------------------------------------------------------------------------
+
+    def export_from(self, elsewhere: NodeOf) -> None:
+        """Snapshots that are in no files of this host are exported, too, by what this says of them."""
+        self._exports.elsewhere = elsewhere
 
     async def export(self, wanted: Iterable[SnapshotExport]) -> tuple[str, ...]:
         """These and no others. Unavailable with all that could not be served, after the rest was."""
@@ -105,7 +115,10 @@ class Copies:
         )
 
     async def mark(self, volume: VolumeId, epoch: int, problem: str) -> None:
-        await asyncio.to_thread(self._marks.put, volume, epoch, problem)
+        if problem:
+            await asyncio.to_thread(self._marks.put, volume, epoch, problem)
+        else:
+            await asyncio.to_thread(self._marks.clear, volume)
 
     def made_anew(self, volume: VolumeId) -> None:
         """What was found wrong with its copy here is gone with it."""

@@ -27,6 +27,7 @@ from nahtlos.physical.hypervisor.bundle import Bundles
 from nahtlos.physical.hypervisor.commandline import TLS_FILES
 from nahtlos.physical.ports import (
     BackupResult,
+    FileWritten,
     Keyring,
     OnCopied,
     SnapshotFetch,
@@ -171,6 +172,7 @@ class EmbeddedStorage:
             if keys:
                 wanted[record.volume] = keys | wanted.get(record.volume, set())
         problems = await self._keys.ensure(key for keys in wanted.values() for key in keys)
+        await asyncio.to_thread(self._keys.keep_only, [key for keys in wanted.values() for key in keys])
         for volume, keys in wanted.items():
             for key in keys & problems.keys():
                 self.serving.left_out[volume] = problems[key]
@@ -319,10 +321,19 @@ class EmbeddedStorage:
     ) -> None:
         await self.copies.restore(volume, chain, on_copied)
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        await self.copies.backup_delete(backup)
+
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
-    ) -> None:
-        await self.copies.snapshot_file(snapshot, file, form, on_copied)
+        self,
+        snapshot: SnapshotId,
+        file: Path,
+        form: VolumeFormat,
+        *,
+        on_copied: OnCopied,
+        again: bool = False,
+    ) -> FileWritten:
+        return await self.copies.snapshot_file(snapshot, file, form, on_copied, again=again)
 
     # --- the unit ----------------------------------------------------------------------------------
 

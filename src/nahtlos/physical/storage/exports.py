@@ -11,17 +11,19 @@ its server may go elsewhere meanwhile.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from nahtlos.model.errors import Error
+from nahtlos.model.ids import SnapshotId
 from nahtlos.model.storage import SnapshotExport
 from nahtlos.physical.hypervisor.bundle import Bundle
 from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.storage import graph
-from nahtlos.physical.storage.decisions import snapshot_layer
+from nahtlos.physical.storage.decisions import snapshot_layer, volume_of
 from nahtlos.physical.storage.graph import Options, Places
 from nahtlos.physical.storage.record import RecordMap, chain
 from nahtlos.wire.credentials import write_file
@@ -39,6 +41,16 @@ _UNTIL = (
 """Runs what follows until the second of the first argument; afterwards nothing, quietly."""
 
 
+NodeOf = Callable[[SnapshotId, str], Awaitable[Options]]
+"""A read-only block node of a snapshot, by the name it is to have."""
+
+
+class _Source(NamedTuple):
+    nodes: tuple[Options, ...]
+    """What is served is the last of them."""
+    secrets: tuple[Options, ...] = ()
+
+
 def uri(export: SnapshotExport, address: str) -> str:
     return f"nbds://{export.id}@{address}:{export.port}/{export.snapshot}"
 
@@ -52,6 +64,8 @@ class SnapshotExports:
         self._places = places
         self._address = address
         self._log = log
+        self.elsewhere: NodeOf | None = None
+        """Of snapshots that are in no files of this host."""
 
     async def any(self) -> bool:
         return any(name.startswith(UNIT_PREFIX) for name in await self._supervisor.units())
@@ -78,7 +92,7 @@ class SnapshotExports:
         return tuple(done), tuple(problems)
 
     async def _serve(self, bundle: Bundle, export: SnapshotExport, records: RecordMap, *, runs: bool) -> bool:
-        unit = self._unit(bundle, export, records)
+        unit = self._unit(bundle, export, await self._source(export, records))
         folder = self._credentials(export)
         runs_by = hashlib.sha256(msgspec.json.encode((unit.argv, export.key_hex))).hexdigest()
         known = folder / _RUNS_BY
@@ -102,13 +116,18 @@ class SnapshotExports:
     def _credentials(self, export: SnapshotExport) -> Path:
         return self._folder / export.id
 
-    def _unit(self, bundle: Bundle, export: SnapshotExport, records: RecordMap) -> Unit:
+    async def _source(self, export: SnapshotExport, records: RecordMap) -> _Source:
+        if volume_of(records, export.snapshot) is None and self.elsewhere is not None:
+            return _Source((await self.elsewhere(export.snapshot, "snapshot"),))
         ref = snapshot_layer(records, export.snapshot)
+        return _Source(graph.snapshot_nodes(records, ref, self._places), self._secrets(records, export))
+
+    def _unit(self, bundle: Bundle, export: SnapshotExport, source: _Source) -> Unit:
         served: Options = {
             "type": "nbd",
             "id": "snapshot",
             "name": export.snapshot,
-            "node-name": graph.format_node(ref),
+            "node-name": source.nodes[-1]["node-name"],
             "writable": False,
         }
         credentials = f"tls-creds-psk,id=tls,endpoint=server,dir={self._credentials(export)}"
@@ -119,8 +138,8 @@ class SnapshotExports:
                 *("/bin/sh", "-c", _UNTIL, "until", str(int(export.expires_at))),
                 *bundle.storage_daemon(),
                 *("--object", credentials),
-                *_said("--object", self._secrets(records, export)),
-                *_said("--blockdev", graph.snapshot_nodes(records, ref, self._places)),
+                *_said("--object", source.secrets),
+                *_said("--blockdev", source.nodes),
                 *("--nbd-server", f"{door},tls-creds=tls,max-connections={MAX_CLIENTS}"),
                 *_said("--export", (served,)),
             ),

@@ -8,7 +8,7 @@ from typing import Protocol
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, ImageId, ReleaseId
 from nahtlos.model.nouns import Release
-from nahtlos.runtime.controllers.volumes import ImageRequest, ImageView
+from nahtlos.runtime.controllers.volumes import FileView, ImageFileRequest, ImageRequest, ImageView
 from nahtlos.runtime.releases import list_releases, load_release
 
 HASHING_SECONDS = 120.0
@@ -45,6 +45,14 @@ class ImageCatalog(Protocol):
 
     async def take_in(self, request: ImageRequest) -> ImageView:
         """Begin to; it is among `coming` from then on, and in the end among the images."""
+        ...
+
+    async def write_out(self, image: ImageId, request: ImageFileRequest) -> FileView:
+        """Begin to; it is among `files` from then on."""
+        ...
+
+    def files(self) -> tuple[FileView, ...]:
+        """Those that are being written, and what became of them."""
         ...
 
     async def delete(self, image: ImageId) -> None: ...
@@ -84,6 +92,16 @@ class FolderImages:
             field="file",
             remedy="put the raw image into its images folder, and into that of every host",
         )
+
+    async def write_out(self, image: ImageId, request: ImageFileRequest) -> FileView:
+        raise Refused(
+            "this orchestrator writes no images",
+            field="file",
+            remedy="copy the raw image from its images folder",
+        )
+
+    def files(self) -> tuple[FileView, ...]:
+        return ()
 
     async def delete(self, image: ImageId) -> None:
         async with asyncio.timeout(LISTING_SECONDS):

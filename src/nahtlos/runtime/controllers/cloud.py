@@ -54,6 +54,13 @@ class KeptVolumes(Value, frozen=True, kw_only=True):
     seconds_left: float | None = None
 
 
+class HostChange(Value, frozen=True, kw_only=True):
+    """What is left out stays as it is."""
+
+    domain: str | UnsetType = UNSET
+    """What it fails together with; empty: nothing."""
+
+
 class HostView(Value, frozen=True, kw_only=True):
     id: HostId
     role: HostRole
@@ -72,6 +79,8 @@ class HostView(Value, frozen=True, kw_only=True):
     generation: int
     target_generation: int
     seen_at: float | None
+    domain: str = ""
+    """What it fails together with (`HostSpec.domain`)."""
     kept: KeptVolumes = KeptVolumes()
     inventory: HostInventory | None = None
     """Only in the view of a single host."""
@@ -200,6 +209,8 @@ class JoinRequest(Value, frozen=True, kw_only=True):
     address: str
     peer_port: int
     csr_pem: str
+    domain: str = ""
+    """Empty: none, or as it was when it joined before."""
 
 
 class JoinAnswer(Value, frozen=True, kw_only=True):
@@ -222,6 +233,7 @@ class Cloud(Protocol):
     async def hosts(self) -> tuple[HostView, ...]: ...
     async def host(self, host: HostId) -> HostView: ...
     async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView: ...
+    async def change_host(self, host: HostId, change: HostChange) -> HostView: ...
     async def create_join_token(self, host: HostId, role: HostRole, ttl_seconds: int) -> str:
         """A token that lets one host of this name join once."""
         ...

@@ -26,6 +26,7 @@ from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, Relea
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
     CloudEvent,
+    HostChange,
     HostView,
     JoinAnswer,
     JoinRequest,
@@ -123,6 +124,15 @@ class CloudService:
         self._said("host.intent", host, f"{host} is to be {intent}")
         return await self.host(host)
 
+    async def change_host(self, host: HostId, change: HostChange) -> HostView:
+        async with self._looks.changing() as tx:
+            state, _ = await self._read(tx)
+            spec = requests.changed_host(state, host, change)
+            await intents.put_host(tx, spec, self._store.clock())
+        domain = f"in failure domain {spec.domain}" if spec.domain else "a failure domain of its own"
+        self._said("host.changed", host, f"{host} is {domain}")
+        return await self.host(host)
+
     async def create_join_token(self, host: HostId, role: HostRole, ttl_seconds: int) -> str:
         checked_name(host, "host")
         requests.checked_ttl(ttl_seconds)
@@ -142,7 +152,11 @@ class CloudService:
             requests.check_join(state, request)
             certificate = self._identity.sign_host_csr(request.csr_pem, request.host, request.address)
             spec = HostSpec(
-                id=request.host, role=request.role, address=request.address, peer_port=request.peer_port
+                id=request.host,
+                role=request.role,
+                address=request.address,
+                peer_port=request.peer_port,
+                domain=request.domain or requests.domain_of(state, request.host),
             )
             await intents.put_host(tx, spec, now)
         self._said("host.joined", request.host, f"{request.host} has joined as {request.role}")

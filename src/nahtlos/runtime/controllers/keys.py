@@ -1,6 +1,6 @@
 """Which host is given which volume key: one that holds a copy or a snapshot of a volume encrypted by it, or
 takes part in an operation that brings one there. Everybody else is refused in the same words, whether or not
-the key is there.
+the key is there. A key that no volume, backup or operation needs any more is destroyed.
 """
 
 import asyncio
@@ -9,11 +9,21 @@ from typing import Protocol
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, KeyId, VolumeId
-from nahtlos.model.storage import SnapshotSpec, VolumeSpec
-from nahtlos.model.volume_work import PlannedVolumeTask, Restoring, volumes_of
+from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
+from nahtlos.model.volume_work import (
+    BackingUp,
+    DeletingBackup,
+    PlannedVolumeTask,
+    Restoring,
+    VolumeWork,
+    volumes_of,
+)
 from nahtlos.runtime.store import blueprints, intent
 from nahtlos.runtime.store import volumes as stored
-from nahtlos.runtime.store.store import Store
+from nahtlos.runtime.store.store import AsyncConnection, Store
+
+VOLUME_KEY = "volume-"
+"""Begins the names of volumes' keys."""
 
 
 class Secrets(Protocol):
@@ -22,6 +32,12 @@ class Secrets(Protocol):
     def create(self, key: KeyId) -> None: ...
 
     def secret(self, key: KeyId) -> bytes: ...
+
+    def names(self) -> tuple[KeyId, ...]: ...
+
+    def destroy(self, key: KeyId) -> None:
+        """Repeatable."""
+        ...
 
 
 def entitled(
@@ -48,10 +64,46 @@ def _restores(task: PlannedVolumeTask, key: KeyId) -> bool:
     return isinstance(task.work, Restoring) and task.work.volume.encryption_key == key
 
 
+def needed(
+    volumes: Iterable[VolumeSpec], backups: Iterable[BackupSpec], works: Iterable[VolumeWork]
+) -> frozenset[KeyId]:
+    """Keys without which something could not be read any more, or not be made as it is to be. Snapshots are
+    of volumes, which last as long as they."""
+    found: set[KeyId | None] = {volume.encryption_key for volume in volumes}
+    found |= {backup.encryption_key for backup in backups}
+    for work in works:
+        match work:
+            case Restoring():
+                found.add(work.volume.encryption_key)
+                found |= {backup.encryption_key for backup in work.chain}
+            case BackingUp() | DeletingBackup():
+                found.add(work.backup.encryption_key)
+            case _:
+                pass  # of volumes there are
+    return frozenset(key for key in found if key is not None)
+
+
 class VolumeKeys:
     def __init__(self, store: Store, secrets: Secrets) -> None:
         self._store = store
         self._secrets = secrets
+
+    async def destroy_spent(self, tx: AsyncConnection) -> tuple[KeyId, ...]:
+        """Which were. `tx` writes: a key is made in a transaction of its volume's, so that one whose volume
+        is about to be known is never taken for one that nothing needs."""
+        kept = tuple(k for k in await asyncio.to_thread(self._secrets.names) if k.startswith(VOLUME_KEY))
+        if not kept:
+            return ()
+        known = await stored.read(tx)
+        target = await blueprints.target(tx)
+        works = [wish.work for wish in known.wishes]
+        works += [task.work for task in (target.volume_tasks if target else ())]
+        rows = (await intent.volumes(tx)).values()
+        wanted = needed((row.spec for row in rows), known.backups.values(), works)
+        spent = tuple(key for key in kept if key not in wanted)
+        for key in spent:
+            await asyncio.to_thread(self._secrets.destroy, key)
+        return spent
 
     async def secret_for(self, host: HostId, key: KeyId) -> bytes:
         async with self._store.reading() as tx:

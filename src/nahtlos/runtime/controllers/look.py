@@ -69,6 +69,11 @@ class Looks:
         finally:
             self._changes += 1
 
+    @asynccontextmanager
+    async def reading(self) -> AsyncGenerator[AsyncConnection]:
+        async with self._store.reading() as tx:
+            yield tx
+
     async def state(self, tx: AsyncConnection) -> State:
         """As `tx` sees it."""
         return await read(tx, self._reported.latest)

@@ -23,6 +23,7 @@ from nahtlos.runtime.controllers import outcomes, volume_records
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.bookkeeping import Chores, chores
 from nahtlos.runtime.controllers.event_log import EventLog
+from nahtlos.runtime.controllers.keys import VolumeKeys
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.controllers.volume_chores import write_volume_chores
 from nahtlos.runtime.controllers.waits import LastingWaits
@@ -36,6 +37,7 @@ from nahtlos.runtime.store.store import Store
 PASS_SECONDS = 1.0
 PAUSE_SECONDS = 0.03
 """Between two passes, so that what changes together is looked at together."""
+KEYS_SECONDS = 30.0
 STEPS = 64
 """Blueprints one pass may make; the next pass goes on."""
 
@@ -53,11 +55,21 @@ class Planned:
 
 
 class PlanningLoop:
-    def __init__(self, store: Store, agents: Agents, log: EventLog, *, wake: asyncio.Event) -> None:
+    def __init__(
+        self,
+        store: Store,
+        agents: Agents,
+        log: EventLog,
+        *,
+        wake: asyncio.Event,
+        keys: VolumeKeys | None = None,
+    ) -> None:
         self._store = store
         self._agents = agents
         self._log = log
         self._wake = wake
+        self._keys = keys
+        self._keys_looked_at: float | None = None
         self._waits = LastingWaits()
         self._share: float | None = None
         self._bug = ""
@@ -90,6 +102,7 @@ class PlanningLoop:
         """Raises Stale when a race was lost (to another leader, or to a request): look again."""
         state = await self._read()
         state = await self._do_chores(epoch, state)
+        await self._destroy_spent_keys(epoch)
         planned = await self._plan(epoch, state)
         await self._execute(epoch, planned, state)
         self._report(planned)
@@ -144,6 +157,19 @@ class PlanningLoop:
                 drafts.append(await self._end_campaign(tx, state, world))
         for draft in drafts:
             self._log.say(draft)
+
+    async def _destroy_spent_keys(self, epoch: int) -> None:
+        """Once in a while: what makes a key spent (a volume, a backup is gone) lasts longer than that."""
+        now = self._store.clock()
+        looked_at = self._keys_looked_at
+        if self._keys is None or (looked_at is not None and now < looked_at + KEYS_SECONDS):
+            return
+        async with self._store.deciding(epoch) as tx:
+            spent = await self._keys.destroy_spent(tx)
+        self._keys_looked_at = now
+        for key in spent:
+            text = f"nothing is encrypted by {key} any more: it is destroyed"
+            self._log.say(EventDraft(kind="key.destroyed", subject=key, text=text))
 
     async def _end_campaign(self, tx: AsyncConnection, state: State, world: World) -> EventDraft:
         assert state.campaign is not None

@@ -42,9 +42,10 @@ class Orchestrator:
         self.leader = Leader(store, holder, alone=alone)
         wake = asyncio.Event()
         self.agents = Agents(store, self.log, epoch=lambda: self.leader.epoch, wake=wake.set)
-        if keyring is not None:
-            self.agents.secret_for = VolumeKeys(store, keyring).secret_for
-        self.loop = PlanningLoop(store, self.agents, self.log, wake=wake)
+        keys = VolumeKeys(store, keyring) if keyring is not None else None
+        if keys is not None:
+            self.agents.secret_for = keys.secret_for
+        self.loop = PlanningLoop(store, self.agents, self.log, wake=wake, keys=keys)
         self.cloud = CloudService(
             store,
             self.agents,

@@ -124,6 +124,7 @@ def stray_record(status: OperationStatus, host: HostId) -> OperationRecord:
         error=status.error,
         times=status.times,
         reason="known from its host alone",
+        result=status.result,
     )
 
 

@@ -4,6 +4,9 @@ the remedy."""
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import msgspec
+from msgspec import UNSET
+
 from nahtlos.model.blueprint import GatewayPlace, HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import (
@@ -17,13 +20,13 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Accelerator, Inventory
 from nahtlos.model.networking import PortSpec, RouterSpec
-from nahtlos.model.nouns import USER_DATA_BYTES, Component, HostRole, Release, ServerSpec, Size
+from nahtlos.model.nouns import USER_DATA_BYTES, Component, HostRole, HostSpec, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.version_pairs import Verdict, Way, pair_for
 from nahtlos.planner.place import room_for
 from nahtlos.planner.replace import reported
 from nahtlos.planner.upgrade import has
-from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
+from nahtlos.runtime.controllers.cloud import HostChange, JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.state import State
 
 MAX_VCPUS = 64
@@ -126,6 +129,8 @@ def check_join(state: State, request: JoinRequest) -> None:
         ipaddress.ip_address(request.address)
     except ValueError as error:
         raise Refused(f"'{request.address}' is no IP address", field="address") from error
+    if request.domain:
+        checked_name(request.domain, "domain")
     known = state.hosts.get(request.host)
     if known is not None and known.spec.role is not request.role:
         raise Conflict(
@@ -136,6 +141,20 @@ def check_join(state: State, request: JoinRequest) -> None:
             raise Conflict(
                 f"{host} has the address {request.address}", field="address", remedy="choose another"
             )
+
+
+def domain_of(state: State, host: HostId) -> str:
+    """As it was, of a host that is known; else none."""
+    return state.hosts[host].spec.domain if host in state.hosts else ""
+
+
+def changed_host(state: State, host: HostId, change: HostChange) -> HostSpec:
+    spec = state.hosts[known_host(state, host)].spec
+    if change.domain is not UNSET:
+        if change.domain:
+            checked_name(change.domain, "domain")
+        spec = msgspec.structs.replace(spec, domain=change.domain)
+    return spec
 
 
 # --- servers -----------------------------------------------------------------------------------------

@@ -7,7 +7,15 @@ from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import BackupId, HostId, SnapshotId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.storage import BackupSpec, SnapshotExport, SnapshotSpec, VolumeSpec
-from nahtlos.model.volume_work import BackingUp, Restoring, Reverting, SnapshotGroup
+from nahtlos.model.volume_work import (
+    BackingUp,
+    DeletingBackup,
+    Restoring,
+    Reverting,
+    SnapshotGroup,
+    VolumeWish,
+    WritingFile,
+)
 from nahtlos.planner.volume_places import has_room, places
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use
 from nahtlos.runtime.controllers.requests import compute_host, listed
@@ -17,6 +25,7 @@ from nahtlos.runtime.controllers.volume_requests import (
     check_idle,
     check_name_free,
     holder_of,
+    is_system_disk,
     known_volume,
     no_place,
 )
@@ -87,7 +96,7 @@ def check_snapshot_deletable(state: State, snapshot: SnapshotId) -> SnapshotSpec
         "delete these clones, or relocate them, which makes them whole: nahtlos volume relocate",
     )
     for wish in state.kept.wishes:
-        if isinstance(wish.work, Reverting) and wish.work.snapshot == snapshot:
+        if isinstance(wish.work, Reverting | WritingFile) and wish.work.snapshot == snapshot:
             check_idle(state, spec.volume)
     return spec
 
@@ -102,11 +111,18 @@ def reverting(state: State, volume: VolumeId, snapshot: SnapshotId) -> Reverting
             remedy=f"nahtlos snapshot list --volume {volume}",
         )
     holder = holder_of(state, volume)
+    if holder is not None and is_system_disk(state, volume):
+        raise Conflict(
+            f"{volume} is the system disk of {holder}, which would see it change under itself",
+            field="volume",
+            remedy=f"nahtlos snapshot clone {snapshot} NAME, then attach the clone to a server",
+        )
     if holder is not None:
         raise Conflict(
             f"{volume} is attached to {holder}, which would see it change under itself",
             field="volume",
-            remedy=f"nahtlos volume detach {volume} first, or clone the snapshot",
+            remedy=f"unmount it there, nahtlos volume detach {volume}, revert it, then "
+            f"nahtlos volume attach {volume} {holder}; or clone the snapshot",
         )
     check_idle(state, volume)
     return Reverting(volume=volume, snapshot=snapshot)
@@ -168,6 +184,23 @@ def known_backup(state: State, backup: BackupId, field: str = "backup") -> Backu
     return spec
 
 
+def deletions_of(state: State, backup: BackupId) -> tuple[VolumeWish, ...]:
+    """Wishes that it be deleted."""
+    wishes = state.kept.wishes
+    return tuple(w for w in wishes if isinstance(w.work, DeletingBackup) and w.work.backup.id == backup)
+
+
+def is_being_deleted(state: State, backup: BackupId) -> bool:
+    return any(not wish.cancelled for wish in deletions_of(state, backup))
+
+
+def _lasting(state: State, backup: BackupId) -> BackupSpec:
+    spec = known_backup(state, backup)
+    if is_being_deleted(state, backup):
+        raise Conflict(f"{backup} is being deleted", field="backup", remedy="choose another backup")
+    return spec
+
+
 def rested_on_by(state: State, backup: BackupId) -> tuple[BackupId, ...]:
     return tuple(name for name, spec in state.kept.backups.items() if spec.base == backup)
 
@@ -175,7 +208,7 @@ def rested_on_by(state: State, backup: BackupId) -> tuple[BackupId, ...]:
 def backing_up(state: State, request: BackupRequest) -> BackingUp:
     name = BackupId(checked_name(request.name, "name"))
     check_name_free(state, name, "backup")
-    known_volume(state, request.volume)
+    parent = known_volume(state, request.volume)
     if request.bytes_per_second < 0:
         raise Refused(
             f"{request.bytes_per_second} bytes per second", field="bytes_per_second", remedy="0: no limit"
@@ -189,13 +222,18 @@ def backing_up(state: State, request: BackupRequest) -> BackingUp:
             remedy="make a whole one first: leave --incremental out",
         )
     spec = BackupSpec(
-        id=name, volume=request.volume, target=place, base=base.id if base is not None else None
+        id=name,
+        volume=request.volume,
+        target=place,
+        base=base.id if base is not None else None,
+        encryption_key=parent.encryption_key,
     )
     return BackingUp(backup=spec, base=base, bytes_per_second=request.bytes_per_second)
 
 
 def _newest(state: State, volume: VolumeId) -> BackupSpec | None:
-    made = [spec for spec in state.kept.backups.values() if spec.volume == volume]
+    kept = state.kept.backups.values()
+    made = [spec for spec in kept if spec.volume == volume and not is_being_deleted(state, spec.id)]
     return max(made, key=lambda spec: (spec.created_at, spec.id), default=None)
 
 
@@ -236,8 +274,11 @@ def check_target(state: State, name: str) -> None:
         )
 
 
-def check_backup_deletable(state: State, backup: BackupId) -> None:
+def deleting(state: State, backup: BackupId, *, keep_files: bool) -> DeletingBackup:
+    """With its files, unless these are kept: then whoever holds them need not be there."""
     spec = known_backup(state, backup)
+    if not keep_files:
+        _lasting(state, backup)
     in_use(
         f"backup {backup}",
         (f"backup {name}" for name in rested_on_by(state, backup)),
@@ -252,15 +293,24 @@ def check_backup_deletable(state: State, backup: BackupId) -> None:
                 field="backup",
                 remedy="wait until it has ended",
             )
+    if not keep_files and spec.target.startswith("/") and spec.host not in state.hosts:
+        raise Conflict(
+            f"{backup} is in a folder of {spec.host or 'a host'}, which is no host of this cloud",
+            field="backup",
+            remedy=f"forget it and leave its files: nahtlos backup delete {backup} --keep-files",
+        )
+    if not keep_files:
+        check_idle(state, spec.volume)
+    return DeletingBackup(backup=spec)
 
 
 def restoring(state: State, inventory: Inventory, backup: BackupId, request: RestoreRequest) -> Restoring:
     name = VolumeId(checked_name(request.name, "name"))
     check_name_free(state, name, "volume")
-    last = known_backup(state, backup)
+    last = _lasting(state, backup)
     chain = [last]
     while chain[0].base is not None:
-        chain.insert(0, known_backup(state, chain[0].base))
+        chain.insert(0, _lasting(state, chain[0].base))
     parent = state.volumes.get(last.volume)
     host = _restoring_host(state, inventory, last, request)
     volume = VolumeSpec(
@@ -269,7 +319,7 @@ def restoring(state: State, inventory: Inventory, backup: BackupId, request: Res
         image=None,
         host=host,
         project=checked_project(request.project),
-        encryption_key=parent.spec.encryption_key if parent is not None else None,
+        encryption_key=last.encryption_key or (parent.spec.encryption_key if parent is not None else None),
     )
     if parent is not None:
         volume = msgspec.structs.replace(volume, format=parent.spec.format)

@@ -45,6 +45,7 @@ def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) 
         generation=seen.generation if seen else 0,
         target_generation=state.configs[host].generation if host in state.configs else 0,
         seen_at=state.received.get(host),
+        domain=row.spec.domain,
         kept=kept_volumes(state, inventory, host),
         inventory=seen if whole else None,
     )

@@ -15,8 +15,8 @@ import msgspec
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.blueprint import Blueprint, OperationRecord
-from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import BackupId, HostId, OperationId
+from nahtlos.model.errors import Conflict, ErrorRecord, NotFound, Refused
+from nahtlos.model.ids import BackupId, HostId, OperationId, VolumeId
 from nahtlos.model.inventory import OperationState, OperationStatus
 from nahtlos.model.storage import (
     BackupSpec,
@@ -28,14 +28,17 @@ from nahtlos.model.storage import (
 )
 from nahtlos.model.volume_work import (
     BackingUp,
+    DeletingBackup,
     PlannedVolumeTask,
     Rebuilding,
     Relocation,
     Restoring,
     Reverting,
+    Scrubbing,
     SnapshotGroup,
     SnapshotMove,
     VolumeWork,
+    WritingFile,
     kind_of,
     volumes_of,
     words,
@@ -59,18 +62,26 @@ class EndedTask:
     def done(self) -> bool:
         return self.status.state is OperationState.DONE
 
+    @property
+    def hopeless(self) -> bool:
+        """It would be refused again: what is in its way is people's."""
+        error = self.status.error
+        refused = error is not None and error.kind in (Refused.kind, Conflict.kind, NotFound.kind)
+        return not self.done and refused and isinstance(self.task.work, WritingFile | DeletingBackup)
+
 
 async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDraft:
     """The operation's end, and what follows from it."""
     if end.done:
         await _apply(tx, end.task, end.status.result, now)
-    if end.task.wish and (end.done or end.cancelled):
+    if end.task.wish and (end.done or end.cancelled or end.hopeless):
         await volumes.forget_wish(tx, end.task.wish)
     record = record_of(
         end.task,
         state=end.status.state.value,
         error=None if end.done else end.status.error,
         times=end.status.times,
+        result=end.status.result,
     )
     await operations.end(tx, record, now)
     return _announcement("ended", record, end.task.work)
@@ -96,6 +107,25 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
         case Restoring():
             if await volumes.get(tx, task.work.volume.id) is None:
                 await volumes.add(tx, task.work.volume)
+        case Scrubbing():
+            if task.work.repair:
+                await _distrust(tx, task.work.volume, result.get("wrong", ""))
+        case DeletingBackup():
+            await volumes.forget_backup(tx, task.work.backup.id)
+        case WritingFile():
+            pass
+
+
+async def _distrust(tx: AsyncConnection, volume: VolumeId, hosts: str) -> None:
+    """Copies that were found wrong are made anew. The last one is what there is."""
+    for host in hosts.split():
+        spec = await volumes.get(tx, volume)
+        if spec is None or HostId(host) not in spec.current:
+            continue
+        try:
+            await volumes.lose_copy(tx, volume, HostId(host))
+        except (Conflict, NotFound):
+            return
 
 
 def backup_made(spec: BackupSpec, result: Mapping[str, str], now: float) -> BackupSpec:
@@ -244,6 +274,7 @@ def record_of(
     state: str = OperationState.RUNNING.value,
     error: ErrorRecord | None = None,
     times: dict[str, float] | None = None,
+    result: dict[str, str] | None = None,
 ) -> OperationRecord:
     source, destination = places_of(task.work)
     return OperationRecord(
@@ -256,6 +287,7 @@ def record_of(
         reason=task.reason,
         error=error,
         times=times or {},
+        result=result or {},
     )
 
 
@@ -265,7 +297,9 @@ def places_of(work: VolumeWork) -> tuple[HostId | None, HostId | None]:
             return work.source, work.destination
         case Rebuilding():
             return work.source, work.target
-        case SnapshotGroup() | Reverting() | BackingUp() | Restoring():
+        case SnapshotGroup() | Reverting() | BackingUp() | Restoring() | DeletingBackup():
+            return None, None
+        case Scrubbing() | WritingFile():
             return None, None
 
 
@@ -291,8 +325,20 @@ def _announcement(what: str, record: OperationRecord, work: VolumeWork) -> Event
     why = f": {record.error.message}" if record.error else ""
     begins = what == "begun"
     text = f"{words(work)}{f' ({record.reason})' if begins and record.reason else ''}"
-    text += "" if begins else f": {record.state}{why}"
+    text += "" if begins else f": {record.state}{why}{found_by(record)}"
     return EventDraft(kind=f"{record.kind}.{what}", subject=record.subject, text=text, data=data)
+
+
+def found_by(record: OperationRecord) -> str:
+    """What came of a scrub or a file, in words to go on with."""
+    result = record.result
+    if "differences" in result:
+        wrong = ", ".join(result.get("wrong", "").split())
+        many = "1 range" if result["differences"] == "1" else f"{result['differences']} ranges"
+        return f": {many} wrong on {wrong}" if wrong else ": all is as it should be"
+    if "sha256" in result:
+        return f": sha256 {result['sha256']}"
+    return ""
 
 
 def ended_tasks(

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import BackupId, HostId, ImageId, KeyId, SnapshotId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
@@ -22,11 +24,13 @@ from nahtlos.runtime.controllers import (
     volume_views,
 )
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
+from nahtlos.runtime.controllers.keys import VOLUME_KEY
 from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_views import settling
 from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_care_service import VolumeCareService, operations_of
 from nahtlos.runtime.controllers.volume_records import fenced
 from nahtlos.runtime.controllers.volumes import (
     Attaching,
@@ -53,6 +57,7 @@ from nahtlos.runtime.store import volumes as rows
 from nahtlos.runtime.store.store import AsyncConnection
 from nahtlos.runtime.store.volumes import VolumeSettings
 
+OPERATIONS_SHOWN = 20
 Said = Callable[[str, str, str], None]
 
 
@@ -82,6 +87,7 @@ class VolumeService:
         self._said = said
         self._images = images
         self._keys = keys
+        self.care = VolumeCareService(looks, said=said, images=images, view=self.volume)
 
     @asynccontextmanager
     async def _changing(self) -> AsyncGenerator[_Change]:
@@ -111,7 +117,11 @@ class VolumeService:
         if volume not in look.state.volumes:
             volume_requests.known_volume(look.state, volume)
         behind = self._behind(look)
-        return volume_views.volume_view(look.state, look.inventory, look.report, behind, volume)
+        view = volume_views.volume_view(look.state, look.inventory, look.report, behind, volume)
+        async with self._looks.reading() as tx:
+            newest = await operations_of(tx, subject=volume, limit=OPERATIONS_SHOWN)
+        ended = tuple(each for each in newest if each.ended_at is not None)
+        return msgspec.structs.replace(view, ended=ended)
 
     async def create_volume(self, request: VolumeRequest) -> VolumeView:
         images = await self._images.images()
@@ -135,7 +145,7 @@ class VolumeService:
                 field="encrypted",
                 remedy="start it with one, or leave the volume unencrypted",
             )
-        return KeyId(f"volume-{secrets.token_hex(8)}")
+        return KeyId(f"{VOLUME_KEY}{secrets.token_hex(8)}")
 
     async def change_volume(self, volume: VolumeId, change: VolumeChange) -> VolumeView:
         async with self._changing() as current:
@@ -305,11 +315,17 @@ class VolumeService:
         self._said("backup.restore", backup, f"{words(work)} on {work.volume.host}")
         return work.volume.id
 
-    async def delete_backup(self, backup: BackupId) -> None:
+    async def delete_backup(self, backup: BackupId, *, keep_files: bool = False) -> None:
         async with self._changing() as change:
-            snapshot_requests.check_backup_deletable(change.state, backup)
-            await rows.forget_backup(change.tx, backup)
-        self._said("backup.deleted", backup, f"backup {backup} is not known any more")
+            work = snapshot_requests.deleting(change.state, backup, keep_files=keep_files)
+            if keep_files:
+                for wish in snapshot_requests.deletions_of(change.state, backup):
+                    await rows.cancel_wish(change.tx, wish.id)
+                await rows.forget_backup(change.tx, backup)
+            else:
+                await self._wish(change, work)
+        text = "is not known any more" if keep_files else "is to be deleted"
+        self._said("backup.deleted", backup, f"backup {backup} {text}")
 
     async def targets(self) -> tuple[TargetView, ...]:
         state = (await self._looks.now()).state

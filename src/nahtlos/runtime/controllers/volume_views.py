@@ -13,9 +13,11 @@ from nahtlos.model.volume_work import (
     Rebuilding,
     Relocation,
     Restoring,
+    Scrubbing,
     SnapshotMove,
     VolumeWish,
     VolumeWork,
+    WritingFile,
     kind_of,
     new_names,
     volumes_of,
@@ -23,7 +25,12 @@ from nahtlos.model.volume_work import (
 )
 from nahtlos.planner.volumes import kept_on
 from nahtlos.runtime.controllers.cloud import KeptVolumes
-from nahtlos.runtime.controllers.snapshot_requests import clones_of, export_uri, rested_on_by
+from nahtlos.runtime.controllers.snapshot_requests import (
+    clones_of,
+    export_uri,
+    is_being_deleted,
+    rested_on_by,
+)
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_requests import holder_of
 from nahtlos.runtime.controllers.volumes import (
@@ -49,6 +56,7 @@ def volume_view(
     )
     copies = tuple(_copy(inventory, row.spec, copy) for copy in row.spec.copies)
     waits = "; ".join(dict.fromkeys(w.reason for w in report.waiting if w.subject == volume))
+    waits = waits or "; ".join(f"{c.host}: {c.problem} ({c.remedy})" for c in copies if c.problem)
     whole = all(copy.served and copy.state is ReplicaState.CURRENT and not copy.problem for copy in copies)
     concerned = [copy.host for copy in row.spec.copies]
     if server is not None:
@@ -56,6 +64,7 @@ def volume_view(
     return VolumeView(
         spec=row.spec,
         server=server,
+        server_host=(_place(state, server) or None) if server is not None else None,
         system=server is not None and state.servers[server].spec.volume == volume,
         copies=copies,
         snapshots=tuple(
@@ -92,7 +101,16 @@ def _copy(inventory: Inventory, volume: VolumeSpec, copy: Replica) -> CopyView:
         served=_is_served(told, volume, copy),
         allocated_bytes=told.allocated_bytes if told is not None else 0,
         problem=told.problem if told is not None else "",
+        remedy=remedy(volume, copy.host) if told is not None and told.problem else "",
+        clients=told.clients if told is not None else -1,
     )
+
+
+def remedy(volume: VolumeSpec, host: HostId) -> str:
+    """Of a copy that is in trouble."""
+    if any(current != host for current in volume.current):
+        return f"nahtlos volume rebuild {volume.id} --copy {host}"
+    return f"restore it from a backup: nahtlos backup list --volume {volume.id}"
 
 
 def _is_served(told: VolumeStatus | None, volume: VolumeSpec, copy: Replica) -> bool:
@@ -135,6 +153,7 @@ def _wish(state: State, wish: VolumeWish, waiting: dict[str, str]) -> TaskView:
         makes=tuple(new_names(wish.work)),
         what=words(wish.work),
         kind=kind_of(wish.work).value,
+        volume=volumes_of(wish.work)[0],
         bytes_total=_bytes(state, wish.work),
         waits_for=waiting.get(volumes_of(wish.work)[0], "its turn"),
         attempts=failure.attempts if failure is not None else 0,
@@ -154,6 +173,7 @@ def _task(state: State, inventory: Inventory, task: PlannedVolumeTask) -> TaskVi
         makes=tuple(new_names(task.work)),
         what=words(task.work),
         kind=kind_of(task.work).value,
+        volume=volumes_of(task.work)[0],
         step=status.step if status is not None else "not begun yet",
         progress=status.progress if status is not None else 0.0,
         bytes_total=total,
@@ -177,7 +197,7 @@ def _bytes(state: State, work: VolumeWork) -> int:
         return work.volume.size_mib * MIB
     if isinstance(work, SnapshotMove):
         return sum(_allocated(state, work.source, name) for name in work.snapshots)
-    if not isinstance(work, Relocation | Rebuilding | BackingUp):
+    if not isinstance(work, Relocation | Rebuilding | BackingUp | Scrubbing | WritingFile):
         return 0
     row = state.volumes.get(volumes_of(work)[0])
     return row.spec.size_mib * MIB if row is not None else 0
@@ -247,6 +267,6 @@ def snapshot_view(state: State, inventory: Inventory, snapshot: SnapshotId) -> S
 
 def backup_views(state: State) -> tuple[BackupView, ...]:
     return tuple(
-        BackupView(spec=spec, rested_on_by=rested_on_by(state, name))
+        BackupView(spec=spec, rested_on_by=rested_on_by(state, name), deleting=is_being_deleted(state, name))
         for name, spec in state.kept.backups.items()
     )

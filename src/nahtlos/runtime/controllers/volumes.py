@@ -8,6 +8,7 @@ from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 
+from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.ids import (
     BackupId,
     HostId,
@@ -127,7 +128,59 @@ class ImageRequest(Value, frozen=True, kw_only=True):
     format: VolumeFormat
 
 
+class ScrubRequest(Value, frozen=True, kw_only=True):
+    bytes_per_second: int = 0
+    repair: bool = False
+    """Copies that differ are made anew."""
+
+
+class RebuildRequest(Value, frozen=True, kw_only=True):
+    copy: HostId | None = None
+    """None: the only one that is in trouble."""
+
+
+class SpeedRequest(Value, frozen=True, kw_only=True):
+    bytes_per_second: int
+    """0: no limit."""
+
+
+class SnapshotFileRequest(Value, frozen=True, kw_only=True):
+    file: str
+    """Its whole path, on a host that keeps the snapshot."""
+    format: VolumeFormat
+    host: HostId | None = None
+    """None: any that keeps it."""
+
+
+class ImageFileRequest(Value, frozen=True, kw_only=True):
+    file: str
+    """Its whole path, on the orchestrator's machine."""
+    format: VolumeFormat
+
+
 # --- views -------------------------------------------------------------------------------------------
+
+
+class OperationView(Value, frozen=True, kw_only=True):
+    """Of any kind, from its decision on."""
+
+    record: OperationRecord
+    begun_at: float
+    ended_at: float | None
+    """None: it runs, or is to."""
+
+
+class FileView(Value, frozen=True, kw_only=True):
+    """An image that is written to a file, or was."""
+
+    file: str
+    image: ImageId
+    format: VolumeFormat
+    progress: float = 0.0
+    bytes: int = 0
+    sha256: str = ""
+    """Empty until it is complete."""
+    problem: str = ""
 
 
 class TaskView(Value, frozen=True, kw_only=True):
@@ -137,6 +190,8 @@ class TaskView(Value, frozen=True, kw_only=True):
     """None: it is wished, and has not begun."""
     what: str
     kind: str
+    volume: VolumeId = VolumeId("")
+    """The first, of several."""
     step: str = ""
     progress: float = 0.0
     bytes_total: int = 0
@@ -158,11 +213,17 @@ class CopyView(Value, frozen=True, kw_only=True):
     served: bool
     allocated_bytes: int
     problem: str
+    remedy: str = ""
+    """Of the problem."""
+    clients: int = -1
+    """So many have it open; -1: that cannot be told of it."""
 
 
 class VolumeView(Value, frozen=True, kw_only=True):
     spec: VolumeSpec
     server: ServerId | None
+    server_host: HostId | None = None
+    """Where that server is."""
     system: bool
     """Whether it is its server's system disk."""
     copies: tuple[CopyView, ...]
@@ -175,6 +236,8 @@ class VolumeView(Value, frozen=True, kw_only=True):
     removed: bool = False
     trouble: str = ""
     """Why its server stands still because of it, and what to do."""
+    ended: tuple[OperationView, ...] = ()
+    """Newest operations of it and what came of them. Only in the view of a single volume."""
 
 
 class SnapshotView(Value, frozen=True, kw_only=True):
@@ -202,6 +265,8 @@ class ExportTicket(Value, frozen=True, kw_only=True):
 class BackupView(Value, frozen=True, kw_only=True):
     spec: BackupSpec
     rested_on_by: tuple[BackupId, ...]
+    deleting: bool = False
+    """It is being taken away from its target."""
 
 
 class ImageView(Value, frozen=True, kw_only=True):
@@ -222,7 +287,37 @@ class TargetView(Value, frozen=True, kw_only=True):
 # --- the offer ---------------------------------------------------------------------------------------
 
 
+class VolumeCare(Protocol):
+    """What is done about the health, the pace and the outside of what there is."""
+
+    async def scrub(self, volume: VolumeId, request: ScrubRequest) -> VolumeView: ...
+    async def rebuild(self, volume: VolumeId, request: RebuildRequest) -> VolumeView:
+        """A current copy is not to be trusted: it is made anew from the others."""
+        ...
+
+    async def set_speed(self, volume: VolumeId, request: SpeedRequest) -> VolumeView:
+        """Of the relocation that was asked for, also while it runs."""
+        ...
+
+    async def write_snapshot(self, snapshot: SnapshotId, request: SnapshotFileRequest) -> SnapshotView: ...
+    async def write_image(self, image: ImageId, request: ImageFileRequest) -> FileView: ...
+    async def files(self) -> tuple[FileView, ...]:
+        """Of images; as far as this orchestrator's process knows."""
+        ...
+
+    async def operations(
+        self, *, subject: str = "", kind: str = "", limit: int = 50
+    ) -> tuple[OperationView, ...]:
+        """Newest first; of a volume, server or host, or of one kind."""
+        ...
+
+    async def operation(self, operation: OperationId) -> OperationView: ...
+
+
 class Volumes(Protocol):
+    @property
+    def care(self) -> VolumeCare: ...
+
     async def volumes(self) -> tuple[VolumeView, ...]: ...
     async def volume(self, volume: VolumeId) -> VolumeView: ...
     async def create_volume(self, request: VolumeRequest) -> VolumeView: ...
@@ -255,7 +350,10 @@ class Volumes(Protocol):
     async def backup(self, backup: BackupId) -> BackupView: ...
     async def create_backup(self, request: BackupRequest) -> BackupId: ...
     async def restore_backup(self, backup: BackupId, request: RestoreRequest) -> VolumeId: ...
-    async def delete_backup(self, backup: BackupId) -> None: ...
+    async def delete_backup(self, backup: BackupId, *, keep_files: bool = False) -> None:
+        """Known no more, once it is taken away from its target; at once if that is left as it is."""
+        ...
+
     async def targets(self) -> tuple[TargetView, ...]: ...
     async def put_target(self, request: TargetRequest) -> TargetView: ...
     async def delete_target(self, name: str) -> None: ...

@@ -12,6 +12,7 @@ from nahtlos.model.ids import OperationId
 from nahtlos.runtime.executor.decide import Begin, HostOrders
 from nahtlos.wire.messages import Acknowledge, BeginVerify, CancelOperation, Configure
 from nahtlos.wire.session import Session
+from nahtlos.wire.volumes import SetCopySpeed
 
 COMMAND_TIMEOUT = 10.0
 """Seconds within which an agent must accept an order; it carries it out in its own time."""
@@ -43,6 +44,7 @@ class Outbox:
         self._generation = 0
         self._begun: dict[OperationId, int] = {}
         self._cancelled: set[OperationId] = set()
+        self._speeds: dict[OperationId, int] = {}
         self._reports = 0
 
     def post(self, orders: HostOrders) -> None:
@@ -74,6 +76,8 @@ class Outbox:
             await self._begin(order)
         for operation in orders.cancel:
             await self._cancel(operation)
+        for speed in orders.speeds:
+            await self._pace(speed)
         if orders.acknowledge:
             await self._session.request(Acknowledge(ids=orders.acknowledge), timeout=COMMAND_TIMEOUT)
 
@@ -88,6 +92,18 @@ class Outbox:
         except Refused:
             pass
         self._cancelled.add(operation)
+
+    async def _pace(self, speed: SetCopySpeed) -> None:
+        """Once on this connection, and whenever it changes. Refused: it does not copy (any more)."""
+        if self._speeds.get(speed.id) == speed.bytes_per_second:
+            return
+        try:
+            await self._session.request(speed, timeout=COMMAND_TIMEOUT)
+        except Stale:
+            raise
+        except Refused:
+            pass
+        self._speeds[speed.id] = speed.bytes_per_second
 
     async def _begin(self, order: Begin) -> None:
         operation = order.id if isinstance(order, BeginVerify) else order.order.id

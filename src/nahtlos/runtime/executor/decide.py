@@ -14,11 +14,11 @@ from nahtlos.model.inventory import OperationState
 from nahtlos.model.values import Value
 from nahtlos.runtime.executor.configs import next_config, server_config
 from nahtlos.runtime.executor.gateway_orders import begin_gateways
-from nahtlos.runtime.executor.volume_orders import begin_volume_tasks, cancellations
+from nahtlos.runtime.executor.volume_orders import begin_volume_tasks, cancellations, speeds
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import BeginMove, BeginReplace, BeginVerify, MoveOrder, ReplaceOrder
-from nahtlos.wire.volumes import BeginVolumeTask
+from nahtlos.wire.volumes import BeginVolumeTask, SetCopySpeed
 
 OVER = (OperationState.DONE, OperationState.UNDONE)
 
@@ -27,11 +27,13 @@ Begin = BeginMove | BeginReplace | BeginVerify | BeginGateway | BeginVolumeTask
 
 
 class HostOrders(Value, frozen=True, kw_only=True):
-    """In this order: the configuration, what to begin, what to give up, what may be forgotten."""
+    """In this order: the configuration, what to begin, what to give up, how fast to copy, what may be
+    forgotten."""
 
     config: HostConfig
     begin: tuple[Begin, ...] = ()
     cancel: tuple[OperationId, ...] = ()
+    speeds: tuple[SetCopySpeed, ...] = ()
     acknowledge: tuple[OperationId, ...] = ()
 
 
@@ -49,6 +51,7 @@ def decide(world: World) -> Orders:
             config=config,
             begin=_begins(world, host),
             cancel=cancellations(world, host),
+            speeds=speeds(world, host),
             acknowledge=_acknowledgements(world, host),
         )
         for host, config in configs.items()

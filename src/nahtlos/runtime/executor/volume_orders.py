@@ -5,13 +5,16 @@ from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
+    DeletingBackup,
     PlannedVolumeTask,
     Rebuilding,
     Relocation,
     Restoring,
     Reverting,
+    Scrubbing,
     SnapshotGroup,
     SnapshotMove,
+    WritingFile,
     volumes_of,
 )
 from nahtlos.runtime.executor.attachments import NBD_PORT, attachment, endpoint
@@ -20,12 +23,16 @@ from nahtlos.runtime.executor.world import World
 from nahtlos.wire.volumes import (
     BackupOrder,
     BeginVolumeTask,
+    DeleteBackupOrder,
     MoveSnapshotsOrder,
     PeerAddress,
     RebuildOrder,
     RelocateOrder,
     RestoreOrder,
     RevertOrder,
+    ScrubOrder,
+    SetCopySpeed,
+    SnapshotFileOrder,
     SnapshotOrder,
     VolumeClient,
     VolumeTask,
@@ -56,6 +63,23 @@ def cancellations(world: World, host: HostId) -> tuple[OperationId, ...]:
         for task in world.blueprint.volume_tasks
         if task.coordinator == host and task.wish in cancelled and world.is_running(host, task.id)
     )
+
+
+def speeds(world: World, host: HostId) -> tuple[SetCopySpeed, ...]:
+    """How fast copies that run at `host` may be now: what was asked for may have changed since they began."""
+    wished = {wish.id: wish.work for wish in world.policy.volume_wishes}
+    found: list[SetCopySpeed] = []
+    for task in world.blueprint.volume_tasks:
+        if task.coordinator != host or not world.is_running(host, task.id):
+            continue
+        if not isinstance(task.work, Relocation | Rebuilding):
+            continue
+        asked = wished.get(task.wish)
+        rate = world.policy.rebuild_bytes_per_second
+        if isinstance(asked, Relocation):
+            rate = asked.bytes_per_second
+        found.append(SetCopySpeed(id=task.id, bytes_per_second=rate))
+    return tuple(found)
 
 
 def _cancelled(world: World) -> set[str]:
@@ -113,6 +137,34 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
                 hosts=_peers(world),
                 volume=task.work.volume,
                 chain=task.work.chain,
+            )
+        case Scrubbing():
+            volume = world.policy.volumes.get(task.work.volume)
+            if volume is None or task.coordinator not in volume.current:
+                return None
+            return ScrubOrder(
+                id=task.id,
+                coordinator=task.coordinator,
+                hosts=_peers(world),
+                volume=volume,
+                bytes_per_second=task.work.bytes_per_second,
+            )
+        case WritingFile():
+            snapshot = world.policy.snapshots.get(task.work.snapshot)
+            if snapshot is None or task.coordinator not in snapshot.hosts:
+                return None
+            return SnapshotFileOrder(
+                id=task.id,
+                coordinator=task.coordinator,
+                hosts=_peers(world),
+                volume=task.work.volume,
+                snapshot=task.work.snapshot,
+                file=task.work.file,
+                format=task.work.format,
+            )
+        case DeletingBackup():
+            return DeleteBackupOrder(
+                id=task.id, coordinator=task.coordinator, hosts=_peers(world), backup=task.work.backup
             )
 
 

@@ -5,10 +5,11 @@ one that makes a blueprint without it the target. Agents forget an operation onl
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, literal, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -87,6 +88,34 @@ async def newest(tx: AsyncConnection, kind: str, limit: int) -> tuple[OperationR
     query = select(table).where(table.c.kind == kind, table.c.ended_at.is_not(None))
     query = query.order_by(table.c.ended_at.desc()).limit(limit)
     return tuple(_records((await tx.execute(query)).all()).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationRow:
+    record: OperationRecord
+    begun_at: float
+    ended_at: float | None
+
+
+async def listing(
+    tx: AsyncConnection, *, subject: str = "", kind: str = "", operation: str = "", limit: int
+) -> tuple[OperationRow, ...]:
+    """Newest first. An operation of several volumes has all their names as its subject."""
+    table = schema.operations
+    query = select(table).order_by(table.c.begun_at.desc(), table.c.id.desc()).limit(limit)
+    if subject:
+        every = literal(", ") + table.c.subject + ", "
+        query = query.where(every.contains(f", {subject}, ", autoescape=True))
+    if kind:
+        query = query.where(table.c.kind == kind)
+    if operation:
+        query = query.where(table.c.id == operation)
+    return tuple(
+        OperationRow(
+            record=value_of(row.document, OperationRecord), begun_at=row.begun_at, ended_at=row.ended_at
+        )
+        for row in (await tx.execute(query)).all()
+    )
 
 
 async def _select(tx: AsyncConnection, where: Any) -> Any:

@@ -1,12 +1,26 @@
 """Backups, restores and snapshots as files, each carried out by the host that has what it is made from."""
 
+import asyncio
 from pathlib import Path
 
+import msgspec
+
+from nahtlos.model.errors import Conflict
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.peers import carry_out
 from nahtlos.physical.agent.volumes.single import SingleAct
-from nahtlos.wire.volumes import BackupOrder, RestoreOrder, SnapshotFileOrder, VolumeForget, VolumeReceive
+from nahtlos.wire.volumes import (
+    BackupOrder,
+    DeleteBackupOrder,
+    RestoreOrder,
+    SnapshotFileOrder,
+    VolumeForget,
+    VolumeReceive,
+)
+
+_WRITING = "writing"
+"""Noted once there was no file of that name: one that is there afterwards is this operation's."""
 
 
 class Backup(SingleAct):
@@ -60,6 +74,24 @@ class Restore(SingleAct):
         await carry_out(self._context, VolumeForget(id=self._order.id, volume=self._order.volume.id))
 
 
+class DeleteBackup(SingleAct):
+    """Taken away as far as it was reached; done again, the rest goes."""
+
+    what = "backup-deletion"
+
+    def __init__(self, context: Context, journal: Journal) -> None:
+        super().__init__(context, journal)
+        assert isinstance(journal.task, DeleteBackupOrder), f"operation {journal.id} deletes no backup"
+        self._order = journal.task
+        self.subject = self._order.backup.volume
+
+    async def work(self) -> None:
+        await self._context.drivers.storage.backup_delete(self._order.backup)
+
+    async def undo(self) -> None:
+        """What is gone is gone."""
+
+
 class SnapshotFile(SingleAct):
     what = "snapshot-file"
 
@@ -70,10 +102,22 @@ class SnapshotFile(SingleAct):
         self.subject = self._order.snapshot
 
     async def work(self) -> None:
-        order = self._order
-        await self._context.drivers.storage.snapshot_file(
-            order.snapshot, Path(order.file), order.format, on_copied=self.on_copied
+        order, file = self._order, Path(self._order.file)
+        again = _WRITING in self._journal.notes
+        if not again:
+            if await asyncio.to_thread(file.exists):
+                raise Conflict(f"{file} is there already", field="file", remedy="choose another name")
+            notes = {**self._journal.notes, _WRITING: "yes"}
+            self._journal = self._context.ledger.note(
+                msgspec.structs.replace(self._journal, notes=notes), _WRITING
+            )
+        written = await self._context.drivers.storage.snapshot_file(
+            order.snapshot, file, order.format, on_copied=self.on_copied, again=again
         )
+        self.tell("host", self._context.settings.host)
+        self.tell("file", order.file)
+        self.tell("bytes", str(written.bytes))
+        self.tell("sha256", written.sha256)
 
     async def undo(self) -> None:
         """Nothing appears before it is complete."""

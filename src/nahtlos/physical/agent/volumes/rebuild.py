@@ -84,6 +84,8 @@ class Rebuild:
 
     def set_speed(self, bytes_per_second: int) -> None:
         """From now on, also after a restart."""
+        if bytes_per_second == self._speed:
+            return
         self._speed = bytes_per_second
         self._note("speed", str(bytes_per_second))
         self._journal = self._context.ledger.note(self._journal)
@@ -280,7 +282,7 @@ class Rebuild:
     async def _check_unused(self) -> None:
         """Somebody who has it open would write past the copy."""
         for status in await self._storage.observe():
-            if status.id == self._order.volume.id and status.clients:
+            if status.id == self._order.volume.id and status.clients > 0:
                 raise Unavailable(
                     f"{status.id} is open by {status.clients}, of whom the order says nothing",
                     remedy="it is planned again",

@@ -69,6 +69,8 @@ class Relocation:
 
     def set_speed(self, bytes_per_second: int) -> None:
         """From now on, also after a restart."""
+        if bytes_per_second == self._speed:
+            return
         self._speed = bytes_per_second
         notes = {**self._journal.notes, "speed": str(bytes_per_second), "speed_set": ""}
         self._journal = self._context.ledger.note(msgspec.structs.replace(self._journal, notes=notes))

@@ -1,9 +1,11 @@
-"""The copies of a volume are compared range by range, at a bounded rate, while it is written.
+"""The copies of a volume are compared range by range, at a bounded rate, while it is written. Of a single one
+it is found out whether all of it can be read.
 
 A write reaches the copies at different times, so a difference counts only if it stays: the digests of every
 copy are read again, and where they are still as they were and still differ, no write was under way. What
 differs is halved until it is small. With three copies two are right; with two the first one is, because it
-is the one that servers read (a quorum reads in order): the other is what would be rebuilt.
+is the one that servers read (a quorum reads in order): the other is what would be rebuilt. What cannot be
+read although its host answers is wrong in any case. Copies that are found equal are marked no more.
 """
 
 import asyncio
@@ -12,8 +14,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from nahtlos.model.errors import Refused, Unavailable
+from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import HostId
+from nahtlos.model.storage import StorageBackend
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.peers import Peer
@@ -29,6 +32,8 @@ LOOK_AGAIN_SECONDS = 0.5
 ANSWER_SECONDS = 120.0
 MOST_DIFFERENCES = 64
 """So many are enough to know that a copy is to be made anew."""
+UNREADABLE = b""
+"""Instead of a digest."""
 
 Digests = Mapping[HostId, bytes]
 
@@ -40,14 +45,17 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def alike(digests: Digests) -> bool:
-    return len(set(digests.values())) <= 1
+    return len(set(digests.values())) <= 1 and UNREADABLE not in digests.values()
 
 
 def wrong_ones(digests: Digests, order: tuple[HostId, ...]) -> tuple[HostId, ...]:
     """Hosts whose copy differs from what most have; where there is no most, from the first in `order`."""
-    counted = Counter(digests[host] for host in order).most_common(2)
+    readable = [digests[host] for host in order if digests[host] != UNREADABLE]
+    if not readable:
+        return order
+    counted = Counter(readable).most_common(2)
     tie = len(counted) > 1 and counted[0][1] == counted[1][1]
-    right = digests[order[0]] if tie else counted[0][0]
+    right = readable[0] if tie else counted[0][0]
     return tuple(host for host in order if digests[host] != right)
 
 
@@ -69,12 +77,12 @@ class Scrub(SingleAct):
         assert isinstance(journal.task, ScrubOrder), f"operation {journal.id} compares nothing"
         self._order = journal.task
         self.subject = self._order.volume.id
+        self._compared_bytes = 0
         self._peers = {each.host: Peer(context, each) for each in self._order.hosts}
 
     async def work(self) -> None:
         volume = self._order.volume
-        if len(volume.current) < 2:
-            raise Refused(f"{volume.id} has one copy", field="volume", remedy="give it another one first")
+        self._compared_bytes = 0
         try:
             found = await self._compared(volume.size_mib << 20)
             await self._marked(found)
@@ -82,8 +90,11 @@ class Scrub(SingleAct):
             for peer in self._peers.values():
                 await peer.close()
         text = ", ".join(f"{each.offset}+{each.length} on {' '.join(each.wrong)}" for each in found)
+        self.tell("copies", str(len(volume.current)))
+        self.tell("compared_bytes", str(self._compared_bytes))
         self.tell("differences", str(len(found)))
         self.tell("ranges", text)
+        self.tell("wrong", " ".join(sorted({host for each in found for host in each.wrong})))
 
     async def undo(self) -> None:
         """It has changed nothing."""
@@ -93,6 +104,7 @@ class Scrub(SingleAct):
         for offset in range(0, size, RANGE_BYTES):
             length = min(RANGE_BYTES, size - offset)
             found += await self._differences(offset, length)
+            self._compared_bytes = offset + length
             self.on_copied(offset + length, size)
             if len(found) >= MOST_DIFFERENCES:
                 break
@@ -121,11 +133,19 @@ class Scrub(SingleAct):
         volume = self._order.volume
         ask = VolumeDigest(volume=volume.id, offset=offset, length=length)
         began = asyncio.get_running_loop().time()
-        answers = await asyncio.gather(*(self._ask(host, ask) for host in volume.current))
+        answers = await asyncio.gather(*(self._digest(host, ask) for host in volume.current))
         if self._order.bytes_per_second > 0:
             took = asyncio.get_running_loop().time() - began
             await asyncio.sleep(max(0.0, length / self._order.bytes_per_second - took))
         return dict(zip(volume.current, answers, strict=True))
+
+    async def _digest(self, host: HostId, ask: VolumeDigest) -> bytes:
+        """`UNREADABLE` if its host can be asked and still does not read this."""
+        try:
+            return await self._ask(host, ask)
+        except Unavailable:
+            await self._ask(host, VolumeDigest(volume=ask.volume, offset=ask.offset, length=0))
+            return UNREADABLE
 
     async def _ask(self, host: HostId, body: VolumeDigest) -> bytes:
         if host == self._context.settings.host:
@@ -135,19 +155,30 @@ class Scrub(SingleAct):
 
     async def _marked(self, found: list[Difference]) -> None:
         volume = self._order.volume
+        if volume.backend is StorageBackend.CEPH:
+            return  # it keeps and mends its copies by itself
+        if not found:
+            for host in volume.current:
+                await self._mark(host, "")
         for host in sorted({host for each in found for host in each.wrong}):
-            ranges = [each for each in found if host in each.wrong]
-            problem = (
-                f"{len(ranges)} ranges differ from the other copies, the first at byte {ranges[0].offset}: "
-                "rebuild this copy"
-            )
-            epoch = next((copy.epoch for copy in volume.copies if copy.host == host), 0) or volume.epoch
-            body = VolumeMark(volume=volume.id, epoch=epoch, problem=problem)
-            if host == self._context.settings.host:
-                await self._context.drivers.storage.mark(body.volume, body.epoch, body.problem)
-            else:
-                await self._peer(host).ask(body, Message, ANSWER_SECONDS)
+            problem = self._problem([each for each in found if host in each.wrong])
+            await self._mark(host, problem)
             self._context.say("volume.scrub", volume.id, f"{host}: {problem}", id=self._order.id)
+
+    def _problem(self, ranges: list[Difference]) -> str:
+        first = f"the first at byte {ranges[0].offset}"
+        if len(self._order.volume.current) < 2:
+            return f"{len(ranges)} ranges cannot be read, {first}: restore the volume from a backup"
+        return f"{len(ranges)} ranges differ from the other copies, {first}: rebuild this copy"
+
+    async def _mark(self, host: HostId, problem: str) -> None:
+        volume = self._order.volume
+        epoch = next((copy.epoch for copy in volume.copies if copy.host == host), 0) or volume.epoch
+        body = VolumeMark(volume=volume.id, epoch=epoch, problem=problem)
+        if host == self._context.settings.host:
+            await self._context.drivers.storage.mark(body.volume, body.epoch, body.problem)
+        else:
+            await self._peer(host).ask(body, Message, ANSWER_SECONDS)
 
     def _peer(self, host: HostId) -> Peer:
         if host not in self._peers:

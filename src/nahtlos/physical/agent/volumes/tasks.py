@@ -7,7 +7,7 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import OperationKind
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
-from nahtlos.physical.agent.volumes.backup import Backup, Restore, SnapshotFile
+from nahtlos.physical.agent.volumes.backup import Backup, DeleteBackup, Restore, SnapshotFile
 from nahtlos.physical.agent.volumes.rebuild import Rebuild
 from nahtlos.physical.agent.volumes.relocation import Relocation
 from nahtlos.physical.agent.volumes.revert import Revert
@@ -16,6 +16,7 @@ from nahtlos.physical.agent.volumes.snapshot import GroupSnapshot
 from nahtlos.physical.agent.volumes.snapshot_move import SnapshotMove
 from nahtlos.wire.volumes import (
     BackupOrder,
+    DeleteBackupOrder,
     MoveSnapshotsOrder,
     RebuildOrder,
     RelocateOrder,
@@ -55,6 +56,7 @@ _KINDS: dict[type[VolumeOrder], OperationKind] = {
     SnapshotOrder: OperationKind.SNAPSHOT,
     BackupOrder: OperationKind.BACKUP,
     RestoreOrder: OperationKind.BACKUP,
+    DeleteBackupOrder: OperationKind.BACKUP,
     SnapshotFileOrder: OperationKind.SNAPSHOT_FILE,
     ScrubOrder: OperationKind.SCRUB,
     RevertOrder: OperationKind.REVERT,
@@ -66,6 +68,7 @@ _RUNS: dict[type[VolumeOrder], Callable[[Context, Journal], VolumeTaskRun]] = {
     SnapshotOrder: GroupSnapshot,
     BackupOrder: Backup,
     RestoreOrder: Restore,
+    DeleteBackupOrder: DeleteBackup,
     SnapshotFileOrder: SnapshotFile,
     ScrubOrder: Scrub,
     RevertOrder: Revert,

@@ -33,6 +33,7 @@ from nahtlos.model.storage import (
 )
 from nahtlos.physical.ports import (
     BackupResult,
+    FileWritten,
     OnCopied,
     SnapshotFetch,
     Speed,
@@ -40,10 +41,12 @@ from nahtlos.physical.ports import (
     Supervisor,
 )
 from nahtlos.physical.settings import AgentSettings, CephSettings
+from nahtlos.physical.storage.backups import in_thread
 from nahtlos.physical.storage.ceph import doors, images
 from nahtlos.physical.storage.ceph.gateway import Gateway
 from nahtlos.physical.storage.ceph.images import GONE, NEW, Act, ImageFacts
 from nahtlos.physical.storage.ceph.process import Exists, RbdProcess
+from nahtlos.physical.storage.snapshot_file import file_facts, write_node
 from nahtlos.wire.credentials import write_file
 
 BLOCKED_SECONDS = 7 * 24 * 3600
@@ -240,10 +243,22 @@ class CephStorage:
     ) -> None:
         raise _lacking("restore")
 
+    async def backup_delete(self, backup: BackupSpec) -> None:
+        """None is ever made here."""
+
     async def snapshot_file(
-        self, snapshot: SnapshotId, file: Path, form: VolumeFormat, *, on_copied: OnCopied
-    ) -> None:
-        raise _lacking("snapshot_file")
+        self,
+        snapshot: SnapshotId,
+        file: Path,
+        form: VolumeFormat,
+        *,
+        on_copied: OnCopied,
+        again: bool = False,
+    ) -> FileWritten:
+        if not (again and file.exists()):
+            node = await self.snapshot_node(snapshot, "snapshot")
+            await write_node(await self._gateway.bundle(), node, file, form, on_copied)
+        return await in_thread(lambda stop: file_facts(file, stop))
 
     async def offer_snapshots(self, volume: VolumeId, snapshots: tuple[SnapshotId, ...]) -> SnapshotOffer:
         raise _lacking("offer_snapshots")

@@ -219,7 +219,7 @@ class Gateway:
 
     async def _define(self) -> None:
         """A daemon that runs is not touched: the definition is for when it starts again."""
-        bundle = await self._bundle()
+        bundle = await self.bundle()
         self._settings.run_dir.mkdir(parents=True, exist_ok=True)
         await self._supervisor.listen_tcp(SOCKET_FD, self._settings.address, self._ceph.nbd_port)
         arguments = doors.arguments(
@@ -236,7 +236,7 @@ class Gateway:
             )
         )
 
-    async def _bundle(self) -> Bundle:
+    async def bundle(self) -> Bundle:
         """Of the release it runs by; the newest when it starts."""
         release = self._kept.release
         if release is not None and UNIT in await self._supervisor.units():
