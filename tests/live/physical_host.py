@@ -18,6 +18,7 @@ from nahtlos.model.ids import HostId, ImageId, NetworkId, PortId, ReleaseId, Ser
 from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import HostRole, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
+from nahtlos.physical.hypervisor import cgroups
 from nahtlos.physical.hypervisor.driver import QemuHypervisor
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.embedded import EmbeddedStorage
@@ -172,6 +173,7 @@ class Host:
     async def close(self) -> None:
         await self._let_go()
         await self.running.close()
+        cgroups.remove_empty(self.settings.run_dir)
 
 
 def volume_on(

@@ -21,6 +21,7 @@ import msgspec
 from nahtlos.lab import paths, topology
 from nahtlos.lab.paths import LAB_VARIABLE
 from nahtlos.model.errors import Conflict
+from nahtlos.physical.hypervisor import cgroups
 from nahtlos.physical.network.routing.namespaces import Namespaces
 
 PROC = Path("/proc")
@@ -151,8 +152,10 @@ def cleanup(lab: str, *, keep_state: bool = False, roots: Roots = ROOTS) -> Remo
 
 
 def _let_go(folder: Path) -> Iterator[str]:
-    """Ends the namespaces that hosts with their run directory below `folder` hold: cables go with them."""
+    """Ends the namespaces that hosts with their run directory below `folder` hold: cables go with them.
+    Control groups of their VMMs go, too."""
     for run_dir in (folder, *(path for path in folder.glob("**") if path.is_dir())):
+        cgroups.remove_empty(run_dir)
         held = Namespaces(run_dir)
         for name in held.names():
             held.destroy(name)

@@ -13,6 +13,7 @@ default share may stay outside of any group, where each of its threads weighs th
 """
 
 import errno
+import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -74,6 +75,20 @@ def usable() -> Hierarchy | None:
             if each.version is Version.TWO and "cpu" in controllers:
                 return each
     return None
+
+
+def group_name(run_dir: Path, unit: str) -> str:
+    """Of one host's VMM: there may be several hosts on one kernel."""
+    return f"nahtlos.{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}.{unit}"
+
+
+def remove_empty(run_dir: Path) -> None:
+    """What VMMs of this host have left behind that nobody has ended by its agent."""
+    hierarchy = usable()
+    for folder in hierarchy.root.glob(group_name(run_dir, "*")) if hierarchy else ():
+        for path in (folder / VCPUS, folder):
+            with suppress(OSError):
+                path.rmdir()
 
 
 def quota_us(quota: int) -> tuple[int, int]:

@@ -7,7 +7,6 @@ kept (in the VMM's record) is what was wanted last, and how long it took.
 """
 
 import asyncio
-import hashlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +19,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import ComputeStatus
 from nahtlos.model.nouns import CpuShare, ServerSpec
-from nahtlos.physical.hypervisor.cgroups import DEFAULT, REMEDY, CpuGroup, usable
+from nahtlos.physical.hypervisor.cgroups import DEFAULT, REMEDY, CpuGroup, group_name, usable
 from nahtlos.physical.hypervisor.commandline import PLUGGED_MEMORY, check_hardware, vcpu_device
 from nahtlos.physical.hypervisor.vmm import Asked, Vmm, VmmRecord
 from nahtlos.physical.ports import Supervisor
@@ -127,7 +126,6 @@ class ComputeCare:
     def __init__(self, settings: AgentSettings, supervisor: Supervisor) -> None:
         self._settings = settings
         self._supervisor = supervisor
-        self._place = hashlib.sha256(str(settings.run_dir).encode()).hexdigest()[:8]
 
     # --- before and after ---------------------------------------------------------------------------
 
@@ -235,7 +233,8 @@ class ComputeCare:
 
     def _group(self, vmm: Vmm) -> CpuGroup | None:
         hierarchy = usable()
-        return CpuGroup(hierarchy, f"nahtlos.{self._place}.{vmm.id.unit}") if hierarchy else None
+        name = group_name(self._settings.run_dir, vmm.id.unit)
+        return CpuGroup(hierarchy, name) if hierarchy else None
 
     def _check_share(self, share: CpuShare) -> None:
         if share.quota < 0 or not 1 <= share.weight <= 10_000:
