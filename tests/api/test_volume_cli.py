@@ -157,6 +157,27 @@ async def test_a_volume_becomes_again_what_it_was(run: Run, scripted: ScriptedCl
     assert {copy["state"] for copy in shown["copies"]} == {"current"}, "the other copy was made like it"
 
 
+async def test_a_volume_says_why_its_server_stands_still_and_what_to_do(
+    run: Run, scripted: ScriptedCloud
+) -> None:
+    await run("server create web --host host-1")
+    await run("volume create data --size 64 --host host-1 --server web")
+    await run("volume attach data web")
+    assert json.loads((await run("volume show data --json")).stdout)["trouble"] == ""
+    agent = scripted.agents[H1]
+    agent.disk_problems = ("data of web: the pool under it is full (free space in its pool)",)
+    agent.changed()
+
+    async def told_so() -> bool:
+        view = await scripted.cloud.volumes.volume(VolumeId("data"))
+        return view.trouble == agent.disk_problems[0]
+
+    await scripted.until(told_so)
+    shown = (await run("volume show data")).stdout
+    assert "in trouble" in shown and "free space in its pool" in shown
+    assert json.loads((await run("volume show web-disk --json")).stdout)["trouble"] == ""
+
+
 async def test_backups_rest_on_each_other_and_become_volumes(run: Run, scripted: ScriptedCloud) -> None:
     await run("backup target set vault /srv/vault")
     await run("volume create data --size 64 --host host-2")

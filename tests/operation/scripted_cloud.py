@@ -167,6 +167,7 @@ class ScriptedAgent:
         self.has: dict[ServerId, ComputeStatus] = {}
         """What servers have of this host, where that is not what they are to have."""
         self.operations: dict[OperationId, OperationStatus] = {}
+        self.disk_problems: tuple[str, ...] = ()
         self.orders: dict[OperationId, MoveOrder] = {}
         self.begun: list[OperationId] = []
         self.forgotten: set[OperationId] = set()
@@ -434,6 +435,7 @@ class ScriptedAgent:
                 for s in (self.config.snapshots if self.config else ())
             ),
             operations=tuple(self.operations.values()),
+            disk_problems=self.disk_problems,
         )
 
     def _server(self, server: ServerId) -> ServerStatus:
