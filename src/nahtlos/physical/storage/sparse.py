@@ -48,4 +48,5 @@ def _copy_some(source: int, target: int, begin: int, length: int) -> int:
     except OSError as error:
         if error.errno not in _NOT_BY_THE_KERNEL:
             raise
-    return os.pwrite(target, os.pread(source, min(_READ, length), begin), begin)
+    data = os.pread(source, min(_READ, length), begin)
+    return len(data) if data == bytes(len(data)) else os.pwrite(target, data, begin)
