@@ -352,7 +352,7 @@ async def test_a_volume_is_enlarged_while_it_is_written_and_never_becomes_smalle
     scene = Scene(place.host("host-1"))
     await scene.begin()
     size = scene.spec.size_mib
-    for step, who in cases("resize.begins", "resize.shut", "resize.done"):
+    for step, who in cases("resize.begins", "resize.grown", "resize.done"):
         size += 1
         scene.spec = msgspec.structs.replace(scene.spec, size_mib=size)
         assert await scene.interrupted(step, who, scene.reconcile)

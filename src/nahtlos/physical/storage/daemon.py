@@ -111,12 +111,16 @@ class Daemon:
     async def together(self, *commands: Command) -> None:
         """Sent without waiting in between, so that they are carried out at one go. Raises the first refusal,
         after all of them were answered."""
+        for result in await self.outcomes(*commands):
+            if result is not None:
+                raise result
+
+    async def outcomes(self, *commands: Command) -> tuple[BaseException | None, ...]:
+        """The same, and of each whether it was refused."""
         qmp = await self._monitor(MONITOR_WITHIN)
         answers = (qmp.execute(command, arguments) for command, arguments in commands)
         results = await asyncio.gather(*answers, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        return tuple(result if isinstance(result, BaseException) else None for result in results)
 
     async def transaction(self, actions: Sequence[tuple[str, Options]]) -> None:
         """All or none, at one moment."""

@@ -13,11 +13,12 @@ from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
 from nahtlos.physical.storage.daemon import EXPORT_GONE_WITHIN
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
-from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.layers import LayerFiles, base_file, overlay_file
 from nahtlos.physical.storage.merging import Merging, job_name
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
+
+GROWN_IN_A_ROW = 12
 
 
 class Lifecycle:
@@ -170,27 +171,27 @@ class Lifecycle:
         return f"volume {spec.id} enlarged to {spec.size_mib} MiB"
 
     async def _resize(self, volume: VolumeId, size: int) -> None:
-        """As fast as can be: meanwhile its clients find no export and wait a second before they ask again."""
+        """At one go: whoever finds no export waits a second before it asks again. An export lets go of its
+        nodes a moment after it was told to, so growing is asked for several times in a row."""
         daemon, found = self._serving.daemon, (await self._serving.daemon.exports()).get(volume)
-        arguments = {"node-name": graph.top_node(volume), "size": size}
+        grow = ("block_resize", {"node-name": graph.top_node(volume), "size": size})
         if found is None:
-            await daemon.execute("block_resize", arguments)
+            await daemon.execute(*grow)
             return
-        shut: Options = {"id": found.id, "mode": "hard"}
-        await daemon.execute("block-export-del", shut)
-        await self._serving.on_step("resize.shut")
+        shut = ("block-export-del", {"id": found.id, "mode": "hard"})
+        back = ("block-export-add", found.options)
         until = time.monotonic() + EXPORT_GONE_WITHIN
         try:
             while True:
-                try:
-                    await daemon.execute("block_resize", arguments)
+                _, *grown, _ = await daemon.outcomes(shut, *[grow] * GROWN_IN_A_ROW, back)
+                await self._serving.on_step("resize.grown")
+                if None in grown:
                     break
-                except Denied:  # the export is on its way out; or it is one of a daemon started anew
-                    if time.monotonic() > until:
-                        raise
-                    await daemon.tolerating("block-export-del", shut)
+                last = grown[-1]
+                if last is not None and (not isinstance(last, Denied) or time.monotonic() > until):
+                    raise last
         finally:
-            await daemon.tolerating("block-export-add", found.options)
+            await daemon.tolerating(*back)
 
     # --- deleted -----------------------------------------------------------------------------------
 
