@@ -12,7 +12,7 @@ What an interrupted call has left is found by its name and taken away by the nex
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import cast
 
 from nahtlos.model.config import ServerConfig
@@ -103,12 +103,20 @@ class LiveDisks:
         return tuple(self._done)
 
     async def connect_anew(self, roots: frozenset[str]) -> tuple[str, ...]:
-        """Only that, for a guest that waits for it; what is left behind the next `reconcile` takes away."""
+        """Only that, for a guest that stands still and waits for it: these are known to fail, so nothing is
+        tried by them once more. What is left behind, or has grown, the next `reconcile` sees to."""
         for disk in self._wanted:
             if disk.root in roots:
-                await self._lead(disk, await graph_of(self._vmm))
+                await self._abandon(disk, await graph_of(self._vmm))
                 self._done.append(f"{disk.volume} is reached by {len(disk.keys)} copies")
         return tuple(self._done)
+
+    async def _abandon(self, disk: Disk, graph: Graph) -> None:
+        top = await self._connect(disk, graph.free_number())
+        way = disks.way_of(graph, disk.root)
+        if way is not None and way.threshold is not None:
+            await self._empty(disk, way, graph)
+        await self._reopen(disk, top)
 
     async def is_whole(self) -> bool:
         """No change was interrupted that a guest must not run with."""
@@ -222,16 +230,20 @@ class LiveDisks:
         await self._say("blockdev-reopen", options=[disks.root(disk, top)])
 
     async def _empty(self, disk: Disk, way: disks.Way, graph: Graph) -> None:
-        """A placeholder in every member's place."""
-        number = graph.free_number() + 1
-        for member, edge in sorted(way.edges.items()):
-            if disks.is_placeholder(member):
-                continue
+        """A placeholder in every member's place. Said at one go: a member whose placeholder did not come
+        cannot go either."""
+        said: list[Coroutine[None, None, object]] = []
+        leaving = [edge for member, edge in sorted(way.edges.items()) if not disks.is_placeholder(member)]
+        for number, edge in enumerate(leaving, graph.free_number() + 1):
             name = disks.placeholder_name(disk.volume, number)
-            await self._say("blockdev-add", **disks.placeholder(name, graph.sizes[way.top]))
-            await self._say("x-blockdev-change", parent=way.top, node=name)
-            await self._say("x-blockdev-change", parent=way.top, child=edge)
-            number += 1
+            said += [
+                self._say("blockdev-add", **disks.placeholder(name, graph.sizes[way.top])),
+                self._say("x-blockdev-change", parent=way.top, node=name),
+                self._say("x-blockdev-change", parent=way.top, child=edge),
+            ]
+        for answer in await asyncio.gather(*said, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
 
     async def _enlarge_standing(self, disk: Disk, graph: Graph, top: str, size: int) -> None:
         """A quorum cannot be told to grow. The guest stands still for the moment in which its root leads to a
