@@ -212,7 +212,10 @@ class Host:
         await self.restart_driver()
 
     async def forget(self, *volumes: VolumeSpec) -> None:
-        await self.storage.reconcile(StorageDesired(removed=tuple(volume.id for volume in volumes)))
+        """With their snapshots."""
+        names = tuple(volume.id for volume in volumes)
+        taken = tuple(each.id for each in await self.storage.snapshots() if each.volume in names)
+        await self.storage.reconcile(StorageDesired(removed=names, removed_snapshots=taken))
 
     def endpoint(self, volume: VolumeSpec) -> VolumeEndpoint:
         return VolumeEndpoint(

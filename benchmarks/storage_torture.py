@@ -176,8 +176,6 @@ class Alone:
                 running.abandon()
         for host in self._hosts:
             host.hear(None)
-            snapshots = tuple(each.id for each in await host.storage.snapshots())
-            await host.storage.reconcile(StorageDesired(removed_snapshots=snapshots))
             await host.forget(self._volume)
         return load, 0
 
