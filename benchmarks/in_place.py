@@ -61,9 +61,9 @@ PHASES = (
     ("prepare", "switch", "begin to switch"),
     ("switch", "stopped", "switch to stop"),
     ("stopped", "arrived", "stop to arrival"),
-    ("arrived", "committed", "arrival to ownership"),
-    ("committed", "running", "ownership to go-on"),
+    ("arrived", "running", "arrival to go-on"),
 )
+"""The last one contains the durable record of who owns the server."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class Result:
     blocks: int = 0
     overhead_mib: list[float] = field(default_factory=list[float])
     samples: int = 0
+    undone: int = 0
+    """Replacements that went back and were tried again."""
     phases: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
@@ -120,8 +122,13 @@ class Ours:
         for _ in range(LOOKED_AT):
             await self._look_at(server, result)
             await guest.check()
-        for name, values in phases_of(read_journals(self._host.state / "ledger.sqlite"), server).items():
-            result.phases[name] = values[:hops]
+        journals = [
+            j
+            for j in read_journals(self._host.state / "ledger.sqlite")
+            if j.server == server and j.kind is OperationKind.REPLACE
+        ]
+        result.phases = {name: values[:hops] for name, values in phases_of(journals).items()}
+        result.undone = sum(j.state is OperationState.UNDONE for j in journals)
         await self._remove(server)
 
     async def _replace(self, server: ServerId) -> None:
@@ -179,13 +186,9 @@ def read_journals(ledger: Path) -> list[Journal]:
     return [msgspec.msgpack.decode(body, type=Journal) for (body,) in rows]
 
 
-def phases_of(journals: list[Journal], server: ServerId) -> dict[str, list[float]]:
-    """Milliseconds of each phase of each replacement of `server`."""
-    times = [
-        j.times
-        for j in journals
-        if j.server == server and j.kind is OperationKind.REPLACE and j.state is OperationState.DONE
-    ]
+def phases_of(replacements: list[Journal]) -> dict[str, list[float]]:
+    """Milliseconds of each phase of those that ended well."""
+    times = [j.times for j in replacements if j.state is OperationState.DONE]
     return {
         name: [(t[end] - t[begin]) * 1e3 for t in times if begin in t and end in t]
         for begin, end, name in PHASES
@@ -247,6 +250,7 @@ async def run(form: Form, work: Path, figures: Figures) -> None:
         for touched in form.touched:
             result = results[touched] = Result()
             await lab.measure(touched, form.hops, work / f"in-place-{touched}", result)
+            print(f"{touched} MB: {listed(result.replaced.gaps_ms)} ms in place", flush=True)
             await measure_bare(build, releases, touched, form.hops, work, result)
             say(touched, result)
     for touched, result in results.items():
@@ -330,6 +334,9 @@ def add_totals(figures: Figures, results: dict[int, Result]) -> None:
     pages = sum(result.pages for result in results.values())
     blocks = sum(result.blocks for result in results.values())
     figures.add("duplicated, in place", doubled, "packets", goal=NONE, samples=total)
+    figures.add(
+        "replacements that had to be tried again", sum(r.undone for r in results.values()), "", samples=total
+    )
     figures.add("pages found right, in place", pages, "pages", goal=Goal(at_least=1), samples=total)
     figures.add("blocks found right, in place", blocks, "blocks", goal=Goal(at_least=1), samples=total)
 
@@ -337,11 +344,11 @@ def add_totals(figures: Figures, results: dict[int, Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.in_place")
     parser.add_argument("--long", action="store_true", help=f"up to {max(LONG.touched)} MB, {LONG.hops} each")
-    parser.add_argument("--touched", type=int, nargs="*", help="MiB, instead of the form's sizes")
+    parser.add_argument("--touched", type=int, nargs="+", help="MiB, instead of the form's sizes")
+    parser.add_argument("--hops", type=int, help="of each size")
     arguments = parser.parse_args()
     form = LONG if arguments.long else QUICK
-    if arguments.touched:
-        form = Form(touched=tuple(arguments.touched), hops=form.hops)
+    form = Form(touched=tuple(arguments.touched or form.touched), hops=arguments.hops or form.hops)
     figures = Figures()
     asyncio.run(run(form, Path("build/bench/moves"), figures))
     return figures.finish("in_place", f"Replacements in place at {PACKETS_PER_SECOND} packets a second")
