@@ -146,3 +146,17 @@ def test_a_release_that_corrupts_what_it_moves_is_only_ever_left_in_place() -> N
     ask(cloud, 1)
     cloud.settle()
     assert (cloud.where(1), cloud.world.under[server_id(1)]) == (host_id(1), NEW)
+
+
+def test_a_server_with_places_for_memory_is_left_in_place_under_emulation() -> None:
+    cloud = cloud_of(1, 0)
+    spec = cloud.policy.servers[server_id(1)]
+    spec = msgspec.structs.replace(spec, boot_memory_mib=spec.size.memory_mib, max_memory_mib=1024)
+    cloud.want(servers={spec.id: spec})
+    cloud.request(1, 2)
+    cloud.settle()
+    assert cloud.where(1) == host_id(1)
+    assert "memory that can be plugged" in cloud.reasons(server_id(1))
+    ask(cloud, 1)
+    cloud.settle()
+    assert (cloud.where(1), cloud.world.under[server_id(1)]) == (host_id(1), NEW)

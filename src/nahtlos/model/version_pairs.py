@@ -137,6 +137,18 @@ PAIRS = (
 )
 
 
+PLUGGED_MEMORY = Pair(
+    way=Way.MOVE,
+    old="*",
+    new="*",
+    accelerator="tcg",
+    verdict=Verdict.REFUSED,
+    why="an emulating QEMU cannot copy memory that can be plugged while its server runs",
+    source="docs/version-pairs.md",
+)
+"""Whatever the versions, for a server with places for memory."""
+
+
 def pair_for(way: Way, old: str, new: str, accelerator: str) -> Pair:
     """The row that decides. Versions are of releases, e.g. `10.0.2`; `accelerator` as a host's probe chose
     it. What no row knows is refused by one that says so."""

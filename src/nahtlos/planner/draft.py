@@ -29,7 +29,7 @@ from nahtlos.model.inventory import HostInventory, Inventory, OperationState, Op
 from nahtlos.model.nouns import Assignment, HostRole, Size
 from nahtlos.model.snapshot_places import left_over_snapshots, snapshots_on
 from nahtlos.model.storage import StorageBackend
-from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
+from nahtlos.model.version_pairs import PLUGGED_MEMORY, Pair, Verdict, Way, pair_for
 from nahtlos.model.volume_work import PlannedVolumeTask
 from nahtlos.planner.rooms import Rooms
 
@@ -175,6 +175,9 @@ class Draft:
         if old is None or new is None:
             return None
         pair = pair_for(Way.MOVE, old, new, seen.accelerator.name)
+        spec = self.policy.servers.get(server)
+        if spec and spec.max_memory_mib and seen.accelerator.name == PLUGGED_MEMORY.accelerator:
+            return PLUGGED_MEMORY
         return pair if pair.verdict is Verdict.REFUSED else None
 
     def can_run(self, server: ServerId, release: ReleaseId | None) -> bool:
