@@ -189,7 +189,7 @@ def test_snapshots_come_from_another_host_that_keeps_them_until_it_is_told(stage
         async def bring() -> None:
             offer = await here.offer_snapshots(volume.id, (SnapshotId("then"),))
             await there.fetch_snapshots(
-                fetch, offer, speed=lambda: 0, on_copied=lambda *done: copied.append(done)
+                fetch, offer, speed=lambda: 0, on_copied=lambda done, total: copied.append((done, total))
             )
             await here.end_offer(volume.id)
 

@@ -139,7 +139,8 @@ def strikes() -> Iterator[Strike]:
     assert not clean.problems, clean.problems
     seen: set[Strike] = set()
     for strike in clean.seen:
-        own = strike.driver == "ledger" or "offer" in strike.verb or "fetch" in strike.verb
+        journal = strike.driver == "ledger" and strike.verb in ("begin", "work", "end")
+        own = journal or "offer" in strike.verb or "fetch" in strike.verb
         if strike not in seen and own and strike.host in (HOME, TARGET):
             seen.add(strike)
             yield strike

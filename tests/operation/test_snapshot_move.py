@@ -15,7 +15,7 @@ from nahtlos.wire.memory import Fate
 from nahtlos.wire.messages import CancelOperation, SetCopySpeed
 
 STRIKES = list(strikes())
-STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
+STEPS = [s for s in STRIKES if s.moment is Moment.AFTER]
 A, B = f"host/{HOME}", f"host/{TARGET}"
 
 
@@ -79,11 +79,8 @@ def test_something_happens_at_a_step(event: Event) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
-    "fate", [pytest.param(Fate(copies=0), id="lost"), pytest.param(Fate(copies=2), id="doubled")]
-)
-def test_a_message_meets_its_fate(fate: Fate) -> None:
-    found: list[str] = []
+def test_a_message_is_lost() -> None:
+    fate, found = Fate(copies=0), list[str]()
     for sender, receiver in ((A, B), (B, A)):
         counter = StruckFrame(sender, receiver, 0, Fate())
         assert not SnapshotMoving(faults=counter).play().problems
@@ -101,7 +98,7 @@ def test_cancelled_at_any_moment_they_are_where_they_were_or_where_they_go() -> 
     first = next(s for s in STRIKES if s.verb == "offer_snapshots")
     cancel = CancelOperation(id=OPERATION)
     ends: set[OperationState] = set()
-    for moment in [n * 0.03 for n in range(12)]:
+    for moment in [n * 0.04 for n in range(7)]:
         run = SnapshotMoving(at=first, does=told(cancel, moment)).play()
         assert not run.problems, (moment, run.problems)
         assert run.status is not None

@@ -236,7 +236,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
 
 
 async def _volume_ends(tx: AsyncConnection, blueprint: Blueprint | None) -> dict[OperationId, VolumeEnd]:
-    tasks = [task.id for task in (blueprint.volume_tasks if blueprint else ())]
+    tasks = tuple(task.id for task in (blueprint.volume_tasks if blueprint else ()))
     if not tasks:
         return {}
     records = await operations.get(tx, await operations.ended(tx, tasks))
