@@ -18,7 +18,7 @@ from nahtlos.physical.storage.merging import Merging, job_name
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
 
-GROWN_IN_A_ROW = 12
+GROWN_IN_A_ROW, GROWN_AGAIN = 12, 0.005
 
 
 class Lifecycle:
@@ -190,6 +190,7 @@ class Lifecycle:
                 last = grown[-1]
                 if last is not None and (not isinstance(last, Denied) or time.monotonic() > until):
                     raise last
+                await asyncio.sleep(GROWN_AGAIN)
         finally:
             await daemon.tolerating(*back)
 
