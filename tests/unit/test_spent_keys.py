@@ -1,16 +1,16 @@
-"""Which keys of volumes nothing needs any more, and that those alone are destroyed."""
+"""Which keys of deleted volumes and backups nothing needs any more, and that those alone are destroyed."""
 
 from pathlib import Path
 
 from nahtlos.model.ids import BackupId, HostId, KeyId, VolumeId
 from nahtlos.model.storage import BackupSpec, VolumeSpec
 from nahtlos.model.volume_work import BackingUp, Restoring
-from nahtlos.runtime.controllers.keys import VOLUME_KEY, VolumeKeys, needed
+from nahtlos.runtime.controllers.keys import VolumeKeys, needed
 from nahtlos.runtime.identity import Keyring
 from nahtlos.runtime.store import intent, volumes
 from nahtlos.runtime.store.store import Store
 
-ONE, TWO, OTHER = KeyId(f"{VOLUME_KEY}one"), KeyId(f"{VOLUME_KEY}two"), KeyId("of-something-else")
+ONE, TWO, UNKNOWN = KeyId("volume-one"), KeyId("volume-two"), KeyId("volume-unknown")
 
 
 def volume(name: str, key: KeyId | None) -> VolumeSpec:
@@ -30,7 +30,7 @@ def test_what_needs_a_key() -> None:
 
 async def test_a_key_goes_with_the_last_that_needs_it(tmp_path: Path) -> None:
     keyring = Keyring(tmp_path)
-    for key in (ONE, TWO, OTHER):
+    for key in (ONE, TWO, UNKNOWN):
         keyring.create(key)
     store = await Store.open(None)
     keys = VolumeKeys(store, keyring)
@@ -56,5 +56,5 @@ async def test_a_key_goes_with_the_last_that_needs_it(tmp_path: Path) -> None:
     async with store.writing() as tx:
         await volumes.forget_wish(tx, "wish-1")
     assert await destroyed() == (TWO,)
-    assert keyring.names() == (OTHER,), "what is not of volumes is not touched"
+    assert keyring.names() == (UNKNOWN,), "that nothing is known of it is no reason"
     await store.close()

@@ -1,6 +1,6 @@
 """Which host is given which volume key: one that holds a copy or a snapshot of a volume encrypted by it, or
 takes part in an operation that brings one there. Everybody else is refused in the same words, whether or not
-the key is there. A key that no volume, backup or operation needs any more is destroyed.
+the key is there. A key of what was deleted that nothing else needs is destroyed.
 """
 
 import asyncio
@@ -18,12 +18,9 @@ from nahtlos.model.volume_work import (
     VolumeWork,
     volumes_of,
 )
-from nahtlos.runtime.store import blueprints, intent
+from nahtlos.runtime.store import blueprints, intent, spent_keys
 from nahtlos.runtime.store import volumes as stored
 from nahtlos.runtime.store.store import AsyncConnection, Store
-
-VOLUME_KEY = "volume-"
-"""Begins the names of volumes' keys."""
 
 
 class Secrets(Protocol):
@@ -32,8 +29,6 @@ class Secrets(Protocol):
     def create(self, key: KeyId) -> None: ...
 
     def secret(self, key: KeyId) -> bytes: ...
-
-    def names(self) -> tuple[KeyId, ...]: ...
 
     def destroy(self, key: KeyId) -> None:
         """Repeatable."""
@@ -89,10 +84,9 @@ class VolumeKeys:
         self._secrets = secrets
 
     async def destroy_spent(self, tx: AsyncConnection) -> tuple[KeyId, ...]:
-        """Which were. `tx` writes: a key is made in a transaction of its volume's, so that one whose volume
-        is about to be known is never taken for one that nothing needs."""
-        kept = tuple(k for k in await asyncio.to_thread(self._secrets.names) if k.startswith(VOLUME_KEY))
-        if not kept:
+        """Which were. Killed before `tx` ends, they are destroyed once more."""
+        candidates = await spent_keys.read(tx)
+        if not candidates:
             return ()
         known = await stored.read(tx)
         target = await blueprints.target(tx)
@@ -100,9 +94,11 @@ class VolumeKeys:
         works += [task.work for task in (target.volume_tasks if target else ())]
         rows = (await intent.volumes(tx)).values()
         wanted = needed((row.spec for row in rows), known.backups.values(), works)
-        spent = tuple(key for key in kept if key not in wanted)
+        spent = tuple(key for key in candidates if key not in wanted)
         for key in spent:
             await asyncio.to_thread(self._secrets.destroy, key)
+        if spent:
+            await spent_keys.forget(tx, spent)
         return spent
 
     async def secret_for(self, host: HostId, key: KeyId) -> bytes:

@@ -24,7 +24,6 @@ from nahtlos.runtime.controllers import (
     volume_views,
 )
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
-from nahtlos.runtime.controllers.keys import VOLUME_KEY
 from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_views import settling
 from nahtlos.runtime.controllers.project_requests import check_project
@@ -145,7 +144,7 @@ class VolumeService:
                 field="encrypted",
                 remedy="start it with one, or leave the volume unencrypted",
             )
-        return KeyId(f"{VOLUME_KEY}{secrets.token_hex(8)}")
+        return KeyId(f"volume-{secrets.token_hex(8)}")
 
     async def change_volume(self, volume: VolumeId, change: VolumeChange) -> VolumeView:
         async with self._changing() as current:

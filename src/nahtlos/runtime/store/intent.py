@@ -17,7 +17,7 @@ from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.runtime.store import networking, schema
+from nahtlos.runtime.store import networking, schema, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
 from nahtlos.runtime.store.settings import set_setting as set_setting
 from nahtlos.runtime.store.settings import setting as setting
@@ -232,6 +232,10 @@ async def volumes(tx: AsyncConnection) -> dict[VolumeId, VolumeRow]:
 
 
 async def forget_volume(tx: AsyncConnection, volume: VolumeId) -> None:
+    query = select(schema.volumes.c.document).where(schema.volumes.c.id == volume)
+    text = (await tx.execute(query)).scalar_one_or_none()
+    if text is not None:
+        await spent_keys.add(tx, value_of(text, VolumeSpec).encryption_key)
     await tx.execute(delete(schema.volumes).where(schema.volumes.c.id == volume))
 
 

@@ -27,7 +27,7 @@ from nahtlos.model.storage import (
 )
 from nahtlos.model.values import Value
 from nahtlos.model.volume_work import VolumeWish, VolumeWork
-from nahtlos.runtime.store import schema
+from nahtlos.runtime.store import schema, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
@@ -275,6 +275,10 @@ async def add_backup(tx: AsyncConnection, spec: BackupSpec) -> None:
 
 
 async def forget_backup(tx: AsyncConnection, backup: BackupId) -> None:
+    query = select(schema.backups.c.document).where(schema.backups.c.id == backup)
+    text = (await tx.execute(query)).scalar_one_or_none()
+    if text is not None:
+        await spent_keys.add(tx, value_of(text, BackupSpec).encryption_key)
     await tx.execute(delete(schema.backups).where(schema.backups.c.id == backup))
 
 
