@@ -7,16 +7,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer.main
 from click.testing import CliRunner, Result
 from scripted_cloud import ScriptedCloud, opened
 
 from nahtlos.model.config import PortConfig, ServerConfig
-from nahtlos.model.errors import Refused
-from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.errors import Conflict, Refused
+from nahtlos.model.ids import HostId, ProjectId, ServerId, VolumeId
 from nahtlos.model.inventory import ComputeStatus
-from nahtlos.model.networking import PortBandwidth, Rate
+from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
 from nahtlos.model.nouns import CpuShare, Size
 from nahtlos.model.storage import DiskLimits
 from nahtlos.ops.api import create_app
@@ -25,9 +26,14 @@ from nahtlos.ops.cli.app import build_app
 from nahtlos.ops.cli.command import Surroundings
 from nahtlos.ops.cli.volume_amounts import count
 from nahtlos.ops.serve import serving
+from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
+from nahtlos.runtime.controllers.projects import ProjectChange
+from nahtlos.runtime.controllers.volumes import VolumeChange
 from nahtlos.runtime.identity import Operators
+from nahtlos.runtime.store.projects import ProjectLimits
 
 H1, WEB = HostId("host-1"), ServerId("web")
+MADE = ServerRequest(name=WEB, memory_mib=256, max_vcpus=3, max_memory_mib=768, host=H1)
 CREATE = "server create web --host host-1 --vcpus 1 --memory-mib 256 --max-vcpus 3 --max-memory 768"
 Run = Callable[..., Awaitable[Result]]
 
@@ -91,39 +97,36 @@ async def test_everything_is_given_in_one_call_and_says_how_long_it_took(
     shown = (await run("server show web")).stdout
     assert "3 vCPU, 512 MiB" in shown and "1 to 3 vCPU, 256 to 768 MiB" in shown
     assert "in not limited, out 1 Gbit/s" in shown
-    assert "nothing is different" in (await run("server set web --vcpus 3")).stdout
 
 
 async def test_nothing_is_written_if_one_part_is_refused(run: Run, scripted: ScriptedCloud) -> None:
-    await run(CREATE)
+    await scripted.cloud.create_server(MADE)
+    await scripted.until(scripted.all_run)
     before = told(scripted)
     error = await error_of(run, "server set web --cpu-weight 7 --iops 5 --vcpus 4")
     assert (error["kind"], error["field"], error["remedy"]) == ("refused", "vcpus", "ask for 1 to 3")
-    assert (await error_of(run, "server set web --memory 769"))["field"] == "memory_mib"
-    assert (await error_of(run, "server set web --cpu-quota 150"))["remedy"].startswith("give 1 to 100")
-    assert (await error_of(run, "server set web --cpu-quota much"))["field"] == "cpu_quota"
     assert (await error_of(run, "server set web --cpu-weight 7 --net-in 1"))["field"] == "net_in"
     assert (await error_of(run, "server set web"))["message"] == "nothing to change"
-    assert (await error_of(run, "server set nobody --vcpus 1"))["kind"] == "not-found"
-    assert (await error_of(run, "server create db --max-memory 300"))["field"] == "max_memory_mib"
-    await run("server set web --cpu-weight 100")
+    await scripted.cloud.change_server(WEB, ServerChange(cpu_weight=100))
+    await scripted.until(scripted.converged)
     assert told(scripted) == before
 
 
 async def test_a_guest_that_keeps_its_memory_is_waited_for_and_says_so(
     run: Run, scripted: ScriptedCloud
 ) -> None:
-    await run(CREATE)
-    await run("server set web --memory 768")
-    kept = ComputeStatus(vcpus=1, memory_mib=768, waits_for="the guest has 512 MiB to give back")
+    await scripted.cloud.create_server(MADE)
+    await scripted.cloud.change_server(WEB, ServerChange(memory_mib=768))
+    await scripted.until(scripted.all_run)
     agent = scripted.agents[H1]
-    agent.has[WEB] = kept
+    agent.has[WEB] = ComputeStatus(vcpus=1, memory_mib=768, waits_for="the guest to give back 512 MiB")
     waited = await run("server set web --memory 256 --deadline 0.5 --json", 3)
-    assert "512 MiB to give back" in json.loads(waited.stdout)["error"]["message"]
+    assert "give back 512 MiB" in json.loads(waited.stdout)["error"]["message"]
     shown = (await run("server show web")).stdout
-    assert "1 vCPU, 256 MiB; has 1 vCPU, 768 MiB (the guest has 512 MiB to give back)" in shown
-    error = await error_of(run, "server create big --host host-1 --memory-mib 512")
-    assert error["kind"] == "conflict", "what is not given back is nobody else's"
+    assert "1 vCPU, 256 MiB; has 1 vCPU, 768 MiB (the guest to give back 512 MiB)" in shown
+    big = ServerRequest(name="big", memory_mib=512, host=H1)
+    with pytest.raises(Conflict, match="256 MiB"):
+        await scripted.cloud.create_server(big)
     agent.has.clear()
     agent.changed()
 
@@ -131,25 +134,23 @@ async def test_a_guest_that_keeps_its_memory_is_waited_for_and_says_so(
         return (await scripted.cloud.server(WEB)).compute.memory_mib == 256
 
     await scripted.until(given_back)
-    await run("server create big --host host-1 --memory-mib 512")
+    await scripted.cloud.create_server(big)
 
 
-async def test_without_waiting_it_is_told_and_the_next_orchestrator_goes_on(
-    run: Run, scripted: ScriptedCloud
-) -> None:
-    await run(CREATE)
+async def test_what_was_asked_of_a_killed_orchestrator_is_given_by_the_next(scripted: ScriptedCloud) -> None:
+    await scripted.cloud.create_server(MADE)
+    await scripted.until(scripted.all_run)
     agent = scripted.agents[H1]
     agent.converges = False
-    given = json.loads((await run("server set web --vcpus 2 --cpu-quota 20 --no-wait --json")).stdout)
-    assert [(c["what"], c["took_ms"]) for c in given["changes"]] == [("vcpus", None), ("cpu", None)]
+    await scripted.cloud.change_server(WEB, ServerChange(vcpus=2, cpu_quota=20))
     await scripted.kill()
     await scripted.start()
-    agent.converges = True
 
     async def asked() -> bool:
-        return agent.config is not None and told(scripted)[0].spec.cpu.quota == 20
+        return told(scripted)[0].spec.cpu.quota == 20
 
     await scripted.until(asked)
+    assert not (await scripted.cloud.server(WEB)).converged
     agent.converge()
 
     async def holds() -> bool:
@@ -159,22 +160,23 @@ async def test_without_waiting_it_is_told_and_the_next_orchestrator_goes_on(
     await scripted.until(holds)
 
 
-async def test_it_keeps_what_it_is_given_where_it_moves(run: Run, scripted: ScriptedCloud) -> None:
-    await run(CREATE)
-    await run("server set web --vcpus 2 --memory 384 --cpu-quota 50")
+async def test_it_keeps_what_it_is_given_where_it_moves(scripted: ScriptedCloud) -> None:
+    await scripted.cloud.create_server(MADE)
+    await scripted.cloud.change_server(WEB, ServerChange(vcpus=2, memory_mib=384, cpu_quota=50))
+    await scripted.until(scripted.all_run)
     agent = scripted.agents[H1]
     agent.hold_moves = True
-    await run("server move web --to host-2 --no-wait")
+    await scripted.cloud.move_server(WEB, HostId("host-2"))
 
     async def begun() -> bool:
         return bool(agent.begun)
 
     await scripted.until(begun)
-    error = await error_of(run, "server set web --vcpus 3")
-    assert error["kind"] == "conflict" and "moving to host-2" in error["message"]
+    with pytest.raises(Conflict, match="moving to host-2"):
+        await scripted.cloud.change_server(WEB, ServerChange(vcpus=3))
     order = agent.orders[agent.begun[0]]
     assert order.server.spec.size == Size(vcpus=2, memory_mib=384)
-    await run("server set web --cpu-quota 70 --no-wait")
+    await scripted.cloud.change_server(WEB, ServerChange(cpu_quota=70))
     agent.end_move(agent.begun[0])
     await scripted.until(scripted.converged)
     view = await scripted.cloud.server(WEB)
@@ -182,31 +184,28 @@ async def test_it_keeps_what_it_is_given_where_it_moves(run: Run, scripted: Scri
     assert (view.compute.vcpus, view.compute.cpu.quota, view.converged) == (2, 70, True)
 
 
-async def test_projects_are_limited_in_all(run: Run) -> None:
-    await run(CREATE)
-    limited = json.loads((await run("project set default --vcpus 2 --memory 1G --json")).stdout)
-    assert limited["limits"] == {"vcpus": 2, "memory_mib": 1024, "iops": 0, "bytes_per_second": 0}
+async def test_projects_are_limited_in_all(run: Run, scripted: ScriptedCloud) -> None:
+    cloud = scripted.cloud
+    await cloud.create_server(msgspec.structs.replace(MADE, limits=DiskLimits(iops=600)))
+    limited = json.loads((await run("project set default --vcpus 2 --memory 1G --iops 1000 --json")).stdout)
+    assert limited["limits"] == {"vcpus": 2, "memory_mib": 1024, "iops": 1000, "bytes_per_second": 0}
     assert (limited["servers"], limited["used"]["memory_mib"]) == (1, 256)
-    error = await error_of(run, "server set web --vcpus 3")
-    assert error["field"] == "vcpus" and error["remedy"].startswith("1 are left")
-    error = await error_of(run, "server create db --vcpus 2")
+    error = await error_of(run, "server create db --vcpus 2 --iops 1")
     assert "may have 2 vCPUs and would have 3" in error["message"]
-    error = await error_of(run, "project set default --iops 1000")
-    assert "web-disk of web is not limited" in error["message"]
-    await run("server set web --iops 600")
-    await run("project set default --iops 1000")
-    assert (await error_of(run, "volume set web-disk --limit iops=none"))["field"] == "iops"
     assert (await error_of(run, "server create db --iops 500"))["remedy"].startswith("400 are left")
-    await run("server create db --iops 400")
+    with pytest.raises(Conflict, match="may have 2 vCPUs"):
+        await cloud.change_server(WEB, ServerChange(vcpus=3))
+    with pytest.raises(Conflict, match="web-disk of web is not limited"):
+        await cloud.volumes.change_volume(VolumeId("web-disk"), VolumeChange(limits=DiskLimits()))
     shown = (await run("project show default")).stdout
-    assert "2 of 2" in shown and "1000 of 1000" in shown
+    assert "1 of 2" in shown and "600 of 1000" in shown
     assert "default" in (await run("project list")).stdout
-    assert (await error_of(run, "project set default --vcpus 1"))["field"] == "vcpus"
-    assert (await error_of(run, "project set Default --vcpus 9"))["field"] == "project"
-    assert (await error_of(run, "project show nobody"))["kind"] == "not-found"
-    await run("project set default --vcpus none --memory none --iops none")
-    await run("server set web --vcpus 3")
-    assert json.loads((await run("project set other --vcpus 1 --json")).stdout)["servers"] == 0
+    none = ProjectChange(vcpus=0, memory_mib=0, iops=0)
+    assert (await cloud.projects.change_project(DEFAULT_PROJECT, none)).limits == ProjectLimits()
+    assert (await cloud.change_server(WEB, ServerChange(vcpus=3))).size.vcpus == 3
+    with pytest.raises(Refused):
+        await cloud.projects.change_project(ProjectId("Default"), ProjectChange(vcpus=9))
+    assert (await cloud.projects.change_project(ProjectId("other"), ProjectChange(vcpus=1))).servers == 0
 
 
 @pytest.mark.parametrize(("text", "value"), [("50%", 50), ("200", 200), ("none", 0), ("0", 0)])

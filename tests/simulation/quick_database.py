@@ -18,7 +18,7 @@ from typing import Any
 import aiosqlite.core
 import pytest
 
-from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations
+from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations, projects
 
 WRITES = re.compile(r"(?:insert(?: or \w+)? into|replace into|update|delete from)\s+(\w+)", re.IGNORECASE)
 READS = re.compile(r"(?:from|join)\s+(\w+)", re.IGNORECASE)
@@ -29,6 +29,7 @@ LOOKS = (
     (campaigns, ("current",)),
     (blueprints, ("target", "host_configs")),
     (operations, ("refusals", "begun_at", "ended")),
+    (projects, ("limits",)),
 )
 Look = Callable[..., Awaitable[Any]]
 
