@@ -139,6 +139,9 @@ async def play() -> AsyncIterator[Stage]:
         if hasattr(made, "writer"):
             made.writer.ends.set()
         await place.close()
+        if hasattr(made, "writer"):
+            await asyncio.to_thread(made.writer.join)
+            made.writer.disk.close()
 
 
 async def test_snapshots_follow_their_volume_whoever_is_killed(play: Stage) -> None:
@@ -236,3 +239,24 @@ async def settled(
             )
             if not any(host.storage.merging.is_due(v) for v in host.storage.serving.records.all()):
                 return
+
+
+async def test_snapshots_that_follow_stay_where_their_volume_is_received_in_vain(play: Stage) -> None:
+    """Before it comes, they are all there is of it; and again after it was called off, or begun anew."""
+    journey, before = Journey(play), await digests(play.home)
+    target = journey.target
+    await journey.until_done()
+    assert await digests(target) == before
+    for epoch in (2, 3):
+        coming = msgspec.structs.replace(play.spec, host=target.settings.host, epoch=epoch)
+        await target.storage.receive(coming)
+        assert await digests(target) == before
+    struck = journey.strike("receive.dropped", "agent")
+    gone = StorageDesired(removed=(play.spec.id,))
+    with pytest.raises(Died):
+        await target.storage.reconcile(gone)
+    await target.restart_drivers()
+    await target.storage.reconcile(gone)
+    assert struck and await target.storage.observe() == ()
+    assert await digests(target) == before
+    assert [name for name in files(target) if not name.endswith((SUFFIX, ".json"))] == []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Unavailable
 from nahtlos.model.ids import HostId, KeyId, OperationId, SnapshotId, VolumeId
-from nahtlos.model.storage import Deletion, SnapshotOffer, VolumeFormat
-from nahtlos.physical.ports import SnapshotFetch
+from nahtlos.model.storage import Deletion, SnapshotOffer, VolumeFormat, VolumeSpec
+from nahtlos.physical.ports import Crash, SnapshotFetch
 from nahtlos.physical.storage import decisions
+from nahtlos.physical.storage.graph import Places
+from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import (
     Layer,
     LayerRef,
@@ -23,6 +26,7 @@ from nahtlos.physical.storage.record import (
     VolumeRecord,
     chain,
 )
+from nahtlos.physical.storage.relocation import Relocations, blank_record
 from nahtlos.physical.storage.snapshot_arrivals import layer_files, with_arrived, without_arrived
 from nahtlos.physical.storage.snapshot_offers import offer_of, offered_layers
 
@@ -177,3 +181,63 @@ def test_a_volume_that_merges_into_its_base_keeps_what_came() -> None:
     assert dict(snapshots_in(whole)) == dict(snapshots_in(after))
     assert whole.active == merge.into
     assert {each.number for each in whole.layers} == {2, 3, merge.into}
+
+
+@pytest.mark.parametrize("mode", [Mode.RECEIVING, Mode.SERVING, Mode.LEFT])
+def test_a_copy_that_is_made_anew_keeps_the_snapshots_that_are_here(mode: Mode) -> None:
+    """Their layers do not change, whatever became of the volume."""
+    before = arrived(serving(3, 4), offer({V: TWO}, V, S, T))
+    spec = VolumeSpec(id=V, size_mib=1, image=None, host=HostId("host-2"), epoch=9)
+    new = blank_record(spec, msgspec.structs.replace(before, mode=mode))
+    assert dict(snapshots_in(new)) == dict(snapshots_in(before))
+    assert new.active == 7 and new.active_layer.backing is None
+    assert {5, 6, 7} <= {each.number for each in new.layers}
+    assert (3 in {each.number for each in new.layers}) is (mode is Mode.LEFT)
+
+
+class Beside:
+    """The parts of a host's storage around its records and files, without a daemon. Dies at `dies_at`."""
+
+    def __init__(self, folder: Path, dies_at: str = "") -> None:
+        self.records = Records(folder)
+        self.places = Places(volumes=folder, keys=folder)
+        self.daemon = self
+        self._dies_at = dies_at
+
+    async def keep(self, *written: VolumeRecord) -> None:
+        self.records.commit(*written)
+
+    async def define(self) -> bool:
+        return False
+
+    async def withdraw(self, volume: VolumeId) -> None:
+        """Nothing is served here."""
+
+    async def on_step(self, name: str) -> None:
+        if name == self._dies_at:
+            raise Crash(name)
+
+    def relocations(self) -> Relocations:
+        parts: Any = self
+        return Relocations(HostId("h"), parts, LayerFiles(self.places, Path(), parts), parts, parts)
+
+
+@pytest.mark.parametrize("dies_at", ["", "receive.dropped"])
+async def test_a_volume_that_was_received_in_vain_leaves_what_was_beside_it(
+    tmp_path: Path, dies_at: str
+) -> None:
+    made = offer({V: TWO}, V, S, T)
+    spec = VolumeSpec(id=V, size_mib=1, image=None, host=HostId("host-2"), epoch=9)
+    coming = blank_record(spec, arrived(None, made))
+    Records(tmp_path).commit(coming)
+    for each in coming.layers:
+        (tmp_path / each.file).touch()
+    try:
+        await Beside(tmp_path, dies_at).relocations().give_back(V)
+    except Crash:
+        assert list(Records(tmp_path).all()) == [V], "no file of it is taken for a volume"
+        await Beside(tmp_path).relocations().give_back(V)
+    after = Records(tmp_path).all()[V]
+    assert after.mode is Mode.LEFT and not after.withdrawn
+    assert dict(snapshots_in(after)) == dict(snapshots_in(coming))
+    assert {path.name for path in tmp_path.iterdir()} == {"v.json", *layer_files(FETCH, made)}

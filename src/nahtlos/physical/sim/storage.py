@@ -69,7 +69,8 @@ class SimStorage(SimDriver):
 
     def _removed(self, volume: VolumeId) -> list[str]:
         clones = [s.spec.id for s in self.host.snapshots.values() if s.spec.volume == volume]
-        if clones and volume in self.host.volumes:
+        held = self.host.volumes.get(volume)
+        if clones and held is not None and not held.received:
             raise Conflict(f"{volume} has snapshots: {', '.join(sorted(clones))}", field="volume")
         return [f"removed {volume}"] if self.host.volumes.pop(volume, None) else []
 

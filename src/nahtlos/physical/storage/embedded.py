@@ -46,7 +46,7 @@ from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.lifecycle import Lifecycle
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.overwriting import Overwriting
-from nahtlos.physical.storage.record import Records
+from nahtlos.physical.storage.record import Mode, Records
 from nahtlos.physical.storage.release import DaemonRelease
 from nahtlos.physical.storage.relocation import Relocations
 from nahtlos.physical.storage.replication import Replication
@@ -130,7 +130,9 @@ class EmbeddedStorage:
             await attempt.to(self._snapshots.remove(snapshot))
         for volume in going:
             if volume not in bare:
-                await attempt.one(self._lifecycle.delete(volume))
+                received = self.serving.records[volume].mode is Mode.RECEIVING
+                undo = self.relocations.give_back if received else self._lifecycle.delete
+                await attempt.one(undo(volume))
         await self.relocations.sweep()
         await self._settle(desired.pinned, attempt)
         for volume in known:

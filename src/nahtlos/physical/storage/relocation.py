@@ -422,6 +422,21 @@ class Relocations:
         await self._serving.on_step("receive.defined")
         await self._serving.settle((volume.id,))
 
+    async def give_back(self, volume: VolumeId) -> str:
+        """What was received here is gone, what is kept beside it for snapshots stays. Its file goes first:
+        one that no record names would be taken for a volume."""
+        record = self._serving.records[volume]
+        await self._serving.keep(msgspec.structs.replace(record, withdrawn=True))
+        await self._serving.define()
+        await self._serving.withdraw(volume)
+        kept = kept_layers(record)
+        await self._drop(record, kept)
+        await self._serving.on_step("receive.dropped")
+        newest = max(each.layer for each in record.snapshots)
+        left = msgspec.structs.replace(record, mode=Mode.LEFT, layers=kept, active=newest, epoch=0)
+        await self._serving.keep(msgspec.structs.replace(left, withdrawn=False, bitmaps=(), endpoint=None))
+        return f"volume {volume} was not received"
+
     def check_replaceable(self, record: VolumeRecord, volume: VolumeSpec) -> None:
         _check_replaceable(record, volume, self._host)
 
@@ -485,7 +500,7 @@ def _check_replaceable(record: VolumeRecord, volume: VolumeSpec, host: HostId) -
 
 def blank_record(volume: VolumeSpec, before: VolumeRecord | None) -> VolumeRecord:
     """With a layer of its own, beside those that snapshots name. Not served yet."""
-    kept = before.layers if before is not None and before.mode is Mode.LEFT else ()
+    kept = kept_layers(before) if before is not None else ()
     number = before.next_number if before is not None else 0
     form = LAYER_FORMAT if volume.encryption_key is not None else volume.format
     layer = Layer(
@@ -501,10 +516,24 @@ def blank_record(volume: VolumeSpec, before: VolumeRecord | None) -> VolumeRecor
         active=number,
         format=form,
         mode=Mode.RECEIVING,
-        snapshots=before.snapshots if before is not None and before.mode is Mode.LEFT else (),
+        snapshots=before.snapshots if before is not None else (),
         deletion=volume.deletion,
         last_number=number,
     )
+
+
+def kept_layers(record: VolumeRecord) -> tuple[Layer, ...]:
+    """What outlives the volume's data here: what its snapshots rest on; of one that has left, all of it."""
+    if record.mode is Mode.LEFT:
+        return record.layers
+    refs = (LayerRef(record.volume, each.layer) for each in record.snapshots)
+    needed: set[int] = set()
+    for ref in refs:
+        below: LayerRef | None = ref
+        while below is not None and below.volume == record.volume:
+            needed.add(below.number)
+            below = record.layer(below.number).backing
+    return tuple(layer for layer in record.layers if layer.number in needed)
 
 
 def left_behind(record: VolumeRecord, *, rested_on: bool) -> VolumeRecord:
