@@ -63,6 +63,15 @@ def silences(pid: int, addresses: Iterable[Address]) -> tuple[Silence, ...]:
     return tuple(found)
 
 
+def ends(pid: int, addresses: Iterable[Address]) -> frozenset[Address]:
+    """Where its connections begin: each new one elsewhere than the one before."""
+    return frozenset(
+        (str(own[0]), int(own[1]))
+        for held, _ in _connected(pid, frozenset(addresses))
+        if (own := held.getsockname())
+    )
+
+
 def end(pid: int, address: Address) -> int:
     """Both sides see an end at once. Returns how many there were."""
     count = 0

@@ -16,7 +16,7 @@ import msgspec
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error
 from nahtlos.physical.hypervisor import disks
-from nahtlos.physical.hypervisor.connections import Address, Silence, answers, bound, end, silences
+from nahtlos.physical.hypervisor.connections import Address, Silence, answers, bound, end, ends, silences
 from nahtlos.physical.hypervisor.disks import Disk, disks_of
 from nahtlos.physical.hypervisor.disks_live import CONNECT_WITHIN, LiveDisks, doors, statuses
 from nahtlos.physical.hypervisor.vmm import Vmm
@@ -27,12 +27,31 @@ STOPPED_BY_DISK = "io-error"
 HUNG_SECONDS = 1.5
 """A request unanswered for so long, and no greeting at the door: its daemon hangs."""
 GREET_SECONDS = 0.5
+BREAKS = "its connection breaks again and again: a block of it cannot be read, or its daemon does not stay"
 HUNG_KNOWN_SECONDS = 5.0
 IDLE_LOOK_SECONDS = 1.0
 SLOW_SECONDS = 15.0
 """The same, of a daemon that greets: its disk hangs."""
+UNSTEADY_LOOKS, UNSTEADY_SECONDS = 3, 1.0
+"""Looks in a row that find another connection than the one before, and the time between two."""
 BLAMED_TIMES, BLAMED_SECONDS = 3, 30.0
 """A copy that answers and still fails so often within so long is lost."""
+
+
+class Unsteady:
+    """Of a VMM's connections that come back by themselves: whether they break again and again. A storage
+    daemon ends the connection over which a block is asked for that it cannot read; the request then waits for
+    ever."""
+
+    def __init__(self) -> None:
+        self._ends: frozenset[Address] = frozenset()
+        self._changes = 0
+
+    def seen(self, ends: frozenset[Address]) -> bool:
+        """`ends`: where they begin now. Called at even times."""
+        self._changes = self._changes + 1 if self._ends and self._ends - ends else 0
+        self._ends = ends or self._ends
+        return self._changes >= UNSTEADY_LOOKS
 
 
 class DiskCare:
@@ -41,6 +60,10 @@ class DiskCare:
         self._event = asyncio.Event()
         self._looked: dict[Address, float] = {}
         self._hung: dict[Address, float] = {}
+        self._unsteady: dict[VmmId, Unsteady] = {}
+        self._breaks: frozenset[VmmId] = frozenset()
+        """Whose connections to an only copy break again and again."""
+        self._looked_at_ends = 0.0
 
     def heard(self) -> None:
         """Some VMM has told something about its disks."""
@@ -56,7 +79,9 @@ class DiskCare:
         if record is not None and record.server != server:
             vmm.write_record(msgspec.structs.replace(record, server=server))
         live, failed = LiveDisks(vmm, server), await self._failed(vmm, server)
-        done = await (live.connect_anew(failed) if failed else live.reconcile())
+        if failed:
+            return await live.connect_anew(failed)  # `watch` bounds what is new, once the guest runs
+        done = await live.reconcile()
         await self._bound(vmm, server)
         return done
 
@@ -103,10 +128,16 @@ class DiskCare:
         if record is None:
             return ()
         found = await statuses(vmm)
-        return tuple(
+        told = tuple(
             problem
             for disk in disks_of(record.server)
             if (problem := _problem(disk, found.get(disk.root, "ok"))) is not None
+        )
+        if told or vmm.id not in self._breaks:
+            return told
+        single = (disk for disk in disks_of(record.server) if len(disk.keys) == 1)
+        return tuple(
+            DiskProblem(volume=disk.volume, trouble=DiskTrouble.ERROR, text=BREAKS) for disk in single
         )
 
     async def check(self, vmm: Vmm) -> tuple[DiskProblem, ...]:
@@ -158,8 +189,30 @@ class DiskCare:
                 await self._event.wait()
         except TimeoutError:
             await self._end_silences(vmms.values())
+            await self._look_at_ends(vmms.values())
         self._event.clear()
-        return tuple([v for v, vmm in vmms.items() if vmm.record is not None and await _stopped(vmm)])
+        there = [(v, vmm) for v, vmm in vmms.items() if vmm.record is not None]
+        return tuple([v for v, vmm in there if v in self._breaks or await _stopped(vmm)])
+
+    async def _look_at_ends(self, vmms: Iterable[Vmm]) -> None:
+        now = time.monotonic()
+        if now - self._looked_at_ends < UNSTEADY_SECONDS:
+            return
+        self._looked_at_ends = now
+        units, breaks, known = await self._supervisor.units(), set[VmmId](), dict[VmmId, Unsteady]()
+        for vmm in tuple(vmms):
+            unit, record = units.get(vmm.id.unit), vmm.record
+            addresses = _addresses(record.server, several=False) if record else frozenset[Address]()
+            if unit is None or unit.pid is None or not addresses:
+                continue
+            unsteady = known[vmm.id] = self._unsteady.get(vmm.id, Unsteady())
+            try:
+                found = await asyncio.to_thread(ends, unit.pid, addresses)
+            except OSError:
+                continue  # it has just ended
+            if unsteady.seen(found):
+                breaks.add(vmm.id)
+        self._unsteady, self._breaks = known, frozenset(breaks)
 
     async def _end_silences(self, vmms: Iterable[Vmm]) -> None:
         """Of daemons that hang, and of those whose disk does."""
@@ -248,11 +301,11 @@ async def _greets(address: Address) -> bool:
     return await answers(address, connect_within=CONNECT_WITHIN, greet_within=GREET_SECONDS)
 
 
-def _addresses(server: ServerConfig) -> frozenset[Address]:
-    """Of volumes with several copies: others wait for their only one as long as it takes."""
+def _addresses(server: ServerConfig, *, several: bool = True) -> frozenset[Address]:
+    """Of volumes with several copies, or of the others: these wait for their only one as long as it takes."""
     return frozenset(
         (each.address, each.port)
         for disk in disks_of(server)
-        if len(disk.keys) > 1
+        if (len(disk.keys) > 1) is several and disk.attachment.rbd is None
         for each in disk.endpoints
     )
