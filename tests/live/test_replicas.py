@@ -24,7 +24,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.model.storage import Changes, CopyPhase, ReplicaState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Ledger
-from nahtlos.physical.agent.volumes.rejoin import check_ran_on, on_one_copy
+from nahtlos.physical.agent.volumes.rejoin import check_ran_on, end_alike, never_ran, on_one_copy
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper, reached_by_copies
 from nahtlos.physical.ports import Drivers, StorageDesired, VmmId
 from nahtlos.wire.messages import Message
@@ -378,6 +378,18 @@ async def test_server_whose_vmm_is_killed_goes_on_with_one_copy(place: Place) ->
     assert (alone.volume.copies, alone.volume.export) == ((), "server-root.e1")
     assert alone.volume.address == one.settings.address
     assert await on_one_copy(cloudlet.context(), alone) == alone
+
+
+async def test_server_that_is_removed_while_it_writes_leaves_copies_that_are_alike(place: Place) -> None:
+    cloudlet = await replicated(place, 2)
+    one, two = cloudlet.hosts
+    await end_alike(cloudlet.context(), cloudlet.server)
+    await one.hypervisor.kill(cloudlet.vmm)
+    assert cloudlet.lost == []
+    assert never_ran(cloudlet.ledger, cloudlet.server.spec.id)
+    volume = volume_on(one, "server-root")
+    first = await one.storage.digest(volume.id, 0, volume.size_mib * MIB)
+    assert await two.storage.digest(volume.id, 0, volume.size_mib * MIB) == first
 
 
 async def test_client_of_an_older_epoch_is_shut_out(place: Place) -> None:
