@@ -74,8 +74,8 @@ class Guest:
         closes the line."""
         for at in range(0, len(text), KEYS):
             await self.hypervisor.console_write(self.vmm, text[at : at + KEYS])
-            typed = min(at + KEYS, len(text))
-            while len((await self.hypervisor.console(self.vmm, offset, 1 << 20))[0]) < typed:
+            typed = text[: at + KEYS].rstrip()
+            while typed not in (await self.hypervisor.console(self.vmm, offset, 1 << 20))[0]:
                 await asyncio.sleep(0.01)
 
     async def set_load(self, workers: int) -> None:
