@@ -20,6 +20,7 @@ from nahtlos.model.blueprint import (
     ForecastMove,
     HostIntent,
     HostPhase,
+    Strategy,
     Waiting,
     WaitKind,
 )
@@ -63,6 +64,7 @@ class FakeCloud:
         self.console = b"login: "
         self.state: CampaignState | None = None
         self.component = Component.HYPERVISOR
+        self.strategy = Strategy.AUTO
         self.promised: Size | None = None
         self.tokens: list[str] = []
         self.log: list[CloudEvent] = []
@@ -216,6 +218,7 @@ class FakeCloud:
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> Forecast:
         await self.release(to)
         move = ForecastMove(
@@ -230,6 +233,7 @@ class FakeCloud:
         return Forecast(
             to_release=to,
             component=component,
+            strategy=strategy,
             hosts=tuple(
                 ForecastHost(
                     host=h, from_release=OLD, to_release=to, moves=(move,) if not i else (), seconds=12.0
@@ -254,9 +258,10 @@ class FakeCloud:
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> CampaignView:
         await self.release(to)
-        self.component = component
+        self.component, self.strategy = component, strategy
         if self.state == CampaignState.RUNNING:
             raise Conflict("campaign c-1 runs", field="campaign", remedy="cancel it or wait for its end")
         return self._become(CampaignState.RUNNING)
@@ -274,6 +279,7 @@ class FakeCloud:
             hosts=tuple(self.intents),
             state=self.state,
             component=self.component,
+            strategy=self.strategy,
         )
         return CampaignView(
             campaign=campaign,

@@ -66,6 +66,8 @@ def run(reachable: Any, tmp_path: Path) -> Run:
         (("upgrade", "start", NEW), "running"),
         (("upgrade", "start", "--component", "network", "--to", NEW), "network"),
         (("upgrade", "plan", "--component", "storage", "--to", NEW), "stays in use"),
+        (("upgrade", "plan", "--strategy", "in-place", NEW), "row:"),
+        (("upgrade", "start", "--strategy", "in-place", NEW), "in-place"),
         (("operator", "list"), "alice"),
         (("promise", "--vcpus", "4", "--memory-mib", "1024"), "of what is promised"),
     ],
@@ -87,7 +89,8 @@ async def test_every_command_shows_its_result(run: Run, arguments: tuple[str, ..
         (("server", "move", "web-1"), {"host": "host-2"}),
         (("server", "delete", "web-1"), {"id": "web-1"}),
         (("server", "console", "web-1"), {"text": "login: ", "next_offset": 7}),
-        (("upgrade", "plan", NEW), {"total_moves": 1, "blockers": []}),
+        (("upgrade", "plan", NEW), {"total_moves": 1, "blockers": [], "strategy": "auto"}),
+        (("upgrade", "plan", NEW, "--strategy", "move"), {"strategy": "move"}),
         (("upgrade", "start", NEW), {"hosts_total": 2}),
     ],
 )

@@ -51,9 +51,9 @@ async def receiving(hosts: Hosts, server: ServerConfig) -> tuple[VmmId, str]:
     return arriving, uris[0]
 
 
-async def sending(hosts: Hosts, vmm: VmmId, uri: str) -> None:
+async def sending(hosts: Hosts, vmm: VmmId, uri: str, *, slow_down: bool = False) -> None:
     hypervisor = hosts.first.hypervisor
-    await hypervisor.migrate_start(vmm, uri, peer=hosts.second.name, bandwidth=4 * GIB)
+    await hypervisor.migrate_start(vmm, uri, peer=hosts.second.name, bandwidth=4 * GIB, slow_down=slow_down)
     async with asyncio.timeout(CONVERGES_WITHIN):
         while True:
             progress = await hypervisor.migrate_progress(vmm)
@@ -120,7 +120,7 @@ def test_a_cancelled_move_leaves_the_server_and_can_be_begun_again(stage: Stage)
             await hosts.second.hypervisor.incoming_wait(arriving, timeout=5.0)
         await hosts.second.hypervisor.kill(arriving)
         _, uri = await receiving(hosts, server)
-        await sending(hosts, leaving, uri)
+        await sending(hosts, leaving, uri, slow_down=True)
         assert await state(hosts.first, leaving) is RunState.RUNNING
 
     stage(play)

@@ -220,8 +220,13 @@ class World:
             if self._refuses(planned):
                 return
         else:
-            held = [server for server, (host, _) in self.owner.items() if host == planned.host]
-            assert not held, f"{planned.host} is switched under {held}"
+            others = [
+                server
+                for server, (host, _) in self.owner.items()
+                if host == planned.host and self.under[server] != planned.release
+            ]
+            put_back = blueprint.hosts[planned.host].previous is None
+            assert put_back or not others, f"{planned.host} is switched under {others}"
             assert blueprint.hosts[planned.host].release == planned.release
         self.operations[planned.id] = Operation(planned=planned)
 

@@ -67,7 +67,7 @@ UNSAFE: dict[str, Callable[[Blueprint], Blueprint]] = {
     "which is not serving": lambda b: another_move(b, destination=host_id(9)),
     "which is no compute host": lambda b: another_move(b, destination=host_id(9)),
     "which is to be removed": lambda b: another_move(b, server=server_id(77)),
-    "is switched while it owns": lambda b: phase(b, HostPhase.SWITCHING),
+    "is switched while it owns": lambda b: phase(b, HostPhase.SWITCHING, release=NEW),
     "is switched while move-": lambda b: phase(b, HostPhase.SWITCHING),
     "changes its release": lambda b: phase(b, HostPhase.SERVING, release=NEW),
     "which is not switched to it": lambda b: replace(

@@ -5,10 +5,16 @@ import pytest
 from planner_world import NEW, OLD, Cloud, host_id, running_cloud, server_id
 
 from nahtlos.model.blueprint import Forecast, HostIntent
+from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Size
-from nahtlos.planner import predict
-from nahtlos.planner.predict import MoveSample, forecast, predict_move
+from nahtlos.model.prediction import Means, Sample, Workload
+from nahtlos.physical.agent import precopy
+from nahtlos.planner import estimate as estimating
+from nahtlos.planner import ways
+from nahtlos.planner.estimate import MIB, error_p90, estimate, learn, model
+from nahtlos.planner.predict import forecast
+from nahtlos.wire.messages import MoveOrder
 
 
 def ask(cloud: Cloud, hosts: tuple[int, ...] | None = None) -> Forecast:
@@ -102,34 +108,150 @@ def test_a_cordon_that_takes_the_room_blocks() -> None:
 # --- predictions -------------------------------------------------------------------------------------
 
 
+def work(memory_mib: int = 256, dirty_mib: int | None = 0, devices: int = 2) -> Workload:
+    dirty = None if dirty_mib is None else dirty_mib * MIB
+    return Workload(memory_mib=memory_mib, dirty_rate=dirty, devices=devices)
+
+
+def sample(
+    pause: float,
+    memory: int = 256,
+    to: ReleaseId = NEW,
+    means: Means = Means.PRE_COPY,
+    server: int = 1,
+    dirty_mib: int = 0,
+    link_mib: int = 0,
+) -> Sample:
+    return Sample(
+        means=means,
+        server=server_id(server),
+        memory_mib=memory,
+        seconds=1.0,
+        pause_ms=pause,
+        from_release=OLD,
+        to_release=to,
+        dirty_rate=dirty_mib * MIB,
+        link=link_mib * MIB,
+    )
+
+
+def test_the_model_watches_a_pre_copy_as_the_agent_does() -> None:
+    assert estimating.NEAR_BYTES == precopy.NEAR_BYTES
+    assert estimating.SETTLE_SECONDS == precopy.SETTLE_SECONDS
+    assert estimating.FORCED_PAUSE_SECONDS == precopy.FORCED_PAUSE_SECONDS
+    assert _default_deadline() == estimating.DEADLINE_SECONDS
+    assert ways.NOT_CONVERGED == precopy.NOT_CONVERGED
+
+
+def _default_deadline() -> float:
+    field = next(f for f in msgspec.structs.fields(MoveOrder) if f.name == "precopy_deadline")
+    return field.default
+
+
+def test_in_place_no_size_and_no_writing_makes_a_difference() -> None:
+    small, big = model(Means.IN_PLACE, work(256)), model(Means.IN_PLACE, work(65536, 900))
+    assert small.blackout_ms == big.blackout_ms
+    assert big.brownout_seconds == 0.0
+    assert model(Means.IN_PLACE, work(256, devices=6)).blackout_ms > small.blackout_ms
+
+
+def test_a_copy_takes_as_long_as_memory_and_link_say_and_blacks_out_no_longer() -> None:
+    small, big = model(Means.PRE_COPY, work(256)), model(Means.PRE_COPY, work(1024))
+    assert big.brownout_seconds == pytest.approx(4 * small.brownout_seconds)
+    assert big.blackout_ms == small.blackout_ms
+    assert model(Means.PRE_COPY, work(1024), link=128 * MIB).brownout_seconds == pytest.approx(8.0)
+
+
+def test_what_is_written_faster_than_it_is_sent_does_not_converge_unless_it_is_slowed_down() -> None:
+    hard = work(512, 400)
+    given_up = model(Means.PRE_COPY, hard, link=128 * MIB)
+    assert not given_up.converges
+    assert given_up.brownout_seconds >= estimating.DEADLINE_SECONDS
+    slowed = model(Means.SLOWED, hard, link=128 * MIB)
+    assert slowed.converges
+    assert slowed.brownout_seconds < given_up.brownout_seconds
+    assert model(Means.PRE_COPY, work(2048, 40), link=128 * MIB).converges
+
+
+def test_a_small_server_that_writes_all_of_its_memory_is_forced_and_pays_for_it_in_blackout() -> None:
+    forced = model(Means.PRE_COPY, work(32, 4000), link=128 * MIB)
+    assert forced.converges
+    assert forced.pause_ms == pytest.approx(estimating.COPY_PAUSE_MS + 250.0)
+
+
+def test_post_copy_is_told_and_refused() -> None:
+    said = model(Means.POST_COPY, work())
+    assert said.blackout_ms > 0
+    assert "takes the server with it" in said.refused
+
+
+def test_another_accelerator_wakes_sooner_and_many_at_once_later() -> None:
+    alone = model(Means.PRE_COPY, work())
+    assert model(Means.PRE_COPY, work(), accelerator="kvm").blackout_ms < alone.blackout_ms
+    assert model(Means.PRE_COPY, work(), parallel=4).blackout_ms > alone.blackout_ms
+    assert model(Means.IN_PLACE, work(), parallel=4) == model(Means.IN_PLACE, work())
+
+
+def test_measured_ones_put_the_model_right_for_their_releases_and_their_way() -> None:
+    raw = model(Means.PRE_COPY, work())
+    known = learn([sample(raw.pause_ms * 2)] * 3 + [sample(raw.pause_ms * 4, to=OLD)] * 3)
+
+    def said(to: ReleaseId, means: Means = Means.PRE_COPY) -> float:
+        return estimate(means, work(), known, releases=(OLD, to)).pause_ms
+
+    assert said(NEW) == pytest.approx(raw.pause_ms * 2)
+    assert said(OLD) == pytest.approx(raw.pause_ms * 4)
+    assert said(ReleaseId("qemu-12")) == pytest.approx(raw.pause_ms * 3)
+    assert said(NEW, Means.IN_PLACE) == model(Means.IN_PLACE, work()).pause_ms
+
+
+def test_too_few_and_absurd_ones_are_not_believed() -> None:
+    raw = model(Means.PRE_COPY, work())
+    assert learn([sample(raw.pause_ms * 2)] * 2).calibrations == ()
+    absurd = learn([sample(raw.pause_ms * 1000)] * 3)
+    assert estimate(Means.PRE_COPY, work(), absurd).pause_ms == pytest.approx(
+        raw.pause_ms * estimating.RATIO_BOUNDS[1]
+    )
+    one_of_many = learn([sample(raw.pause_ms)] * 9 + [sample(raw.pause_ms * 1000)])
+    assert estimate(Means.PRE_COPY, work(), one_of_many).pause_ms == pytest.approx(raw.pause_ms)
+
+
+def test_the_rate_that_was_measured_last_is_a_servers_and_the_link_is_the_median() -> None:
+    known = learn(
+        [
+            sample(15, dirty_mib=300, link_mib=100),
+            sample(15, dirty_mib=10, link_mib=900),
+            sample(15, server=2, dirty_mib=50, link_mib=120),
+        ]
+    )
+    assert known.dirty_rates == {server_id(1): 300 * MIB, server_id(2): 50 * MIB}
+    assert known.link == 120 * MIB
+
+
+def test_nine_in_ten_errors_are_no_larger() -> None:
+    raw = model(Means.PRE_COPY, work())
+    samples = [sample(raw.pause_ms)] * 9 + [sample(raw.pause_ms * 50)]
+    assert error_p90(samples, learn(samples)) == pytest.approx(0.0)
+    worse = [*samples[:8], *samples[9:], *samples[9:]]
+    assert (error_p90(worse, learn(worse)) or 0.0) > 0.5
+    assert error_p90([], learn([])) is None
+
+
 def test_without_samples_the_table_is_used_and_named() -> None:
-    small = predict_move(256, (OLD, NEW), 1, ())
-    assert (small.gap_ms, small.gap_ms_max) == (predict.TABLE_GAP_MS, predict.TABLE_GAP_MS_MAX)
-    assert small.seconds == pytest.approx(predict.TABLE_SECONDS + predict.TABLE_VMM_START)
-    assert predict_move(1024, (OLD, NEW), 1, ()).seconds > small.seconds
-    assert predict_move(256, (OLD, NEW), 4, ()).gap_ms > small.gap_ms
-    assert "the table" in ask(running_cloud((1, 1))).basis
-
-
-def test_samples_of_the_same_releases_and_size_count_more() -> None:
-    def sample(gap: float, memory: int = 256, to: str = NEW) -> MoveSample:
-        return MoveSample(memory_mib=memory, seconds=gap / 100, gap_ms=gap, from_release=OLD, to_release=to)  # type: ignore[arg-type]
-
-    samples = [sample(50), sample(52), sample(90), *[sample(500, to=OLD)] * 9]
-    assert predict_move(256, (OLD, NEW), 1, samples).gap_ms == 52
-    assert predict_move(256, (OLD, NEW), 1, samples).gap_ms_max == 90
-    assert predict_move(256, (NEW, NEW), 1, samples).gap_ms == 500
-    near_and_far = [sample(10)] * predict.NEAREST_SAMPLES + [sample(900, memory=8192)] * 40
-    assert predict_move(300, (OLD, NEW), 1, near_and_far).gap_ms == 10
+    said = ask(running_cloud((1, 1)))
+    assert "the table" in said.basis
+    assert said.error_p90 is None
 
 
 def test_measured_moves_make_the_forecast() -> None:
     cloud = running_cloud((1, 1))
-    samples = [MoveSample(memory_mib=256, seconds=2.0, gap_ms=40.0)]
+    raw = model(Means.PRE_COPY, work())
+    samples = [sample(raw.pause_ms * 3, server=n) for n in (1, 2, 1)]
     said = forecast(cloud.policy, cloud.world.look(), cloud.now, NEW, None, samples, verify_seconds=1.0)
-    assert said.basis == "1 measured move of this cloud"
-    assert said.gap_ms_p50 == 40.0
-    assert said.seconds == pytest.approx(3 * 2.0 + 2 * 1.0)
+    assert said.basis == "3 measured moves of this cloud"
+    assert said.gap_ms_p50 == pytest.approx(raw.blackout_ms + 2 * raw.pause_ms)
+    assert said.seconds == pytest.approx(3 * 1.0 + 2 * 1.0)
+    assert said.error_p90 == pytest.approx(0.0)
 
 
 def test_moves_beside_each_other_take_less_time() -> None:

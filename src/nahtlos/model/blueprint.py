@@ -22,6 +22,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Assignment, Component, HostSpec, ServerSpec, Size
+from nahtlos.model.prediction import Estimate, Experience, Means
 from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
 from nahtlos.model.volume_work import PlannedVolumeTask, VolumeEnd, VolumeWish
@@ -45,6 +46,17 @@ class CampaignState(StrEnum):
     DONE = "done"
 
 
+class Strategy(StrEnum):
+    """How a campaign carries the servers of a host to the new hypervisor."""
+
+    MOVE = "move"
+    """All of them to other hosts: the host is emptied."""
+    IN_PLACE = "in-place"
+    """None: each is taken over by a new process where it is, one after another."""
+    AUTO = "auto"
+    """Moved where a move is proven, fits and keeps the server's budget; in place otherwise."""
+
+
 class Campaign(Value, frozen=True, kw_only=True):
     """Bring `component` of `hosts` to release `to_release`, servers running throughout."""
 
@@ -53,6 +65,8 @@ class Campaign(Value, frozen=True, kw_only=True):
     hosts: tuple[HostId, ...]
     state: CampaignState
     component: Component = Component.HYPERVISOR
+    strategy: Strategy = Strategy.AUTO
+    """Of the hypervisor; what else is replaced leaves servers where they are."""
     from_releases: tuple[ReleaseId, ...] = ()
     created_at: float = 0.0
     ended_at: float | None = None
@@ -108,6 +122,7 @@ class Policy(Value, frozen=True, kw_only=True):
     promised: Size = Size()
     """What customers were promised in total: it must stay placeable on hosts in service."""
     parallel_moves: int = 1
+    experience: Experience = Experience()
 
 
 class HostPhase(StrEnum):
@@ -116,9 +131,12 @@ class HostPhase(StrEnum):
     SERVING = "serving"
     CORDONED = "cordoned"
     EMPTYING = "emptying"
+    """Takes no further servers. Those it has go elsewhere, or, by a campaign's strategy, are taken over where
+    they are."""
     DRAINED = "drained"
     SWITCHING = "switching"
-    """Empty; its release is switched and verified by booting a probe under it."""
+    """Its release is switched and verified by booting a probe under it. It has no servers, or only such
+    as run by the release already."""
 
 
 class HostPlan(Value, frozen=True, kw_only=True):
@@ -169,6 +187,8 @@ class PlannedMove(Value, frozen=True, kw_only=True):
     failed attempt."""
     release: ReleaseId | None = None
     """In place: `source` and `destination` are one host, a VMM of this release takes the server over."""
+    slow_down: bool = False
+    """The server is slowed down until the move converges."""
 
     @property
     def in_place(self) -> bool:
@@ -277,7 +297,18 @@ class ForecastMove(Value, frozen=True, kw_only=True):
     destination: HostId
     seconds: float
     gap_ms: float
+    """Predicted blackout, as a client sees it."""
     gap_ms_max: float
+    brownout_seconds: float = 0.0
+    means: Means = Means.PRE_COPY
+    row: str = ""
+    """Of the table of version pairs, the one that decides; empty while it is not known what it runs under."""
+    row_source: str = ""
+    """Where that row's verdict comes from."""
+    why: str = ""
+    """Why this way and not another."""
+    alternatives: tuple[Estimate, ...] = ()
+    """The other ways, the best first; those that are not to be had say why."""
 
 
 class ForecastHost(Value, frozen=True, kw_only=True):
@@ -285,7 +316,10 @@ class ForecastHost(Value, frozen=True, kw_only=True):
     from_release: ReleaseId | None
     to_release: ReleaseId
     moves: tuple[ForecastMove, ...]
+    """Servers that are replaced in place among them."""
     seconds: float
+    note: str = ""
+    """What this does not bring, in words."""
 
 
 class Forecast(Value, frozen=True, kw_only=True):
@@ -302,6 +336,9 @@ class Forecast(Value, frozen=True, kw_only=True):
     blockers: tuple[Waiting, ...]
     basis: str
     """Where the predictions come from: measured moves of this cloud, or the table in the documentation."""
+    strategy: Strategy = Strategy.AUTO
+    error_p90: float | None = None
+    """Of nine in ten of the measured ones, the predicted blackout was off by no more than this share."""
 
 
 class OperationRecord(Value, frozen=True, kw_only=True):
@@ -321,3 +358,5 @@ class OperationRecord(Value, frozen=True, kw_only=True):
     release_after: ReleaseId | None = None
     result: dict[str, str] = {}
     """What came of it, as the agent that carried it out tells (`OperationStatus.result`)."""
+    predicted: Estimate | None = None
+    """As it was begun."""

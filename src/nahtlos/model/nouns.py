@@ -9,7 +9,6 @@ from nahtlos.model.ids import HostId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
 from nahtlos.model.values import Value
 
-
 USER_DATA_BYTES = 16 << 10
 
 
@@ -64,6 +63,11 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     0: all of it is there, and none can be plugged."""
     max_memory_mib: int = 0
     """Of its hardware: how far `size.memory_mib` may be raised while it runs; 0 as above."""
+    blackout_budget_ms: int = 0
+    """The longest gap its clients may see when it is carried elsewhere; what is predicted to take longer is
+    not begun. 0: none was set."""
+    allow_slowdown: bool = False
+    """Its vCPUs may be slowed down so that a move comes to its end."""
 
     user_data: str = ""
     """What its owner tells the guest (cloud-init's user-data); at most `USER_DATA_BYTES`."""

@@ -229,12 +229,13 @@ def _upgrades(routes: APIRouter, cloud: Cloud) -> None:
     @routes.post("/upgrades/plan")
     async def plan(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await _body(request, UpgradeRequest)
-        return _json(await cloud.plan_upgrade(asked.to, asked.hosts, asked.component))
+        return _json(await cloud.plan_upgrade(asked.to, asked.hosts, asked.component, asked.strategy))
 
     @routes.post("/upgrades")
     async def start(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await _body(request, UpgradeRequest)
-        return _json(await cloud.start_upgrade(asked.to, asked.hosts, asked.component), status=201)
+        view = await cloud.start_upgrade(asked.to, asked.hosts, asked.component, asked.strategy)
+        return _json(view, status=201)
 
     @routes.post("/upgrades/pause")
     async def pause() -> Response:  # pyright: ignore[reportUnusedFunction]

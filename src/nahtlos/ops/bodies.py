@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 
-from nahtlos.model.blueprint import HostIntent
+from nahtlos.model.blueprint import HostIntent, Strategy
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, ReleaseId
 from nahtlos.model.nouns import Component, HostRole
@@ -75,6 +75,7 @@ class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[HostId, ...] | None = None
     """None: all hosts that have the component."""
     component: Component = Component.HYPERVISOR
+    strategy: Strategy = Strategy.AUTO
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from nahtlos.model.blueprint import Campaign, Forecast, HostIntent
+from nahtlos.model.blueprint import Campaign, Forecast, HostIntent, Strategy
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.nouns import Component, HostRole, Release, Size
@@ -205,8 +205,9 @@ class OperatorClient:
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> Forecast:
-        asked = UpgradeRequest(to=to, hosts=hosts, component=component)
+        asked = UpgradeRequest(to=to, hosts=hosts, component=component, strategy=strategy)
         return await self._ask("POST", "upgrades/plan", asked, Forecast)
 
     async def start_upgrade(
@@ -214,8 +215,9 @@ class OperatorClient:
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> CampaignView:
-        asked = UpgradeRequest(to=to, hosts=hosts, component=component)
+        asked = UpgradeRequest(to=to, hosts=hosts, component=component, strategy=strategy)
         return await self._ask("POST", "upgrades", asked, CampaignView)
 
     async def campaigns(self) -> tuple[Campaign, ...]:

@@ -19,6 +19,7 @@ from nahtlos.model.errors import Error, Refused
 from nahtlos.model.inventory import Accelerator
 from nahtlos.model.nouns import Release
 from nahtlos.model.values import Value
+from nahtlos.ops.version_rows import rows_that_matter
 from nahtlos.runtime.releases import TRACKS, broken_releases, list_images, list_releases, load_release
 
 MIB = 1 << 20
@@ -121,6 +122,7 @@ def examine(build: Path, machine: Machine | None = None) -> list[Finding]:
         *_ram_room(machine),
         _disk(machine, build),
         *_releases(build),
+        *_version_pairs(build),
         _image(build),
         _accelerator(machine, build / "cache"),
         _bridge_tracking(machine),
@@ -443,6 +445,22 @@ def _track(name: str, built: list[Release], folder: Path) -> Finding:
     except Error as error:
         return _required(title, False, f"{error.field}: {error.message}", error.remedy)
     return _required(title, True, f"{release.id}, every file as in its manifest", "")
+
+
+def _version_pairs(build: Path) -> list[Finding]:
+    """What the table says of those that were built, as guests run here."""
+    known = _newest(build / "cache", lambda _: True)
+    rows = rows_that_matter(list_releases(build / "releases"), known.name if known is not None else "tcg")
+    return [
+        Finding(
+            name=f"hypervisor {row.title}",
+            ok=row.ok,
+            level=Level.USEFUL,
+            detail=row.detail,
+            remedy="" if row.ok else "go by a release between them: docs/version-pairs.md",
+        )
+        for row in rows
+    ]
 
 
 def _image(build: Path) -> Finding:

@@ -267,7 +267,9 @@ class Hypervisor(Protocol):
 
     # moves: source
 
-    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+    async def migrate_start(
+        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+    ) -> None:
         """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
         destination's certificate must prove. Refused if it failed at once."""
         ...

@@ -36,7 +36,7 @@ def violations(
         *_handed_over(observed, before, child),
         *_operations(observed, before, child),
         *_moves(policy, before, child),
-        *_switching(before, child),
+        *_switching(observed, before, child),
         *_one_at_a_time(policy, child),
         *_room(policy, inventory, before, child),
         *volume_violations(policy, before, child),
@@ -118,11 +118,18 @@ def _new_move(policy: Policy, child: Blueprint, move: PlannedMove) -> Iterator[s
         yield f"{move.id} moves {move.server}, which is to be removed"
 
 
-def _switching(before: Blueprint, child: Blueprint) -> Iterator[str]:
+def _switching(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """What a host that is switched owns runs by its release already, as of when that was begun."""
     switching = {host for host, plan in child.hosts.items() if plan.phase is HostPhase.SWITCHING}
+    begun = {host for host, plan in before.hosts.items() if plan.phase is HostPhase.SWITCHING}
     for server, assignment in child.servers.items():
-        if assignment.host in switching:
-            yield f"{assignment.host} is switched while it owns {server}"
+        if assignment.host not in switching:
+            continue
+        seen = observed.server_on(server, assignment.host)
+        release = seen.release if seen is not None and seen.epoch == assignment.epoch else None
+        kept = assignment.host in begun and before.servers.get(server) == assignment
+        if not kept and release != child.hosts[assignment.host].release:
+            yield f"{assignment.host} is switched while it owns {server}, which runs by {release}"
     for move in child.moves:
         for host in {move.source, move.destination} & switching:
             yield f"{host} is switched while {move.id} runs"

@@ -1,17 +1,20 @@
-"""Emptying hosts: those their operators drain, and the one the campaign has come to."""
+"""Emptying hosts: those their operators drain, and the one the campaign has come to. Of the latter, by the
+campaign's strategy, servers may be taken over where they are instead."""
 
 from nahtlos.model.blueprint import HostPhase, WaitKind
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.planner.destinations import heaviest_first, no_room, open_hosts, pack
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.in_place import replace_or_wait
 from nahtlos.planner.moves import CAMPAIGN, start_or_wait, why_not_ready
+from nahtlos.planner.ways import leaving_with_room, runs
 
 
 def evacuate_hosts(draft: Draft) -> None:
     owned = draft.by_host()
     for host in _to_empty(draft):
         staying = [server for server in owned.get(host, ()) if server not in draft.moving]
-        _evacuate(draft, host, staying)
+        _evacuate(draft, host, _take_over(draft, host, staying))
 
 
 def _to_empty(draft: Draft) -> list[HostId]:
@@ -20,6 +23,20 @@ def _to_empty(draft: Draft) -> list[HostId]:
     drained = [host for host in emptying if host != draft.upgrading]
     going_on = draft.running_campaign is not None and not draft.stuck
     return drained + [host for host in emptying if host == draft.upgrading and going_on]
+
+
+def _take_over(draft: Draft, host: HostId, servers: list[ServerId]) -> list[ServerId]:
+    """In place, one after another, those that are not to leave. The others."""
+    campaign = draft.running_campaign
+    if campaign is None or host != draft.upgrading:
+        return servers
+    movers = leaving_with_room(draft, campaign, host, servers)
+    release = campaign.to_release
+    left = [s for s in servers if s not in set(movers) and not runs(draft, s, release)]
+    draft.wanted.update(left)
+    for server in sorted(left, key=lambda server: (draft.attempts.get(server, 0), server)):
+        replace_or_wait(draft, server, release, f"{CAMPAIGN}{host} is brought to {release}")
+    return movers
 
 
 def _evacuate(draft: Draft, host: HostId, servers: list[ServerId]) -> None:

@@ -5,10 +5,12 @@ decides whether two releases know how.
 """
 
 from nahtlos.model.blueprint import HostPhase, PlannedMove, Waiting, WaitKind
-from nahtlos.model.ids import HostId, ReleaseId, ServerId
-from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
+from nahtlos.model.ids import ReleaseId, ServerId
+from nahtlos.model.prediction import Means
+from nahtlos.model.version_pairs import Verdict, Way
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import MAX_ATTEMPTS, REQUESTED, running, why_not_ready
+from nahtlos.planner.ways import deferred, row_for, runs, why_over_budget
 
 
 def replace_requested(draft: Draft) -> None:
@@ -24,12 +26,6 @@ def replace_requested(draft: Draft) -> None:
                 )
         else:
             replace_or_wait(draft, server, release, REQUESTED)
-
-
-def runs(draft: Draft, server: ServerId, release: ReleaseId) -> bool:
-    owner = draft.servers[server]
-    status = draft.observed.server_on(server, owner.host)
-    return status is not None and status.epoch == owner.epoch and status.release == release
 
 
 def replace_or_wait(draft: Draft, server: ServerId, release: ReleaseId, reason: str) -> None:
@@ -80,7 +76,7 @@ def why_not_in_place(draft: Draft, server: ServerId, release: ReleaseId) -> Wait
             reason=f"{server} is not replaced: {release} has not its machine type",
             remedy="choose a release that still has it",
         )
-    pair = deciding_pair(draft, server, host, release)
+    pair = row_for(draft, server, Way.IN_PLACE, release)
     if pair is not None and pair.verdict is Verdict.REFUSED:
         return Waiting(
             subject=server,
@@ -88,16 +84,5 @@ def why_not_in_place(draft: Draft, server: ServerId, release: ReleaseId) -> Wait
             reason=f"{server} is not replaced: {pair}",
             remedy="choose a release the table of version pairs knows a way to",
         )
-    return None
-
-
-def deciding_pair(draft: Draft, server: ServerId, host: HostId, release: ReleaseId) -> Pair | None:
-    """The row of the table; None while it is not known what the server runs under."""
-    seen, status = draft.observed.host(host), draft.observed.server_on(server, host)
-    versions = draft.policy.release_versions
-    if seen is None or seen.accelerator is None or status is None or status.release is None:
-        return None
-    old, new = versions.get(status.release), versions.get(release)
-    if old is None or new is None:
-        return None
-    return pair_for(Way.IN_PLACE, old, new, seen.accelerator.name)
+    over = why_over_budget(draft, server, Means.IN_PLACE, release)
+    return deferred(server, over) if over else None

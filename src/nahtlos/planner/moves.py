@@ -1,11 +1,13 @@
 """Whether a server can be moved now, and the decision to do so. Where to is not decided here."""
 
-from nahtlos.model.blueprint import PlannedMove, Waiting, WaitKind
+from nahtlos.model.blueprint import HostPhase, PlannedMove, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component
+from nahtlos.model.prediction import Means
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.volumes import why_held_by_volumes
+from nahtlos.planner.ways import deferred, means_of_move, why_over_budget
 
 MAX_ATTEMPTS = 5
 LONGEST_PATIENCE = 60.0
@@ -36,6 +38,8 @@ def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
         )
     if status.state is not RunState.RUNNING:
         return _wait(server, WaitKind.HOST, f"{server} is {status.state} on {owner.host}, not running yet")
+    if draft.hosts[owner.host].phase is HostPhase.SWITCHING:
+        return _wait(server, WaitKind.HOST, f"{server} stays while {owner.host} is switched and verified")
     if held := why_held_by_volumes(draft, server):
         return _wait(server, WaitKind.MOVE, held)
     host = draft.replaced
@@ -68,7 +72,11 @@ def running(draft: Draft) -> int:
 
 
 def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: str) -> None:
-    """Move `server`, or say that it waits for its turn."""
+    """Move `server`, or say that it waits for its turn, or why it is left where it is."""
+    means = means_of_move(draft, server)
+    if over := why_over_budget(draft, server, means, draft.hosts[destination].release):
+        draft.waiting.append(deferred(server, over))
+        return
     if running(draft) >= draft.policy.parallel_moves:
         draft.wait(
             server, WaitKind.MOVE, f"{server} waits for its turn: {running(draft)} of as many moves run"
@@ -83,6 +91,7 @@ def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: s
         epoch=owner.epoch + 1,
         reason=reason,
         patience_seconds=min(2.0 ** (failures - 1), LONGEST_PATIENCE) if failures else 0.0,
+        slow_down=means is Means.SLOWED,
     )
     draft.add_move(move)
     draft.change(f"{server} moves from {owner.host} to {destination}: {reason}")

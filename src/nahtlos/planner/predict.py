@@ -1,6 +1,6 @@
 """What a campaign would do: a dry run of the same `plan` in an idealised world that ends every operation at
-once and well. Times and gaps come from this cloud's own moves where there are any, else from the table of
-measurements in the documentation. It forecasts; it decides nothing and changes nothing.
+once and well. Times and gaps come from `estimate`, put right by what this cloud has measured. It forecasts;
+it decides nothing and changes nothing.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from nahtlos.model.blueprint import (
     Forecast,
     ForecastHost,
     ForecastMove,
-    PlannedMove,
     PlanReport,
     Policy,
+    Strategy,
     Waiting,
     WaitKind,
 )
@@ -32,50 +32,25 @@ from nahtlos.model.inventory import (
     ServerStatus,
 )
 from nahtlos.model.nouns import Component, Size
-from nahtlos.model.values import Value
+from nahtlos.model.prediction import Means, Sample
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.estimate import error_p90, learn, slowest
+from nahtlos.planner.foretell import foretold
 from nahtlos.planner.plan import plan
 from nahtlos.planner.rooms import amount
 from nahtlos.planner.upgrade import campaign_over, has, to_upgrade
 
-# Measured with QEMU 10 and 11 under TCG on 2 cores, a client at 1,000 packets/s; see the tables of live
-# moves in the documentation.
-TABLE_SECONDS = 0.42
-"""A move of 256 MiB, from its order to its end."""
-TABLE_SECONDS_PER_MIB = 0.0014
-"""For what a server has above that: 1.57 s for 1 GiB against 0.49 s for 256 MiB, all of it touched."""
-TABLE_VMM_START = 0.1
-TABLE_MIB = 256
-TABLE_GAP_MS = 60.0
-TABLE_GAP_MS_MAX = 97.0
-TABLE_PARALLEL_GAP_MS = 126.0
-TABLE_PARALLEL_GAP_MS_MAX = 332.0
-"""Four guests at once."""
 ASSUMED_VERIFY_SECONDS = 5.0
+STAYING_NOTE = (
+    "servers stay: only the hypervisor is replaced under them; a new kernel needs an empty host: "
+    "nahtlos host drain {host}"
+)
 ASSUMED_REPLACE_SECONDS = 5.0
 """Of a storage daemon or network functions, until the host has reported it."""
-NEAREST_SAMPLES = 20
-ENOUGH_SAMPLES = 3
 BATCH = 64
 """Moves per step of a dry run. What a step decides does not depend on it, as only one host is emptied at a
 time and the room at destinations is taken when a move is decided; the time is counted by the policy's own
 number."""
-
-
-class MoveSample(Value, frozen=True, kw_only=True):
-    """One measured move of the past."""
-
-    memory_mib: int
-    seconds: float
-    gap_ms: float
-    """As a client saw it."""
-    from_release: ReleaseId | None = None
-    to_release: ReleaseId | None = None
-
-
-class Prediction(Value, frozen=True, kw_only=True):
-    seconds: float
-    gap_ms: float
-    gap_ms_max: float
 
 
 def forecast(
@@ -84,17 +59,23 @@ def forecast(
     parent: Blueprint | None,
     to_release: ReleaseId,
     hosts: tuple[HostId, ...] | None = None,
-    samples: Sequence[MoveSample] = (),
+    samples: Sequence[Sample] = (),
     verify_seconds: float | None = None,
     component: Component = Component.HYPERVISOR,
+    strategy: Strategy = Strategy.AUTO,
 ) -> Forecast:
     """What a campaign to `to_release` would do from here. `hosts` None: every one that has the component.
-    Verifying takes `verify_seconds` where that was measured."""
+    `samples`: of what was carried over before, newest first. Verifying takes `verify_seconds` where that was
+    measured."""
+    accelerator = _accelerator(inventory)
+    known = learn(samples, accelerator, policy.parallel_moves)
+    known = msgspec.structs.replace(known, parallel=policy.parallel_moves)
+    policy = msgspec.structs.replace(policy, experience=known)
     chosen = hosts if hosts is not None else _hosts_with(policy, component)
-    trial = _with_campaign(policy, to_release, chosen, component)
+    trial = _with_campaign(policy, to_release, chosen, component, strategy)
     run = _dry_run(trial, inventory, parent)
     ending = _ending_seconds(component, verify_seconds)
-    steps = tuple(_host_forecast(policy, run, host, to_release, samples, ending) for host in run.order)
+    steps = tuple(_host_forecast(policy, run, host, to_release, ending) for host in run.order)
     moves = [move for step in steps for move in step.moves]
     return Forecast(
         to_release=to_release,
@@ -107,7 +88,13 @@ def forecast(
         capacity_floor=run.floor,
         blockers=_blockers(trial, inventory, run),
         basis=_basis(samples, verify_seconds, component),
+        strategy=strategy,
+        error_p90=error_p90(samples, policy.experience, accelerator) if samples else None,
     )
+
+
+def _accelerator(inventory: Inventory) -> str:
+    return slowest(seen.accelerator.name for seen in inventory.hosts.values() if seen.accelerator is not None)
 
 
 def _hosts_with(policy: Policy, component: Component) -> tuple[HostId, ...]:
@@ -115,7 +102,11 @@ def _hosts_with(policy: Policy, component: Component) -> tuple[HostId, ...]:
 
 
 def _with_campaign(
-    policy: Policy, to_release: ReleaseId, hosts: tuple[HostId, ...], component: Component
+    policy: Policy,
+    to_release: ReleaseId,
+    hosts: tuple[HostId, ...],
+    component: Component,
+    strategy: Strategy,
 ) -> Policy:
     """A campaign that runs already is forecast as itself, from where it is."""
     going = policy.campaign
@@ -126,6 +117,7 @@ def _with_campaign(
         hosts=hosts,
         state=CampaignState.RUNNING,
         component=component,
+        strategy=strategy,
     )
     return msgspec.structs.replace(policy, campaign=campaign, parallel_moves=BATCH)
 
@@ -139,6 +131,8 @@ class _World:
     def __init__(self, inventory: Inventory) -> None:
         self.connected = inventory.connected
         self.hosts = dict(inventory.hosts)
+        self.under = {s.id: s.release for seen in inventory.hosts.values() for s in seen.servers}
+        """What runs each server."""
 
     def inventory(self) -> Inventory:
         return Inventory(hosts=dict(self.hosts), connected=self.connected)
@@ -146,10 +140,14 @@ class _World:
     def carry_out(self, policy: Policy, blueprint: Blueprint) -> None:
         ended: dict[HostId, list[OperationStatus]] = {}
         places = {server: (owner.host, owner.epoch) for server, owner in blueprint.servers.items()}
+        for server, (host, _) in places.items():
+            if server not in self.under and (plan := blueprint.hosts.get(host)):
+                self.under[server] = plan.release
         for move in blueprint.moves:
             if {move.source, move.destination} <= self.connected:
                 ended.setdefault(move.destination, []).append(_done(move.id, OperationKind.MOVE))
                 places[move.server] = (move.destination, move.epoch)
+                self.under[move.server] = move.release or blueprint.hosts[move.destination].release
         verified: dict[HostId, ReleaseId] = {}
         for verify in blueprint.verifies:
             ended.setdefault(verify.host, []).append(_done(verify.id, OperationKind.VERIFY))
@@ -172,7 +170,7 @@ class _World:
                     id=server,
                     epoch=epoch,
                     state=RunState.RUNNING,
-                    release=None,
+                    release=self.under.get(server),
                     size=spec.size if spec else Size(),
                 )
             )
@@ -204,7 +202,7 @@ class _Run:
 
     def __init__(self) -> None:
         self.order: list[HostId] = []
-        self.moves: dict[HostId, list[PlannedMove]] = {}
+        self.moves: dict[HostId, list[ForecastMove]] = {}
         self.before: dict[HostId, ReleaseId | None] = {}
         self.floor = 1.0
         self.over = False
@@ -212,7 +210,14 @@ class _Run:
         self.blueprint: Blueprint | None = None
         self._seen: set[OperationId] = set()
 
-    def note(self, parent: Blueprint | None, blueprint: Blueprint, report: PlanReport) -> None:
+    def note(
+        self,
+        parent: Blueprint | None,
+        blueprint: Blueprint,
+        report: PlanReport,
+        policy: Policy,
+        seen: Inventory,
+    ) -> None:
         self.floor = min(self.floor, report.capacity.share)
         self.last, self.blueprint = report, blueprint
         replaced = (h for h, plan in blueprint.hosts.items() if plan.replacing is not None)
@@ -223,19 +228,23 @@ class _Run:
             plan, before = blueprint.hosts[host], (parent or blueprint).hosts.get(host)
             came = plan.previous if plan.replacing is not None else before.release if before else None
             self.before[host] = came
-        for move in blueprint.moves:
-            if move.id not in self._seen and move.source in self.moves:
-                self.moves[move.source].append(move)
-            self._seen.add(move.id)
+        new = [move for move in blueprint.moves if move.id not in self._seen]
+        self._seen.update(move.id for move in new)
+        draft = Draft(policy, seen, blueprint) if new else None
+        for move in new:
+            if draft is not None and move.source in self.moves:
+                self.moves[move.source].append(foretold(draft, move))
 
 
 def _dry_run(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> _Run:
     world, run, blueprint = _World(inventory), _Run(), parent
     idle = 0
     bound = 20 + 4 * len(policy.hosts) + 4 * (len(policy.servers) // BATCH + 1) * max(len(policy.hosts), 1)
+    bound += len(policy.servers)  # in place they take turns
     for _ in range(bound):
-        following, report = plan(policy, world.inventory(), blueprint)
-        run.note(blueprint, following, report)
+        seen = world.inventory()
+        following, report = plan(policy, seen, blueprint)
+        run.note(blueprint, following, report, policy, seen)
         run.over = campaign_over(policy, following)
         idle = idle + 1 if following is blueprint else 0
         if run.over or idle > 1:
@@ -248,50 +257,21 @@ def _dry_run(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> 
 # --- predictions -------------------------------------------------------------------------------------
 
 
-def predict_move(
-    memory_mib: int,
-    releases: tuple[ReleaseId | None, ReleaseId | None],
-    parallel: int,
-    samples: Sequence[MoveSample],
-) -> Prediction:
-    """From the samples nearest in size, those between the same releases if there are enough of them."""
-    same = [sample for sample in samples if (sample.from_release, sample.to_release) == releases]
-    chosen = same if len(same) >= ENOUGH_SAMPLES else samples
-    if not chosen:
-        return _from_table(memory_mib, parallel)
-    nearest = sorted(chosen, key=lambda sample: abs(sample.memory_mib - memory_mib))[:NEAREST_SAMPLES]
-    return Prediction(
-        seconds=median(sample.seconds for sample in nearest),
-        gap_ms=median(sample.gap_ms for sample in nearest),
-        gap_ms_max=max(sample.gap_ms for sample in nearest),
-    )
-
-
-def _from_table(memory_mib: int, parallel: int) -> Prediction:
-    stream = TABLE_SECONDS + max(memory_mib - TABLE_MIB, 0) * TABLE_SECONDS_PER_MIB
-    return Prediction(
-        seconds=stream + TABLE_VMM_START,
-        gap_ms=TABLE_GAP_MS if parallel <= 1 else TABLE_PARALLEL_GAP_MS,
-        gap_ms_max=TABLE_GAP_MS_MAX if parallel <= 1 else TABLE_PARALLEL_GAP_MS_MAX,
-    )
-
-
 def _host_forecast(
-    policy: Policy,
-    run: _Run,
-    host: HostId,
-    to_release: ReleaseId,
-    samples: Sequence[MoveSample],
-    ending: float,
+    policy: Policy, run: _Run, host: HostId, to_release: ReleaseId, ending: float
 ) -> ForecastHost:
-    moves = tuple(_move_forecast(policy, run, move, samples) for move in run.moves[host])
-    moving = sum(move.seconds for move in moves) / max(policy.parallel_moves, 1)
+    """In place servers take turns, moves run beside each other."""
+    moves = tuple(run.moves[host])
+    staying = sum(move.seconds for move in moves if move.means is Means.IN_PLACE)
+    leaving = [move.seconds for move in moves if move.means is not Means.IN_PLACE]
+    moving = max([sum(leaving) / max(policy.parallel_moves, 1), *leaving])
     return ForecastHost(
         host=host,
         from_release=run.before[host],
         to_release=to_release,
         moves=moves,
-        seconds=max([moving, *(move.seconds for move in moves)]) + ending,
+        seconds=max(moving, staying) + ending,
+        note=STAYING_NOTE.format(host=host) if staying else "",
     )
 
 
@@ -302,25 +282,7 @@ def _ending_seconds(component: Component, verify_seconds: float | None) -> float
     return verify_seconds if verify_seconds is not None else ASSUMED_VERIFY_SECONDS
 
 
-def _move_forecast(
-    policy: Policy, run: _Run, move: PlannedMove, samples: Sequence[MoveSample]
-) -> ForecastMove:
-    spec = policy.servers.get(move.server)
-    arriving = run.blueprint.hosts.get(move.destination) if run.blueprint else None
-    releases = (run.before[move.source], arriving.release if arriving else None)
-    memory = spec.size.memory_mib if spec else 0
-    prediction = predict_move(memory, releases, policy.parallel_moves, samples)
-    return ForecastMove(
-        server=move.server,
-        source=move.source,
-        destination=move.destination,
-        seconds=prediction.seconds,
-        gap_ms=prediction.gap_ms,
-        gap_ms_max=prediction.gap_ms_max,
-    )
-
-
-def _basis(samples: Sequence[MoveSample], verify_seconds: float | None, component: Component) -> str:
+def _basis(samples: Sequence[Sample], verify_seconds: float | None, component: Component) -> str:
     if component is not Component.HYPERVISOR:
         return f"no server is moved; {ASSUMED_REPLACE_SECONDS:.0f} s assumed for each host"
     verify = "" if verify_seconds is not None else f"; {ASSUMED_VERIFY_SECONDS:.0f} s assumed for each verify"

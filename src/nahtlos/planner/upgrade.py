@@ -1,5 +1,6 @@
 """The campaign: one host after the other is emptied, switched to the release, verified and taken back.
-What is replaced under its servers is in `replace`.
+What is replaced under its servers is in `replace`. By its strategy (`ways`) a host's servers may stay, each
+taken over by a process of the release where it is: then the host counts as empty once all of them run by it.
 
     serving --choose--> emptying --empty--> switching --verified--> serving (or as its operator wants it)
                            |                    |
@@ -29,6 +30,7 @@ from nahtlos.planner.capacity import leftovers, shortage_without
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import CAMPAIGN
 from nahtlos.planner.replace import note_replaced, put_back, replace_next
+from nahtlos.planner.ways import leaving, leaving_with_room, runs, stays
 
 
 def review_campaign(draft: Draft) -> None:
@@ -64,7 +66,8 @@ def advance_campaign(draft: Draft) -> None:
 
 
 def _choose(draft: Draft, campaign: Campaign, owned: dict[HostId, list[ServerId]]) -> HostId | None:
-    """The host whose emptying costs least, of those that can be spared."""
+    """The host whose emptying costs least, of those that can be spared. One whose servers find no room
+    elsewhere is taken only if no other can be, and if they can be taken over in place."""
 
     def cost(host: HostId) -> tuple[bool, int, int, str]:
         servers = owned.get(host, [])
@@ -73,16 +76,20 @@ def _choose(draft: Draft, campaign: Campaign, owned: dict[HostId, list[ServerId]
 
     shortages: list[tuple[HostId, str]] = []
     arriving = {move.destination: move for move in draft.moves.values()}
-    for host in sorted(_candidates(draft, campaign), key=cost):
+    candidates = sorted(_candidates(draft, campaign), key=cost)
+    for host in candidates:
         if move := arriving.get(host):
             draft.wait(host, WaitKind.MOVE, f"{host} is not emptied while {move.server} is moving to it")
             continue
-        shortage = shortage_without(draft, host, _staying(draft, owned.get(host, [])))
+        staying = _staying(draft, owned.get(host, []))
+        shortage = shortage_without(draft, host, leaving(draft, campaign, host, staying))
         if shortage is None:
-            draft.set_phase(host, HostPhase.EMPTYING)
-            draft.change(f"{host} is emptied for {campaign.to_release}")
-            return host
+            return _begin(draft, campaign, host)
         shortages.append((host, shortage))
+    for host, _ in shortages:
+        staying = _staying(draft, owned.get(host, []))
+        if not shortage_without(draft, host, leaving_with_room(draft, campaign, host, staying)):
+            return _begin(draft, campaign, host)
     for host, shortage in shortages:
         draft.wait(
             host,
@@ -91,6 +98,12 @@ def _choose(draft: Draft, campaign: Campaign, owned: dict[HostId, list[ServerId]
             "add a host, activate one that is cordoned or drained, or delete servers",
         )
     return None
+
+
+def _begin(draft: Draft, campaign: Campaign, host: HostId) -> HostId:
+    draft.set_phase(host, HostPhase.EMPTYING)
+    draft.change(f"{host} is emptied for {campaign.to_release}")
+    return host
 
 
 def _runs(draft: Draft, server: ServerId) -> bool:
@@ -146,7 +159,7 @@ def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId) -> None:
         return
     if any(move.source == host for move in draft.moves.values()):
         return
-    servers = draft.by_host().get(host, [])
+    servers = leaving_with_room(draft, campaign, host, draft.by_host().get(host, []))
     shortage = shortage_without(draft, host, servers, as_if_connected=True)
     if shortage is not None:
         _give_back(draft, host, shortage)
@@ -159,7 +172,10 @@ def _give_back(draft: Draft, host: HostId, why: str) -> None:
 
 
 def _switch_once_empty(draft: Draft, campaign: Campaign, host: HostId) -> None:
-    if any(assignment.host == host for assignment in draft.servers.values()):
+    here = [server for server, assignment in draft.servers.items() if assignment.host == host]
+    if here and not stays(draft, campaign, host):
+        return
+    if not all(runs(draft, server, campaign.to_release) for server in here):
         return
     if draft.stuck or _is_out_of_reach(draft, campaign.to_release, host) or _is_still_busy(draft, host):
         return

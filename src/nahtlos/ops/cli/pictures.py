@@ -20,6 +20,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import HostInventory, OperationState, RunState
 from nahtlos.model.nouns import Component, Release, Size
+from nahtlos.ops.cli import upgrade_pictures
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
 from nahtlos.runtime.identity.operators import Listed
@@ -233,7 +234,7 @@ def server_state(view: ServerView) -> Text:
 
 def forecast(plan: Forecast) -> RenderableType:
     """A dry run: what would be done in which order, how long it takes, what is in the way."""
-    columns = (">", "Host", "From", "To", "Moves", ">Seconds", ">Gap ms", ">Worst")
+    columns = (">", "Host", "From", "To", "Moves", ">Seconds", ">Brownout s", ">Gap ms", ">Worst")
     parts: list[RenderableType] = [
         table(
             columns, _forecast_rows(plan), "no host could be upgraded" if plan.blockers else "nothing to do"
@@ -245,8 +246,10 @@ def forecast(plan: Forecast) -> RenderableType:
             f"{seconds(plan.seconds)}, "
             f"gap {plan.gap_ms_p50:.0f} ms (median), capacity never below {plan.capacity_floor:.0%}",
         ),
-        Text(f"from {plan.basis}", style=SOFT),
+        Text(f"from {plan.basis}{upgrade_pictures.exactness(plan)}", style=SOFT),
     ]
+    if servers := upgrade_pictures.ways(plan):
+        parts += [Text(), servers]
     if plan.blockers:
         parts += [Text(), Text("Blocked:", style=BAD), waiting(plan.blockers)]
     return Group(*parts)
@@ -261,10 +264,16 @@ def _forecast_rows(plan: Forecast) -> Iterable[tuple[str | Text, ...]]:
             f"{step.seconds:.1f}",
             "",
             "",
+            "",
         )
         for move in step.moves:
-            what = f"{move.server} → {move.destination}"
-            figures = (f"{move.seconds:.1f}", f"{move.gap_ms:.0f}", f"{move.gap_ms_max:.0f}")
+            what = upgrade_pictures.place(move)
+            figures = (
+                f"{move.seconds:.1f}",
+                f"{move.brownout_seconds:.1f}",
+                f"{move.gap_ms:.0f}",
+                f"{move.gap_ms_max:.0f}",
+            )
             yield ("", "", "", "", *(Text(part, style=SOFT) for part in (what, *figures)))
 
 
@@ -297,6 +306,7 @@ def campaign(view: CampaignView) -> RenderableType:
             [
                 ("campaign", value.id),
                 ("component", value.component),
+                ("strategy", value.strategy if value.component is Component.HYPERVISOR else NOTHING),
                 ("state", Text.assemble((value.state, _CAMPAIGN_STYLE.get(value.state, "")), took)),
                 ("from", ", ".join(short(r) for r in value.from_releases) or NOTHING),
                 ("to", value.to_release),
@@ -329,7 +339,18 @@ def _capacity(report: CapacityReport, floor: float) -> str:
 
 def campaign_report(view: CampaignView) -> RenderableType:
     """A campaign and everything that ended in it."""
-    columns = ("Operation", "Subject", "State", "From", "To", ">Seconds", "Reason")
+    columns = (
+        "Operation",
+        "Subject",
+        "State",
+        "From",
+        "To",
+        ">Seconds",
+        ">Predicted",
+        ">Pause",
+        ">Predicted",
+        "Reason",
+    )
     rows = (_operation_row(operation) for operation in view.operations)
     return Group(campaign(view), Text(), table(columns, rows, "nothing has ended in it yet"))
 
@@ -346,7 +367,18 @@ def _operation_row(record: OperationRecord) -> tuple[str | Text, ...]:
         record.source or "",
         record.destination or "",
         took,
+        f"{record.predicted.seconds:.1f}" if record.predicted else "",
+        *_pauses(record),
         why,
+    )
+
+
+def _pauses(record: OperationRecord) -> tuple[str, str]:
+    """In milliseconds, as measured and as predicted."""
+    stopped, running = record.times.get("stopped"), record.times.get("running")
+    return (
+        f"{(running - stopped) * 1000:.0f} ms" if stopped is not None and running is not None else "",
+        f"{record.predicted.pause_ms:.0f} ms" if record.predicted else "",
     )
 
 

@@ -29,6 +29,7 @@ def server(view: ServerView) -> RenderableType:
             ("processors", _share(view)),
             ("network", network_text(view)),
             ("disks", disks_text(view)),
+            ("blackout budget", f"{view.blackout_budget_ms} ms" if view.blackout_budget_ms else NOTHING),
             ("VMM", view.release or NOTHING),
             ("volume on", view.volume_host),
             ("epoch", str(view.epoch)),

@@ -14,6 +14,7 @@ from msgspec import UNSET
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
@@ -72,6 +73,13 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
         bandwidth: Annotated[
             str | None, typer.Option(help="Bytes per second of each of its disks: 50M, or none.")
         ] = None,
+        blackout_budget: Annotated[
+            str | None,
+            typer.Option(metavar="MS", help="The longest gap when it is carried elsewhere, or none."),
+        ] = None,
+        allow_slowdown: Annotated[
+            bool | None, typer.Option(help="Slow it down if a move would not end otherwise.")
+        ] = None,
         wait: Annotated[bool, typer.Option(help="Wait until it holds.")] = True,
         deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 60.0,
     ) -> None:
@@ -87,6 +95,8 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
             bytes_per_second=UNSET
             if bandwidth is None
             else volume_amounts.octets(bandwidth, "bytes_per_second"),
+            blackout_budget_ms=UNSET if blackout_budget is None else _milliseconds(blackout_budget),
+            allow_slowdown=UNSET if allow_slowdown is None else allow_slowdown,
         )
         async with cli.client() as client:
             before = await client.server(ServerId(server))
@@ -104,6 +114,19 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
                 )
                 changes = watch.timed(view)
         cli.show(GivenAll(server=view, changes=changes), _picture(view, changes))
+
+
+def _milliseconds(text: str) -> int | None:
+    """None for `none`. Which figures are a budget is the cloud's to say."""
+    if text == "none":
+        return None
+    if not text.lstrip("-").isdecimal():
+        raise Refused(
+            f"'{text}' is no number of milliseconds",
+            field="blackout_budget_ms",
+            remedy="give milliseconds as a whole number, or none",
+        )
+    return int(text)
 
 
 # --- what is different -------------------------------------------------------------------------------

@@ -69,6 +69,20 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             list[str] | None, typer.Option(help="A data volume it has from the start; repeatable.")
         ] = None,
         replicas: Annotated[int, typer.Option(help="Copies of its system disk.", min=1)] = 1,
+        blackout_budget: Annotated[
+            int | None,
+            typer.Option(
+                metavar="MS",
+                help="The longest gap its clients may see when it is carried elsewhere; what is predicted to "
+                "take longer is not begun.",
+            ),
+        ] = None,
+        allow_slowdown: Annotated[
+            bool, typer.Option("--allow-slowdown", help="Slow it down if a move would not end otherwise.")
+        ] = False,
+        allow_post_copy: Annotated[
+            bool, typer.Option("--allow-post-copy", help="Not offered; refused with the reason.")
+        ] = False,
         volume_format: Annotated[VolumeFormat, typer.Option(help="Of its system disk.")] = VolumeFormat.RAW,
         user_data: Annotated[
             typer.FileText | None,
@@ -114,6 +128,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 iops=count(iops, "iops") if iops else 0,
                 bytes=octets(bandwidth, "bytes_per_second") if bandwidth else 0,
             ),
+            blackout_budget_ms=blackout_budget,
+            allow_slowdown=allow_slowdown,
+            allow_post_copy=allow_post_copy,
         )
         async with cli.client() as client:
             view = await client.create_server(request)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from nahtlos.model.blueprint import Campaign, CampaignState
+from nahtlos.model.blueprint import Campaign, CampaignState, Strategy
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId
 from nahtlos.model.nouns import Component
@@ -33,6 +33,14 @@ Which = Annotated[
         "daemon (of a qemu release) or the network functions.",
     ),
 ]
+How = Annotated[
+    Strategy,
+    typer.Option(
+        "--strategy",
+        help="How servers get to a new hypervisor: move (to other hosts), in-place (taken over where they "
+        "are), auto (moved where that is proven, fits and keeps their budget, else in place).",
+    ),
+]
 Hosts = Annotated[list[str] | None, typer.Option("--host", help="Only this host; repeatable. Otherwise all.")]
 
 
@@ -45,13 +53,15 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         release: Release = None,
         to: To = None,
         component: Which = Component.HYPERVISOR,
+        strategy: How = Strategy.AUTO,
         host: Hosts = None,
     ) -> int:
-        """A dry run: order, moves, predicted time and gaps, blockers with remedies. Changes nothing.
+        """A dry run: order, each server's way and what decides it, predicted times and gaps, blockers with
+        remedies. Changes nothing.
 
         Exit code 2 if something blocks it."""
         async with cli.client() as client:
-            forecast = await client.plan_upgrade(_target(release, to), _hosts(host), component)
+            forecast = await client.plan_upgrade(_target(release, to), _hosts(host), component, strategy)
         cli.show(forecast, pictures.forecast(forecast))
         return REFUSED if forecast.blockers else 0
 
@@ -61,15 +71,17 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         release: Release = None,
         to: To = None,
         component: Which = Component.HYPERVISOR,
+        strategy: How = Strategy.AUTO,
         host: Hosts = None,
         follow: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
     ) -> int:
         """Bring hosts to RELEASE, one after the other.
 
-        For the hypervisor each is emptied by live moves, switched, verified, taken back. The storage daemon
+        For the hypervisor each is emptied by live moves, or its servers are taken over in place; then it is
+        switched, verified, taken back. The storage daemon
         and the network functions are replaced under their servers."""
         async with cli.client() as client:
-            view = await client.start_upgrade(_target(release, to), _hosts(host), component)
+            view = await client.start_upgrade(_target(release, to), _hosts(host), component, strategy)
             if follow:
                 return await _watch(cli, client, view.campaign.id)
         cli.show(view, pictures.campaign(view))

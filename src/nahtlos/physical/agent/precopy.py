@@ -17,6 +17,9 @@ NEAR_AT_SYNC_BYTES = 8 << 20
 SETTLE_SECONDS = 8.0
 """After that, a switch that costs at most FORCED_PAUSE_SECONDS is taken instead of a better one."""
 FORCED_PAUSE_SECONDS = 0.3
+LINK_BYTES = 64 << 20
+NOT_CONVERGED = "convergence"
+"""The field of the error of a pre-copy that was given up at its deadline: planners try another way by it."""
 
 
 class Sync(Value, frozen=True, kw_only=True):
@@ -25,6 +28,10 @@ class Sync(Value, frozen=True, kw_only=True):
     passes: int = 0
     at: float = 0.0
     remaining: int = 1 << 62
+    dirtied: int = 0
+    """Bytes that were found to be touched anew by the syncs after the first, each page once per pass."""
+    dirtied_since: float = 0.0
+    """When the first of the passes began that `dirtied` is of."""
 
 
 class Verdict(StrEnum):
@@ -36,7 +43,26 @@ class Verdict(StrEnum):
 def seen(sync: Sync, progress: MigrationProgress, now: float) -> Sync:
     if progress.passes == sync.passes:
         return sync
-    return Sync(passes=progress.passes, at=now, remaining=progress.remaining)
+    begun = sync.passes > 0
+    return Sync(
+        passes=progress.passes,
+        at=now,
+        remaining=progress.remaining,
+        dirtied=sync.dirtied + progress.remaining if begun else 0,
+        dirtied_since=sync.dirtied_since if begun else now,
+    )
+
+
+def dirty_rate(sync: Sync) -> int | None:
+    """Bytes a second, over all passes that were seen from end to end; None if there was none."""
+    seconds = sync.at - sync.dirtied_since
+    return int(sync.dirtied / seconds) if seconds > 0 else None
+
+
+def link_rate(progress: MigrationProgress, elapsed: float) -> int | None:
+    """Bytes a second that went over the link; None if too few did to tell it from the start and the end."""
+    enough = progress.transferred >= LINK_BYTES and elapsed > 0
+    return int(progress.transferred / elapsed) if enough else None
 
 
 def verdict(

@@ -28,8 +28,18 @@ from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.peers import Peer
-from nahtlos.physical.agent.precopy import Sync, Verdict, fraction, seen, verdict
-from nahtlos.physical.ports import MigrationPhase, MoveRole, VmmId, VmmStatus
+from nahtlos.physical.agent.precopy import (
+    NOT_CONVERGED,
+    Sync,
+    Verdict,
+    dirty_rate,
+    fraction,
+    link_rate,
+    seen,
+    verdict,
+)
+from nahtlos.physical.agent.report import RESULT
+from nahtlos.physical.ports import MigrationPhase, MigrationProgress, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
     MoveAbandon,
@@ -135,7 +145,11 @@ class SourceMove:
         await self._begin_to_carry()
         self._record("precopy", durable=True)
         await context.drivers.hypervisor.migrate_start(
-            self._vmm, ready.uri, peer=order.destination, bandwidth=order.bandwidth
+            self._vmm,
+            ready.uri,
+            peer=order.destination,
+            bandwidth=order.bandwidth,
+            slow_down=order.slow_down,
         )
 
     async def _begin_to_carry(self) -> None:
@@ -200,15 +214,24 @@ class SourceMove:
                 sync, progress, now=loop.time(), started=started, deadline=self._order.precopy_deadline
             ):
                 case Verdict.SWITCH:
+                    self._note_rates(sync, progress, loop.time() - started)
                     return
                 case Verdict.GIVE_UP:
+                    self._note_rates(sync, progress, loop.time() - started)
                     raise Unavailable(
                         f"pre-copy did not converge within {self._order.precopy_deadline:g} s "
                         f"({progress.remaining >> 20} MiB left after {progress.passes} passes)",
+                        field=NOT_CONVERGED,
                         remedy="give the move more bandwidth or wait until the server writes less",
                     )
                 case Verdict.WAIT:
                     await asyncio.sleep(POLL_SECONDS)
+
+    def _note_rates(self, sync: Sync, progress: MigrationProgress, elapsed: float) -> None:
+        """For those who predict the next move of this server."""
+        rates = {"dirty_rate": dirty_rate(sync), "link": link_rate(progress, elapsed)}
+        found = {f"{RESULT}{name}": str(rate) for name, rate in rates.items() if rate is not None}
+        self._journal = msgspec.structs.replace(self._journal, notes={**self._journal.notes, **found})
 
     async def _keep_destination(self) -> None:
         """It gives up a source that is silent for long."""

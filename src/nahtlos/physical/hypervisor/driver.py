@@ -248,11 +248,14 @@ class QemuHypervisor:
 
     # --- moves: source -----------------------------------------------------------------------------
 
-    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+    async def migrate_start(
+        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+    ) -> None:
         found = self._running(vmm)
         found.ready_whole = False
         await check_movable(found)
-        await migration.set_capabilities(found, migration.SOURCE)
+        slowing = migration.SLOWING if slow_down else frozenset[str]()
+        await migration.set_capabilities(found, migration.SOURCE | slowing)
         await migration.set_source_parameters(
             found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
         )

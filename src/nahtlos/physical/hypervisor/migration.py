@@ -16,6 +16,11 @@ from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 DESTINATION = frozenset({"events", "return-path"})
 SOURCE = DESTINATION | {"switchover-ack"}
+SLOWING = frozenset({"auto-converge"})
+"""On the source: less and less of its vCPUs' time for a guest that writes faster than can be sent. It ends
+with the stream, whichever way."""
+THROTTLE: Arguments = {"cpu-throttle-initial": 20, "cpu-throttle-increment": 10, "max-cpu-throttle": 80}
+"""Per cent. Without effect where nothing is slowed down."""
 IN_PLACE = frozenset({"x-ignore-shared"})
 """On both sides, besides the above: memory both can see is not sent."""
 HELD = "switchover-ack"
@@ -107,6 +112,7 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
             "max-bandwidth": bandwidth or UNLIMITED,
             "downtime-limit": 1,
             "avail-switchover-bandwidth": PLENTY,
+            **THROTTLE,
             **tls,
         },
     )

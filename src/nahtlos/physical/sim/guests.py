@@ -20,6 +20,8 @@ from nahtlos.physical.sim.paths import Tap
 
 SHORTEST_PASS = 0.001
 """Seconds one pass over the dirty bitmap takes at least; a held source spins."""
+THROTTLE_STEP, THROTTLE_MOST = 0.1, 0.8
+"""Shares of its processors that a guest which may be slowed down loses with every pass, and at most."""
 FINISH_SECONDS = 0.003
 """From the last byte to the destination's `completed`."""
 NOTICE_SECONDS = 0.03
@@ -132,6 +134,8 @@ class Stream:
         self.phase = MigrationPhase.ACTIVE
         self.error = ""
         self.rate = float(max(1, min(rate, LINK_BYTES_PER_SECOND)))
+        self.slows_down = False
+        self._throttle = 0.0
         self.stalled = False
         self.broken = False
         self._now = now
@@ -177,7 +181,10 @@ class Stream:
         self._pass_seconds += seconds
 
     def _next_pass(self) -> None:
-        self._remaining = min(self._pass_seconds * self.source.dirty_rate, self._touched)
+        rate = self.source.dirty_rate * (1 - self._throttle)
+        self._remaining = min(self._pass_seconds * rate, self._touched)
+        if self.slows_down:
+            self._throttle = min(self._throttle + THROTTLE_STEP, THROTTLE_MOST)
         self._passes += 1
         self._pass_seconds = 0.0
 

@@ -126,9 +126,11 @@ class SimHypervisor(SimDriver):
 
     # --- source ---
 
-    async def migrate_start(self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int) -> None:
+    async def migrate_start(
+        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+    ) -> None:
         async with self.verb("migrate_start", vmm.unit):
-            self.world.begin_stream(self._living(vmm), uri, peer, bandwidth)
+            self.world.begin_stream(self._living(vmm), uri, peer, bandwidth, slow_down=slow_down)
 
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         async with self.verb("replace_send", vmm.unit):

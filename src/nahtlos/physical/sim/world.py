@@ -508,7 +508,7 @@ class World:
             self._incoming[vmm.uri] = vmm
         return vmm.uri
 
-    def begin_stream(self, source: Vmm, uri: str, peer: str, rate: int) -> None:
+    def begin_stream(self, source: Vmm, uri: str, peer: str, rate: int, *, slow_down: bool = False) -> None:
         destination = self._incoming.get(uri)
         if destination is None or destination.ended or destination.refused or destination.migrated:
             raise Refused(f"nobody listens at {uri}", field="uri")
@@ -522,6 +522,7 @@ class World:
             self._nothing_arrives(destination, "its machine has other vCPUs")
             raise Refused(f"{destination.id.unit} has other vCPUs than {source.id.unit}", field="vcpus")
         stream = Stream(source, destination, rate, self.now, self._stream_ended)
+        stream.slows_down = slow_down
         stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
         source.stream = stream
         source.sent = False

@@ -16,6 +16,7 @@ from nahtlos.model.blueprint import (
     HostIntent,
     HostPhase,
     OperationRecord,
+    Strategy,
     Waiting,
 )
 from nahtlos.model.ids import (
@@ -105,6 +106,8 @@ class ServerView(Value, frozen=True, kw_only=True):
     created_at: float
     project: ProjectId = DEFAULT_PROJECT
     ports: tuple[PortId, ...] = ()
+    blackout_budget_ms: int = 0
+    allow_slowdown: bool = False
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
     cpu: CpuShare = CpuShare()
@@ -183,6 +186,11 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     cpu: CpuShare = CpuShare()
     limits: DiskLimits = DiskLimits()
     """Of its system disk."""
+    blackout_budget_ms: int | None = None
+    """The longest gap its clients may see when it is carried elsewhere. None: none is set."""
+    allow_slowdown: bool = False
+    allow_post_copy: bool = False
+    """Refused: it is not offered."""
 
 
 class ServerChange(Value, frozen=True, kw_only=True):
@@ -200,6 +208,9 @@ class ServerChange(Value, frozen=True, kw_only=True):
     """Of each of its disks; 0: no limit."""
     bytes_per_second: int | UnsetType = UNSET
     """As above."""
+    blackout_budget_ms: int | UnsetType | None = UNSET
+    """None: none is set."""
+    allow_slowdown: bool | UnsetType = UNSET
 
 
 class JoinRequest(Value, frozen=True, kw_only=True):
@@ -270,12 +281,14 @@ class Cloud(Protocol):
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> Forecast: ...
     async def start_upgrade(
         self,
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> CampaignView: ...
     async def campaigns(self) -> tuple[Campaign, ...]: ...
     async def campaign(self, campaign: CampaignId | None) -> CampaignView:

@@ -13,14 +13,15 @@ from nahtlos.model.blueprint import (
     CampaignState,
     Forecast,
     HostIntent,
+    Strategy,
     WaitKind,
 )
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
-from nahtlos.planner.predict import MoveSample, forecast
-from nahtlos.runtime.controllers import outcomes, requests, server_requests, views, volume_requests
+from nahtlos.planner.predict import forecast
+from nahtlos.runtime.controllers import experience, requests, server_requests, views, volume_requests
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
 from nahtlos.runtime.controllers.cloud import (
@@ -53,8 +54,6 @@ from nahtlos.runtime.store.store import AsyncConnection, Store
 from nahtlos.wire.messages import ConsoleData, ConsoleRead, ConsoleWrite
 
 CONSOLE_TIMEOUT = 5.0
-SAMPLES = 200
-"""Newest moves that predictions are made from."""
 VERIFIES = 20
 
 
@@ -309,13 +308,14 @@ class CloudService:
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> Forecast:
         release = await self._verified(to)
         async with self._store.reading() as tx:
             state, inventory = await self._read(tx)
             chosen = requests.upgrade_hosts(state, hosts, component)
-            requests.check_upgrade(state, release, chosen, component)
-            return await self._forecast(tx, state, inventory, to, chosen, component)
+            requests.check_upgrade(state, release, chosen, component, strategy)
+            return await self._forecast(tx, state, inventory, to, chosen, component, strategy)
 
     async def _forecast(
         self,
@@ -325,8 +325,10 @@ class CloudService:
         to: ReleaseId,
         hosts: tuple[HostId, ...],
         component: Component,
+        strategy: Strategy,
     ) -> Forecast:
-        samples, verify_seconds = await self._measured(tx, state)
+        samples = await experience.measured(tx, state.servers)
+        verify_seconds = await self._verify_seconds(tx)
         return forecast(
             state.policy(),
             inventory,
@@ -336,34 +338,34 @@ class CloudService:
             samples=samples,
             verify_seconds=verify_seconds,
             component=component,
+            strategy=strategy,
         )
 
-    async def _measured(self, tx: AsyncConnection, state: State) -> tuple[list[MoveSample], float | None]:
-        moves = await operations.newest(tx, "move", SAMPLES)
-        sizes = {str(name): row.spec.size.memory_mib for name, row in state.servers.items()}
-        known = (outcomes.sample_of(m, sizes[m.subject]) for m in moves if m.subject in sizes)
+    async def _verify_seconds(self, tx: AsyncConnection) -> float | None:
         verifies = [v for v in await operations.newest(tx, "verify", VERIFIES) if v.times]
         lasted = sorted(max(v.times.values()) - min(v.times.values()) for v in verifies)
-        return [s for s in known if s is not None], lasted[len(lasted) // 2] if lasted else None
+        return lasted[len(lasted) // 2] if lasted else None
 
     async def start_upgrade(
         self,
         to: ReleaseId,
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
+        strategy: Strategy = Strategy.AUTO,
     ) -> CampaignView:
         release = await self._verified(to)
         async with self._looks.changing() as tx:
             await campaigns.check_none_open(tx)
             state, inventory = await self._read(tx)
             chosen = requests.upgrade_hosts(state, hosts, component)
-            requests.check_upgrade(state, release, chosen, component)
-            predicted = await self._forecast(tx, state, inventory, to, chosen, component)
+            requests.check_upgrade(state, release, chosen, component, strategy)
+            predicted = await self._forecast(tx, state, inventory, to, chosen, component, strategy)
             _refuse_blocked(predicted)
             campaign = await campaigns.begin(
                 tx,
                 to_release=to,
                 component=component,
+                strategy=strategy,
                 from_releases=requests.releases_in_use(state, chosen, component),
                 hosts=chosen,
                 moves_forecast=predicted.total_moves,

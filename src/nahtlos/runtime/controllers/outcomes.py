@@ -20,7 +20,10 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import Inventory, OperationKind, OperationState, OperationStatus
-from nahtlos.planner.predict import MoveSample
+from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.prediction import Means, Sample
+from nahtlos.planner.draft import Draft
+from nahtlos.planner.foretell import prediction
 from nahtlos.runtime.store.events import EventDraft
 
 RUNNING = OperationState.RUNNING.value
@@ -33,12 +36,17 @@ REPLACE = OperationKind.REPLACE.value
 STOPPED_AT_SOURCE = "stopped"
 RUNNING_AT_DESTINATION = "running"
 
+# What the source of a move measured, bytes a second.
+DIRTY_RATE = "dirty_rate"
+LINK = "link"
+
 
 def begun(
     parent: Blueprint | None, blueprint: Blueprint, policy: Policy, seen: Inventory
 ) -> list[OperationRecord]:
     """Records of the operations that `blueprint` has and `parent` had not."""
     before = _ids(parent)
+    draft = Draft(policy, seen, blueprint)
     campaign = policy.campaign.id if policy.campaign else None
     records = [
         OperationRecord(
@@ -52,6 +60,7 @@ def begun(
             campaign=campaign,
             release_before=_release_of(seen, move.source, move.server, move.epoch - 1)
             or _planned_release(parent, move.source),
+            predicted=prediction(draft, move),
         )
         for move in blueprint.moves
         if move.id not in before
@@ -128,22 +137,34 @@ def stray_record(status: OperationStatus, host: HostId) -> OperationRecord:
     )
 
 
-def sample_of(record: OperationRecord, memory_mib: int) -> MoveSample | None:
-    """What can be learned from a move; None if it did not end well, or was not seen from both sides."""
+def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
+    """What can be learned from a move or a replacement; None if it did not end well, or was not seen from
+    both sides."""
     times = record.times.values()
     if record.state != DONE:
         return None
     stopped = record.times.get(STOPPED_AT_SOURCE)
     running = record.times.get(RUNNING_AT_DESTINATION)
-    if stopped is None or running is None or running < stopped:
+    if stopped is None or running is None or running <= stopped:
         return None
-    return MoveSample(
-        memory_mib=memory_mib,
+    means = Means.IN_PLACE if record.kind == REPLACE else Means.PRE_COPY
+    return Sample(
+        means=record.predicted.means if record.predicted is not None else means,
+        server=spec.id,
+        memory_mib=spec.size.memory_mib,
+        devices=len(spec.ports) + len(spec.all_volumes),
         seconds=max(times) - min(times),
-        gap_ms=(running - stopped) * 1000,
+        pause_ms=(running - stopped) * 1000,
         from_release=record.release_before,
         to_release=record.release_after,
+        dirty_rate=_measured(record, DIRTY_RATE),
+        link=_measured(record, LINK) or 0,
     )
+
+
+def _measured(record: OperationRecord, name: str) -> int | None:
+    text = record.result.get(name, "")
+    return int(text) if text.isdecimal() else None
 
 
 # --- records -----------------------------------------------------------------------------------------
@@ -177,6 +198,7 @@ def _ended_move(
         state=DONE if done else UNDONE,
         error=None if done else _error(statuses),
         times=_times(statuses),
+        result={name: text for status in statuses for name, text in status.result.items()},
         release_after=(move.release or after or _planned_release(blueprint, move.destination))
         if done
         else record.release_before,

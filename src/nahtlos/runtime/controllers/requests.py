@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import msgspec
 from msgspec import UNSET
 
-from nahtlos.model.blueprint import GatewayPlace, HostIntent
+from nahtlos.model.blueprint import GatewayPlace, HostIntent, Strategy
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import (
     HostId,
@@ -27,6 +27,7 @@ from nahtlos.planner.place import room_for
 from nahtlos.planner.replace import reported
 from nahtlos.planner.upgrade import has
 from nahtlos.runtime.controllers.cloud import HostChange, JoinRequest, ServerRequest
+from nahtlos.runtime.controllers.consents import check_post_copy, checked_budget
 from nahtlos.runtime.controllers.state import State
 
 MAX_VCPUS = 64
@@ -230,6 +231,7 @@ def server_of(
 ) -> tuple[ServerSpec, VolumeSpec]:
     """The server, and its system disk without a place."""
     name = ServerId(checked_name(request.name, "name"))
+    check_post_copy(request.allow_post_copy)
     volume = VolumeSpec(
         id=VolumeId(f"{name}-disk"),
         size_mib=request.volume_mib,
@@ -247,6 +249,8 @@ def server_of(
         ports=ports,
         machine=machine,
         user_data=_checked_user_data(request.user_data),
+        blackout_budget_ms=checked_budget(request.blackout_budget_ms),
+        allow_slowdown=request.allow_slowdown,
     )
     return server, volume
 
@@ -407,8 +411,18 @@ def upgrade_hosts(
 
 
 def check_upgrade(
-    state: State, release: Release, hosts: Sequence[HostId], component: Component = Component.HYPERVISOR
+    state: State,
+    release: Release,
+    hosts: Sequence[HostId],
+    component: Component = Component.HYPERVISOR,
+    strategy: Strategy = Strategy.AUTO,
 ) -> None:
+    if component is not Component.HYPERVISOR and strategy is not Strategy.AUTO:
+        raise Refused(
+            f"{component} is replaced under servers that stay where they are",
+            field="strategy",
+            remedy="leave --strategy out",
+        )
     if release.component is not component.released_as:
         raise Refused(
             f"{release.id} is a release of {release.component}, which {component} is not taken from",

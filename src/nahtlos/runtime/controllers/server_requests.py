@@ -17,6 +17,7 @@ from nahtlos.model.nouns import CpuShare, ServerSpec, Size
 from nahtlos.model.storage import DiskLimits, VolumeSpec
 from nahtlos.planner.place import room_to_grow
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
+from nahtlos.runtime.controllers.consents import checked_budget
 from nahtlos.runtime.controllers.networks import PortChange
 from nahtlos.runtime.controllers.port_requests import changed_port
 from nahtlos.runtime.controllers.project_requests import check_project
@@ -131,6 +132,10 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
         size=size,
         cpu=checked_share(_share(before.cpu, change), size.vcpus),
         ports=_ports(state, before, change),
+        blackout_budget_ms=before.blackout_budget_ms
+        if change.blackout_budget_ms is UNSET
+        else checked_budget(change.blackout_budget_ms),
+        allow_slowdown=before.allow_slowdown if change.allow_slowdown is UNSET else change.allow_slowdown,
     )
     volumes = _volumes(state, inventory, before, change)
     check_project(state, before.project, servers={server: after}, volumes={v.id: v for v in volumes})
@@ -143,7 +148,8 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
 
 def asked(change: ServerChange) -> str:
     """In words."""
-    given = {name: getattr(change, name) for name in ("vcpus", "memory_mib", "cpu_quota", "cpu_weight")}
+    names = ("vcpus", "memory_mib", "cpu_quota", "cpu_weight", "blackout_budget_ms", "allow_slowdown")
+    given = {name: getattr(change, name) for name in names}
     said = [f"{name} {value}" for name, value in given.items() if value is not UNSET]
     if change.net_in is not UNSET or change.net_out is not UNSET:
         said.append("other limits of its ports")

@@ -19,9 +19,11 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Component, HostRole, Size
+from nahtlos.model.prediction import Experience
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.model.volume_work import VolumeEnd, kind_of, volumes_of
+from nahtlos.runtime.controllers.experience import experience
 from nahtlos.runtime.executor.world import World
 from nahtlos.runtime.store import (
     blueprints,
@@ -65,6 +67,7 @@ class State:
     machine_types: dict[ReleaseId, tuple[str, ...]]
     release_versions: dict[ReleaseId, str]
     """Of hypervisors."""
+    experience: Experience
     ended: frozenset[OperationId]
     """Those operations of the inventories whose end is recorded."""
     kept: Volumes = field(default_factory=Volumes)
@@ -97,6 +100,7 @@ class State:
             release_versions=self.release_versions,
             promised=self.promised,
             parallel_moves=self.parallel_moves,
+            experience=self.experience,
             snapshots={name: row.spec for name, row in self.kept.snapshots.items() if not row.removed},
             backups=self.kept.backups,
             volume_wishes=self.kept.wishes,
@@ -207,22 +211,26 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
     over = {o.id for i in reported.values() for o in i.operations if o.state is not OperationState.RUNNING}
     blueprint = await blueprints.target(tx)
     registered = await intent.releases(tx)
+    servers = await intent.servers(tx)
+    campaign = await campaigns.current(tx)
+    parallel = await intent.setting(tx, intent.PARALLEL_MOVES, 1)
     return State(
         kept=await volumes.read(tx),
         volume_ends=await _volume_ends(tx, blueprint),
         now=await leases.now(tx),
         hosts=await intent.hosts(tx),
-        servers=await intent.servers(tx),
+        servers=servers,
         volumes=await intent.volumes(tx),
         networks=await networking.networks(tx),
         functions=await networking.functions(tx),
         project_limits=await projects.limits(tx),
         promised=await intent.promised(tx),
-        parallel_moves=await intent.setting(tx, intent.PARALLEL_MOVES, 1),
+        parallel_moves=parallel,
+        experience=await experience(tx, servers, reported, campaign=campaign is not None, parallel=parallel),
         release=await default_release(tx),
         storage_release=await default_release(tx, Component.STORAGE),
         network_release=await default_release(tx, Component.NETWORK),
-        campaign=await campaigns.current(tx),
+        campaign=campaign,
         blueprint=blueprint,
         configs=await blueprints.host_configs(tx),
         inventories=reported,

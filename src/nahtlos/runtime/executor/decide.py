@@ -103,6 +103,7 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
         source_address=source.address,
         destination_address=destination.address,
         destination_peer_port=destination.peer_port,
+        slow_down=move.slow_down,
     )
 
 

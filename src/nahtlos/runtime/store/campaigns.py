@@ -6,7 +6,7 @@ import msgspec
 from sqlalchemy import Row, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from nahtlos.model.blueprint import Campaign, CampaignState
+from nahtlos.model.blueprint import Campaign, CampaignState, Strategy
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId
 from nahtlos.model.nouns import Component
@@ -32,6 +32,7 @@ async def begin(
     moves_forecast: int,
     now: float,
     component: Component = Component.HYPERVISOR,
+    strategy: Strategy = Strategy.AUTO,
 ) -> Campaign:
     """Conflict while another is not over."""
     await check_none_open(tx)
@@ -44,6 +45,7 @@ async def begin(
         from_releases=from_releases,
         created_at=now,
         component=component,
+        strategy=strategy,
     )
     await tx.execute(
         insert(schema.campaigns).values(

@@ -1,0 +1,81 @@
+"""What carrying a running server over costs, as predicted, and what was learned of it. Values only."""
+
+from enum import StrEnum
+
+from nahtlos.model.ids import ReleaseId, ServerId
+from nahtlos.model.values import Value
+
+
+class Means(StrEnum):
+    """How a running server is carried to another hypervisor process."""
+
+    IN_PLACE = "in-place"
+    PRE_COPY = "pre-copy"
+    SLOWED = "pre-copy, slowed"
+    """Its vCPUs get less and less until it converges: with its owner's consent only."""
+    POST_COPY = "post-copy"
+
+
+class Workload(Value, frozen=True, kw_only=True):
+    """What of a server decides how hard it is to carry."""
+
+    memory_mib: int
+    dirty_rate: int | None = None
+    """Bytes of memory it touches anew in a second, as measured; None: it never was."""
+    devices: int = 2
+
+
+class Estimate(Value, frozen=True, kw_only=True):
+    means: Means
+    blackout_ms: float
+    """As a client sees it: the pause, and what a cold process takes to answer."""
+    blackout_ms_max: float
+    pause_ms: float
+    """Of the blackout what agents can measure: from the stop to the run."""
+    brownout_seconds: float
+    """Before it, with the server slower than usual."""
+    seconds: float
+    """From the order to the end."""
+    converges: bool = True
+    """Whether the pre-copy is predicted to come to its end before its deadline."""
+    refused: str = ""
+    """Why it is not to be had; empty if it is."""
+
+
+class Sample(Value, frozen=True, kw_only=True):
+    """One that was carried over, as measured."""
+
+    means: Means = Means.PRE_COPY
+    server: ServerId = ServerId("")
+    memory_mib: int
+    devices: int = 2
+    seconds: float
+    pause_ms: float
+    from_release: ReleaseId | None = None
+    to_release: ReleaseId | None = None
+    dirty_rate: int | None = None
+    link: int = 0
+    """Bytes a second that were sent; 0: not measured, or too little was sent to say."""
+
+
+class Calibration(Value, frozen=True, kw_only=True):
+    """By how much the model is off: measured over predicted, the median."""
+
+    means: Means
+    from_release: ReleaseId | None = None
+    to_release: ReleaseId | None = None
+    """None in both: of all pairs together."""
+    pause: float
+    seconds: float
+    samples: int
+
+
+class Experience(Value, frozen=True, kw_only=True):
+    """What is known of this cloud beyond the model."""
+
+    dirty_rates: dict[ServerId, int] = {}
+    link: int = 0
+    """Bytes a second a move gets; 0: the model's own figure."""
+    calibrations: tuple[Calibration, ...] = ()
+    parallel: int = 0
+    """Moves at once, if not as many as policy says: a dry run decides on more of them in a step."""

@@ -1,0 +1,229 @@
+"""What carrying a server over would cost: blackout, brownout and total time for each way. Pure.
+
+A model of what agents do, with constants measured by the project's benchmarks (emulation, two cores), put
+right by the median of measured over predicted: per way and pair of releases where there are enough samples,
+else per way. It predicts; what follows from it is decided in `ways`.
+"""
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+import msgspec
+
+from nahtlos.model.ids import ReleaseId
+from nahtlos.model.prediction import Calibration, Estimate, Experience, Means, Sample, Workload
+
+MIB = 1 << 20
+DEFAULT_LINK = 714 * MIB
+"""Bytes a second of one stream between two hosts of one machine: 1.57 s for 1 GiB, 0.49 s for 256 MiB."""
+ASSUMED_DIRTY_RATE = 20 * MIB
+"""Of a server nobody has measured yet."""
+PLACE_PAUSE_MS = 18.0
+"""In place: from the stop to the run, whatever the size."""
+COPY_PAUSE_MS = 11.0
+"""Between hosts, without what is left to send."""
+POST_COPY_PAUSE_MS = 86.0
+DEVICE_MS = 0.5
+"""For each device beyond the usual port and disk."""
+USUAL_DEVICES = 2
+WAKE_MS = {"tcg": 43.0}
+"""What a process that was never used takes to be as quick as before: emulation translates anew."""
+OTHER_WAKE_MS = 5.0
+SPREAD = 1.6
+"""The slowest of a hundred over the median."""
+PARALLEL_FACTOR = 2.1
+PARALLEL_SPREAD = 2.6
+"""Four guests at once on two cores."""
+START_SECONDS = 0.1
+END_SECONDS = 0.06
+PLACE_END_SECONDS = 0.35
+"""The old process is kept for a moment."""
+
+# As the source's agent watches a pre-copy; a test holds them to what it does.
+SHORTEST_PASS_SECONDS = 0.05
+NEAR_BYTES = 4 << 20
+SETTLE_SECONDS = 8.0
+FORCED_PAUSE_SECONDS = 0.3
+DEADLINE_SECONDS = 120.0
+THROTTLE_FIRST, THROTTLE_STEP, THROTTLE_MOST = 0.2, 0.1, 0.8
+STEADY = 0.01
+"""Passes that differ by less repeat themselves."""
+
+ENOUGH_SAMPLES = 3
+NEWEST_SAMPLES = 50
+RATIO_BOUNDS = (0.2, 5.0)
+"""A median outside of them says that something else was measured."""
+POST_COPY_REFUSED = "post-copy is not offered: a host that dies in the middle of it takes the server with it"
+
+ORDER = (Means.IN_PLACE, Means.PRE_COPY, Means.SLOWED, Means.POST_COPY)
+
+
+class _Copy:
+    """How a pre-copy goes, pass by pass, until little is left, or for ever."""
+
+    def __init__(self, memory: int, dirty_rate: int, link: int, *, slowed: bool) -> None:
+        self.seconds, self.left, self.converges = 0.0, float(memory), False
+        throttle = 0.0
+        while self.seconds <= DEADLINE_SECONDS:
+            took = max(self.left / link, SHORTEST_PASS_SECONDS)
+            before, self.left = self.left, min(dirty_rate * (1 - throttle) * took, memory)
+            self.seconds += took
+            if self.left <= NEAR_BYTES:
+                self.converges = True
+                return
+            forced = self.left / link <= FORCED_PAUSE_SECONDS
+            if forced and self.seconds > SETTLE_SECONDS:
+                self.converges = True
+                return
+            full = not slowed or throttle >= THROTTLE_MOST
+            if full and abs(before - self.left) <= STEADY * before:
+                self.seconds = max(self.seconds, SETTLE_SECONDS) if forced else DEADLINE_SECONDS
+                self.converges = forced
+                return
+            if slowed:
+                throttle = min(throttle + THROTTLE_STEP, THROTTLE_MOST) if throttle else THROTTLE_FIRST
+
+
+def estimate(
+    means: Means,
+    work: Workload,
+    experience: Experience,
+    *,
+    accelerator: str = "tcg",
+    parallel: int = 1,
+    releases: tuple[ReleaseId | None, ReleaseId | None] = (None, None),
+) -> Estimate:
+    """Put right by what was measured so far."""
+    raw = model(means, work, link=experience.link, accelerator=accelerator, parallel=parallel)
+    right = calibration_for(experience, means, releases)
+    if right is None:
+        return raw
+    wake = raw.blackout_ms - raw.pause_ms
+    spread = raw.blackout_ms_max / raw.blackout_ms
+    pause = raw.pause_ms * right.pause
+    return msgspec.structs.replace(
+        raw,
+        pause_ms=pause,
+        blackout_ms=pause + wake,
+        blackout_ms_max=(pause + wake) * spread,
+        brownout_seconds=raw.brownout_seconds * right.seconds,
+        seconds=raw.seconds * right.seconds,
+    )
+
+
+def model(
+    means: Means, work: Workload, *, link: int = 0, accelerator: str = "tcg", parallel: int = 1
+) -> Estimate:
+    """As the benchmarks say, without what this cloud has measured."""
+    memory, link = work.memory_mib * MIB, link or DEFAULT_LINK
+    dirty = work.dirty_rate if work.dirty_rate is not None else ASSUMED_DIRTY_RATE
+    devices = max(work.devices - USUAL_DEVICES, 0) * DEVICE_MS
+    wake = WAKE_MS.get(accelerator, OTHER_WAKE_MS)
+    converges, brownout, end = True, 0.0, END_SECONDS
+    match means:
+        case Means.IN_PLACE:
+            pause, end = PLACE_PAUSE_MS, PLACE_END_SECONDS
+        case Means.POST_COPY:
+            pause, brownout = POST_COPY_PAUSE_MS, memory / link
+        case Means.PRE_COPY | Means.SLOWED:
+            copy = _Copy(memory, dirty, link, slowed=means is Means.SLOWED)
+            converges, brownout = copy.converges, copy.seconds
+            pause = COPY_PAUSE_MS + copy.left / link * 1000
+    pause += devices
+    crowded = parallel > 1 and means is not Means.IN_PLACE
+    factor, spread = (PARALLEL_FACTOR, PARALLEL_SPREAD) if crowded else (1.0, SPREAD)
+    pause, wake = pause * factor, wake * factor
+    return Estimate(
+        means=means,
+        blackout_ms=pause + wake,
+        blackout_ms_max=(pause + wake) * spread,
+        pause_ms=pause,
+        brownout_seconds=brownout,
+        seconds=START_SECONDS + brownout + pause / 1000 + end,
+        converges=converges,
+        refused=POST_COPY_REFUSED if means is Means.POST_COPY else "",
+    )
+
+
+def slowest(accelerators: Iterable[str]) -> str:
+    """What to reckon with for all of them: emulation if any has it, or nothing is known."""
+    names = set(accelerators)
+    return "tcg" if not names or "tcg" in names else min(names)
+
+
+# --- what was measured ---------------------------------------------------------------------------------
+
+
+def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1) -> Experience:
+    """From what was carried over before, newest first, as many at once as now."""
+    recent = samples[:NEWEST_SAMPLES]
+    links = [s.link for s in recent if s.link > 0]
+    link = int(median(links)) if len(links) >= ENOUGH_SAMPLES else 0
+    rates = {s.server: s.dirty_rate for s in reversed(samples) if s.server and s.dirty_rate is not None}
+    return Experience(
+        dirty_rates=rates,
+        link=link,
+        calibrations=tuple(_calibrations(recent, link, accelerator, parallel)),
+    )
+
+
+def _calibrations(
+    samples: Sequence[Sample], link: int, accelerator: str, parallel: int
+) -> Iterable[Calibration]:
+    groups: dict[tuple[Means, ReleaseId | None, ReleaseId | None], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.means, None, None), []).append(sample)
+        if sample.from_release is not None and sample.to_release is not None:
+            groups.setdefault((sample.means, sample.from_release, sample.to_release), []).append(sample)
+    for (means, old, new), found in groups.items():
+        if len(found) >= ENOUGH_SAMPLES:
+            raws = [
+                model(means, work_of(s), link=link, accelerator=accelerator, parallel=parallel) for s in found
+            ]
+            yield Calibration(
+                means=means,
+                from_release=old,
+                to_release=new,
+                pause=_ratio([s.pause_ms / raw.pause_ms for s, raw in zip(found, raws, strict=True)]),
+                seconds=_ratio([s.seconds / raw.seconds for s, raw in zip(found, raws, strict=True)]),
+                samples=len(found),
+            )
+
+
+def _ratio(ratios: Sequence[float]) -> float:
+    least, most = RATIO_BOUNDS
+    return min(max(median(ratios), least), most)
+
+
+def work_of(sample: Sample) -> Workload:
+    return Workload(memory_mib=sample.memory_mib, dirty_rate=sample.dirty_rate, devices=sample.devices)
+
+
+def calibration_for(
+    experience: Experience, means: Means, releases: tuple[ReleaseId | None, ReleaseId | None]
+) -> Calibration | None:
+    """Of this pair of releases; else of the way."""
+    of_way = [c for c in experience.calibrations if c.means is means]
+    same = (c for c in of_way if c.from_release is not None and (c.from_release, c.to_release) == releases)
+    return next(same, next((c for c in of_way if c.from_release is None), None))
+
+
+def error_p90(samples: Sequence[Sample], experience: Experience, accelerator: str = "tcg") -> float | None:
+    """The share of the measured blackout by which nine in ten predictions were off at most. What is compared
+    is the pause plus what a cold process takes, which is the same on both sides. None of nothing."""
+    errors: list[float] = []
+    for sample in samples[:NEWEST_SAMPLES]:
+        releases = (sample.from_release, sample.to_release)
+        said = estimate(
+            sample.means,
+            work_of(sample),
+            experience,
+            accelerator=accelerator,
+            parallel=experience.parallel or 1,
+            releases=releases,
+        )
+        actual = sample.pause_ms + said.blackout_ms - said.pause_ms
+        errors.append(abs(said.blackout_ms - actual) / actual)
+    if not errors:
+        return None
+    return sorted(errors)[max(0, -(-9 * len(errors) // 10) - 1)]
