@@ -391,6 +391,7 @@ async def test_ipv6_by_advertisement_and_by_dhcp(site: Site) -> None:
     wish = struct.pack("!HHH", REQUESTED, 2, DNS_SERVERS)
     stateless = client.dhcpv6(INFORMATION_REQUEST, wish)
     assert socket.inet_ntop(socket.AF_INET6, stateless[DNS_SERVERS]) == RED_SERVICE
+    await until("an address to ask from", lambda: told.ipv6().get(link_local(fixed.mac)) == "link")
     offered = told.dhcpv6(SOLICIT, struct.pack("!HHIII", IA_NA, 12, 1, 0, 0))
     address = dhcpv6_options(offered[IA_NA][12:])[IA_ADDRESS]
     assert socket.inet_ntop(socket.AF_INET6, address[:16]) == "fd00:77::13"

@@ -65,8 +65,8 @@ def _epoch(export: str) -> int:
 
 
 async def _check_owner(tx: AsyncConnection, asker: HostId, body: ReplicaLost) -> None:
-    """As it is recorded, or as it will be once the end of a move that runs has been heard of. A server that is
-    being removed has no place any more: whoever still had it says what it has left."""
+    """As it is recorded, or as it will be once the end of a move that runs has been heard of. A server that
+    is being removed has no place any more: whoever still had it says what it has left."""
     target = await blueprints.target(tx)
     held = target.servers.get(body.server) if target else None
     if held is None and await _is_removed(tx, body.server):
