@@ -93,7 +93,7 @@ def _check_free(state: State, volume: VolumeId, field: str) -> None:
         raise Conflict(
             f"{holder} has {volume} open, with the copy that would be made anew",
             field=field,
-            remedy=f"nahtlos volume detach {volume} first; of a system disk, keep a backup and replace its server",
+            remedy=f"nahtlos volume detach {volume} first; of a system disk, keep a backup",
         )
 
 
