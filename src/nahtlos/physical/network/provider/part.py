@@ -10,6 +10,9 @@ After a move the outside still sends to the old host until it hears the server's
 host passes on what comes there, so nothing hangs on the moment; the new one speaks at the switch if no
 firewall remembers anything of the port, and in any case once the server runs there, and again with the next
 reconciles, in case nobody heard. (With groups not at the switch: the old host judges until then.)
+
+Before, the old host speaks: switches that know nothing of a silent server would send its frames to both hosts,
+and what comes in the moment of the switch would be had twice.
 """
 
 import errno
@@ -191,6 +194,10 @@ class Provider(Part):
         new.replace(self._path)
 
     # --- announcements -------------------------------------------------------------------------------
+
+    async def move_prepared(self, port: LocalPort, role: MoveRole, *, marked: bool = False) -> None:
+        if role is MoveRole.SOURCE:
+            self._announce(port)
 
     def move_switched(self, port: LocalPort, role: MoveRole) -> None:
         if role is MoveRole.DESTINATION and not port.port.security_groups:
