@@ -62,7 +62,7 @@ def test_the_moment_to_switch(sync, now, seen_now, expected):
 
 def test_a_sync_is_remembered_when_it_is_first_seen():
     first = seen(Sync(), progress(1, 7), 3.0)
-    assert first == Sync(passes=1, at=3.0, remaining=7)
+    assert first == Sync(passes=1, at=3.0, remaining=7, dirtied_since=3.0)
     assert seen(first, progress(1, 5), 4.0) is first
 
 

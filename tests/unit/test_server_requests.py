@@ -14,6 +14,7 @@ from nahtlos.model.ids import NetworkId, OperationId, PortId, ProjectId, ServerI
 from nahtlos.model.inventory import Accelerator, ComputeStatus, Inventory
 from nahtlos.model.networking import DEFAULT_PROJECT, NetworkSpec, PortSpec, Rate
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
+from nahtlos.model.prediction import Experience
 from nahtlos.model.storage import DiskLimits
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
@@ -32,6 +33,7 @@ from nahtlos.runtime.store.projects import ProjectLimits
 WEB, DB, WEB_DISK, WEB_DATA = ServerId("web"), ServerId("db"), VolumeId("web-disk"), VolumeId("web-data")
 BLUE = NetworkId("blue")
 TCG = Accelerator(name="tcg", reason="the only one here")
+KVM = Accelerator(name="kvm", reason="a probe booted")
 
 
 def web(**changes: Any) -> ServerSpec:
@@ -109,6 +111,7 @@ class Stage:
             machine_types={},
             release_versions={OLD: "10.0.2"},
             ended=frozenset(),
+            experience=Experience(),
         )
         return replace(plain, **changes)
 
@@ -236,11 +239,16 @@ def test_limits_are_taken_away_with_their_bursts_and_parts_are_named() -> None:
 def test_what_the_host_cannot_give_is_refused_with_what_it_could() -> None:
     beside = msgspec.structs.replace(server("db", "db-disk"), size=Size(vcpus=5, memory_mib=3328))
     stage = Stage(web(), beside)
-    error = refusal(lambda: stage.set(vcpus=4, memory_mib=1024))
+    seen = stage.inventory()
+    quick = msgspec.structs.replace(seen.hosts[host(1)], accelerator=KVM)
+    seen = msgspec.structs.replace(seen, hosts={**seen.hosts, host(1): quick})
+    error = refusal(lambda: stage.set(seen=seen, vcpus=4, memory_mib=1024))
     assert error.kind == "conflict" and error.field == "vcpus"
     assert "host-1 can give web 1 vCPU and 256 MiB more" in error.message
     assert "at most 3 vCPU and 768 MiB" in error.remedy
     assert "nahtlos server move web --to host-2" in error.remedy
+    emulated = refusal(lambda: stage.set(vcpus=4, memory_mib=1024))
+    assert "server move" not in emulated.remedy, "with places for memory it cannot be moved there"
     assert stage.set(vcpus=3, memory_mib=768).size == Size(vcpus=3, memory_mib=768)
 
 
