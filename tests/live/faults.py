@@ -486,7 +486,10 @@ class MoveUnderFault:
         frozen: int | None = None
         try:
             if step is Step.SWITCH:
-                await self._reach(Step.PRECOPY)
+                # The destination's agent has nothing to do any more until the switch.
+                await self._lab.monitors.until(
+                    "the stream", lambda m: self._leaving(m) and m.migration in ("setup", *SENDING)
+                )
                 frozen = await self._frozen_at_switch()
             else:
                 await self._reach(step)
