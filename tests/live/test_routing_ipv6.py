@@ -22,10 +22,12 @@ EDGES = {EDGE: "fd00:203::1", EDGE2: "fd00:203::2"}
 async def cloud(tmp_path: Path) -> AsyncIterator[RoutedCloud]:
     cloud = RoutedCloud(tmp_path)
     try:
-        cloud.outside("sysctl", "-qw", "net.ipv6.conf.lan.disable_ipv6=0")
+        # Ready at once: who is still looking for duplicates of its own address asks nobody for another's.
+        cloud.outside("sysctl", "-qw", "net.ipv6.conf.lan.accept_dad=0", "net.ipv6.conf.lan.disable_ipv6=0")
         cloud.outside("ip", "addr", "add", f"{CLIENT6}/64", "dev", "lan", "nodad")
         for edge, address in EDGES.items():
-            cloud.hosts[edge].command("sysctl", "-qw", "net.ipv6.conf.out0.disable_ipv6=0")
+            ready = ("net.ipv6.conf.out0.accept_dad=0", "net.ipv6.conf.out0.disable_ipv6=0")
+            cloud.hosts[edge].command("sysctl", "-qw", *ready)
             cloud.hosts[edge].command("ip", "addr", "add", f"{address}/64", "dev", "out0", "nodad")
         yield cloud
     finally:
