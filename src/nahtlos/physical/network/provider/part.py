@@ -11,8 +11,8 @@ host passes on what comes there, so nothing hangs on the moment; the new one spe
 firewall remembers anything of the port, and in any case once the server runs there, and again with the next
 reconciles, in case nobody heard. (With groups not at the switch: the old host judges until then.)
 
-Before, the old host speaks: switches that know nothing of a silent server would send its frames to both hosts,
-and what comes in the moment of the switch would be had twice.
+Before, the old host speaks: switches that know nothing of a silent server would send its frames to both
+hosts, and what comes in the moment of the switch would be had twice.
 """
 
 import errno
