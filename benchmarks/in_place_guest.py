@@ -12,9 +12,9 @@ from nahtlos.model.errors import Unavailable
 DIRTY_MB_PER_S, WRITES_PER_S = 40, 50
 CHECKED_MB_PER_S = 2000
 """The guest looks at its memory as fast as it can."""
-KERNEL_MIB = 128
+KERNEL_MIB = 192
 """Of a server's memory, what is its kernel's and not touched by the checker; and for page tables:"""
-TABLES_SHARE = 32
+TABLES_SHARE = 16
 CHECKED_SECONDS, DISK_SECONDS = 300.0, 120.0
 PAGES_PER_MIB = 256
 
