@@ -1,61 +1,27 @@
 """The virtual network from the command line to agents' configurations: the real API over a real orchestrator
 and store, with scripted agents."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import typer.main
-from click.testing import CliRunner, Result
-from scripted_cloud import EDGE, ScriptedCloud, opened
+from click.testing import Result
+from scripted_cloud import EDGE, ScriptedCloud
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, NetworkId
 from nahtlos.model.networking import AddressPair, Rate
-from nahtlos.ops.api import create_app
 from nahtlos.ops.cli.amounts import host_and_port, numbers, octets, pair, port_request, rate, rate_text
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import NAMES, Surroundings
+from nahtlos.ops.cli.command import NAMES
 from nahtlos.ops.client import OperatorClient
 from nahtlos.ops.network_client import NetworkClient
-from nahtlos.ops.serve import serving
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
-from nahtlos.runtime.identity import Operators
 
 H1 = HostId("host-1")
 Run = Callable[..., Awaitable[Result]]
-
-
-@pytest.fixture
-async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
-    async with opened(tmp_path / "runtime.sqlite") as cloud:
-        await cloud.ready()
-        yield cloud
-
-
-@pytest.fixture
-async def socket(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Path]:
-    operators = Operators(tmp_path / "operators.json")
-    app = create_app(scripted.cloud, operators.authenticate)
-    async with serving(app, unix_socket=tmp_path / "operator.sock"):
-        yield tmp_path / "operator.sock"
-
-
-@pytest.fixture
-def run(socket: Path, tmp_path: Path) -> Run:
-    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
-    app = typer.main.get_command(build_app(surroundings))
-
-    async def invoke(line: str, code: int = 0) -> Result:
-        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
-        assert result.exit_code == code, result.output + str(result.exception)
-        return result
-
-    return invoke
 
 
 def told(scripted: ScriptedCloud, host: HostId = H1) -> Any:
