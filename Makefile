@@ -24,11 +24,10 @@ image: setup ## build the probe guest's disk image under build/images
 demo: releases image ## upgrade the hypervisor under six running servers (ARGS= for options)
 	@$(PYTHON) -m nahtlos.lab.demo $(ARGS)
 
-test: releases image ## run all tests, also those with real QEMU, packets and disks
-	@$(PYTHON) -m pytest -q $(ARGS)
+test: test-fast test-live ## run all tests, also those with real QEMU, packets and disks
 
 test-fast: setup ## run the tests that need neither root nor QEMU
-	@$(PYTHON) -m pytest -q -m "not live" $(ARGS)
+	@$(PYTHON) -m pytest -q -n auto -m "not live" $(ARGS)
 
 test-live: releases image ## run the tests with real QEMU, packets and disks (needs root)
 	@$(PYTHON) -m pytest -q -m live $(ARGS)
