@@ -40,6 +40,8 @@ ANSWERS_WITHIN = 20.0
 HOLDS_WITHIN = 10.0
 SLICE = 0.05
 KEYS = 8
+PLACES = 24
+"""For vCPUs: an emulating process begins no more threads of them in its life."""
 WITHIN_A_TENTH = Goal(at_least=0.9, at_most=1.1)
 FIFTH_SECOND = Goal(at_most=200)
 STATUS = re.compile(rb"\{.*\}\s", re.DOTALL)
@@ -239,7 +241,7 @@ async def started(host: Host, hypervisor: QemuHypervisor, name: str, image: Imag
             volume=volume,
             ports=(),
             machine="pc-q35-10.0",
-            max_vcpus=4,
+            max_vcpus=PLACES,
             boot_memory_mib=256,
             max_memory_mib=1024,
         ),

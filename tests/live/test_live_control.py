@@ -97,6 +97,8 @@ async def test_what_a_server_is_given_holds_in_its_guest_and_in_the_next_vmm(pla
     await control.guest(lambda said: small + 40 < said["memory"]["total_mib"] <= small + 64)
     assert await control.set(cpu=CpuShare(quota=150, weight=300))
     assert await host.hypervisor.compute_reconcile(control.vmm, control.server) == ()
+    with pytest.raises(Refused, match="has begun 3 of 4"):  # the fifth thread in its life would end it
+        await host.hypervisor.compute_reconcile(control.vmm, given(control.server, vcpus=4))
     took = (await known_status(host, control.vmm)).compute.took_ms
     assert took.keys() == {"vcpus", "memory", "cpu"}
 

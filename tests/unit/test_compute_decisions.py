@@ -24,7 +24,7 @@ from nahtlos.physical.hypervisor.cgroups import (
     wanted_files,
 )
 from nahtlos.physical.hypervisor.commandline import VmmPaths, VmmShape, server_arguments
-from nahtlos.physical.hypervisor.compute import Seen, check_change, places_of, waits_for
+from nahtlos.physical.hypervisor.compute import Seen, check_change, check_threads, places_of, waits_for
 from nahtlos.physical.ports import VmmId, VmmStatus
 
 FIXED = ServerSpec(
@@ -159,6 +159,20 @@ def test_what_a_machine_has_no_way_to_is_refused(now: ServerSpec, wanted: dict[s
 @pytest.mark.parametrize("size", [(1, 256), (4, 1024), (2, 512)])
 def test_what_it_has_places_for_is_not(size: tuple[int, int]) -> None:
     check_change(GROWING, changed(GROWING, vcpus=size[0], memory_mib=size[1]))
+
+
+@pytest.mark.parametrize(("wanted", "has", "begun"), [(2, 1, 1), (4, 1, 1), (4, 2, 2), (3, 2, 3), (4, 4, 4)])
+def test_an_emulating_process_begins_as_many_vcpus_as_it_has_room_for(
+    wanted: int, has: int, begun: int
+) -> None:
+    check_threads(GROWING, wanted, has, begun)
+
+
+@pytest.mark.parametrize(("wanted", "has", "begun", "most"), [(4, 2, 3, 3), (2, 1, 4, 1), (3, 1, 3, 2)])
+def test_and_no_more_than_that_in_its_life(wanted: int, has: int, begun: int, most: int) -> None:
+    with pytest.raises(Refused, match=f"it can have {most} now") as refused:
+        check_threads(GROWING, wanted, has, begun)
+    assert refused.value.field == "vcpus"
 
 
 @pytest.mark.parametrize(

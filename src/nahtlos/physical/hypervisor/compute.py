@@ -90,6 +90,19 @@ def check_change(now: ServerSpec, wanted: ServerSpec) -> None:
     check_hardware(wanted)
 
 
+def check_threads(server: ServerSpec, wanted: int, has: int, begun: int) -> None:
+    """Whether an emulating QEMU that has begun `begun` threads of vCPUs can begin those it lacks: it has room
+    for `max_vcpus` of them in its life, and ends by an assertion (`tcg_register_thread`) at the next."""
+    most = server.max_vcpus - begun + has
+    if wanted > most:
+        raise Refused(
+            f"the emulating process of {server.id} has begun {begun} of {server.max_vcpus} vCPUs "
+            f"in its life: it can have {most} now, not {wanted}",
+            field="vcpus",
+            remedy="move the server or replace its VMM by another release: the new process begins anew",
+        )
+
+
 def waits_for(seen: Seen, wanted: ServerSpec, answers: Mapping[str, int]) -> str:
     """Why it is not yet as wanted, in words; empty if it is."""
     words: list[str] = []
@@ -190,12 +203,16 @@ class ComputeCare:
         seen = await look(vmm)
         if wanted.size.vcpus < seen.vcpus:
             await _check_unplugs(vmm)
+        begun = record.vcpus_begun or seen.vcpus
+        if wanted.size.vcpus > seen.vcpus:
+            if not await _accelerated(vmm):
+                check_threads(own, wanted.size.vcpus, seen.vcpus, begun)
+            begun += wanted.size.vcpus - seen.vcpus
         if wanted.size.memory_mib > max(own.size.memory_mib, seen.memory_mib):
             self._check_room(own, wanted.size.memory_mib - max(own.size.memory_mib, seen.memory_mib))
         now = msgspec.structs.replace(own, size=wanted.size, cpu=wanted.cpu)
-        vmm.write_record(
-            msgspec.structs.replace(record, server=msgspec.structs.replace(record.server, spec=now))
-        )
+        config = msgspec.structs.replace(record.server, spec=now)
+        vmm.write_record(msgspec.structs.replace(record, server=config, vcpus_begun=begun))
         texts: list[str] = []
         if await self._share(vmm, now.cpu):
             self._note_took(vmm, "cpu", began)
@@ -349,12 +366,16 @@ async def check_movable(vmm: Vmm) -> None:
     record = vmm.record
     if record is None or not record.server.spec.max_memory_mib:
         return
-    if not (await vmm.execute("query-kvm"))["enabled"]:
+    if not await _accelerated(vmm):
         raise Refused(
             f"{vmm.id.server} has places for memory, which an emulating QEMU cannot copy while it runs",
             field="server",
             remedy="replace its VMM in place, or run it under KVM",
         )
+
+
+async def _accelerated(vmm: Vmm) -> bool:
+    return bool((await vmm.execute("query-kvm"))["enabled"])
 
 
 async def _check_unplugs(vmm: Vmm) -> None:

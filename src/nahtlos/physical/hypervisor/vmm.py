@@ -37,6 +37,8 @@ class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An arrived server has run here: if its guest does not run now, that is for another reason."""
     took_ms: dict[str, int] = {}
     """Of the last change of each: `ComputeStatus.took_ms`."""
+    vcpus_begun: int = 0
+    """Threads of vCPUs that this process has begun, also those that ended; 0: no more than it has."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
