@@ -4,12 +4,13 @@ import msgspec
 import pytest
 from planner_world import NEW, OLD, Cloud, host_id, running_cloud, server_id
 
+from nahtlos.model.blackout import COPY_PAUSE_MS
 from nahtlos.model.blueprint import Forecast, HostIntent
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Size
 from nahtlos.model.prediction import Means, Sample, Workload
-from nahtlos.physical.agent import precopy
+from nahtlos.physical.agent import convergence, precopy
 from nahtlos.planner import estimate as estimating
 from nahtlos.planner import ways
 from nahtlos.planner.estimate import MIB, error_p90, estimate, learn, model
@@ -139,6 +140,7 @@ def test_the_model_watches_a_pre_copy_as_the_agent_does() -> None:
     assert estimating.NEAR_BYTES == precopy.NEAR_BYTES
     assert estimating.SETTLE_SECONDS == precopy.SETTLE_SECONDS
     assert estimating.FORCED_PAUSE_SECONDS == precopy.FORCED_PAUSE_SECONDS
+    assert estimating.PATIENCE_SECONDS == convergence.PATIENCE_SECONDS
     assert _default_deadline() == estimating.DEADLINE_SECONDS
     assert ways.NOT_CONVERGED == precopy.NOT_CONVERGED
 
@@ -166,17 +168,28 @@ def test_what_is_written_faster_than_it_is_sent_does_not_converge_unless_it_is_s
     hard = work(512, 400)
     given_up = model(Means.PRE_COPY, hard, link=128 * MIB)
     assert not given_up.converges
-    assert given_up.brownout_seconds >= estimating.DEADLINE_SECONDS
+    assert estimating.PATIENCE_SECONDS <= given_up.brownout_seconds < 20
     slowed = model(Means.SLOWED, hard, link=128 * MIB)
     assert slowed.converges
-    assert slowed.brownout_seconds < given_up.brownout_seconds
+    assert given_up.brownout_seconds < slowed.brownout_seconds < estimating.DEADLINE_SECONDS
     assert model(Means.PRE_COPY, work(2048, 40), link=128 * MIB).converges
+
+
+def test_a_budget_lets_the_rest_be_as_large_as_can_be_sent_within_it_and_no_larger() -> None:
+    hard = work(64, 400)
+    assert not model(Means.PRE_COPY, hard, link=128 * MIB).converges
+    wide = msgspec.structs.replace(hard, blackout_budget_ms=600)
+    said = model(Means.PRE_COPY, wide, link=128 * MIB)
+    assert said.converges
+    assert said.blackout_ms <= 600
+    tight = msgspec.structs.replace(work(32, 400), blackout_budget_ms=200)
+    assert not model(Means.PRE_COPY, tight, link=128 * MIB).converges
 
 
 def test_a_small_server_that_writes_all_of_its_memory_is_forced_and_pays_for_it_in_blackout() -> None:
     forced = model(Means.PRE_COPY, work(32, 4000), link=128 * MIB)
     assert forced.converges
-    assert forced.pause_ms == pytest.approx(estimating.COPY_PAUSE_MS + 250.0)
+    assert forced.pause_ms == pytest.approx(COPY_PAUSE_MS + 250.0)
 
 
 def test_post_copy_is_told_and_refused() -> None:

@@ -23,6 +23,8 @@ class Workload(Value, frozen=True, kw_only=True):
     dirty_rate: int | None = None
     """Bytes of memory it touches anew in a second, as measured; None: it never was."""
     devices: int = 2
+    blackout_budget_ms: int = 0
+    """Agents switch it only where its budget is kept; 0: none was set."""
 
 
 class Estimate(Value, frozen=True, kw_only=True):

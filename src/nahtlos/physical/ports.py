@@ -271,7 +271,17 @@ class Hypervisor(Protocol):
         self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
     ) -> None:
         """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
-        destination's certificate must prove. Refused if it failed at once."""
+        destination's certificate must prove. `slow_down`: `migrate_slow_down` may follow. Refused if it
+        failed at once."""
+        ...
+
+    async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
+        """Bytes a second a pre-copy that runs may use from now on. Without effect on one that has ended."""
+        ...
+
+    async def migrate_slow_down(self, vmm: VmmId) -> None:
+        """From now on the guest gets less and less of its vCPUs while it writes faster than can be sent; it
+        gets all of them back when the stream has ended, whichever way."""
         ...
 
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:

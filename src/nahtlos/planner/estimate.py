@@ -10,6 +10,7 @@ from statistics import median
 
 import msgspec
 
+from nahtlos.model.blackout import COPY_PAUSE_MS, seconds_to_send, wake_ms
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.prediction import Calibration, Estimate, Experience, Means, Sample, Workload
 
@@ -20,15 +21,10 @@ ASSUMED_DIRTY_RATE = 20 * MIB
 """Of a server nobody has measured yet."""
 PLACE_PAUSE_MS = 18.0
 """In place: from the stop to the run, whatever the size."""
-COPY_PAUSE_MS = 11.0
-"""Between hosts, without what is left to send."""
 POST_COPY_PAUSE_MS = 86.0
 DEVICE_MS = 0.5
 """For each device beyond the usual port and disk."""
 USUAL_DEVICES = 2
-WAKE_MS = {"tcg": 43.0}
-"""What a process that was never used takes to be as quick as before: emulation translates anew."""
-OTHER_WAKE_MS = 5.0
 SPREAD = 1.6
 """The slowest of a hundred over the median."""
 PARALLEL_FACTOR = 2.1
@@ -44,8 +40,11 @@ SHORTEST_PASS_SECONDS = 0.05
 NEAR_BYTES = 4 << 20
 SETTLE_SECONDS = 8.0
 FORCED_PAUSE_SECONDS = 0.3
+PATIENCE_SECONDS = 5.0
 DEADLINE_SECONDS = 120.0
-THROTTLE_FIRST, THROTTLE_STEP, THROTTLE_MOST = 0.2, 0.1, 0.8
+THROTTLE_STEP, THROTTLE_MOST = 0.2, 0.8
+THROTTLE_EVERY_SECONDS = 2.0
+"""A hypervisor looks that often whether a slower guest is slow enough."""
 STEADY = 0.01
 """Passes that differ by less repeat themselves."""
 
@@ -59,29 +58,30 @@ ORDER = (Means.IN_PLACE, Means.PRE_COPY, Means.SLOWED, Means.POST_COPY)
 
 
 class _Copy:
-    """How a pre-copy goes, pass by pass, until little is left, or for ever."""
+    """How a pre-copy goes, pass by pass, until little is left, or what is left becomes no less. `pause`: the
+    seconds that sending the rest may take; None: no budget says so."""
 
-    def __init__(self, memory: int, dirty_rate: int, link: int, *, slowed: bool) -> None:
+    def __init__(
+        self, memory: int, dirty_rate: int, link: int, *, slowed: bool, pause: float | None = None
+    ) -> None:
         self.seconds, self.left, self.converges = 0.0, float(memory), False
-        throttle = 0.0
+        throttle, least = 0.0, 0.0
+        near = NEAR_BYTES if pause is None else min(NEAR_BYTES, pause * link)
+        affordable = (FORCED_PAUSE_SECONDS if pause is None else pause) * link
         while self.seconds <= DEADLINE_SECONDS:
             took = max(self.left / link, SHORTEST_PASS_SECONDS)
             before, self.left = self.left, min(dirty_rate * (1 - throttle) * took, memory)
             self.seconds += took
-            if self.left <= NEAR_BYTES:
+            if self.left <= near or (self.left <= affordable and self.seconds > SETTLE_SECONDS):
                 self.converges = True
                 return
-            forced = self.left / link <= FORCED_PAUSE_SECONDS
-            if forced and self.seconds > SETTLE_SECONDS:
-                self.converges = True
+            if abs(before - self.left) <= STEADY * before and (not slowed or throttle >= THROTTLE_MOST):
+                self.converges = self.left <= affordable
+                self.seconds = max(self.seconds, least + PATIENCE_SECONDS)
                 return
-            full = not slowed or throttle >= THROTTLE_MOST
-            if full and abs(before - self.left) <= STEADY * before:
-                self.seconds = max(self.seconds, SETTLE_SECONDS) if forced else DEADLINE_SECONDS
-                self.converges = forced
-                return
-            if slowed:
-                throttle = min(throttle + THROTTLE_STEP, THROTTLE_MOST) if throttle else THROTTLE_FIRST
+            if slowed and self.seconds > PATIENCE_SECONDS and self.seconds >= least + THROTTLE_EVERY_SECONDS:
+                least = self.seconds
+                throttle = min(throttle + THROTTLE_STEP, THROTTLE_MOST)
 
 
 def estimate(
@@ -118,7 +118,7 @@ def model(
     memory, link = work.memory_mib * MIB, link or DEFAULT_LINK
     dirty = work.dirty_rate if work.dirty_rate is not None else ASSUMED_DIRTY_RATE
     devices = max(work.devices - USUAL_DEVICES, 0) * DEVICE_MS
-    wake = WAKE_MS.get(accelerator, OTHER_WAKE_MS)
+    wake = wake_ms(accelerator)
     converges, brownout, end = True, 0.0, END_SECONDS
     match means:
         case Means.IN_PLACE:
@@ -126,7 +126,8 @@ def model(
         case Means.POST_COPY:
             pause, brownout = POST_COPY_PAUSE_MS, memory / link
         case Means.PRE_COPY | Means.SLOWED:
-            copy = _Copy(memory, dirty, link, slowed=means is Means.SLOWED)
+            left = seconds_to_send(work.blackout_budget_ms, accelerator)
+            copy = _Copy(memory, dirty, link, slowed=means is Means.SLOWED, pause=left)
             converges, brownout = copy.converges, copy.seconds
             pause = COPY_PAUSE_MS + copy.left / link * 1000
     pause += devices

@@ -9,6 +9,8 @@ prediction, and what its owner permits. Decides about one server or one host at 
 
 from collections.abc import Sequence
 
+import msgspec
+
 from nahtlos.model.blueprint import Campaign, HostIntent, Strategy, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ReleaseId, ServerId
 from nahtlos.model.prediction import Estimate, Means, Workload
@@ -50,15 +52,27 @@ def workload(draft: Draft, server: ServerId) -> Workload:
         memory_mib=draft.size(server).memory_mib,
         dirty_rate=draft.policy.experience.dirty_rates.get(server),
         devices=devices,
+        blackout_budget_ms=spec.blackout_budget_ms if spec is not None else 0,
     )
 
 
-def predicted(draft: Draft, server: ServerId, means: Means, release: ReleaseId | None) -> Estimate:
+def predicted(
+    draft: Draft,
+    server: ServerId,
+    means: Means,
+    release: ReleaseId | None,
+    *,
+    without_budget: bool = False,
+) -> Estimate:
+    """As its agent would do it, which keeps its budget, or as it would be `without_budget`."""
+    work = workload(draft, server)
+    if without_budget:
+        work = msgspec.structs.replace(work, blackout_budget_ms=0)
     host = draft.servers[server].host
     seen, status = draft.observed.host(host), draft.observed.server_on(server, host)
     return estimate(
         means,
-        workload(draft, server),
+        work,
         draft.policy.experience,
         accelerator=seen.accelerator.name if seen is not None and seen.accelerator is not None else "tcg",
         parallel=draft.policy.experience.parallel or draft.policy.parallel_moves,
@@ -67,10 +81,13 @@ def predicted(draft: Draft, server: ServerId, means: Means, release: ReleaseId |
 
 
 def means_of_move(draft: Draft, server: ServerId) -> Means:
-    """Slowed down only with its owner's consent, and only after it did not converge otherwise."""
+    """Slowed down only with its owner's consent, and only if it did not converge otherwise, or is predicted
+    not to."""
     spec = draft.policy.servers.get(server)
-    slowed = spec is not None and spec.allow_slowdown and did_not_converge(draft, server)
-    return Means.SLOWED if slowed else Means.PRE_COPY
+    if spec is None or not spec.allow_slowdown:
+        return Means.PRE_COPY
+    plain = predicted(draft, server, Means.PRE_COPY, None)
+    return Means.SLOWED if did_not_converge(draft, server) or not plain.converges else Means.PRE_COPY
 
 
 def did_not_converge(draft: Draft, server: ServerId) -> bool:
@@ -84,12 +101,14 @@ def why_over_budget(draft: Draft, server: ServerId, means: Means, release: Relea
     if spec is None or not spec.blackout_budget_ms:
         return ""
     said = predicted(draft, server, means, release)
-    if not said.converges:
+    free = predicted(draft, server, means, release, without_budget=True)
+    if not free.converges:
         return f"{means} of {server} is predicted not to come to its end"
-    if said.blackout_ms <= spec.blackout_budget_ms:
+    if said.converges and said.blackout_ms <= spec.blackout_budget_ms:
         return ""
+    blackout = max(said.blackout_ms, free.blackout_ms)
     return (
-        f"{means} of {server} is predicted to black it out for {said.blackout_ms:.0f} ms, "
+        f"{means} of {server} is predicted to black it out for {blackout:.0f} ms, "
         f"its budget is {spec.blackout_budget_ms} ms"
     )
 

@@ -139,6 +139,8 @@ class MoveOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds until a pre-copy that does not converge is given up (undone)."""
     bandwidth: int = 4 << 30
     """Bytes per second the move may use."""
+    boost: int = 0
+    """Bytes per second it may use if it would not end otherwise; 0: no more than `bandwidth`."""
     slow_down: bool = False
     """The server may be given less and less of its vCPUs until the pre-copy converges."""
 

@@ -2,12 +2,21 @@
 
 The source never stops by itself (switchover-ack is never given), so it can be held at the best moment:
 just after a sync of the dirty bitmap that left little to send. Late in a pass `remaining` is stale (one
-move that trusted it had 969 ms left to send), so a fresh sync is asked for.
+move that trusted it had 969 ms left to send), so a fresh sync is asked for, always. Nothing is switched of
+which it is known that sending the rest would take longer than the server's budget allows.
 """
 
 from enum import StrEnum
 
 from nahtlos.model.values import Value
+from nahtlos.physical.agent.convergence import (
+    Course,
+    Permitted,
+    link_speed,
+    makes_no_progress,
+    never_sent_once,
+    next_measure,
+)
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 MIN_PASSES = 2
@@ -15,11 +24,12 @@ FRESH_SECONDS = 0.012
 NEAR_BYTES = 4 << 20
 NEAR_AT_SYNC_BYTES = 8 << 20
 SETTLE_SECONDS = 8.0
-"""After that, a switch that costs at most FORCED_PAUSE_SECONDS is taken instead of a better one."""
+"""After that, or once there is no progress any more, a switch that costs at most the budget, without one at
+most FORCED_PAUSE_SECONDS, is taken instead of a better one."""
 FORCED_PAUSE_SECONDS = 0.3
 LINK_BYTES = 64 << 20
 NOT_CONVERGED = "convergence"
-"""The field of the error of a pre-copy that was given up at its deadline: planners try another way by it."""
+"""The field of the error of a pre-copy that was given up: planners try another way by it."""
 
 
 class Sync(Value, frozen=True, kw_only=True):
@@ -37,6 +47,8 @@ class Sync(Value, frozen=True, kw_only=True):
 class Verdict(StrEnum):
     WAIT = "wait"
     SWITCH = "switch"
+    MEASURE = "measure"
+    """It will not end as it goes: the next of the permitted measures is to be taken."""
     GIVE_UP = "give-up"
 
 
@@ -66,25 +78,47 @@ def link_rate(progress: MigrationProgress, elapsed: float) -> int | None:
 
 
 def verdict(
-    sync: Sync, progress: MigrationProgress, *, now: float, started: float, deadline: float
+    sync: Sync,
+    progress: MigrationProgress,
+    *,
+    now: float,
+    started: float,
+    deadline: float,
+    course: Course | None = None,
+    permitted: Permitted | None = None,
 ) -> Verdict:
     """`now` and `started` in seconds of one clock; `deadline` in seconds after the start."""
+    course, permitted = course or Course(since=started), permitted or Permitted()
+    fresh = now - sync.at <= FRESH_SECONDS
     if progress.phase is MigrationPhase.ACTIVE and progress.passes >= MIN_PASSES:
+        settled = now - started > SETTLE_SECONDS or makes_no_progress(course, now)
         if (
-            now - sync.at <= FRESH_SECONDS
-            and progress.remaining <= NEAR_BYTES
-            and sync.remaining <= NEAR_AT_SYNC_BYTES
+            fresh
+            and (_near(sync, progress) or settled)
+            and _affordable(sync, progress, permitted, course, now - started)
         ):
             return Verdict.SWITCH
-        if now - started > SETTLE_SECONDS and _forced_pause(progress, now - started) <= FORCED_PAUSE_SECONDS:
-            return Verdict.SWITCH
-    return Verdict.GIVE_UP if now - started > deadline else Verdict.WAIT
+    late = now - started > deadline
+    stuck = fresh and makes_no_progress(course, now)
+    stuck = stuck or never_sent_once(course, progress, now, started + deadline)
+    if not late and not stuck:
+        return Verdict.WAIT
+    return Verdict.GIVE_UP if next_measure(course, permitted, late=late) is None else Verdict.MEASURE
 
 
-def _forced_pause(progress: MigrationProgress, elapsed: float) -> float:
-    """Seconds it would take to send what remains at the mean rate so far."""
-    rate = progress.transferred / elapsed if elapsed > 0 else 0.0
-    return progress.remaining / rate if rate > 0 else float("inf")
+def _near(sync: Sync, progress: MigrationProgress) -> bool:
+    return progress.remaining <= NEAR_BYTES and sync.remaining <= NEAR_AT_SYNC_BYTES
+
+
+def _affordable(
+    sync: Sync, progress: MigrationProgress, permitted: Permitted, course: Course, elapsed: float
+) -> bool:
+    """Whether what is left can be sent within the budget; without one, little always can."""
+    if permitted.pause is None and _near(sync, progress):
+        return True
+    speed = link_speed(course, progress, elapsed)
+    pause = FORCED_PAUSE_SECONDS if permitted.pause is None else permitted.pause
+    return speed > 0 and progress.remaining / speed <= pause
 
 
 def fraction(progress: MigrationProgress) -> float:

@@ -22,10 +22,22 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from nahtlos.model.blackout import seconds_to_send
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.inventory import OperationState, RunState
+from nahtlos.model.prediction import Means
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.convergence import (
+    Course,
+    Measure,
+    Permitted,
+    after,
+    followed,
+    next_measure,
+    remedy_of,
+    why_given_up,
+)
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.peers import Peer
 from nahtlos.physical.agent.precopy import (
@@ -149,7 +161,7 @@ class SourceMove:
             ready.uri,
             peer=order.destination,
             bandwidth=order.bandwidth,
-            slow_down=order.slow_down,
+            slow_down=self._may_be_slowed,
         )
 
     async def _begin_to_carry(self) -> None:
@@ -195,6 +207,7 @@ class SourceMove:
         """Returns at a moment at which stopping is cheap; the guest runs on until it is stopped."""
         loop = asyncio.get_running_loop()
         started, sync = loop.time(), Sync()
+        course, permitted = Course(since=started), self._permitted()
         told = carried = started
         while True:
             if self._cancelled.is_set():
@@ -208,30 +221,82 @@ class SourceMove:
             progress = await self._context.drivers.hypervisor.migrate_progress(self._vmm)
             if progress.phase is not MigrationPhase.ACTIVE and progress.phase is not MigrationPhase.NONE:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
-            sync = seen(sync, progress, loop.time())
+            now = loop.time()
+            sync, course = seen(sync, progress, now), followed(course, progress, now)
             self._context.progress[self._order.id] = fraction(progress)
             match verdict(
-                sync, progress, now=loop.time(), started=started, deadline=self._order.precopy_deadline
+                sync,
+                progress,
+                now=now,
+                started=started,
+                deadline=self._order.precopy_deadline,
+                course=course,
+                permitted=permitted,
             ):
                 case Verdict.SWITCH:
-                    self._note_rates(sync, progress, loop.time() - started)
+                    self._note_rates(sync, progress, now - started)
                     return
+                case Verdict.MEASURE:
+                    late = now - started > self._order.precopy_deadline
+                    measure = next_measure(course, permitted, late=late)
+                    assert measure is not None, "no measure is left to take"
+                    await self._take_measure(measure)
+                    course = after(course, measure, loop.time())
                 case Verdict.GIVE_UP:
-                    self._note_rates(sync, progress, loop.time() - started)
+                    self._note_rates(sync, progress, now - started)
                     raise Unavailable(
-                        f"pre-copy did not converge within {self._order.precopy_deadline:g} s "
-                        f"({progress.remaining >> 20} MiB left after {progress.passes} passes)",
+                        why_given_up(
+                            course, progress, permitted, now - started, self._order.precopy_deadline
+                        ),
                         field=NOT_CONVERGED,
-                        remedy="give the move more bandwidth or wait until the server writes less",
+                        remedy=remedy_of(permitted),
                     )
                 case Verdict.WAIT:
                     await asyncio.sleep(POLL_SECONDS)
 
-    def _note_rates(self, sync: Sync, progress: MigrationProgress, elapsed: float) -> None:
+    def _permitted(self) -> Permitted:
+        """By the server's owner, and by whoever divides the links."""
+        spec, accelerator = self._order.server.spec, self._context.ledger.verified()
+        allowed = {
+            Measure.BOOST: self._order.boost > self._order.bandwidth,
+            Measure.SLOW_DOWN: self._may_be_slowed,
+        }
+        return Permitted(
+            pause=seconds_to_send(spec.blackout_budget_ms, accelerator.name if accelerator else "tcg"),
+            measures=tuple(measure for measure, may in allowed.items() if may),
+        )
+
+    @property
+    def _may_be_slowed(self) -> bool:
+        return self._order.slow_down or self._order.server.spec.allow_slowdown
+
+    async def _take_measure(self, measure: Measure) -> None:
+        hypervisor = self._context.drivers.hypervisor
+        self._context.say(
+            "move.measure",
+            self._vmm.server,
+            f"the move to {self._order.destination} would not end as it goes: {measure}",
+            id=self._order.id,
+        )
+        match measure:
+            case Measure.BOOST:
+                await hypervisor.migrate_pace(self._vmm, self._order.boost)
+            case Measure.SLOW_DOWN:
+                await hypervisor.migrate_slow_down(self._vmm)
+                self._note("means", Means.SLOWED)
+            case Measure.POST_COPY:
+                raise AssertionError("post-copy was never permitted")
+
+    def _note(self, name: str, text: str) -> None:
         """For those who predict the next move of this server."""
+        notes = {**self._journal.notes, f"{RESULT}{name}": text}
+        self._journal = msgspec.structs.replace(self._journal, notes=notes)
+
+    def _note_rates(self, sync: Sync, progress: MigrationProgress, elapsed: float) -> None:
         rates = {"dirty_rate": dirty_rate(sync), "link": link_rate(progress, elapsed)}
-        found = {f"{RESULT}{name}": str(rate) for name, rate in rates.items() if rate is not None}
-        self._journal = msgspec.structs.replace(self._journal, notes={**self._journal.notes, **found})
+        for name, rate in rates.items():
+            if rate is not None:
+                self._note(name, str(rate))
 
     async def _keep_destination(self) -> None:
         """It gives up a source that is silent for long."""

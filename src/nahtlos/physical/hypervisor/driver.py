@@ -261,6 +261,12 @@ class QemuHypervisor:
         )
         await migration.begin(found, uri)
 
+    async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
+        await migration.pace(self._running(vmm), bandwidth)
+
+    async def migrate_slow_down(self, vmm: VmmId) -> None:
+        await migration.slow_down(self._running(vmm))
+
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         found, uri = self._running(vmm), self._stream_of(to)
         if not found.ready_whole:

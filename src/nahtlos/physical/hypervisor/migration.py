@@ -19,8 +19,10 @@ SOURCE = DESTINATION | {"switchover-ack"}
 SLOWING = frozenset({"auto-converge"})
 """On the source: less and less of its vCPUs' time for a guest that writes faster than can be sent. It ends
 with the stream, whichever way."""
-THROTTLE: Arguments = {"cpu-throttle-initial": 20, "cpu-throttle-increment": 10, "max-cpu-throttle": 80}
-"""Per cent. Without effect where nothing is slowed down."""
+READY: Arguments = {"cpu-throttle-initial": 1, "cpu-throttle-increment": 1, "max-cpu-throttle": 1}
+THROTTLE: Arguments = {"cpu-throttle-initial": 20, "cpu-throttle-increment": 20, "max-cpu-throttle": 80}
+"""Per cent. A capability cannot be given to a stream that flows, its figures can: a guest that may be slowed
+down begins with a throttle nobody notices. Without effect where nothing may be."""
 IN_PLACE = frozenset({"x-ignore-shared"})
 """On both sides, besides the above: memory both can see is not sent."""
 HELD = "switchover-ack"
@@ -112,10 +114,18 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
             "max-bandwidth": bandwidth or UNLIMITED,
             "downtime-limit": 1,
             "avail-switchover-bandwidth": PLENTY,
-            **THROTTLE,
+            **READY,
             **tls,
         },
     )
+
+
+async def pace(monitor: Monitor, bandwidth: int) -> None:
+    await monitor.execute("migrate-set-parameters", {"max-bandwidth": bandwidth or UNLIMITED})
+
+
+async def slow_down(monitor: Monitor) -> None:
+    await monitor.execute("migrate-set-parameters", THROTTLE)
 
 
 async def ready_whole(monitor: Monitor) -> None:

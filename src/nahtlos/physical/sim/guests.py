@@ -133,8 +133,9 @@ class Stream:
         self.destination = destination
         self.phase = MigrationPhase.ACTIVE
         self.error = ""
-        self.rate = float(max(1, min(rate, LINK_BYTES_PER_SECOND)))
-        self.slows_down = False
+        self.rate = _bounded(rate)
+        self.may_slow_down = False
+        self._slows_down = False
         self._throttle = 0.0
         self.stalled = False
         self.broken = False
@@ -183,7 +184,7 @@ class Stream:
     def _next_pass(self) -> None:
         rate = self.source.dirty_rate * (1 - self._throttle)
         self._remaining = min(self._pass_seconds * rate, self._touched)
-        if self.slows_down:
+        if self._slows_down:
             self._throttle = min(self._throttle + THROTTLE_STEP, THROTTLE_MOST)
         self._passes += 1
         self._pass_seconds = 0.0
@@ -196,6 +197,15 @@ class Stream:
             return
         seconds = self._remaining / self.rate + FINISH_SECONDS
         self._timer = asyncio.get_running_loop().call_later(seconds, self._complete)
+
+    def pace(self, rate: int) -> None:
+        self.advance()
+        self.rate = _bounded(rate)
+        self.source_paused()
+
+    def slow_down(self) -> None:
+        self.advance()
+        self._slows_down = self.may_slow_down
 
     def source_runs(self) -> None:
         self._stop_timer()
@@ -239,3 +249,7 @@ class Stream:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+
+def _bounded(rate: int) -> float:
+    return float(max(1, min(rate, LINK_BYTES_PER_SECOND)))

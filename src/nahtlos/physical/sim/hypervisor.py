@@ -132,6 +132,18 @@ class SimHypervisor(SimDriver):
         async with self.verb("migrate_start", vmm.unit):
             self.world.begin_stream(self._living(vmm), uri, peer, bandwidth, slow_down=slow_down)
 
+    async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
+        async with self.verb("migrate_pace", vmm.unit):
+            stream = self._living(vmm).stream
+            if stream:
+                stream.pace(bandwidth)
+
+    async def migrate_slow_down(self, vmm: VmmId) -> None:
+        async with self.verb("migrate_slow_down", vmm.unit):
+            stream = self._living(vmm).stream
+            if stream:
+                stream.slow_down()
+
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         async with self.verb("replace_send", vmm.unit):
             self._send_to(vmm, to)

@@ -522,7 +522,7 @@ class World:
             self._nothing_arrives(destination, "its machine has other vCPUs")
             raise Refused(f"{destination.id.unit} has other vCPUs than {source.id.unit}", field="vcpus")
         stream = Stream(source, destination, rate, self.now, self._stream_ended)
-        stream.slows_down = slow_down
+        stream.may_slow_down = slow_down
         stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
         source.stream = stream
         source.sent = False

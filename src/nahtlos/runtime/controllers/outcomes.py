@@ -39,6 +39,8 @@ RUNNING_AT_DESTINATION = "running"
 # What the source of a move measured, bytes a second.
 DIRTY_RATE = "dirty_rate"
 LINK = "link"
+MEANS = "means"
+"""How it was carried in the end, where it is not how it was meant."""
 
 
 def begun(
@@ -147,9 +149,8 @@ def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
     running = record.times.get(RUNNING_AT_DESTINATION)
     if stopped is None or running is None or running <= stopped:
         return None
-    means = Means.IN_PLACE if record.kind == REPLACE else Means.PRE_COPY
     return Sample(
-        means=record.predicted.means if record.predicted is not None else means,
+        means=_means(record),
         server=spec.id,
         memory_mib=spec.size.memory_mib,
         devices=len(spec.ports) + len(spec.all_volumes),
@@ -160,6 +161,16 @@ def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
         dirty_rate=_measured(record, DIRTY_RATE),
         link=_measured(record, LINK) or 0,
     )
+
+
+def _means(record: OperationRecord) -> Means:
+    """As it was carried in the end, which may be another way than was meant."""
+    taken = record.result.get(MEANS, "")
+    if taken in [*Means]:
+        return Means(taken)
+    if record.predicted is not None:
+        return record.predicted.means
+    return Means.IN_PLACE if record.kind == REPLACE else Means.PRE_COPY
 
 
 def _measured(record: OperationRecord, name: str) -> int | None:

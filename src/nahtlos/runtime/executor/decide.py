@@ -8,7 +8,7 @@ once the destination says that it knows it.
 from collections.abc import Iterable
 
 from nahtlos.model.blueprint import Blueprint, PlannedMove
-from nahtlos.model.config import HostConfig
+from nahtlos.model.config import HostConfig, UnderlayShares
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.values import Value
@@ -20,6 +20,8 @@ from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import BeginMove, BeginReplace, BeginVerify, MoveOrder, ReplaceOrder
 from nahtlos.wire.volumes import BeginVolumeTask, SetCopySpeed
 
+UNLIMITED = 4 << 30
+"""Bytes per second."""
 OVER = (OperationState.DONE, OperationState.UNDONE)
 
 
@@ -94,6 +96,7 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
     server = server_config(world, move.server, move.epoch - 1)
     if server is None:
         return None
+    share, whole = move_bandwidth(world.topology.underlay.shares)
     return MoveOrder(
         id=move.id,
         server=server,
@@ -103,8 +106,20 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
         source_address=source.address,
         destination_address=destination.address,
         destination_peer_port=destination.peer_port,
+        bandwidth=share,
+        boost=whole,
         slow_down=move.slow_down,
     )
+
+
+def move_bandwidth(shares: UnderlayShares | None) -> tuple[int, int]:
+    """Bytes a second a move takes, and may take if it would not end otherwise: the share of moves, which is
+    theirs whatever others send; then what others leave, too."""
+    if shares is None:
+        return UNLIMITED, 0
+    whole = max(1, shares.bits_per_second // 8)
+    total = max(100, shares.control + shares.moves + shares.tenants)
+    return max(1, whole * shares.moves // total), whole
 
 
 def replace_order(world: World, move: PlannedMove) -> ReplaceOrder | None:
