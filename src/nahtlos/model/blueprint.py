@@ -22,6 +22,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Assignment, Component, HostSpec, ServerSpec, Size
+from nahtlos.model.power import SavedState
 from nahtlos.model.prediction import Estimate, Experience, Means
 from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
@@ -228,6 +229,11 @@ class Blueprint(Value, frozen=True, kw_only=True):
     hosts: dict[HostId, HostPlan]
     servers: dict[ServerId, Assignment]
     """Owner of each server once no move of it runs. A server that is moving is still its source's here."""
+    off: dict[ServerId, int] = {}
+    """Servers that do not run and hold no room of their host: the request by which they were stopped. They
+    are told to stay so until they are taken out of here, whatever is asked for meanwhile."""
+    saved: dict[ServerId, SavedState] = {}
+    """Of those that are suspended, and those that are to go on from it."""
     moves: tuple[PlannedMove, ...] = ()
     """Moves that run, or shall start now."""
     verifies: tuple[PlannedVerify, ...] = ()

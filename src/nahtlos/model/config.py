@@ -27,6 +27,7 @@ from nahtlos.model.networking import (
     SecurityGroupSpec,
 )
 from nahtlos.model.nouns import HostSpec, ServerSpec
+from nahtlos.model.power import SavedState
 from nahtlos.model.storage import DiskBudget, DiskLimits, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.values import Value
 
@@ -80,6 +81,10 @@ class ServerConfig(Value, frozen=True, kw_only=True):
     volume: VolumeAttachment
     data_volumes: tuple[VolumeAttachment, ...] = ()
     """In the order of `spec.data_volumes`, whose empty places are left out."""
+    memory: VolumeAttachment | None = None
+    """Where its memory is saved, or is to be."""
+    saved: SavedState | None = None
+    """What was saved there: it is to go on from that, unless a boot is asked for since."""
 
     @property
     def all_volumes(self) -> tuple[VolumeAttachment, ...]:

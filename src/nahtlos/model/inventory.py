@@ -14,6 +14,7 @@ from nahtlos.model.ids import (
     VolumeId,
 )
 from nahtlos.model.nouns import CpuShare, HostRole, Size
+from nahtlos.model.power import SavedState
 from nahtlos.model.storage import StorageBackend
 from nahtlos.model.values import Value
 
@@ -27,6 +28,9 @@ class RunState(StrEnum):
     STARTING = "starting"
     CRASHED = "crashed"
     """This host owns the server and no VMM runs it."""
+    STOPPED = "stopped"
+    """As asked for, or because its guest switched itself off."""
+    SUSPENDED = "suspended"
 
 
 class ComputeStatus(Value, frozen=True, kw_only=True):
@@ -52,6 +56,9 @@ class ServerStatus(Value, frozen=True, kw_only=True):
     since: float = 0.0
     """Wall clock, seconds, of the last change of state."""
     compute: ComputeStatus = ComputeStatus()
+    power: int = 0
+    """The newest request of `Power` that was carried out here."""
+    saved: SavedState | None = None
 
 
 class OperationState(StrEnum):
@@ -86,6 +93,10 @@ class OperationKind(StrEnum):
     """The copies of a volume are compared."""
     SNAPSHOT_MOVE = "snapshot-move"
     """Snapshots of a volume go to another host."""
+    STOP = "stop"
+    REBOOT = "reboot"
+    SUSPEND = "suspend"
+    RESUME = "resume"
 
 
 class OperationStatus(Value, frozen=True, kw_only=True):
@@ -204,6 +215,8 @@ class HostInventory(Value, frozen=True, kw_only=True):
     """What was found different from the configuration and put right, or left alone, in words."""
     problems: tuple[ErrorRecord, ...] = ()
     """What keeps this host from converging."""
+    knows: tuple[str, ...] = ()
+    """What its agent can be asked for that older ones cannot: `power`, `suspend`."""
     network: dict[str, str] = {}
     """What the network driver uses here and what is missing: subject to words."""
 

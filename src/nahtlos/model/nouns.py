@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from nahtlos.model.ids import HostId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
+from nahtlos.model.power import Power
 from nahtlos.model.values import Value
 
 USER_DATA_BYTES = 16 << 10
@@ -68,6 +69,11 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     not begun. 0: none was set."""
     allow_slowdown: bool = False
     """Its vCPUs may be slowed down so that a move comes to its end."""
+
+    power: Power = Power()
+    """Whether it is to run."""
+    memory_volume: VolumeId | None = None
+    """Where its memory is saved while it is suspended; kept from when that is asked for until it runs."""
 
     user_data: str = ""
     """What its owner tells the guest (cloud-init's user-data); at most `USER_DATA_BYTES`."""

@@ -42,6 +42,7 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_api import NetworkRoutes
+from nahtlos.ops.power_api import power_routes
 from nahtlos.ops.project_api import project_routes
 from nahtlos.ops.volume_api import VolumeRoutes
 from nahtlos.ops.volume_care_api import VolumeCareRoutes
@@ -106,6 +107,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     VolumeRoutes(routes, lambda: cloud.volumes, _body, _json).add()
     VolumeCareRoutes(routes, lambda: cloud.volumes.care, _body, _json).add()
     project_routes(routes, lambda: cloud.projects, _body, _json)
+    power_routes(routes, lambda: cloud.power, _body, _json)
     if enrolment is not None:
         _operators(routes, enrolment)
     app.include_router(open_routes)

@@ -37,6 +37,7 @@ from nahtlos.ops.bodies import (
     UpgradeRequest,
 )
 from nahtlos.ops.network_client import NetworkClient
+from nahtlos.ops.power_client import PowerClient
 from nahtlos.ops.project_client import ProjectClient
 from nahtlos.ops.volume_client import VolumeClient
 from nahtlos.runtime.controllers.cloud import (
@@ -69,6 +70,7 @@ class OperatorClient:
         self._networks = NetworkClient(self._ask_at)
         self._volumes = VolumeClient(self._ask_at)
         self._projects = ProjectClient(self._ask_at)
+        self._power = PowerClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -112,6 +114,10 @@ class OperatorClient:
     @property
     def volumes(self) -> VolumeClient:
         return self._volumes
+
+    @property
+    def power(self) -> PowerClient:
+        return self._power
 
     @property
     def projects(self) -> ProjectClient:

@@ -148,7 +148,8 @@ class DiskProblem(msgspec.Struct, frozen=True, kw_only=True):
 class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     id: VmmId
     state: RunState
-    """RUNNING, PAUSED, INCOMING (still receiving or waiting to), STARTING; CRASHED if the process ended."""
+    """RUNNING, PAUSED, INCOMING (still receiving or waiting to), STARTING; STOPPED if the guest has switched
+    itself off (never resumed: it has to be ended); CRASHED if the process ended."""
     release: ReleaseId | None
     size: Size
     migrated: bool = False
@@ -199,6 +200,10 @@ class Hypervisor(Protocol):
 
     async def kill(self, vmm: VmmId) -> None:
         """End the process at once and remove what belongs to it (RAM file, sockets). Repeatable."""
+        ...
+
+    async def power_button(self, vmm: VmmId) -> None:
+        """Press it: the guest may switch itself off in its own time (`RunState.STOPPED`), or not care."""
         ...
 
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]: ...

@@ -13,6 +13,8 @@ from nahtlos.planner.destinations import open_hosts, pack
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.rooms import Rooms, amount, at_least_zero, total
 
+NO_PROCESS = (RunState.CRASHED, RunState.STOPPED, RunState.SUSPENDED)
+
 
 def count_rooms(draft: Draft) -> None:
     """Room of every host as the draft stands: owned servers, reservations, and VMMs that should be gone."""
@@ -33,7 +35,7 @@ def leftovers(draft: Draft) -> list[tuple[HostId, ServerStatus]]:
         (host, status)
         for server, copies in draft.observed.copies.items()
         for host, status in copies
-        if status.state is not RunState.CRASHED and not _belongs(draft, server, host)
+        if status.state not in NO_PROCESS and not _belongs(draft, server, host)
     ]
 
 

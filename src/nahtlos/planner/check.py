@@ -10,6 +10,7 @@ from nahtlos.model.blueprint import Blueprint, HostIntent, HostPhase, PlannedMov
 from nahtlos.model.ids import BlueprintId, HostId, ServerId
 from nahtlos.model.inventory import Inventory, OperationState
 from nahtlos.model.nouns import Component, HostRole, Size
+from nahtlos.model.power import PowerState
 from nahtlos.planner.draft import Observed, number_of
 from nahtlos.planner.outcome import ended
 from nahtlos.planner.volume_check import volume_violations
@@ -34,6 +35,7 @@ def violations(
         *_chain(parent, child),
         *_owners(before, child),
         *_handed_over(observed, before, child),
+        *_off(policy, observed, before, child),
         *_operations(observed, before, child),
         *_moves(policy, before, child),
         *_switching(observed, before, child),
@@ -65,7 +67,8 @@ def _owners(before: Blueprint, child: Blueprint) -> Iterator[str]:
 
 
 def _handed_over(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
-    """Ownership changes by a move that is seen to be done, and by nothing else."""
+    """Ownership changes by a move that is seen to be done, and by nothing else; except of servers that are
+    off, one epoch at a time."""
     done = {
         (move.server, move.source, move.destination, move.epoch)
         for move in before.moves
@@ -74,8 +77,27 @@ def _handed_over(observed: Observed, before: Blueprint, child: Blueprint) -> Ite
     }
     for server, new in child.servers.items():
         old = before.servers.get(server)
+        if old is not None and server in before.off and new.epoch == old.epoch + 1:
+            continue
         if old is not None and old != new and (server, old.host, new.host, new.epoch) not in done:
             yield f"{server} changes owner from {old.host} to {new.host} without a move that is done"
+
+
+def _off(policy: Policy, observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """A server is off only once its owner has said that it has carried out the newest request."""
+    for server, serial in child.off.items():
+        owner, spec = child.servers.get(server), policy.servers.get(server)
+        if owner is None:
+            yield f"{server} is off and nobody's"
+        if any(move.server == server for move in child.moves):
+            yield f"{server} is off and moves"
+        if server in before.off:
+            continue
+        seen = observed.server_on(server, owner.host) if owner else None
+        if spec is None or seen is None or (seen.epoch, seen.power) != (owner.epoch if owner else 0, serial):
+            yield f"{server} is off although it was not seen to be"
+        elif spec.power.serial != serial or spec.power.state is PowerState.ON:
+            yield f"{server} is off although it was not asked to be by {serial}"
 
 
 def _operations(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
@@ -123,7 +145,7 @@ def _switching(observed: Observed, before: Blueprint, child: Blueprint) -> Itera
     switching = {host for host, plan in child.hosts.items() if plan.phase is HostPhase.SWITCHING}
     begun = {host for host, plan in before.hosts.items() if plan.phase is HostPhase.SWITCHING}
     for server, assignment in child.servers.items():
-        if assignment.host not in switching:
+        if assignment.host not in switching or server in child.off:
             continue
         seen = observed.server_on(server, assignment.host)
         release = seen.release if seen is not None and seen.epoch == assignment.epoch else None
@@ -203,7 +225,8 @@ def _room(policy: Policy, inventory: Inventory, before: Blueprint, child: Bluepr
 def _load(sizes: dict[ServerId, Size], blueprint: Blueprint) -> dict[HostId, Size]:
     """What each host holds, both ends of moves counted."""
     load: dict[HostId, Size] = {}
-    places = [(server, assignment.host) for server, assignment in blueprint.servers.items()]
+    owned = blueprint.servers.items()
+    places = [(server, assignment.host) for server, assignment in owned if server not in blueprint.off]
     places += [(move.server, move.destination) for move in blueprint.moves if not move.in_place]
     for server, host in places:
         load[host] = load.get(host, Size()) + sizes.get(server, Size())

@@ -133,6 +133,7 @@ def choose(
         if size.fits(rooms.free(host))
         and draft.can_run(server, draft.hosts[host].release)
         and draft.refused_move(server, draft.hosts[host].release) is None
+        and draft.is_told(server, host)
     ]
     return min(
         fitting, key=lambda host: (_doubtful(draft, server, host), rank(rooms, host), host), default=None

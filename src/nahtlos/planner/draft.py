@@ -27,6 +27,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ReleaseId, RouterId, ServerId
 from nahtlos.model.inventory import HostInventory, Inventory, OperationState, OperationStatus, ServerStatus
 from nahtlos.model.nouns import Assignment, HostRole, Size
+from nahtlos.model.power import SavedState
 from nahtlos.model.snapshot_places import left_over_snapshots, snapshots_on
 from nahtlos.model.storage import StorageBackend
 from nahtlos.model.version_pairs import PLUGGED_MEMORY, Pair, Verdict, Way, pair_for
@@ -89,6 +90,9 @@ class Draft:
         self.observed = Observed(inventory)
         self.hosts: dict[HostId, HostPlan] = dict(base.hosts)
         self.servers: dict[ServerId, Assignment] = dict(base.servers)
+        self.off: dict[ServerId, int] = dict(base.off)
+        self.off_before = frozenset(base.off)
+        self.saved: dict[ServerId, SavedState] = dict(base.saved)
         self.moves: dict[OperationId, PlannedMove] = {move.id: move for move in base.moves}
         self.moving: dict[ServerId, PlannedMove] = {move.server: move for move in base.moves}
         self.verifies: dict[OperationId, PlannedVerify] = {verify.id: verify for verify in base.verifies}
@@ -144,7 +148,9 @@ class Draft:
 
     def size(self, server: ServerId) -> Size:
         """What it takes of a host: as asked for, or as seen where that is more (a guest gives memory back in
-        its own time); of a server that is being removed, as last seen."""
+        its own time); of a server that is being removed, as last seen. One that is off takes nothing."""
+        if server in self.off:
+            return Size()
         spec = self.policy.servers.get(server)
         if spec is not None:
             return self.observed.at_least(server, spec.size)
@@ -155,9 +161,11 @@ class Draft:
         )
 
     def by_host(self) -> dict[HostId, list[ServerId]]:
+        """Without those that are off."""
         owned: dict[HostId, list[ServerId]] = defaultdict(list)
         for server, assignment in self.servers.items():
-            owned[assignment.host].append(server)
+            if server not in self.off:
+                owned[assignment.host].append(server)
         return owned
 
     def verify_of(self, host: HostId) -> PlannedVerify | None:
@@ -185,6 +193,13 @@ class Draft:
         spec = self.policy.servers.get(server)
         known = self.policy.machine_types.get(release) if release is not None else None
         return known is None or spec is None or spec.machine in known
+
+    def is_told(self, server: ServerId, host: HostId) -> bool:
+        """Whether the agent of `host` knows of servers that were stopped or booted anew; an older one would
+        forget how far these requests have come."""
+        spec, seen = self.policy.servers.get(server), self.observed.host(host)
+        asked = spec is not None and spec.power.serial > 0
+        return not asked or (seen is not None and "power" in seen.knows)
 
     @property
     def moving_gateways(self) -> frozenset[RouterId]:
@@ -270,6 +285,8 @@ class Draft:
             parent=self.parent.id if self.parent else None,
             hosts=self.hosts,
             servers=self.servers,
+            off=self.off,
+            saved=self.saved,
             moves=tuple(self.moves.values()),
             verifies=tuple(self.verifies.values()),
             volume_tasks=tuple(self.volume_tasks.values()),

@@ -4,6 +4,7 @@ from nahtlos.model.blueprint import HostPhase, PlannedMove, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component
+from nahtlos.model.power import PowerState
 from nahtlos.model.prediction import Means
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.volumes import why_held_by_volumes
@@ -29,6 +30,8 @@ def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
     status = draft.observed.server_on(server, owner.host)
     if status is None or status.epoch != owner.epoch:
         return _wait(server, WaitKind.HOST, f"{server} has not been seen on {owner.host} yet")
+    if asked := _why_asked_first(draft, server):
+        return asked
     if status.state is RunState.CRASHED:
         return _wait(
             server,
@@ -47,6 +50,19 @@ def why_not_ready(draft: Draft, server: ServerId) -> Waiting | None:
         text = f"{server} is not moved while the storage daemon of {host} is replaced"
         return _wait(server, WaitKind.HOST, text)
     return None
+
+
+def _why_asked_first(draft: Draft, server: ServerId) -> Waiting | None:
+    """Why a server that was asked to stop, or to boot anew, is left where it is until it has."""
+    spec, owner = draft.policy.servers.get(server), draft.servers[server]
+    status, seen = draft.observed.server_on(server, owner.host), draft.observed.host(owner.host)
+    if spec is None or status is None or seen is None or "power" not in seen.knows:
+        return None
+    if spec.power.state is PowerState.ON and status.power == spec.power.serial:
+        return None
+    what = {PowerState.ON: "boots anew", PowerState.OFF: "is stopped", PowerState.SUSPENDED: "is suspended"}
+    text = f"{server} {what[spec.power.state]} first"
+    return Waiting(subject=server, kind=WaitKind.MOVE, reason=text)
 
 
 def _given_up(draft: Draft, server: ServerId) -> Waiting:

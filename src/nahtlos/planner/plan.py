@@ -18,6 +18,7 @@ from nahtlos.planner.in_place import replace_requested
 from nahtlos.planner.moves import forget_old_failures
 from nahtlos.planner.outcome import absorb_outcomes
 from nahtlos.planner.place import forget_removed_servers, place_new_servers
+from nahtlos.planner.power import carry_stopped, settle_power, start_stopped
 from nahtlos.planner.requested import serve_requests
 from nahtlos.planner.upgrade import advance_campaign, review_campaign
 from nahtlos.planner.volumes import plan_volumes
@@ -29,14 +30,17 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     absorb_outcomes(draft)
     forget_removed_servers(draft)
     settle_hosts(draft)
+    settle_power(draft)
     count_rooms(draft)
     review_campaign(draft)
+    start_stopped(draft)
     place_new_servers(draft)
     serve_requests(draft)
     replace_requested(draft)
     advance_campaign(draft)
     verify_switching_hosts(draft)
     evacuate_hosts(draft)
+    carry_stopped(draft)
     plan_volumes(draft)
     plan_gateways(draft)
     forget_old_failures(draft)

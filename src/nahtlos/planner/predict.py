@@ -169,9 +169,10 @@ class _World:
                 ServerStatus(
                     id=server,
                     epoch=epoch,
-                    state=RunState.RUNNING,
+                    state=RunState.STOPPED if server in blueprint.off else RunState.RUNNING,
                     release=self.under.get(server),
                     size=spec.size if spec else Size(),
+                    power=spec.power.serial if spec else 0,
                 )
             )
         for host in self.connected & self.hosts.keys():

@@ -5,6 +5,7 @@ from nahtlos.model.ids import HostId, ServerId
 from nahtlos.planner.destinations import choose, no_room, open_hosts, pack, why_closed
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import REQUESTED, start_or_wait, why_not_ready
+from nahtlos.planner.power import carry
 from nahtlos.planner.rooms import amount
 
 
@@ -41,10 +42,19 @@ def _serve(draft: Draft, server: ServerId, destination: HostId | None) -> None:
     if move := draft.moving.get(server):
         if move.reason != REQUESTED:
             draft.wait(server, WaitKind.MOVE, f"{server} is moving to {move.destination} first ({move.id})")
+    elif server in draft.off:
+        _carry(draft, server, destination)
     elif waiting := why_not_ready(draft, server):
         draft.waiting.append(waiting)
     elif place := _destination(draft, server, destination):
         start_or_wait(draft, server, place, REQUESTED)
+
+
+def _carry(draft: Draft, server: ServerId, asked: HostId | None) -> None:
+    """It is off: another host is decided to keep it, and that is all."""
+    others = [h for h in open_hosts(draft, without=draft.servers[server].host) if asked in (None, h)]
+    if carry(draft, server, others) is not None:
+        draft.served_requests[server] = asked
 
 
 def _destination(draft: Draft, server: ServerId, asked: HostId | None) -> HostId | None:

@@ -172,7 +172,7 @@ def _give_back(draft: Draft, host: HostId, why: str) -> None:
 
 
 def _switch_once_empty(draft: Draft, campaign: Campaign, host: HostId) -> None:
-    here = [server for server, assignment in draft.servers.items() if assignment.host == host]
+    here = draft.by_host().get(host, [])
     if here and not stays(draft, campaign, host):
         return
     if not all(runs(draft, server, campaign.to_release) for server in here):

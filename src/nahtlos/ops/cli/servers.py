@@ -16,6 +16,7 @@ from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.amounts import per_cent, port_request
 from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.power import power_commands
 from nahtlos.ops.cli.server_pictures import server as server_picture
 from nahtlos.ops.cli.server_set import Quota, Weight, set_command
 from nahtlos.ops.cli.settled import Project
@@ -139,6 +140,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         cli.show(view, server_picture(view))
 
     set_command(app, surroundings)
+    power_commands(app, surroundings)
 
     @command(app, "move", surroundings)
     async def move(  # pyright: ignore[reportUnusedFunction]

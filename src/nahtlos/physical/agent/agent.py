@@ -21,6 +21,7 @@ from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
 from nahtlos.physical.agent.gateways import ForGateway, Gateways
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
+from nahtlos.physical.agent.power import PowerOff
 from nahtlos.physical.agent.replacement import Replacement
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
@@ -119,7 +120,7 @@ class Agent:
             ask=self.ask,
             spawn=self._spawn,
         )
-        self._converger = Converger(self._context)
+        self._converger = Converger(self._context, self._begin)
         self._gateways = Gateways(self._context, self._converger.bring_network)
         self._boot_id = boot_id
         self._on_bug = on_bug
@@ -127,6 +128,7 @@ class Agent:
         self._destinations: dict[OperationId, DestinationMove] = {}
         self._volume_tasks: dict[OperationId, VolumeTaskRun] = {}
         self._replacements: dict[OperationId, Replacement] = {}
+        self._powers: dict[OperationId, PowerOff] = {}
         self._operations: asyncio.TaskGroup | None = None
         self._orchestrator: Session | None = None
         """Once it has welcomed this agent."""
@@ -190,6 +192,9 @@ class Agent:
             case Role.HOST if journal.kind is OperationKind.REPLACE:
                 replacement = self._replacements[journal.id] = Replacement(self._context, journal)
                 work = replacement.run(recovering=recovering)
+            case Role.HOST if journal.kind in (OperationKind.STOP, OperationKind.REBOOT):
+                stop = self._powers[journal.id] = PowerOff(self._context, journal)
+                work = stop.run(recovering=recovering)
             case Role.HOST:
                 work = self._verify(journal)
         self._operations.create_task(self._guard(journal, work), name=f"operation {journal.id}")
@@ -206,6 +211,7 @@ class Agent:
             self._gateways.ended(journal.id)
             self._volume_tasks.pop(journal.id, None)
             self._replacements.pop(journal.id, None)
+            self._powers.pop(journal.id, None)
             self._context.switched(journal.id)
             self._note_change()
 
@@ -264,6 +270,7 @@ class Agent:
             or self._gateways.get(journal.id)
             or self._volume_tasks.get(journal.id)
             or self._replacements.get(journal.id)
+            or self._powers.get(journal.id)
         )
         return running.journal if running and journal.running else journal
 
@@ -344,7 +351,7 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console", "volumes", "gateways", "replace"),
+            capabilities=("move", "verify", "console", "volumes", "gateways", "replace", "power"),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )

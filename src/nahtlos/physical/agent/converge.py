@@ -5,18 +5,20 @@ while an operation of it runs. What the configuration does not mention is report
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from enum import StrEnum
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
 from nahtlos.model.errors import ErrorRecord, NotFound, Refused
-from nahtlos.model.ids import PortId, ReleaseId, ServerId, VolumeId
-from nahtlos.model.inventory import RunState
+from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.inventory import OperationKind, RunState
+from nahtlos.model.power import PowerState
 from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import has, wanted_compute
-from nahtlos.physical.agent.ledger import Hold, Ownership
+from nahtlos.physical.agent.ledger import Hold, Journal, Ownership, Role
+from nahtlos.physical.agent.power import PowerStep, as_told, power_step, stopping
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.rejoin import end_alike, never_ran, note_fresh, on_one_copy
 from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without_lost
@@ -35,12 +37,19 @@ class Act(StrEnum):
     REMOVE = "remove"
     END_STRAY = "end-stray"
     """A VMM of an epoch this host does not own and no operation needs."""
+    KEEP = "keep"
+    """Given to this host while it is off."""
+    LET_GO = "let-go"
+    """Off, and another host's now."""
+    POWER = "power"
+    """Another power is asked for than it has: `ServerStep.power`."""
 
 
 class ServerStep(Value, frozen=True, kw_only=True):
     act: Act
     server: ServerConfig
     epoch: int
+    power: PowerStep | None = None
 
 
 def server_steps(
@@ -54,20 +63,49 @@ def server_steps(
     steps: list[ServerStep] = []
     for server in config.servers:
         held = owned.get(server.spec.id)
-        if held is None and server.spec.id not in busy and server.spec.id not in config.removed_servers:
-            steps.append(ServerStep(act=Act.START, server=server, epoch=server.epoch))
+        if server.spec.id in busy or server.spec.id in config.removed_servers:
+            continue
+        if held is None or _is_given_again(held, server, present):
+            told = as_told(server)
+            runs = told.spec.power.state is PowerState.ON
+            steps.append(ServerStep(act=Act.START if runs else Act.KEEP, server=told, epoch=server.epoch))
+    asked = {server.spec.id: server for server in config.servers}
     for server_id, held in owned.items():
         if server_id in busy:
             continue
         vmm = present.get(VmmId(server_id, held.epoch))
         if server_id in config.removed_servers:
             steps.append(ServerStep(act=Act.REMOVE, server=held.server, epoch=held.epoch))
+            continue
+        if held.hold is Hold.OWNED and (step := _powered(held, asked.get(server_id), vmm)):
+            steps.append(step)
+        elif held.server.spec.power.state is not PowerState.ON:
+            pass
         elif held.hold is Hold.OWNED and (vmm is None or vmm.state is RunState.CRASHED):
             steps.append(ServerStep(act=Act.RESTART, server=held.server, epoch=held.epoch))
         elif held.hold is Hold.OWNED and vmm is not None and _stands_still(vmm):
             steps.append(ServerStep(act=Act.RESUME, server=held.server, epoch=held.epoch))
     steps.extend(_strays(owned, present, busy))
     return tuple(steps)
+
+
+def _is_given_again(held: Ownership, server: ServerConfig, present: Mapping[VmmId, VmmStatus]) -> bool:
+    """It was another's meanwhile, and is off: a configuration names it by a newer epoch than the ledger's."""
+    idle = held.hold is Hold.YIELDED or held.server.spec.power.state is not PowerState.ON
+    return idle and server.epoch > held.epoch and VmmId(server.spec.id, held.epoch) not in present
+
+
+def _powered(held: Ownership, asked: ServerConfig | None, vmm: VmmStatus | None) -> ServerStep | None:
+    off = held.server.spec.power.state is not PowerState.ON
+    if asked is None or asked.epoch != held.epoch:
+        if off and vmm is None and asked is None:
+            return ServerStep(act=Act.LET_GO, server=held.server, epoch=held.epoch)
+        asked = held.server
+    step = power_step(held.server, asked, vmm)
+    if step is None:
+        return None
+    server = stopping(held.server, asked) if step is PowerStep.STOP else asked
+    return ServerStep(act=Act.POWER, server=server, epoch=held.epoch, power=step)
 
 
 def _stands_still(vmm: VmmStatus) -> bool:
@@ -115,8 +153,9 @@ def _misplaced(port: PortConfig, config: HostConfig, owned: Mapping[ServerId, Ow
 class Converger:
     """Makes one attempt each time it is asked; what failed is data for the report."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, begin: Callable[[Journal], None]) -> None:
         self._context = context
+        self._begin_operation = begin
         self.generation = 0
         self.problems: tuple[ErrorRecord, ...] = ()
         self.drift: tuple[str, ...] = ()
@@ -253,6 +292,9 @@ class Converger:
             new = wanted_disks(wanted, held.server, lost=lost, pinned=pinned)
             if new == held.server:
                 continue
+            if held.server.spec.power.state is not PowerState.ON:
+                self._context.ledger.adopt(new)
+                continue
             try:
                 for text in await self._context.drivers.hypervisor.disks_reconcile(
                     VmmId(server, held.epoch), new
@@ -285,13 +327,50 @@ class Converger:
                 self._context.say("server.removed", server, "removed")
             case Act.END_STRAY:
                 await self._end(VmmId(server, step.epoch))
+            case Act.KEEP:
+                self._context.ledger.own(step.server)
+                note_fresh(self._context.ledger, server, fresh=True)  # whoever stopped it saw to that
+                self._context.say(
+                    "server.kept", server, f"kept here while it is {step.server.spec.power.state}"
+                )
+            case Act.LET_GO:
+                self._context.ledger.disown(server)
+                self._context.say("server.let-go", server, "off, and another host's")
+            case Act.POWER:
+                await self._power(config, step)
         self._context.changed()
+
+    async def _power(self, config: HostConfig, step: ServerStep) -> None:
+        match step.power:
+            case PowerStep.ADOPT:
+                self._context.ledger.adopt(step.server)
+            case PowerStep.BOOT:
+                await self._start(config, step)
+            case PowerStep.STOP:
+                self._operate(OperationKind.STOP, step)
+            case PowerStep.REBOOT:
+                self._operate(OperationKind.REBOOT, step)
+            case PowerStep.SUSPEND:
+                self._operate(OperationKind.SUSPEND, step)
+            case PowerStep.GO_ON:
+                self._operate(OperationKind.RESUME, step)
+            case None:
+                pass
+
+    def _operate(self, kind: OperationKind, step: ServerStep) -> None:
+        """As an operation of its own: it may take its time, and convergence must not wait for it."""
+        serial = step.server.spec.power.serial
+        name = OperationId(f"{kind}-{step.server.spec.id}-{serial}-{round(self._context.now() * 1000)}")
+        self._begin_operation(Journal(id=name, kind=kind, role=Role.HOST, power=step.server))
 
     async def _start(self, config: HostConfig, step: ServerStep) -> None:
         if config.release is None:
             raise Refused(f"{config.host} has no hypervisor release", field="release")
         server = step.server
-        if step.act is Act.START:
+        if step.power is PowerStep.BOOT:
+            self._context.ledger.own(server)
+            await self._end(VmmId(server.spec.id, step.epoch))
+        elif step.act is Act.START:
             note_fresh(self._context.ledger, server.spec.id, fresh=server.epoch == 1)
             self._context.ledger.own(server)
         else:

@@ -75,6 +75,8 @@ class Journal(Value, frozen=True, kw_only=True):
     release: ReleaseId | None = None
     gateway: GatewayOrder | None = None
     task: VolumeTask | None = None
+    power: ServerConfig | None = None
+    """The server as it is to be left: stopped, booted anew, suspended, going on."""
     notes: dict[str, str] = {}
     """What a volume's operation has to remember from one step to the next."""
     decision: Decision = Decision.UNDECIDED
@@ -84,7 +86,8 @@ class Journal(Value, frozen=True, kw_only=True):
     @property
     def server(self) -> ServerId | None:
         order = self.order or self.replace
-        return order.server.spec.id if order else None
+        server = order.server if order else self.power
+        return server.spec.id if server else None
 
     @property
     def router(self) -> RouterId | None:
@@ -196,9 +199,10 @@ class Ledger:
         return msgspec.msgpack.decode(row[0], type=Ownership) if row else None
 
     def own(self, server: ServerConfig) -> None:
-        """A server that was never anywhere else starts here. Stale if the ledger knows a newer epoch."""
+        """A server begins here that runs nowhere: a new one, or one that was off. Stale if the ledger knows
+        a newer epoch, or another owner by this one."""
         known = self.owner(server.spec.id)
-        if known and (known.epoch > server.epoch or known.hold is Hold.YIELDED):
+        if known and (known.epoch > server.epoch or _is_anothers(known, server.epoch)):
             raise Stale(f"{server.spec.id} is past epoch {server.epoch}", field="epoch")
         with self._write("own") as db:
             self._put_ownership(db, Ownership(epoch=server.epoch, hold=Hold.OWNED, server=server))
@@ -214,7 +218,7 @@ class Ledger:
                 self._put_ownership(db, Ownership(epoch=known.epoch, hold=Hold.OWNED, server=server))
 
     def disown(self, server: ServerId) -> None:
-        """The server was deleted by its owner."""
+        """The server was deleted by its owner, or is off and another host's."""
         with self._write("disown") as db:
             db.execute("delete from ownership where server = ?", (server,))
 
@@ -407,6 +411,10 @@ class Ledger:
 
 def _ignore(name: str) -> None:
     """No test watches the writes."""
+
+
+def _is_anothers(known: Ownership, epoch: int) -> bool:
+    return known.hold is Hold.YIELDED and known.epoch >= epoch
 
 
 def _with_epoch(server: ServerConfig, epoch: int) -> ServerConfig:

@@ -93,6 +93,8 @@ class Replacement(Steps):
                 field="server",
                 remedy="plan again from the current inventory",
             )
+        if held.server.spec.power != self._order.server.spec.power:
+            raise Refused(f"{self._old.server} is to be stopped or booted anew first", field="server")
 
     def _check_cancelled(self) -> None:
         if self._cancelled:

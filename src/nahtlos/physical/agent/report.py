@@ -13,10 +13,18 @@ from nahtlos.model.inventory import (
     ServerStatus,
     VolumeStatus,
 )
+from nahtlos.model.power import PowerState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
+
+KNOWS = ("power",)
+_NO_VMM = {
+    PowerState.ON: RunState.CRASHED,
+    PowerState.OFF: RunState.STOPPED,
+    PowerState.SUSPENDED: RunState.SUSPENDED,
+}
 
 
 def servers_of(
@@ -32,11 +40,13 @@ def servers_of(
                 ServerStatus(
                     id=server,
                     epoch=held.epoch,
-                    state=vmm.state if vmm else RunState.CRASHED,
+                    state=vmm.state if vmm else _NO_VMM[held.server.spec.power.state],
                     release=vmm.release if vmm else None,
                     size=held.server.spec.size,
                     since=now,
                     compute=vmm.compute if vmm else ComputeStatus(),
+                    power=held.server.spec.power.serial,
+                    saved=held.server.saved if held.server.spec.power.state is PowerState.SUSPENDED else None,
                 )
             )
     for (server, epoch), vmm in statuses.items():
@@ -59,7 +69,9 @@ def operation_status(journal: Journal, waits_for: str, progress: float) -> Opera
         server=journal.server,
         volume=next(iter(journal.volumes), None),
         router=journal.router,
-        epoch=order.epoch if (order := journal.order or journal.replace or journal.gateway) else 0,
+        epoch=order.epoch
+        if (order := journal.order or journal.replace or journal.gateway or journal.power)
+        else 0,
         waits_for=waits_for,
         error=journal.error,
         progress=progress if journal.running else 1.0,
@@ -124,5 +136,6 @@ async def inventory(
         disk_problems=tuple(context.disk_problems.values()),
         drift=converger.drift,
         problems=converger.problems,
+        knows=KNOWS,
         network=converger.network,
     )

@@ -96,6 +96,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
     return (
         *("-name", f"guest={server.id},debug-threads=on"),
         *("-uuid", str(uuid.uuid5(SERVERS, server.id))),
+        "-no-shutdown",  # a guest that switches itself off can be told from a process that died
         *_machine(
             f"{server.machine},memory-backend={RAM},{WITHOUT}",
             shape.accelerator,

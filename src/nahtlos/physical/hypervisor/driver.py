@@ -136,6 +136,9 @@ class QemuHypervisor:
             found.remove_files()
         self._vmms.pop(vmm, None)
 
+    async def power_button(self, vmm: VmmId) -> None:
+        await self._running(vmm).execute("system_powerdown")
+
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
         return tail_of(self._vmm(vmm).paths.console_log, offset, limit)
 
@@ -237,14 +240,22 @@ class QemuHypervisor:
         # `cont` while the stream arrives would let the guest start by itself later.
         if not found.received and await found.state() == "inmigrate":
             raise Refused(f"{vmm.unit} has not received its server yet", field="vmm")
+        try:
+            await self._let_run(found)
+        except Denied:
+            if await found.state() != "shutdown":
+                raise
+            return  # its guest has switched itself off meanwhile: there is nothing to run
+        found.last_state = RunState.RUNNING
+        found.note_resumed()
+
+    async def _let_run(self, found: Vmm) -> None:
         if found.ran_here:
             async with found.changing_disks:  # while placeholders take its writes the guest must not run
                 await self._care.complete(found)
                 await found.execute("cont")
         else:
             await found.execute("cont")
-        found.last_state = RunState.RUNNING
-        found.note_resumed()
 
     # --- moves: source -----------------------------------------------------------------------------
 

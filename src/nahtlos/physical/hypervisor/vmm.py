@@ -76,6 +76,7 @@ def paths_of(settings: AgentSettings, vmm: VmmId) -> VmmPaths:
 _RUN_STATES = {
     "running": RunState.RUNNING,
     "inmigrate": RunState.INCOMING,
+    "shutdown": RunState.STOPPED,
 }
 
 

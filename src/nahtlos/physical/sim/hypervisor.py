@@ -46,6 +46,10 @@ class SimHypervisor(SimDriver):
             if held:
                 self.world.remove_vmm(held)
 
+    async def power_button(self, vmm: VmmId) -> None:
+        async with self.verb("power_button", vmm.unit):
+            self.world.press(self._living(vmm))
+
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
         async with self.verb("console", vmm.unit):
             text = bytes(self._held(vmm).console)

@@ -36,6 +36,7 @@ from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
 STORAGE_RESTART_SECONDS = 0.03
 BOOT_SECONDS = (1.5, 4.0)
+SHUTDOWN_SECONDS = (0.5, 2.0)
 ANSWER_AGAIN_SECONDS = 0.1
 
 
@@ -71,6 +72,8 @@ class ServerFacts:
     gone: bool = False
     """Ended from outside and not booted since."""
     deleted: bool = False
+    may_stop: bool = False
+    """Its owner has asked that it be stopped or booted anew."""
     up: bool = False
     """Its guest has booted and answers."""
     stopped_at: float | None = None
@@ -156,6 +159,8 @@ class World:
         self.clinging: set[ServerId] = set()
         """Guests that let no vCPU go."""
         self.stalled_links: set[frozenset[HostId]] = set()
+        self.deaf: set[ServerId] = set()
+        """Guests that do not care for their power button."""
         self.client: HostId | None = None
         """The host through which packets from outside come in."""
         self._calls = itertools.count(1)
@@ -368,7 +373,7 @@ class World:
         facts.boots += 1
         if facts.boots > 1 and not facts.gone:
             self.violated("rebooted", vmm.id.server, f"booted again at {vmm.host} by epoch {vmm.id.epoch}")
-        facts.gone = False
+        facts.gone = facts.may_stop = False
         vmm.guest = Guest(boot=facts.boots)
         vmm.console += f"boot {facts.boots} at {vmm.host}\n".encode()
         self._run(vmm)
@@ -399,8 +404,24 @@ class World:
             v for h in self.hosts.values() for v in h.vmms.values() if v.id.server == server and not v.ended
         ]
 
-    def resume(self, vmm: Vmm) -> None:
+    def press(self, vmm: Vmm) -> None:
+        """The guest's power button."""
+        if vmm.running and vmm.id.server not in self.deaf:
+            virtual_loop().call_later(self.random.uniform(*SHUTDOWN_SECONDS), self.switch_off, vmm)
+
+    def switch_off(self, vmm: Vmm) -> None:
+        """By its guest."""
         if vmm.running:
+            self.pause(vmm)
+            vmm.state = RunState.STOPPED
+            self.note(vmm.host, "switched itself off", vmm.id.unit)
+
+    def stop_expected(self, server: ServerId) -> None:
+        """Its owner asked that it be stopped, or booted anew: from now on nobody misses what it remembers."""
+        self.facts(server).may_stop = True
+
+    def resume(self, vmm: Vmm) -> None:
+        if vmm.running or vmm.state is RunState.STOPPED:
             return
         self._run(vmm)
 
@@ -470,6 +491,8 @@ class World:
         facts = self.facts(vmm.id.server)
         if not vmm.ended:
             others = [v for v in self.vmms_of(vmm.id.server) if v is not vmm and v.guest]
+            if vmm.guest and not others and (facts.may_stop or vmm.state is RunState.STOPPED):
+                facts.gone = True
             if vmm.guest and not others and not facts.deleted and not facts.gone:
                 self.violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
             self._end_vmm(vmm, None)

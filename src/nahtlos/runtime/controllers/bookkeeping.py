@@ -12,10 +12,12 @@ import msgspec
 from nahtlos.model.blueprint import CampaignState, HostIntent, Policy
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, RouterId, ServerId, VolumeId
-from nahtlos.model.inventory import Inventory
+from nahtlos.model.inventory import Inventory, RunState
 from nahtlos.model.networking import LoadBalancerSpec
-from nahtlos.model.nouns import HostRole
+from nahtlos.model.nouns import HostRole, ServerSpec
+from nahtlos.model.power import PowerState
 from nahtlos.planner.upgrade import campaign_over
+from nahtlos.runtime.controllers.power_requests import switched_itself_off
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_chores import VolumeChores, volume_chores
 from nahtlos.runtime.executor.decide import OVER, can_begin, operations_of
@@ -28,6 +30,8 @@ class Chores:
     served_requests: tuple[ServerId, ...] = ()
     served_replacements: tuple[ServerId, ...] = ()
     gone_servers: tuple[ServerId, ...] = ()
+    switched_off: tuple[ServerSpec, ...] = ()
+    """Servers whose guests have switched themselves off, as they are to be from now on."""
     gone_volumes: tuple[VolumeId, ...] = ()
     stray_ends: tuple[tuple[HostId, OperationId], ...] = ()
     impossible_moves: tuple[tuple[HostId, OperationId, ErrorRecord], ...] = ()
@@ -49,6 +53,7 @@ def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> 
         served_requests=_served_requests(policy, world),
         served_replacements=_served_replacements(policy, inventory, world),
         gone_servers=_gone_servers(state, inventory, world),
+        switched_off=_switched_off(policy, inventory, world),
         gone_volumes=_gone_volumes(state, inventory),
         stray_ends=_stray_ends(state, inventory, world),
         impossible_moves=_impossible_moves(world),
@@ -80,6 +85,22 @@ def _served_replacements(policy: Policy, inventory: Inventory, world: World) -> 
             for status in (seen.servers if seen else ())
             if owner and (status.id, status.epoch, status.release) == (server, owner.epoch, release)
         ]
+    return tuple(found)
+
+
+def _switched_off(policy: Policy, inventory: Inventory, world: World) -> tuple[ServerSpec, ...]:
+    """Nobody has asked for anything else since: what is wanted follows the guest."""
+    found: list[ServerSpec] = []
+    for server, owner in sorted(world.blueprint.servers.items()):
+        spec, seen = policy.servers.get(server), inventory.hosts.get(owner.host)
+        status = next((s for s in (seen.servers if seen else ()) if s.id == server), None)
+        if spec is None or status is None or server in world.blueprint.off:
+            continue
+        asked = spec.power
+        if (status.epoch, status.power, status.state) != (owner.epoch, asked.serial, RunState.STOPPED):
+            continue
+        if asked.state is not PowerState.OFF:
+            found.append(msgspec.structs.replace(spec, power=switched_itself_off(asked)))
     return tuple(found)
 
 

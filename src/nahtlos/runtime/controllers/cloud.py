@@ -34,9 +34,11 @@ from nahtlos.model.ids import (
 from nahtlos.model.inventory import Accelerator, ComputeStatus, HostInventory, OperationStatus, RunState
 from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
 from nahtlos.model.nouns import Component, CpuShare, HostRole, Release, Size
+from nahtlos.model.power import Power
 from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
+from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.projects import Projects
 from nahtlos.runtime.controllers.volumes import Volumes
 
@@ -121,6 +123,10 @@ class ServerView(Value, frozen=True, kw_only=True):
     limits: dict[VolumeId, DiskLimits] = {}
     converged: bool = True
     """Its host has come to the configuration in which everything asked of the server is."""
+    power: Power = Power()
+    """Whether it is to run."""
+    power_pending: bool = False
+    """That was asked for, and is not carried out yet."""
 
 
 class CampaignView(Value, frozen=True, kw_only=True):
@@ -229,6 +235,14 @@ class JoinAnswer(Value, frozen=True, kw_only=True):
     ca_pem: str
 
 
+class Powers(Protocol):
+    """Whether servers run. Asking again for what is asked for already changes nothing."""
+
+    async def stop(self, server: ServerId, request: StopRequest) -> ServerView: ...
+    async def start(self, server: ServerId) -> ServerView: ...
+    async def reboot(self, server: ServerId, request: StopRequest) -> ServerView: ...
+
+
 class Cloud(Protocol):
     @property
     def networks(self) -> Networks: ...
@@ -238,6 +252,9 @@ class Cloud(Protocol):
 
     @property
     def projects(self) -> Projects: ...
+
+    @property
+    def power(self) -> Powers: ...
 
     async def status(self) -> Status: ...
 

@@ -41,6 +41,7 @@ from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
 from nahtlos.runtime.controllers.port_requests import new_ports
+from nahtlos.runtime.controllers.power_service import PowerService
 from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.project_service import ProjectService
 from nahtlos.runtime.controllers.state import State, read
@@ -83,6 +84,7 @@ class CloudService:
         self.networks = NetworkService(self._looks, said=self._said)
         self.volumes = VolumeService(self._looks, said=self._said, images=images, keys=keys)
         self.projects = ProjectService(self._looks, said=self._said)
+        self.power = PowerService(self._looks, said=self._said, shown=self.server)
 
     # --- looking -------------------------------------------------------------------------------------
 

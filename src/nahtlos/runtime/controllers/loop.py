@@ -136,6 +136,10 @@ class PlanningLoop:
             for server in found.gone_servers:
                 await intent.forget_server(tx, server)
                 drafts.append(EventDraft(kind="server.gone", subject=server, text=f"{server} is gone"))
+            for spec in found.switched_off:
+                await volumes.put_server(tx, spec)
+                text = f"{spec.id} has switched itself off, and stays so until it is started"
+                drafts.append(EventDraft(kind="server.off", subject=spec.id, text=text))
             drafts += await write_volume_chores(tx, found.of_volumes, now)
             for volume in found.gone_volumes:
                 await volumes.forget_losses(tx, volume)

@@ -29,6 +29,7 @@ def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) 
     row, seen = state.hosts[host], inventory.hosts.get(host)
     plan = state.blueprint.hosts.get(host) if state.blueprint else None
     assigned = servers_on(state.blueprint, host)
+    off = state.blueprint.off if state.blueprint else {}
     return HostView(
         id=host,
         role=row.spec.role,
@@ -40,7 +41,9 @@ def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) 
         verified_release=seen.verified_release if seen else None,
         accelerator=seen.accelerator if seen else None,
         capacity=seen.capacity if seen else Size(),
-        used=sum((state.servers[s].spec.size for s in assigned if s in state.servers), Size()),
+        used=sum(
+            (state.servers[s].spec.size for s in assigned if s in state.servers and s not in off), Size()
+        ),
         servers=assigned,
         generation=seen.generation if seen else 0,
         target_generation=state.configs[host].generation if host in state.configs else 0,
@@ -90,6 +93,8 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         compute=status.compute if status else ComputeStatus(),
         bandwidth={each.id: each.bandwidth for each in spec.ports},
         limits={v: state.volumes[v].spec.limits for v in spec.all_volumes if v in state.volumes},
+        power=spec.power,
+        power_pending=status is None or status.power != spec.power.serial,
         converged=assignment is not None and has_converged(state, inventory, assignment),
     )
 

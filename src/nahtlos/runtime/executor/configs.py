@@ -11,7 +11,8 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
-from nahtlos.model.nouns import HostRole
+from nahtlos.model.nouns import HostRole, ServerSpec
+from nahtlos.model.power import Power, PowerState
 from nahtlos.model.storage import DiskBudget
 from nahtlos.runtime.executor.attachments import attachment
 from nahtlos.runtime.executor.networks import (
@@ -56,9 +57,24 @@ def server_config(world: World, server: ServerId, epoch: int) -> ServerConfig | 
     system, *data = reached
     if system is None:
         return None
+    memory = world.policy.volumes.get(spec.memory_volume) if spec.memory_volume is not None else None
     return ServerConfig(
-        spec=spec, epoch=epoch, volume=system, data_volumes=tuple(d for d in data if d is not None)
+        spec=msgspec.structs.replace(spec, power=_power(world, spec)),
+        epoch=epoch,
+        volume=system,
+        data_volumes=tuple(d for d in data if d is not None),
+        memory=attachment(memory, world.policy.hosts) if memory is not None else None,
+        saved=world.blueprint.saved.get(server),
     )
+
+
+def _power(world: World, spec: ServerSpec) -> Power:
+    """As asked for; of a server that is off and is to run again, off, until it was decided where."""
+    asked, off = spec.power, world.blueprint.off.get(spec.id)
+    if off is None or asked.state is not PowerState.ON:
+        return asked
+    state = PowerState.SUSPENDED if spec.id in world.blueprint.saved else PowerState.OFF
+    return Power(state=state, serial=off, boot=min(asked.boot, off))
 
 
 def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:

@@ -38,6 +38,8 @@ def check_movable(context: Context, held: Ownership, server: ServerConfig) -> No
     made before a volume of it went elsewhere: who has it after the move would look at the old place."""
     if server.spec.id in context.freezes:
         raise Conflict(f"{server.spec.id} is frozen for a snapshot", field="server")
+    if held.server.spec.power != server.spec.power:
+        raise Stale(f"{server.spec.id} is to be stopped or booted anew first", field="server")
     if [_path(each) for each in held.server.all_volumes] != [_path(each) for each in server.all_volumes]:
         raise Stale(f"{server.spec.id} reaches its volumes otherwise by now", field="server")
 
@@ -74,7 +76,7 @@ async def freeze(context: Context, body: VolumeFreeze) -> None:
 
 async def _stop(context: Context, vmm: VmmId, state: Freeze) -> None:
     status = await _observed(context, vmm)
-    if status is None or status.state is RunState.CRASHED:
+    if status is None or status.state in (RunState.CRASHED, RunState.STOPPED):
         return  # it writes nothing, and nobody starts it meanwhile
     if status.disk_problems or status.state not in (RunState.RUNNING, RunState.PAUSED):
         raise Unavailable(f"{vmm.server} is {status.state}, its disks may be behind", field="server")

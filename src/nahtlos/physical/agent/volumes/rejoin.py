@@ -115,7 +115,7 @@ async def _stands_still(context: Context, vmm: VmmId) -> bool:
     try:
         async with asyncio.timeout(STILL_WITHIN):
             found = {each.id: each.state for each in await hypervisor.observe()}
-            if found.get(vmm) not in (RunState.RUNNING, RunState.PAUSED):
+            if found.get(vmm) not in (RunState.RUNNING, RunState.PAUSED, RunState.STOPPED):
                 return False
             await hypervisor.pause(vmm)
             return not await hypervisor.disks_check(vmm)
