@@ -88,6 +88,8 @@ def test_a_move_is_held_by_its_source_and_ends_after_the_stop(stage: Stage) -> N
             await hosts.second.hypervisor.incoming_wait(arriving, timeout=0.2)
         await sending(hosts, leaving, uri)
         assert await state(hosts.first, leaving) is RunState.RUNNING
+        for bandwidth in (4 << 20, 4 << 20, 1 << 30):
+            await hosts.first.hypervisor.migrate_pace(leaving, bandwidth)
         for _ in range(2):
             await hosts.first.hypervisor.pause(leaving)
         for _ in range(2):

@@ -247,6 +247,27 @@ class MoveState(Message, frozen=True, kw_only=True):
     states: dict[PortId, bytes]
 
 
+class MoveTurn(Message, frozen=True, kw_only=True):
+    """Source to destination: may this move be switched at your host now? Asked again and again until it may,
+    which also keeps its place in the line."""
+
+    id: OperationId
+
+
+class MoveTurnSaid(Message, frozen=True, kw_only=True):
+    """Answer to MoveTurn. A turn that is given ends with the switch, or a few seconds after it was last
+    asked for."""
+
+    id: OperationId
+    granted: bool
+
+
+class MoveTurnBack(Message, frozen=True, kw_only=True):
+    """Source to destination: it is not switched after all, not now."""
+
+    id: OperationId
+
+
 class MoveSwitch(Message, frozen=True, kw_only=True):
     """Source to destination, before the source flips its own path: deliver to your taps from now on."""
 
@@ -315,6 +336,8 @@ ToPeer = (
     PeerHello
     | MovePrepare
     | MoveState
+    | MoveTurn
+    | MoveTurnBack
     | MoveSwitch
     | MoveCommit
     | MoveAbandon
@@ -347,6 +370,7 @@ Answer = (
     | Failure
     | ConsoleData
     | MoveReady
+    | MoveTurnSaid
     | MoveOutcome
     | GatewayOutcome
     | ReplicasRecorded

@@ -58,6 +58,8 @@ from nahtlos.wire.messages import (
     MoveReturnFrames,
     MoveState,
     MoveSwitch,
+    MoveTurn,
+    MoveTurnBack,
     PeerHello,
     Ping,
     ReplaceOrder,
@@ -80,6 +82,8 @@ EVENTS_KEPT = 1000
 ForMove = (
     MovePrepare
     | MoveState
+    | MoveTurn
+    | MoveTurnBack
     | MoveSwitch
     | MoveCommit
     | MoveAbandon

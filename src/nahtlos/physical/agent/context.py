@@ -8,6 +8,7 @@ from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Error, ErrorRecord, Refused
 from nahtlos.model.ids import OperationId, ServerId
 from nahtlos.physical.agent.ledger import Ledger
+from nahtlos.physical.agent.turns import Turns
 from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.wire.messages import Event, Message
@@ -71,15 +72,21 @@ class Context:
 
     switching: set[OperationId] = field(default_factory=set[OperationId])
     """Operations between the switch of the path and a breath after the end of the blackout."""
+    turns: Turns = field(default_factory=Turns)
+    """Of the moves of this host one at a time is switched."""
     _calmed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def switched(self, operation: OperationId) -> None:
-        """No frame of `operation` waits any more. Its guest gets a breath before other work is taken up."""
+        """No frame of `operation` waits any more. Its guest gets a breath before other work is taken up, and
+        before the next one is switched."""
         if operation in self.switching:
             asyncio.get_running_loop().call_later(BREATH_SECONDS, self._breathed, operation)
+        else:
+            self.turns.give_back(operation)
 
     def _breathed(self, operation: OperationId) -> None:
         self.switching.discard(operation)
+        self.turns.give_back(operation)
         self._calmed.set()
 
     async def calm(self) -> None:

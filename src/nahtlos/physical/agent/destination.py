@@ -34,6 +34,9 @@ from nahtlos.wire.messages import (
     MoveReturnFrames,
     MoveState,
     MoveSwitch,
+    MoveTurn,
+    MoveTurnBack,
+    MoveTurnSaid,
 )
 
 SILENCE_SECONDS = 30.0
@@ -85,7 +88,9 @@ class DestinationMove:
         return self.journal
 
     def source_lost(self) -> None:
-        """The connection the source spoke through broke. It may come back."""
+        """The connection the source spoke through broke. It may come back, and asks for its turn again."""
+        if self._order.id not in self._context.switching:
+            self._context.turns.give_back(self._order.id)
         self._lost = True
         self._heard.set()
 
@@ -162,6 +167,13 @@ class DestinationMove:
                     self._check_prepared()
                     await self._take_up(body.states)
                     return Done()
+            case MoveTurn():
+                self._check_undecided()
+                granted = self._context.turns.ask(self._order.id, asyncio.get_running_loop().time())
+                return MoveTurnSaid(id=self._order.id, granted=granted)
+            case MoveTurnBack():
+                self._context.turns.give_back(self._order.id)
+                return Done()
             case MoveSwitch():
                 return await self._switch(body)
             case MoveCommit():

@@ -24,6 +24,7 @@ from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.steps import Steps
+from nahtlos.physical.agent.switch_turn import take_turn
 from nahtlos.physical.ports import VmmId, VmmStatus
 from nahtlos.wire.messages import Decision
 
@@ -101,6 +102,7 @@ class Replacement(Steps):
             raise Refused("cancelled by an operator", field="operation")
 
     async def _hand_over(self) -> None:
+        await take_turn(self._context, self._order.id)
         self._check_cancelled()
         self._context.switching.add(self._order.id)
         try:

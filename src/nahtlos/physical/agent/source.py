@@ -41,6 +41,7 @@ from nahtlos.physical.agent.convergence import (
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.peers import Peer
 from nahtlos.physical.agent.precopy import (
+    FRESH_SECONDS,
     NOT_CONVERGED,
     Sync,
     Verdict,
@@ -51,6 +52,7 @@ from nahtlos.physical.agent.precopy import (
     verdict,
 )
 from nahtlos.physical.agent.report import RESULT
+from nahtlos.physical.agent.switch_turn import HELD_BYTES, SwitchTurn
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
@@ -68,6 +70,8 @@ from nahtlos.wire.messages import (
 from nahtlos.wire.volumes import PeerAddress
 
 POLL_SECONDS = 0.002
+WAITING_POLL_SECONDS = 0.01
+"""While it waits for its turn: looking costs CPU time that others' guests need."""
 DRAIN_SECONDS = 0.5
 KILL_AFTER_SECONDS = 0.3
 """The old VMM is kept that long after the destination has answered: what it still sends is reflected."""
@@ -94,6 +98,10 @@ class SourceMove:
                 peer_port=self._order.destination_peer_port,
             ),
         )
+        self._turn = SwitchTurn(
+            context, self._order.id, (self._order.source, self._order.destination), self._peer, self._pace
+        )
+        self._bandwidth = self._order.bandwidth
         self._pause_asked = False
         self._switched = False
         self._carried: list[PortId] = []
@@ -223,36 +231,38 @@ class SourceMove:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
             now = loop.time()
             sync, course = seen(sync, progress, now), followed(course, progress, now)
+            if self._turn.is_held:
+                course = Course(since=now, taken=course.taken)  # how it goes now says nothing of how it would
             self._context.progress[self._order.id] = fraction(progress)
-            match verdict(
+            began = started + self._turn.waited(now)
+            said = verdict(
                 sync,
                 progress,
                 now=now,
-                started=started,
+                started=began,
                 deadline=self._order.precopy_deadline,
                 course=course,
                 permitted=permitted,
-            ):
-                case Verdict.SWITCH:
-                    self._note_rates(sync, progress, now - started)
-                    return
+            )
+            if await self._turn.step(now, near=said is Verdict.SWITCH) and loop.time() - now <= FRESH_SECONDS:
+                self._note_rates(sync, progress, now - began)
+                return
+            match said:
                 case Verdict.MEASURE:
-                    late = now - started > self._order.precopy_deadline
+                    late = now - began > self._order.precopy_deadline
                     measure = next_measure(course, permitted, late=late)
                     assert measure is not None, "no measure is left to take"
                     await self._take_measure(measure)
                     course = after(course, measure, loop.time())
                 case Verdict.GIVE_UP:
-                    self._note_rates(sync, progress, now - started)
+                    self._note_rates(sync, progress, now - began)
                     raise Unavailable(
-                        why_given_up(
-                            course, progress, permitted, now - started, self._order.precopy_deadline
-                        ),
+                        why_given_up(course, progress, permitted, now - began, self._order.precopy_deadline),
                         field=NOT_CONVERGED,
                         remedy=remedy_of(permitted),
                     )
-                case Verdict.WAIT:
-                    await asyncio.sleep(POLL_SECONDS)
+                case Verdict.WAIT | Verdict.SWITCH:
+                    await asyncio.sleep(WAITING_POLL_SECONDS if self._turn.waits else POLL_SECONDS)
 
     def _permitted(self) -> Permitted:
         """By the server's owner, and by whoever divides the links."""
@@ -280,7 +290,8 @@ class SourceMove:
         )
         match measure:
             case Measure.BOOST:
-                await hypervisor.migrate_pace(self._vmm, self._order.boost)
+                self._bandwidth = self._order.boost
+                await hypervisor.migrate_pace(self._vmm, self._bandwidth)
             case Measure.SLOW_DOWN:
                 await hypervisor.migrate_slow_down(self._vmm)
                 self._note("means", Means.SLOWED)
@@ -297,6 +308,11 @@ class SourceMove:
         for name, rate in rates.items():
             if rate is not None:
                 self._note(name, str(rate))
+
+    async def _pace(self, slow: bool) -> None:
+        """While it waits for its turn to be switched."""
+        bandwidth = min(HELD_BYTES, self._bandwidth) if slow else self._bandwidth
+        await self._context.drivers.hypervisor.migrate_pace(self._vmm, bandwidth)
 
     async def _keep_destination(self) -> None:
         """It gives up a source that is silent for long."""

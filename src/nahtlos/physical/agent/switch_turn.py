@@ -1,0 +1,207 @@
+"""One move's turn to be switched, at both of its hosts, and how its pre-copy is held until it comes.
+
+    free --near enough to be switched--> waiting --both turns--> returning --settled--> ready
+                                            ^                                            |
+                                            `------ not switched within USE_SECONDS -----'
+
+Turns are asked for in the order of the hosts' names, whichever is the source: two hosts that move servers to
+each other cannot wait for one another. While it waits, the pre-copy is held with little bandwidth, which
+costs neither the guest nor the link much; its own bandwidth is given back some moments before the switch. No
+move waits for longer than LONGEST_WAIT: it is then switched beside the others.
+
+Decides when to ask and when to switch; what is switched is not known here.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+
+from nahtlos.model.errors import Refused
+from nahtlos.model.ids import HostId, OperationId
+from nahtlos.model.values import Value
+from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.peers import Peer
+from nahtlos.physical.agent.turns import LEASE_SECONDS
+from nahtlos.wire.messages import MoveTurn, MoveTurnBack, MoveTurnSaid
+
+ASK_EVERY = 0.02
+ASK_SECONDS = 5.0
+HELD_BYTES = 4 << 20
+"""Bytes a second while waiting: unthrottled, a held pre-copy spins, and its `stop` takes long."""
+PATIENCE_SECONDS = 0.05
+"""A turn that comes so soon is waited for at full speed."""
+SETTLE_SECONDS = 0.12
+"""From the moment the bandwidth is given back until the rest to send is small again."""
+USE_SECONDS = 2.0
+"""Not switched by then, it is given back, and waited for again behind the others. Less than LEASE_SECONDS:
+nobody asks meanwhile."""
+LONGEST_WAIT = 60.0
+assert USE_SECONDS < LEASE_SECONDS
+
+
+class Stage(StrEnum):
+    FREE = "free"
+    WAITING = "waiting"
+    RETURNING = "returning"
+    READY = "ready"
+
+
+class Standing(Value, frozen=True, kw_only=True):
+    """Where a move stands with its turn. Times are of one clock."""
+
+    stage: Stage = Stage.FREE
+    since: float = 0.0
+    """When the stage began."""
+    waited: float = 0.0
+    """Seconds, of earlier waits."""
+    slow: bool = False
+
+    def waited_by(self, now: float) -> float:
+        return self.waited + (now - self.since if self.stage is Stage.WAITING else 0.0)
+
+
+def wanted(standing: Standing, now: float) -> Standing:
+    """It could be switched now."""
+    return standing if standing.stage is not Stage.FREE else _at(standing, Stage.WAITING, now)
+
+
+def heard(standing: Standing, granted: bool, now: float) -> Standing:
+    """After it was asked for."""
+    if standing.stage is not Stage.WAITING:
+        return standing
+    if not granted and standing.waited_by(now) < LONGEST_WAIT:
+        return standing
+    return _at(standing, Stage.RETURNING if standing.slow else Stage.READY, now)
+
+
+def passed(standing: Standing, now: float) -> Standing:
+    """Time alone has passed. A switch that did not come about in time begins anew, at the end of the line,
+    unless it has waited for long enough."""
+    if standing.stage is Stage.RETURNING and now - standing.since >= SETTLE_SECONDS:
+        return _at(standing, Stage.READY, now)
+    overdue = standing.stage is Stage.READY and now - standing.since > USE_SECONDS
+    if overdue and standing.waited < LONGEST_WAIT:
+        return _at(standing, Stage.FREE, now)
+    return standing
+
+
+def shall_be_slow(standing: Standing, now: float) -> bool:
+    waits = standing.stage is Stage.WAITING
+    return waits and (standing.slow or now - standing.since > PATIENCE_SECONDS)
+
+
+def _at(standing: Standing, stage: Stage, now: float) -> Standing:
+    return Standing(stage=stage, since=now, waited=standing.waited_by(now), slow=standing.slow)
+
+
+def order_of(source: HostId, destination: HostId) -> tuple[HostId, HostId]:
+    """In which both are asked, by every move between any two hosts."""
+    return (source, destination) if source < destination else (destination, source)
+
+
+class SwitchTurn:
+    """`pace(slow)` holds the pre-copy, or gives it its own bandwidth back."""
+
+    def __init__(
+        self,
+        context: Context,
+        operation: OperationId,
+        hosts: tuple[HostId, HostId],
+        peer: Peer,
+        pace: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        self._context = context
+        self._operation = operation
+        self._order = order_of(*hosts)
+        self._peer = peer
+        self._pace = pace
+        self._standing = Standing()
+        self._asked_at = float("-inf")
+        self._alone = False
+        """The other agent knows of no turns."""
+
+    def waited(self, now: float) -> float:
+        """Seconds that a pre-copy spent on nothing but waiting."""
+        return self._standing.waited_by(now)
+
+    @property
+    def is_held(self) -> bool:
+        """It does not go at its own speed, or did not until a moment ago."""
+        return self._standing.slow or self._standing.stage is Stage.RETURNING
+
+    @property
+    def waits(self) -> bool:
+        return self._standing.stage is Stage.WAITING
+
+    async def step(self, now: float, *, near: bool) -> bool:
+        """Whether to switch now. `near`: it would cost little. To be called again and again from then on,
+        whatever is said of `near`."""
+        if near:
+            self._standing = wanted(self._standing, now)
+        if self._standing.stage is Stage.WAITING and now - self._asked_at >= ASK_EVERY:
+            self._asked_at = now
+            self._standing = heard(self._standing, await self._ask(now), now)
+            self._say(now)
+        before = self._standing.stage
+        self._standing = passed(self._standing, now)
+        if before is Stage.READY and self._standing.stage is Stage.FREE:
+            await self.give_back()
+        await self._keep_pace(now)
+        return near and self._standing.stage is Stage.READY
+
+    async def _keep_pace(self, now: float) -> None:
+        slow = shall_be_slow(self._standing, now)
+        if slow != self._standing.slow:
+            await self._pace(slow)
+            stage, since, waited = self._standing.stage, self._standing.since, self._standing.waited
+            self._standing = Standing(stage=stage, since=since, waited=waited, slow=slow)
+
+    async def _ask(self, now: float) -> bool:
+        """Of the second host only with the turn of the first; asking keeps what was given."""
+        for host in self._order:
+            mine = host == self._context.settings.host
+            granted = self._context.turns.ask(self._operation, now) if mine else await self._ask_other()
+            if not granted:
+                return False
+        return True
+
+    async def _ask_other(self) -> bool:
+        if self._alone:
+            return True
+        try:
+            said = await self._peer.ask(MoveTurn(id=self._operation), MoveTurnSaid, ASK_SECONDS)
+        except Refused as refused:
+            if refused.field != "message":
+                raise
+            self._alone = True  # an older agent: only what this host does is done one after another
+            return True
+        return said.granted
+
+    def _say(self, now: float) -> None:
+        """Whom an operator sees it wait for."""
+        holder = self._context.turns.holder
+        if self._standing.stage is Stage.WAITING and now - self._standing.since > PATIENCE_SECONDS:
+            whom = f" ({holder} is switched here)" if holder not in (None, self._operation) else ""
+            self._context.waits[self._operation] = f"its turn to be switched{whom}"
+        else:
+            self._context.waits.pop(self._operation, None)
+
+    async def give_back(self) -> None:
+        """At both hosts. What cannot be said to the other one ends there by itself."""
+        self._context.turns.give_back(self._operation)
+        if not self._alone and self._asked_at > float("-inf"):
+            try:
+                await self._peer.tell(MoveTurnBack(id=self._operation), ASK_SECONDS)
+            except Exception as error:
+                why = self._context.error_of(error)
+                self._context.say("move.turn", self._operation, f"not given back at the other host: {why}")
+
+
+async def take_turn(context: Context, operation: OperationId) -> None:
+    """Of a change of one host alone; nothing has to be held meanwhile. No longer than LONGEST_WAIT."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while not context.turns.ask(operation, loop.time()) and loop.time() - began < LONGEST_WAIT:
+        context.waits[operation] = f"its turn to be switched ({context.turns.holder} is switched here)"
+        await asyncio.sleep(ASK_EVERY)
+    context.waits.pop(operation, None)
