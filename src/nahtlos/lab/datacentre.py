@@ -61,6 +61,7 @@ class LabShape(msgspec.Struct, frozen=True, kw_only=True):
     """Of every host, for servers."""
     promised: Size = Size(vcpus=8, memory_mib=2048)
     parallel_moves: int = 1
+    parallel_moves_per_host: int = 4
 
 
 class Datacentre:
@@ -175,6 +176,7 @@ class Datacentre:
             uplinks={TENANT: "out0"},
             promised=self.shape.promised,
             parallel_moves=self.shape.parallel_moves,
+            parallel_moves_per_host=self.shape.parallel_moves_per_host,
         )
 
     async def _answers(self) -> bool:

@@ -123,6 +123,11 @@ class Policy(Value, frozen=True, kw_only=True):
     promised: Size = Size()
     """What customers were promised in total: it must stay placeable on hosts in service."""
     parallel_moves: int = 1
+    """In the whole cloud."""
+    parallel_moves_per_host: int = 4
+    """From one host; and, counted apart, to one host."""
+    move_bytes_per_second: int = 0
+    """What a host's link gives to moves, in each direction; 0: not known, and moves are only counted."""
     experience: Experience = Experience()
 
 

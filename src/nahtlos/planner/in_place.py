@@ -8,8 +8,9 @@ from nahtlos.model.blueprint import HostPhase, PlannedMove, Waiting, WaitKind
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.prediction import Means
 from nahtlos.model.version_pairs import Verdict, Way
+from nahtlos.planner.admission import running
 from nahtlos.planner.draft import Draft
-from nahtlos.planner.moves import MAX_ATTEMPTS, REQUESTED, running, why_not_ready
+from nahtlos.planner.moves import MAX_ATTEMPTS, REQUESTED, why_not_ready
 from nahtlos.planner.ways import deferred, row_for, runs, why_over_budget
 
 

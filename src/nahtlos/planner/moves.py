@@ -6,6 +6,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Component
 from nahtlos.model.power import PowerState
 from nahtlos.model.prediction import Means
+from nahtlos.planner.admission import why_not_admitted
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.volumes import why_held_by_volumes
 from nahtlos.planner.ways import deferred, means_of_move, why_over_budget
@@ -82,21 +83,14 @@ def _wait(server: ServerId, kind: WaitKind, reason: str, remedy: str = "") -> Wa
     return Waiting(subject=server, kind=kind, reason=reason, remedy=remedy)
 
 
-def running(draft: Draft) -> int:
-    """Moves that use one of the slots. A stuck one does nothing, so it does not count."""
-    return len(draft.moves) - len(draft.stuck)
-
-
 def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: str) -> None:
     """Move `server`, or say that it waits for its turn, or why it is left where it is."""
     means = means_of_move(draft, server)
     if over := why_over_budget(draft, server, means, draft.hosts[destination].release):
         draft.waiting.append(deferred(server, over))
         return
-    if running(draft) >= draft.policy.parallel_moves:
-        draft.wait(
-            server, WaitKind.MOVE, f"{server} waits for its turn: {running(draft)} of as many moves run"
-        )
+    if full := why_not_admitted(draft, server, destination):
+        draft.wait(server, WaitKind.MOVE, f"{server} waits for its turn: {full}")
         return
     owner, failures = draft.servers[server], draft.attempts.get(server, 0)
     move = PlannedMove(

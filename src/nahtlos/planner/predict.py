@@ -119,7 +119,13 @@ def _with_campaign(
         component=component,
         strategy=strategy,
     )
-    return msgspec.structs.replace(policy, campaign=campaign, parallel_moves=BATCH)
+    return msgspec.structs.replace(
+        policy,
+        campaign=campaign,
+        parallel_moves=BATCH,
+        parallel_moves_per_host=BATCH,
+        move_bytes_per_second=0,
+    )
 
 
 # --- the idealised world -----------------------------------------------------------------------------
@@ -265,7 +271,7 @@ def _host_forecast(
     moves = tuple(run.moves[host])
     staying = sum(move.seconds for move in moves if move.means is Means.IN_PLACE)
     leaving = [move.seconds for move in moves if move.means is not Means.IN_PLACE]
-    moving = max([sum(leaving) / max(policy.parallel_moves, 1), *leaving])
+    moving = max([sum(leaving) / _at_once(policy), *leaving])
     return ForecastHost(
         host=host,
         from_release=run.before[host],
@@ -274,6 +280,11 @@ def _host_forecast(
         seconds=max(moving, staying) + ending,
         note=STAYING_NOTE.format(host=host) if staying else "",
     )
+
+
+def _at_once(policy: Policy) -> int:
+    """Moves from the one host that is emptied."""
+    return max(min(policy.parallel_moves, policy.parallel_moves_per_host), 1)
 
 
 def _ending_seconds(component: Component, verify_seconds: float | None) -> float:

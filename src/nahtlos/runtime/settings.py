@@ -22,6 +22,8 @@ class CloudSettings(msgspec.Struct, frozen=True, kw_only=True):
     that of an uplink it holds."""
     promised: Size = Size()
     parallel_moves: int = 1
+    parallel_moves_per_host: int = 4
+    """From one host, and to one."""
 
 
 class OrchestratorSettings(msgspec.Struct, frozen=True, kw_only=True):

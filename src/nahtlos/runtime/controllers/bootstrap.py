@@ -15,6 +15,7 @@ async def bootstrap(store: Store, cloud: CloudSettings) -> None:
         for name, value in (
             (intent.PROMISED, cloud.promised),
             (intent.PARALLEL_MOVES, cloud.parallel_moves),
+            (intent.PARALLEL_MOVES_PER_HOST, cloud.parallel_moves_per_host),
         ):
             if await intent.setting_of(tx, name, type(value)) is None:
                 await intent.set_setting(tx, name, value)

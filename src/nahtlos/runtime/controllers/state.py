@@ -52,6 +52,7 @@ class State:
     """What is wanted of the network besides networks and ports."""
     promised: Size
     parallel_moves: int
+    parallel_moves_per_host: int = 4
     release: ReleaseId | None
     storage_release: ReleaseId | None
     network_release: ReleaseId | None
@@ -100,6 +101,8 @@ class State:
             release_versions=self.release_versions,
             promised=self.promised,
             parallel_moves=self.parallel_moves,
+            parallel_moves_per_host=self.parallel_moves_per_host,
+            move_bytes_per_second=self._moves_share(),
             experience=self.experience,
             snapshots={name: row.spec for name, row in self.kept.snapshots.items() if not row.removed},
             backups=self.kept.backups,
@@ -133,6 +136,11 @@ class State:
         topology = self.topology()
         edges = (host for host, row in self.hosts.items() if row.spec.role is HostRole.EDGE)
         return frozenset(host for host in edges if topology.external_interface(host))
+
+    def _moves_share(self) -> int:
+        """Bytes a second of a host's underlay that are kept for moves; 0 if it is not divided."""
+        shares = self.functions.underlay.shares
+        return shares.bits_per_second * shares.moves // (100 * 8) if shares is not None else 0
 
     def _refused(self, operation: OperationId, error: ErrorRecord) -> OperationStatus:
         task = next(
@@ -226,6 +234,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         project_limits=await projects.limits(tx),
         promised=await intent.promised(tx),
         parallel_moves=parallel,
+        parallel_moves_per_host=await intent.setting(tx, intent.PARALLEL_MOVES_PER_HOST, 4),
         experience=await experience(tx, servers, reported, campaign=campaign is not None, parallel=parallel),
         release=await default_release(tx),
         storage_release=await default_release(tx, Component.STORAGE),

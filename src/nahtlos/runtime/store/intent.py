@@ -34,6 +34,7 @@ DEFAULTS = {
 }
 """Settings that name what hosts which join are given."""
 PARALLEL_MOVES = "parallel_moves"
+PARALLEL_MOVES_PER_HOST = "parallel_moves_per_host"
 
 
 # --- hosts -------------------------------------------------------------------------------------------
