@@ -20,6 +20,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import CampaignId, HostId, OperationId, ReleaseId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import HostRole, Size
+from nahtlos.model.prediction import Estimate, Means
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
 from nahtlos.runtime.evidence.machine import Machine
 from nahtlos.runtime.evidence.records import (
@@ -192,7 +193,7 @@ def _operations(damage: Damage) -> tuple[OperationRecord, ...]:
 
 def _move(number: int, server: str, source: int, destination: int, at: float) -> OperationRecord:
     steps = {"begin": 0.0, "prepare": 0.2, "precopy": 1.1, "switch": 6.4, "stopped": 6.42}
-    steps |= {"committed": 6.44, "done": 7.1}
+    steps |= {"running": 6.43, "committed": 6.44, "done": 7.1}
     return OperationRecord(
         id=OperationId(f"op-{number}"),
         kind="move",
@@ -205,6 +206,14 @@ def _move(number: int, server: str, source: int, destination: int, at: float) ->
         campaign=CampaignId("campaign-1"),
         release_before=OLD,
         release_after=NEW if destination != 3 else OLD,
+        predicted=Estimate(
+            means=Means.PRE_COPY,
+            blackout_ms=64.0 + number,
+            blackout_ms_max=110.0,
+            pause_ms=21.0 + number,
+            brownout_seconds=4.9,
+            seconds=6.2,
+        ),
     )
 
 

@@ -23,6 +23,8 @@ from nahtlos.model.nouns import Component, Release, Size
 from nahtlos.ops.cli import upgrade_pictures
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
+from nahtlos.runtime.evidence.foretold import predictions
+from nahtlos.runtime.evidence.text import exactness
 from nahtlos.runtime.identity.operators import Listed
 
 GOOD, WARN, BAD, SOFT = "green", "yellow", "bold red", "dim"
@@ -352,7 +354,8 @@ def campaign_report(view: CampaignView) -> RenderableType:
         "Reason",
     )
     rows = (_operation_row(operation) for operation in view.operations)
-    return Group(campaign(view), Text(), table(columns, rows, "nothing has ended in it yet"))
+    told = exactness(predictions(view.operations, {}))
+    return Group(campaign(view), Text(), table(columns, rows, "nothing has ended in it yet"), *told)
 
 
 def _operation_row(record: OperationRecord) -> tuple[str | Text, ...]:

@@ -19,6 +19,16 @@ def share(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
+def signed(value: float | None) -> str:
+    """An error as a share: `+12 %`, `−7 %`"""
+    return NONE if value is None else f"{round(value * 100):+d} %".replace("-", "−")
+
+
+def within(value: float | None) -> str:
+    """Nine in ten errors are no larger: `within 12 %`"""
+    return NONE if value is None else f"within {value:.0%}".replace("%", " %")
+
+
 def duration(seconds: float) -> str:
     """`41 s`, `3 min 41 s`, `2 h 05 min`"""
     whole = round(seconds)

@@ -16,8 +16,17 @@ from nahtlos.runtime.evidence.figures import (
     number,
     release,
     share,
+    within,
 )
-from nahtlos.runtime.evidence.plots import gap_dots, moves_in_strips, strips, timeline
+from nahtlos.runtime.evidence.foretold import WayFigures
+from nahtlos.runtime.evidence.plots import (
+    foretold_and_measured,
+    foretold_shown,
+    gap_dots,
+    moves_in_strips,
+    strips,
+    timeline,
+)
 from nahtlos.runtime.evidence.report import Report, ServerFigures
 
 
@@ -30,6 +39,7 @@ def render_html(report: Report) -> str:
         _section("Where every server was", _legend(report), _scrolled(timeline(report))),
         _gaps(report),
         _section("Servers", "", _scrolled(_servers(report))),
+        _predictions(report),
         _section("Measured on", "", _machine(report)),
         _how(report),
     )
@@ -280,6 +290,59 @@ def _fault(value: int) -> str:
 
 def _cell(text: str, *, bad: bool = False) -> str:
     return f'<td class="n{" bad" if bad else ""}">{escape(text)}</td>'
+
+
+# --- predicted and measured ----------------------------------------------------------------------------
+
+WAY_COLUMNS = (
+    "Way",
+    "Operations",
+    "Predicted",
+    "Measured",
+    "9 in 10 blackouts",
+    "after recalibration",
+    "9 in 10 durations",
+)
+
+
+def _predictions(report: Report) -> str:
+    told = report.predictions
+    if not told.operations:
+        return ""
+    lead = (
+        "What was predicted of every move and replacement as it began, beside what the client noticed. A "
+        "ring is the predicted blackout, a dot the measured one, and the figure the prediction's error. "
+        f"Nine in ten predictions were {within(told.error_p90)}"
+    )
+    if told.error_p90_now is not None:
+        lead += f"; with what these operations have taught, they would be {within(told.error_p90_now)}"
+    more = sum(f.error is not None for f in told.operations) - len(foretold_shown(report))
+    left_out = (
+        f" Shown are the largest errors; {number(more)} smaller ones are in report.json." if more else ""
+    )
+    return _section(
+        "Predicted and measured",
+        f"{lead}.{left_out}",
+        f"{_scrolled(foretold_and_measured(report))}{_scrolled(_ways(report))}",
+    )
+
+
+def _ways(report: Report) -> str:
+    head = "".join(f"<th{' class=n' if i else ''}>{escape(c)}</th>" for i, c in enumerate(WAY_COLUMNS))
+    rows = "".join(_way_row(way) for way in report.predictions.ways)
+    return f'<table class="narrow"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _way_row(way: WayFigures) -> str:
+    cells = (
+        _number(way.operations),
+        _cell(milliseconds(way.predicted_ms_p50)),
+        _cell(milliseconds(way.measured_ms_p50)),
+        _cell(within(way.error_p90)),
+        _cell(within(way.error_p90_now)),
+        _cell(within(way.seconds_error_p90)),
+    )
+    return f'<tr><th scope="row">{escape(way.way)}</th>{"".join(cells)}</tr>'
 
 
 # --- machine, method ---------------------------------------------------------------------------------

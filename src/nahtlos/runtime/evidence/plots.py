@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from nahtlos.runtime.evidence.figures import clock, milliseconds, release
+from nahtlos.runtime.evidence.figures import clock, milliseconds, release, signed
+from nahtlos.runtime.evidence.foretold import Foretold, blackout_of
 from nahtlos.runtime.evidence.report import (
     STRIP_AFTER_SECONDS,
     STRIP_BEFORE_SECONDS,
@@ -25,6 +26,7 @@ ROW = 30
 BAR = 18
 HOST_COLOURS = 8
 STRIPS_SHOWN = 40
+FORETOLD_SHOWN = 40
 
 
 def host_class(report: Report, host: str) -> str:
@@ -281,6 +283,50 @@ def _percentiles(p50: float | None, p99: float | None, scale: Scale, top: float,
             "note strong",
             "start" if near else "middle",
         ),
+    ]
+
+
+def foretold_shown(report: Report) -> list[Foretold]:
+    """Operations that were watched, in their order: all, or those with the largest errors."""
+    watched = [f for f in report.predictions.operations if f.error is not None]
+    worst = sorted(watched, key=lambda f: abs(f.error or 0.0), reverse=True)[:FORETOLD_SHOWN]
+    kept = {f.id for f in worst}
+    return [f for f in watched if f.id in kept]
+
+
+def foretold_and_measured(report: Report) -> str:
+    """A ring where a blackout was predicted, a full dot where it was measured, and what lies between."""
+    shown = foretold_shown(report)
+    if not shown:
+        return ""
+    label, right = 300, WIDTH - 84
+    most = max(max(f.predicted_blackout_ms, blackout_of(f) or 0.0) for f in shown)
+    scale = Scale(0, max(100.0, most * 1.1), label, right)
+    top, row = 8, 24
+    bottom = top + len(shown) * row + 4
+    parts: list[str] = []
+    for at in ticks(max(100.0, most * 1.1), 8):
+        x = scale(at)
+        parts += [_line(x, top, x, bottom, "grid"), _text(x, bottom + 16, f"{at:g} ms", "axis", "middle")]
+    for index, one in enumerate(shown):
+        parts += _foretold(report, one, scale, top + index * row + row / 2)
+    return _svg(bottom + 26, parts, "Predicted and measured blackout of every operation")
+
+
+def _foretold(report: Report, one: Foretold, scale: Scale, middle: float) -> list[str]:
+    said, felt = scale(one.predicted_blackout_ms), scale(blackout_of(one) or 0.0)
+    title = (
+        f"{one.server}, {one.way}: predicted {milliseconds(one.predicted_blackout_ms)}, "
+        f"measured {milliseconds(blackout_of(one))}"
+    )
+    return [
+        _text(0, middle + 4, clock(one.begin - report.campaign.began_at), "axis"),
+        _text(40, middle + 4, one.server, "name"),
+        _text(132, middle + 4, one.way, "note"),
+        _line(said, middle, felt, middle, "between"),
+        _circle(said, middle, 4.6, "mark", title),
+        _circle(felt, middle, 5.2, "measured dot", title),
+        _text(WIDTH - 4, middle + 4, signed(one.error), "figure", "end"),
     ]
 
 

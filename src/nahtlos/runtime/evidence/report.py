@@ -23,6 +23,7 @@ from nahtlos.model.inventory import OperationKind, OperationState
 from nahtlos.model.nouns import Size
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView
+from nahtlos.runtime.evidence.foretold import KINDS, Predictions, predictions
 from nahtlos.runtime.evidence.gaps import arrivals_around, longest_silence, move_window, percentile
 from nahtlos.runtime.evidence.machine import Machine
 from nahtlos.runtime.evidence.promises import Promise, judge
@@ -213,6 +214,8 @@ class Report(Value, frozen=True, kw_only=True):
     created: tuple[CreatedServer, ...] | None
     machine: Machine
     probe: ProbeFigures | None
+    predictions: Predictions = Predictions()
+    """Also of servers that were replaced in place, which are no moves."""
 
 
 # --- from records to figures -------------------------------------------------------------------------
@@ -243,6 +246,7 @@ def build_report(evidence: Evidence, probe: ProbeRecords | None) -> Report:
         created=created,
         machine=evidence.machine,
         probe=_probe(probe),
+        predictions=predictions(evidence.campaign.operations, _gaps(evidence, times)),
     )
     promises = judge(report)
     return msgspec.structs.replace(report, promises=promises, kept=all(p.kept for p in promises))
@@ -308,6 +312,17 @@ def _move(operation: OperationRecord, arrivals: Sequence[float], lost: Sequence[
         vmm_after=operation.release_after or "",
         arrivals_ms=tuple(round(t, 2) for t in strip),
     )
+
+
+def _gaps(evidence: Evidence, times: dict[str, list[float]]) -> dict[str, float]:
+    """By operation, in milliseconds: of those that a client watched."""
+    found: dict[str, float] = {}
+    for operation in evidence.campaign.operations:
+        window = move_window(operation.times) if operation.kind in KINDS else None
+        silence = longest_silence(times.get(operation.subject, []), window) if window is not None else None
+        if silence is not None:
+            found[operation.id] = silence.milliseconds
+    return found
 
 
 def _strip(arrivals: Sequence[float], at: float) -> list[float]:

@@ -4,14 +4,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nahtlos.runtime.evidence.figures import count_of, duration, milliseconds, number, release
+from nahtlos.runtime.evidence.figures import count_of, duration, milliseconds, number, release, within
+from nahtlos.runtime.evidence.foretold import Predictions
 from nahtlos.runtime.evidence.report import Report, ServerFigures
 
 GOOD, BAD, SOFT = "green", "bold red", "dim"
 
 
 def render_text(report: Report) -> RenderableType:
-    return Group(_head(report), Text(), _promises(report), Text(), _servers(report), Text(), _gaps(report))
+    return Group(
+        _head(report),
+        Text(),
+        _promises(report),
+        Text(),
+        _servers(report),
+        Text(),
+        _gaps(report),
+        *exactness(report.predictions),
+    )
 
 
 def _head(report: Report) -> Text:
@@ -71,6 +81,26 @@ def _server_row(server: ServerFigures) -> tuple[Text, ...]:
 
 def _fault(value: int) -> Text:
     return Text(number(value), BAD if value else "")
+
+
+def exactness(told: Predictions) -> list[Text]:
+    """How far predictions were off; nothing if there were none."""
+    lines = [
+        Text.assemble(
+            (f"Predicted, {way.way}: ", SOFT),
+            f"{milliseconds(way.predicted_ms_p50)}, measured {milliseconds(way.measured_ms_p50)}; "
+            f"9 in 10 {within(way.error_p90)}, of the time {within(way.seconds_error_p90)}",
+            (f" ({count_of(way.operations, 'operation')})", SOFT),
+        )
+        for way in told.ways
+    ]
+    if told.error_p90_now is not None:
+        lines.append(
+            Text.assemble(
+                ("Recalibrated: ", SOFT), f"9 in 10 blackouts would now be {within(told.error_p90_now)}"
+            )
+        )
+    return lines
 
 
 def _gaps(report: Report) -> Text:
