@@ -87,6 +87,18 @@ def after(course: Course, measure: Measure, now: float) -> Course:
     return Course(since=now, taken=(*course.taken, measure), count=0)
 
 
+def held(course: Course, progress: MigrationProgress, now: float) -> Course:
+    """While it is sent slowly on purpose, its passes say nothing; those before stay as they were."""
+    return Course(
+        since=course.since,
+        taken=course.taken,
+        count=progress.passes,
+        at=now,
+        sent=progress.transferred,
+        passes=course.passes,
+    )
+
+
 def link_speed(course: Course, progress: MigrationProgress, elapsed: float) -> float:
     """Bytes a second: of the last pass that was long enough to tell, else the mean so far, which is too low
     if anything."""

@@ -34,6 +34,7 @@ from nahtlos.physical.agent.convergence import (
     Permitted,
     after,
     followed,
+    held,
     next_measure,
     remedy_of,
     why_given_up,
@@ -230,34 +231,29 @@ class SourceMove:
             if progress.phase is not MigrationPhase.ACTIVE and progress.phase is not MigrationPhase.NONE:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
             now = loop.time()
-            sync, course = seen(sync, progress, now), followed(course, progress, now)
-            if self._turn.is_held:
-                course = Course(since=now, taken=course.taken)  # how it goes now says nothing of how it would
+            slow = self._turn.is_held
+            sync = seen(sync, progress, now)
+            course = held(course, progress, now) if slow else followed(course, progress, now)
             self._context.progress[self._order.id] = fraction(progress)
             began = started + self._turn.waited(now)
+            deadline = self._order.precopy_deadline
             said = verdict(
-                sync,
-                progress,
-                now=now,
-                started=began,
-                deadline=self._order.precopy_deadline,
-                course=course,
-                permitted=permitted,
+                sync, progress, now=now, started=began, deadline=deadline, course=course, permitted=permitted
             )
+            said = Verdict.WAIT if slow else said
             if await self._turn.step(now, near=said is Verdict.SWITCH) and loop.time() - now <= FRESH_SECONDS:
                 self._note_rates(sync, progress, now - began)
                 return
             match said:
                 case Verdict.MEASURE:
-                    late = now - began > self._order.precopy_deadline
-                    measure = next_measure(course, permitted, late=late)
+                    measure = next_measure(course, permitted, late=now - began > deadline)
                     assert measure is not None, "no measure is left to take"
                     await self._take_measure(measure)
                     course = after(course, measure, loop.time())
                 case Verdict.GIVE_UP:
                     self._note_rates(sync, progress, now - began)
                     raise Unavailable(
-                        why_given_up(course, progress, permitted, now - began, self._order.precopy_deadline),
+                        why_given_up(course, progress, permitted, now - began, deadline),
                         field=NOT_CONVERGED,
                         remedy=remedy_of(permitted),
                     )

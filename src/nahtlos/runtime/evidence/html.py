@@ -312,7 +312,7 @@ def _predictions(report: Report) -> str:
     lead = (
         "What was predicted of every move and replacement as it began, beside what the client noticed. A "
         "ring is the predicted blackout, a dot the measured one, and the figure the prediction's error. "
-        f"Nine in ten predictions were {within(told.error_p90)}"
+        f"Nine in ten predictions were {within(told.error_p90)} of it"
     )
     if told.error_p90_now is not None:
         lead += f"; with what these operations have taught, they would be {within(told.error_p90_now)}"
