@@ -70,10 +70,12 @@ class Predictions(Value, frozen=True, kw_only=True):
 
 def predictions(operations: Iterable[OperationRecord], gaps: Mapping[str, float]) -> Predictions:
     """`gaps`: the client's, in milliseconds, by operation."""
-    found = sorted(
-        (f for o in operations if (f := _foretold(o, gaps.get(o.id))) is not None),
-        key=lambda f: (f.begin, f.id),
-    )
+    found: list[Foretold] = []
+    for operation in operations:
+        one = _foretold(operation, gaps.get(operation.id))
+        if one is not None:
+            found.append(one)
+    found.sort(key=lambda one: (one.begin, one.id))
     now = _put_right(found)
     ways = sorted({f.way for f in found})
     return Predictions(
