@@ -89,6 +89,20 @@ async def test_a_scrub_may_repair_what_it_finds(run: Run, scripted: ScriptedClou
     assert shown(await run("volume show data --json"))["settled"]
 
 
+async def test_a_copy_is_made_anew_under_the_server_that_has_it_open(
+    run: Run, scripted: ScriptedCloud
+) -> None:
+    await two_copies(run, scripted)
+    await run("server create web --host host-1")
+    await run("volume attach data web")
+    rebuilt = shown(await run("volume rebuild data --copy host-2 --json"))
+    assert {copy["state"] for copy in rebuilt["copies"]} == {"current"}
+    (order,) = orders(scripted, RebuildOrder)
+    assert order.client is not None
+    (attachment,) = order.client.attachments
+    assert not attachment.copies, "its server is led to the only current one before anything else"
+
+
 async def test_a_relocation_is_made_slower_while_it_runs(run: Run, scripted: ScriptedCloud) -> None:
     agent = scripted.agents[H1]
     agent.hold_volume_tasks = True

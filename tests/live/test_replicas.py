@@ -73,6 +73,12 @@ class Cloudlet:
     def vmm(self) -> VmmId:
         return VmmId(self.server.spec.id, 1)
 
+    @property
+    def server_now(self) -> ServerConfig:
+        held = self.ledger.owner(self.server.spec.id)
+        assert held is not None
+        return held.server
+
     def copies(self) -> tuple[HostId, ...]:
         held = self.ledger.owner(self.server.spec.id)
         assert held is not None
@@ -319,6 +325,24 @@ async def test_copy_is_rebuilt_under_the_writer_and_all_copies_are_the_same(plac
         await cloudlet.guest.verified()
         first = await one.storage.digest(volume.id, 0, volume.size_mib << 20)
         assert await two.storage.digest(volume.id, 0, volume.size_mib << 20) == first
+
+
+async def test_a_server_that_writes_nothing_leaves_a_copy_that_is_shut_to_it(place: Place) -> None:
+    """It has not noticed that its copy is gone. Its disk cannot flush any more, so it is not reopened while
+    it runs; nobody's write is lost, nor does anybody see an error."""
+    cloudlet = await replicated(place, 2)
+    one, two = cloudlet.hosts
+    await cloudlet.guest.writes(0)
+    await two.storage.reconcile(StorageDesired(volumes=(volume_on(two, "server-root", epoch=2),)))
+    await asyncio.wait_for(cloudlet.reach((cloudlet.server.volume.copies[0],)), GOES_ON_SECONDS)
+    (status,) = await one.hypervisor.observe()
+    assert (status.state, status.disk_problems) == (RunState.RUNNING, ())
+    assert await one.hypervisor.disks_reconcile(cloudlet.vmm, cloudlet.server_now) == ()
+    await cloudlet.guest.writes(WRITES_PER_S)
+    await cloudlet.guest.acknowledges(50)
+    assert (await cloudlet.guest.disk())["errors"] == 0
+    await cloudlet.guest.writes(0)
+    await cloudlet.guest.verified()
 
 
 async def test_copy_comes_back_by_what_differs_under_the_writer(place: Place) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import msgspec
 import pytest
@@ -19,7 +19,7 @@ from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.storage import Deletion, DiskBudget, DiskLimits, SnapshotSpec, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.ports import Crash, StorageDesired
-from nahtlos.physical.storage import decisions
+from nahtlos.physical.storage import decisions, graph
 from nahtlos.physical.storage.images import image_tool
 from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import Layer, LayerRef, RecordMap, active_chain, chain
@@ -348,8 +348,11 @@ async def test_a_qcow2_volume_forgets_nothing_and_its_layers_merge(place: Place)
     await scene.end()
 
 
-async def test_a_volume_is_enlarged_while_it_is_written_and_never_becomes_smaller(place: Place) -> None:
-    scene = Scene(place.host("host-1"))
+@pytest.mark.parametrize("form", (VolumeFormat.RAW, VolumeFormat.QCOW2))
+async def test_a_volume_is_enlarged_while_it_is_written_and_never_becomes_smaller(
+    place: Place, form: VolumeFormat
+) -> None:
+    scene = Scene(place.host("host-1"), format=form)
     await scene.begin()
     size = scene.spec.size_mib
     for step, who in cases("resize.begins", "resize.grown", "resize.done"):
@@ -359,7 +362,8 @@ async def test_a_volume_is_enlarged_while_it_is_written_and_never_becomes_smalle
         await scene.reconcile()
         (status,) = await scene.host.storage.observe()
         assert (status.size_mib, status.served) == (size, True)
-        assert (scene.host.settings.state_dir / "volumes" / "data.raw").stat().st_size == size << 20
+        image = (await scene.host.storage.daemon.images())[graph.top_node(DATA)]["image"]
+        assert cast("dict[str, int]", image)["virtual-size"] == size << 20
     scene.spec = msgspec.structs.replace(scene.spec, size_mib=8)
     with pytest.raises(Refused) as refusal:
         await scene.reconcile()

@@ -32,7 +32,7 @@ from nahtlos.wire.transport import Channel
 from nahtlos.wire.volumes import RebuildOrder, ReplicaLost, ReplicasRecorded
 
 COPY_EPOCH = 2
-"""By which the copy that comes is served."""
+"""By which the copy that comes first is served."""
 
 
 class ReplicaConductor(VolumeConductor):
@@ -42,17 +42,18 @@ class ReplicaConductor(VolumeConductor):
         super().__init__(cloudlet, storage_host=storage_host)
         self.current: list[HostId] = [HOME]
         self.losses = 0
+        self.copy_epoch = COPY_EPOCH
         self.pinned = False
         self.removed: tuple[ServerId, ...] = ()
         self.applied: set[OperationId] = set()
 
     def volume(self, volume: VolumeId) -> VolumeSpec:
         state = ReplicaState.CURRENT if TARGET in self.current else ReplicaState.STALE
-        replica = Replica(host=TARGET, state=state, epoch=COPY_EPOCH)
+        replica = Replica(host=TARGET, state=state, epoch=self.copy_epoch)
         return VolumeSpec(id=volume, size_mib=160, image=None, host=HOME, epoch=1, replicas=(replica,))
 
     def copy(self, volume: VolumeId, host: HostId) -> VolumeEndpoint:
-        at, epoch = self.cloudlet.spec(host), 1 if host == HOME else COPY_EPOCH
+        at, epoch = self.cloudlet.spec(host), 1 if host == HOME else self.copy_epoch
         return VolumeEndpoint(host=host, address=at.address, port=10809, export=f"{volume}.e{epoch}")
 
     def server_config(self, server: ServerId, epoch: int) -> ServerConfig:
@@ -85,7 +86,7 @@ class ReplicaConductor(VolumeConductor):
     def rebuild(self, server: ServerId) -> RebuildOrder:
         volume = self.servers[server].volume
         order = RebuildOrder(
-            id=OperationId(f"op-{volume}-rebuild"),
+            id=OperationId(f"op-{volume}-rebuild-{self.copy_epoch}"),
             coordinator=HOME,
             hosts=self.peers(),
             volume=self.volume(volume),
@@ -95,6 +96,13 @@ class ReplicaConductor(VolumeConductor):
         )
         self.order(order)
         return order
+
+    def give_up_copy(self) -> None:
+        """An operator wants it made anew. Its server has not heard of that when the rebuild is planned, and
+        the configuration that says so leaves the volume alone by then."""
+        self.current.remove(TARGET)
+        self.copy_epoch += 1
+        self.pin()
 
     def learn(self) -> None:
         self._learn()
@@ -149,6 +157,8 @@ class Replicating(Relocating):
     removed: bool = False
     steps: bool = False
     """Its copies are waited for to be in step."""
+    anew: bool = False
+    """The copy is made anew by an operator's wish, while its server writes to it."""
 
     async def _play(self, folder: Path) -> None:
         self.cloudlet = Cloudlet.build(
@@ -188,6 +198,8 @@ class Replicating(Relocating):
         self.status = self._status(order)
         await world.until(self._quiet, timeout=bound, what="convergence")
         await self._writes_on()
+        if self.anew and TARGET in conductor.current:
+            await self._make_anew()
         if self.steps:
             held = hosts_with(world, VOLUME)
             await world.until(lambda: bool(held[HOME].in_step), timeout=bound, what="a step")
@@ -210,6 +222,17 @@ class Replicating(Relocating):
             await self._writes_on()
             if TARGET in conductor.current:
                 self.problems.append("a copy that is gone is recorded as current")
+
+    async def _make_anew(self) -> None:
+        world, conductor = self.world, self.conductor
+        assert isinstance(conductor, ReplicaConductor)
+        conductor.give_up_copy()
+        await world.until(conductor.converged, timeout=BOUND_SECONDS, what="the copy's being stale is known")
+        order = conductor.rebuild(SERVER)
+        await world.until(lambda: self._status(order) is not None, timeout=BOUND_SECONDS, what="the end")
+        self.status = self._status(order)
+        await world.until(self._quiet, timeout=BOUND_SECONDS, what="convergence")
+        await self._writes_on()
 
     async def _remove(self) -> None:
         world, conductor = self.world, self.conductor
@@ -262,9 +285,9 @@ class Replicating(Relocating):
                 self.problems.append(f"{vmm.id.unit} reaches {reached}, recorded are {wanted}")
 
 
-def strikes() -> Iterator[Strike]:
+def strikes(clean: Replicating | None = None) -> Iterator[Strike]:
     """Every moment of a clean run."""
-    clean = Replicating().play()
+    clean = (clean or Replicating()).play()
     assert not clean.problems, clean.problems
     seen: set[Strike] = set()
     for strike in clean.seen:

@@ -55,6 +55,30 @@ def test_undisturbed_the_copy_comes_and_its_loss_is_recorded_before_the_server_g
     assert run.world.facts(SERVER).boots == 1
 
 
+def test_copy_an_operator_gave_up_is_made_anew_under_its_server() -> None:
+    run = Replicating(anew=True, loses=False).play()
+    assert not run.problems
+    assert run.status is not None
+    assert run.status.state is OperationState.DONE
+    conductor = run.conductor
+    assert isinstance(conductor, ReplicaConductor)
+    assert conductor.current == [HOME, TARGET]
+    assert (conductor.copy_epoch, conductor.losses) == (3, 0), "it was left before it was shut to its server"
+    assert run.world.facts(SERVER).boots == 1
+
+
+@pytest.mark.parametrize("act", [Act.UNAVAILABLE, Act.CRASH])
+def test_making_anew_under_a_server_survives_faults(act: Act) -> None:
+    of_it = [s for s in strikes(Replicating(anew=True, loses=False)) if s not in STRIKES]
+    assert any((s.host, s.driver) == (CLIENT, "hypervisor") for s in of_it)
+    some = [s for s in of_it if act is Act.CRASH or s.driver != "ledger"]
+    step = 1 if os.environ.get("NAHTLOS_THOROUGH") else 5
+    found = failures(
+        (f"{act} {at}", Replicating(anew=True, loses=False, at=at, act=act)) for at in some[::step]
+    )
+    assert not found, "\n".join(found)
+
+
 def test_server_whose_vmm_ended_goes_on_with_one_copy_and_that_is_recorded_first() -> None:
     """The copies may differ in what was on its way: two of them are never read after that."""
     run = Replicating(ends=True).play()

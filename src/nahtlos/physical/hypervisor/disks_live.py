@@ -12,7 +12,8 @@ What an interrupted call has left is found by its name and taken away by the nex
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from typing import cast
 
 from nahtlos.model.config import ServerConfig
@@ -216,15 +217,29 @@ class LiveDisks:
 
     async def _leave(self, disk: Disk, graph: Graph, top: str) -> None:
         """From a quorum that cannot flush only while the guest stands still: nothing is acknowledged then
-        that a copy lacks, and what failed is written again by whoever follows."""
+        that a copy lacks, and what failed is written again by whoever follows. A copy that is left may be
+        gone before its server has written to it again: then the guest is made to stand still for that."""
         try:
             await self._reopen(disk, top)
         except Denied:
             way = disks.way_of(graph, disk.root)
-            if way is None or way.threshold is None or await self._vmm.state() == "running":
+            if way is None or way.threshold is None:
                 raise
-            await self._empty(disk, way, graph)
-            await self._reopen(disk, top)
+            async with self._standing(disk):
+                await self._empty(disk, way, graph)
+                await self._reopen(disk, top)
+
+    @asynccontextmanager
+    async def _standing(self, disk: Disk) -> AsyncGenerator[None]:
+        """A guest that runs goes on afterwards, unless its root is left half way."""
+        runs = await self._vmm.state() == "running"
+        if runs:
+            await self._say("stop")
+        try:
+            yield
+        finally:
+            if runs and await self._leads_to(disk):
+                await self._say("cont")
 
     async def _reopen(self, disk: Disk, top: str) -> None:
         await self._say("blockdev-reopen", options=[disks.root(disk, top)])
@@ -248,21 +263,15 @@ class LiveDisks:
     async def _enlarge_standing(self, disk: Disk, graph: Graph, top: str, size: int) -> None:
         """A quorum cannot be told to grow. The guest stands still for the moment in which its root leads to a
         single connection, which can."""
-        runs = await self._vmm.state() == "running"
         number = graph.free_number() + 1
         first = disks.connection(
             disk.endpoints[0], disks.connection_name(disk.keys[0], number, alone=True), alone=True
         )
         await self._say("blockdev-add", OPENED_WITHIN, **first)
-        if runs:
-            await self._say("stop")
-        try:
+        async with self._standing(disk):
             await self._leave(disk, graph, str(first["node-name"]))
             await self._say("block_resize", node_name=disk.root, size=size)
             await self._reopen(disk, top)
-        finally:
-            if runs and await self._leads_to(disk):
-                await self._say("cont")
         self._done.append(f"{disk.volume} has {size // MIB} MiB")
 
     async def _leads_to(self, disk: Disk) -> bool:

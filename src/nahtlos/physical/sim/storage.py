@@ -17,6 +17,7 @@ from nahtlos.model.storage import (
     CopyPhase,
     CopyProgress,
     OfferedSnapshot,
+    ReplicaState,
     SnapshotOffer,
     SnapshotSpec,
     VolumeFormat,
@@ -257,7 +258,10 @@ class SimStorage(SimDriver):
             held = self.host.volumes.get(volume.id)
             if held is not None and held.spec.epoch == volume.epoch:
                 return  # said twice, or late: what is there may be all there is
-            if held is not None and not held.received:
+            stale = any(
+                copy.host == self.host.id and copy.state is ReplicaState.STALE for copy in volume.copies
+            )
+            if held is not None and not held.received and not stale:
                 raise Conflict(f"{self.host.id} has {volume.id} already", field="volume")
             self.host.volumes[volume.id] = Volume(volume, whole=False, received=True)
 

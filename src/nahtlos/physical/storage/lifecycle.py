@@ -11,14 +11,18 @@ from nahtlos.model.storage import Deletion, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import EXPORT_GONE_WITHIN
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
 from nahtlos.physical.storage.layers import LayerFiles, base_file, overlay_file
 from nahtlos.physical.storage.merging import Merging, job_name
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
 
-GROWN_IN_A_ROW, GROWN_AGAIN = 12, 0.005
+GROWN_IN_A_ROW = 2
+"""An export that has let go of its nodes is one round of the daemon away. Each further one takes time, and
+whoever comes back before the export does waits a second."""
+GROWN_AGAIN = 0.05
+"""Seconds in which clients do what they could not do meanwhile."""
+GROWN_WITHIN = 10.0
 
 
 class Lifecycle:
@@ -171,8 +175,8 @@ class Lifecycle:
         return f"volume {spec.id} enlarged to {spec.size_mib} MiB"
 
     async def _resize(self, volume: VolumeId, size: int) -> None:
-        """At one go: whoever finds no export waits a second before it asks again. An export lets go of its
-        nodes a moment after it was told to, so growing is asked for several times in a row."""
+        """At one go: clients find the export where it was before they have shaken hands again. Where it did
+        not let go of its nodes in time, it is there again unchanged, and grows a moment later."""
         daemon, found = self._serving.daemon, (await self._serving.daemon.exports()).get(volume)
         grow = ("block_resize", {"node-name": graph.top_node(volume), "size": size})
         if found is None:
@@ -180,9 +184,10 @@ class Lifecycle:
             return
         shut = ("block-export-del", {"id": found.id, "mode": "hard"})
         back = ("block-export-add", found.options)
-        until = time.monotonic() + EXPORT_GONE_WITHIN
+        until = time.monotonic() + GROWN_WITHIN
         try:
             while True:
+                await self._serving.written_out(volume)
                 _, *grown, _ = await daemon.outcomes(shut, *[grow] * GROWN_IN_A_ROW, back)
                 await self._serving.on_step("resize.grown")
                 if None in grown:

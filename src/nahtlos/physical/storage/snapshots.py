@@ -43,6 +43,8 @@ class Snapshots:
         await self._serving.on_step("snapshot.made")
         try:
             for volume in volumes:
+                await self._serving.written_out(volume)
+            for volume in volumes:
                 await self._serving.flush_always(volume)
             records = self._serving.records.all()
             taken = (with_snapshot(records[s.volume], s, made[s.volume]) for s in missing)

@@ -9,7 +9,7 @@ from nahtlos.model.volume_work import BackingUp, Relocation, Scrubbing, WritingF
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.snapshot_requests import known_snapshot
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.controllers.volume_requests import check_idle, holder_of, known_volume
+from nahtlos.runtime.controllers.volume_requests import check_idle, known_volume
 from nahtlos.runtime.controllers.volumes import (
     RebuildRequest,
     ScrubRequest,
@@ -50,8 +50,6 @@ def scrubbing(state: State, volume: VolumeId, request: ScrubRequest) -> Scrubbin
             field="volume",
             remedy=f"restore it from a backup: nahtlos backup list --volume {volume}",
         )
-    if request.repair:
-        _check_free(state, volume, "repair")
     check_idle(state, volume)
     return Scrubbing(volume=volume, bytes_per_second=rate, repair=request.repair)
 
@@ -81,20 +79,8 @@ def copy_to_rebuild(state: State, inventory: Inventory, volume: VolumeId, reques
             field="copy",
             remedy=f"restore it from a backup: nahtlos backup list --volume {volume}",
         )
-    _check_free(state, volume, "volume")
     check_idle(state, volume)
     return host
-
-
-def _check_free(state: State, volume: VolumeId, field: str) -> None:
-    """A server that writes to a copy is not made to let go of it: it would stand still."""
-    holder = holder_of(state, volume)
-    if holder is not None:
-        raise Conflict(
-            f"{holder} has {volume} open, with the copy that would be made anew",
-            field=field,
-            remedy=f"nahtlos volume detach {volume} first; of a system disk, keep a backup",
-        )
 
 
 def _in_trouble(inventory: Inventory, spec: VolumeSpec) -> HostId:

@@ -191,7 +191,7 @@ def reached_by(
 def _redirected(known: VolumeAttachment, new: VolumeAttachment) -> VolumeAttachment:
     if known.volume != new.volume:
         return known
-    if epoch_of(known) > epoch_of(new):
+    if epoch_of(known) > epoch_of(new) and not _leaves_some(known, new):
         raise Stale(f"{known.volume} is reached as {known.export} already", field="volume")
     return msgspec.structs.replace(
         known,
@@ -201,6 +201,12 @@ def _redirected(known: VolumeAttachment, new: VolumeAttachment) -> VolumeAttachm
         copies=new.copies if len(new.copies) > 1 else (),
         rbd=new.rbd,
     )
+
+
+def _leaves_some(known: VolumeAttachment, new: VolumeAttachment) -> bool:
+    """By some of the copies by which it is reached now."""
+    exports = {each.export for each in known.copies}
+    return {new.export, *(each.export for each in new.copies)} < exports
 
 
 def _with_copy(known: VolumeAttachment, new: VolumeAttachment, old: VolumeEndpoint) -> VolumeAttachment:

@@ -1,8 +1,11 @@
 """A copy of a volume is brought up to the others while it is written. Its coordinator is the host of a
 current one.
 
-    begin -> receive -> copy -> join -> joined -> done
+    begin -> leave -> receive -> copy -> join -> joined -> done
       \\________\\________\\_______/  undo: nobody reaches the copy that was to come
+
+Who has the volume open leaves the stale copy before it is shut to him: one that an operator gave up is
+reached until then, and would fail under him instead.
 
 The copying goes on until every write that is acknowledged here is on the new copy as well. Then the server
 that has the volume open writes to it itself, beside all others; only if the copying was still in step after
@@ -160,6 +163,8 @@ class Rebuild:
             raise Unavailable(f"the copy broke off {ATTEMPTS} times: {progress.error or 'no reason'}")
         if self._journal.step == "join":  # whatever it has missed since
             await self._until_done("who has it open to leave the copy", self._lead_back)
+        elif self._before is not None:
+            await self._lead_to(self._before, for_ever=False)
         self._note("attempts", str(attempt))
         self._record("receive", durable=True)
         order = self._order
@@ -267,7 +272,7 @@ class Rebuild:
             order = self._order
             others = tuple(e for e in before.copies or (order.source,) if e.host != order.target.host)
             coming = msgspec.structs.replace(order.target, joining=True)
-            await self._lead_to(reached_by_copies(before, (*others, coming)))
+            await self._lead_to(reached_by_copies(before, (*others, coming)), for_ever=False)
         progress = await self._observed()
         if progress.phase is not CopyPhase.READY:
             return False
@@ -311,10 +316,11 @@ class Rebuild:
     async def _lead_back(self) -> None:
         before = self._before
         if before is not None:
-            await self._lead_to(before)
+            await self._lead_to(before, for_ever=True)
 
-    async def _lead_to(self, attachment: VolumeAttachment) -> None:
-        """Returns when the server reaches the volume so, wherever it is."""
+    async def _lead_to(self, attachment: VolumeAttachment, *, for_ever: bool) -> None:
+        """Returns when the server reaches the volume so, wherever it is. Not `for_ever`: Unavailable if it
+        does not for long, Refused if that is cancelled."""
         client = self._order.client
         assert client is not None
         body = VolumeAttach(id=self._order.id, server=client.server, attachment=attachment)
@@ -330,10 +336,11 @@ class Rebuild:
             late = self._context.now() - since
             if not told_why and late > OWNERLESS_SECONDS:
                 return  # it is gone
-            if self._cancelled and attachment != self._before:
+            if self._cancelled and not for_ever:
                 raise Refused("cancelled by an operator", field="operation")
-            if late > SILENCE_SECONDS and attachment != self._before:
-                raise Unavailable(f"{client.server} does not reach the copy: {'; '.join(told_why)}")
+            if late > SILENCE_SECONDS and not for_ever:
+                why = "; ".join(told_why)
+                raise Unavailable(f"{client.server} does not reach {self._order.volume.id} anew: {why}")
             self._say_wait(f"{client.server} to reach {self._order.volume.id} anew ({'; '.join(told_why)})")
             await asyncio.sleep(ASK_AGAIN_SECONDS)
 
