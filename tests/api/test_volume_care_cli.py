@@ -97,10 +97,14 @@ async def test_a_copy_is_made_anew_under_the_server_that_has_it_open(
     await run("volume attach data web")
     rebuilt = shown(await run("volume rebuild data --copy host-2 --json"))
     assert {copy["state"] for copy in rebuilt["copies"]} == {"current"}
-    (order,) = orders(scripted, RebuildOrder)
-    assert order.client is not None
-    (attachment,) = order.client.attachments
-    assert not attachment.copies, "its server is led to the only current one before anything else"
+    scripted.agents[H1].results[ScrubOrder] = WRONG
+    await run("volume scrub data --repair")
+    made = orders(scripted, RebuildOrder)
+    assert [order.target.host for order in made] == [H2, H2]
+    for order in made:
+        assert order.client is not None
+        (attachment,) = order.client.attachments
+        assert not attachment.copies, "its server is led to the only current one before anything else"
 
 
 async def test_a_relocation_is_made_slower_while_it_runs(run: Run, scripted: ScriptedCloud) -> None:

@@ -117,10 +117,7 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
 
 
 async def _distrust(tx: AsyncConnection, volume: VolumeId, hosts: str) -> None:
-    """Copies that were found wrong are made anew, unless a server has them open by now. The last one is what
-    there is."""
-    if any(volume in row.spec.all_volumes for row in (await intent.servers(tx)).values()):
-        return
+    """Copies that were found wrong are made anew. The last one is what there is."""
     for host in hosts.split():
         spec = await volumes.get(tx, volume)
         if spec is None or HostId(host) not in spec.current:
