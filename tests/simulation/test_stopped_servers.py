@@ -13,7 +13,7 @@ from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, memory
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict
-from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.ids import HostId, ServerId, SnapshotId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Size
 from nahtlos.physical.sim.clock import run_virtual
@@ -21,6 +21,7 @@ from nahtlos.physical.sim.cloudlet import NEW
 from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
 from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.powers import StopRequest
+from nahtlos.runtime.controllers.volumes import RevertRequest, SnapshotRequest
 
 H1, H2 = HostId("host-1"), HostId("host-2")
 WEB, DB = ServerId("web"), ServerId("db")
@@ -182,3 +183,116 @@ def test_stopped_started_and_booted_anew_while_agents_and_the_orchestrator_die(s
         await cloud.world.until(lambda: cloud.up(WEB), timeout=60, what="to answer")
 
     played(play, seed=seed)
+
+
+async def suspend(cloud: SimulatedCloud, name: ServerId) -> None:
+    await cloud.ask(lambda s: s.power.suspend(name))
+    await becomes(cloud, name, lambda view: view.state is RunState.SUSPENDED, "to be suspended")
+
+
+def test_a_suspended_server_goes_on_at_another_host_with_what_it_remembers() -> None:
+    async def play(cloud: SimulatedCloud) -> None:
+        await cloud.ready()
+        await created(cloud, WEB, H1)
+        await suspend(cloud, WEB)
+        assert not cloud.world.vmms_of(WEB)
+        with pytest.raises(Conflict, match="suspended"):
+            await cloud.ask(lambda s: s.power.start(WEB))
+        await cloud.ask(lambda s: s.set_host_intent(H1, HostIntent.DRAINED))
+        await becomes(cloud, WEB, lambda view: view.host not in (None, H1), "to be kept elsewhere")
+        await cloud.ask(lambda s: s.power.resume(WEB))
+        await becomes(cloud, WEB, lambda view: view.state is RunState.RUNNING, "to go on")
+        assert cloud.world.facts(WEB).boots == 1
+        (vmm,) = cloud.world.running(WEB)
+        assert vmm.host != H1
+
+        async def forgotten(service: CloudService) -> bool:
+            return all("memory" not in view.spec.id for view in await service.volumes.volumes())
+
+        await cloud.until(forgotten, timeout=120, what="the end of what was saved")
+
+    played(play)
+
+
+def test_what_was_saved_can_be_given_up() -> None:
+    async def play(cloud: SimulatedCloud) -> None:
+        await cloud.ready()
+        await created(cloud, WEB, H1)
+        await suspend(cloud, WEB)
+        with pytest.raises(Conflict, match="lose what was saved"):
+            await cloud.ask(lambda s: s.power.stop(WEB, SOON))
+        await stop(cloud, WEB, StopRequest(hard=True))
+        cloud.world.facts(WEB).gone = True  # its memory was given up
+        await cloud.ask(lambda s: s.power.start(WEB))
+        await becomes(cloud, WEB, lambda view: view.state is RunState.RUNNING, "to boot")
+        assert cloud.world.facts(WEB).boots == 2
+
+    played(play)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_suspended_and_resumed_while_agents_and_the_orchestrator_die(seed: int) -> None:
+    """It boots once and never again, whatever dies: the world looks at that, and at what it reads."""
+    chance = random.Random(seed)
+
+    async def kill(cloud: SimulatedCloud) -> None:
+        while True:
+            await asyncio.sleep(chance.uniform(0.1, 4.0))
+            victim = chance.choice((*cloud.agents, None))
+            (cloud.orchestrator if victim is None else cloud.agents[victim]).kill("now and then")
+
+    async def play(cloud: SimulatedCloud) -> None:
+        await cloud.ready()
+        await created(cloud, WEB, H1)
+        for intent in (HostIntent.DRAINED, HostIntent.ACTIVE):
+            async with asyncio.TaskGroup() as tasks:
+                killing = tasks.create_task(kill(cloud))
+                await cloud.ask(lambda s: s.power.suspend(WEB))
+                await asyncio.sleep(chance.uniform(5.0, 40.0))
+                killing.cancel()
+            await becomes(cloud, WEB, lambda view: view.state is RunState.SUSPENDED, "to be suspended")
+            await cloud.ask(lambda s, i=intent: s.set_host_intent(H1, i))
+            async with asyncio.TaskGroup() as tasks:
+                killing = tasks.create_task(kill(cloud))
+                await cloud.ask(lambda s: s.power.resume(WEB))
+                await asyncio.sleep(chance.uniform(5.0, 40.0))
+                killing.cancel()
+            await becomes(cloud, WEB, lambda view: view.state is RunState.RUNNING, "to go on")
+        assert cloud.world.facts(WEB).boots == 1
+
+    played(play, seed=seed)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_server_is_stopped_for_a_revert_of_its_disk_and_started_again(killed: bool) -> None:
+    async def play(cloud: SimulatedCloud) -> None:
+        await cloud.ready()
+        await created(cloud, WEB, H1)
+        disk = (await cloud.ask(lambda s: s.server(WEB))).limits
+        (name,) = disk
+        request = SnapshotRequest(name="then", volumes=(name,))
+        await cloud.ask(lambda s: s.volumes.create_snapshots(request))
+
+        async def kept(service: CloudService) -> bool:
+            return bool(await service.volumes.snapshots())
+
+        await cloud.until(kept, timeout=60, what="a snapshot")
+        with pytest.raises(Conflict, match="change under itself"):
+            await cloud.ask(
+                lambda s: s.volumes.revert_volume(name, RevertRequest(snapshot=SnapshotId("then")))
+            )
+        cloud.world.stop_expected(WEB)
+        asked = RevertRequest(snapshot=SnapshotId("then"), stop=True)
+        await cloud.ask(lambda s: s.volumes.revert_volume(name, asked))
+        if killed:
+            await asyncio.sleep(1.0)
+            cloud.agents[H1].kill("in the middle")
+            cloud.orchestrator.kill("in the middle")
+        await becomes(cloud, WEB, lambda v: v.state is RunState.RUNNING and v.power.boot > 0, "to run again")
+        assert cloud.world.facts(WEB).boots == 2
+        reverts = [step for step in cloud.world.trace if step.what == "storage.revert"]
+        boots = [step.at for step in cloud.world.trace if step.what == "runs"]
+        assert reverts
+        assert boots[-1] > max(step.at for step in reverts)
+
+    played(play)

@@ -31,6 +31,8 @@ class Power(Value, frozen=True, kw_only=True):
     """The newest request that asks for a boot: a server that runs since before it is booted anew."""
     hard: bool = False
     """The guest is not asked."""
+    again: bool = False
+    """Off only until what is to be done to its disks meanwhile is done."""
     seconds: float = STOP_SECONDS
     """For which a guest that was asked is waited for; then its power is cut."""
 

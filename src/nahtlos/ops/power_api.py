@@ -24,6 +24,14 @@ def power_routes(routes: APIRouter, of: Callable[[], Powers], body: Body, answer
     async def start(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
         return answer(await of().start(ServerId(server)), status=202)
 
+    @routes.post("/servers/{server}/suspend")
+    async def suspend(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return answer(await of().suspend(ServerId(server)), status=202)
+
+    @routes.post("/servers/{server}/resume")
+    async def resume(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return answer(await of().resume(ServerId(server)), status=202)
+
     @routes.post("/servers/{server}/reboot")
     async def reboot(server: str, request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await body(request, StopRequest)

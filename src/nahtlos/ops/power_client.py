@@ -17,5 +17,11 @@ class PowerClient:
     async def start(self, server: ServerId) -> ServerView:
         return await self._ask("POST", ("servers", server, "start"), None, ServerView)
 
+    async def suspend(self, server: ServerId) -> ServerView:
+        return await self._ask("POST", ("servers", server, "suspend"), None, ServerView)
+
+    async def resume(self, server: ServerId) -> ServerView:
+        return await self._ask("POST", ("servers", server, "resume"), None, ServerView)
+
     async def reboot(self, server: ServerId, request: StopRequest) -> ServerView:
         return await self._ask("POST", ("servers", server, "reboot"), request, ServerView)

@@ -9,7 +9,7 @@ Every call has a deadline of its own inside; it raises Unavailable when that pas
 for something impossible.
 """
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from nahtlos.model.config import (
     NetworkConfig,
     PortConfig,
     ServerConfig,
+    VolumeAttachment,
     VolumeEndpoint,
 )
 from nahtlos.model.ids import (
@@ -180,6 +181,9 @@ class MigrationProgress(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+Sink = Callable[[bytes], Awaitable[None]]
+
+
 class Hypervisor(Protocol):
     async def releases(self) -> tuple[ReleaseId, ...]:
         """Releases whose files are present and match their manifest."""
@@ -245,6 +249,19 @@ class Hypervisor(Protocol):
 
     async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
         """Of a server that does not run: copies whose daemon does not answer, where there are several."""
+        ...
+
+    # suspended
+
+    async def save(self, vmm: VmmId, sink: Sink) -> None:
+        """Of a guest that stands still (`pause`): memory and devices go to `sink`, in pieces and in order;
+        all of them have when this returns. Its guest may be let go on after that, or after a failure. Refused
+        if the release would not; what `sink` raises is raised."""
+        ...
+
+    async def restore(self, server: ServerConfig, release: ReleaseId, pieces: AsyncIterator[bytes]) -> None:
+        """Start a VMM by `server.epoch` that has what was saved, and stands still (PAUSED). Taps must exist.
+        Refused if it does not take it; what `pieces` raises is raised. What is left then is for `kill`."""
         ...
 
     # moves: destination
@@ -536,6 +553,27 @@ class Keyring(Protocol):
         ...
 
 
+class RawVolume(Protocol):
+    """A volume as an agent itself reads and writes it: never one that a server has."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """To every copy. At most 4 MiB at once."""
+        ...
+
+    async def flush(self) -> None:
+        """What was written is durable on return."""
+        ...
+
+    async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def close(self) -> None: ...
+
+
 class Storage(Protocol):
     """Volumes of this host. Every verb can be repeated; a daemon that dies and is started again by its
     supervisor serves what was served, and no acknowledged write is lost."""
@@ -553,6 +591,10 @@ class Storage(Protocol):
 
     async def release(self) -> ReleaseId | None:
         """That the daemon runs by; None while there is none."""
+        ...
+
+    async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
+        """A volume of this or another host. Unavailable while it is not served."""
         ...
 
     # snapshots

@@ -17,6 +17,7 @@ from nahtlos.model.inventory import RunState, ServerStatus
 from nahtlos.model.nouns import Assignment, ServerSpec
 from nahtlos.model.power import PowerState, SavedState
 from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
+from nahtlos.model.volume_work import PlannedVolumeTask, Reverting, volumes_of
 from nahtlos.planner.destinations import choose, no_room, open_hosts
 from nahtlos.planner.draft import Draft
 
@@ -78,6 +79,9 @@ def start_stopped(draft: Draft) -> None:
         spec = draft.policy.servers.get(server)
         if spec is None or spec.power.state is not PowerState.ON:
             continue
+        if task := _reverted(draft, spec):
+            draft.wait(server, WaitKind.MOVE, f"{server} runs again once {task.id} has ended")
+            continue
         serial = draft.off.pop(server)
         host = _place(draft, server)
         if host is None:
@@ -88,6 +92,12 @@ def start_stopped(draft: Draft) -> None:
             _give(draft, server, host)
         draft.rooms.take(host, draft.size(server))
         draft.change(f"{server} runs again on {host}")
+
+
+def _reverted(draft: Draft, spec: ServerSpec) -> PlannedVolumeTask | None:
+    """What changes one of its disks under it."""
+    tasks = (t for t in draft.volume_tasks.values() if isinstance(t.work, Reverting))
+    return next((t for t in tasks if set(volumes_of(t.work)) & set(spec.all_volumes)), None)
 
 
 def _place(draft: Draft, server: ServerId) -> HostId | None:

@@ -194,6 +194,10 @@ def _revert(draft: Draft, work: Reverting) -> Decided | Unready:
     if not able:
         text = f"no current copy of {work.volume} is where {work.snapshot} is kept"
         return Unready(work, WaitKind.OPERATOR, text, "cancel it, and clone the snapshot instead")
+    server = next((s for s, spec in draft.policy.servers.items() if work.volume in spec.all_volumes), None)
+    if server is not None and (server not in draft.off or server in draft.saved):
+        text = f"{work.volume} is reverted once {server} is stopped"
+        return Unready(work, WaitKind.MOVE, text, f"nahtlos server stop {server}, or cancel it")
     return Decided(work, able[0], (able[0],), "", epoch=volume.newest_epoch + 1)
 
 

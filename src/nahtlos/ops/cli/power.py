@@ -1,4 +1,4 @@
-"""`nahtlos server stop|start|reboot`"""
+"""`nahtlos server stop|start|reboot|suspend|resume`"""
 
 from collections.abc import Awaitable, Callable
 from typing import Annotated
@@ -55,6 +55,26 @@ def power_commands(app: typer.Typer, surroundings: Surroundings) -> None:
         name = ServerId(server)
         await _carry_out(
             cli, name, lambda c: c.power.start(name), (RunState.RUNNING,), "starts", wait, deadline
+        )
+
+    @command(app, "suspend", surroundings)
+    async def suspend(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli, server: Server, wait: Wait = True, deadline: Deadline = 300.0
+    ) -> None:
+        """Save a server's memory on a volume and free its host of it. It goes on from there, on any host."""
+        name = ServerId(server)
+        await _carry_out(
+            cli, name, lambda c: c.power.suspend(name), (RunState.SUSPENDED,), "is suspended", wait, deadline
+        )
+
+    @command(app, "resume", surroundings)
+    async def resume(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli, server: Server, wait: Wait = True, deadline: Deadline = 300.0
+    ) -> None:
+        """Let a suspended server go on from what was saved, where there is room for it."""
+        name = ServerId(server)
+        await _carry_out(
+            cli, name, lambda c: c.power.resume(name), (RunState.RUNNING,), "goes on", wait, deadline
         )
 
     @command(app, "reboot", surroundings)

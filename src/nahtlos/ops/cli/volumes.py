@@ -178,13 +178,17 @@ def volume_commands(surroundings: Surroundings) -> typer.Typer:
         volume: Volume,
         snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT")],
         yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+        stop: Annotated[
+            bool, typer.Option("--stop", help="Stop the server that has it for that, and start it again.")
+        ] = False,
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
-        """Make a volume that no server has again what a snapshot holds. What was written since is lost."""
+        """Make a volume that no running server has again what a snapshot holds. What was written since is
+        lost."""
         _sure(cli, f"Lose everything written to {volume} since {snapshot}?", yes)
         async with cli.client() as client:
-            asked = RevertRequest(snapshot=SnapshotId(snapshot))
+            asked = RevertRequest(snapshot=SnapshotId(snapshot), stop=stop)
             view = await client.volumes.revert_volume(VolumeId(volume), asked)
             view = await _settle(cli, client, view, f"{volume} is reverted", wait, deadline)
         cli.show(view, pictures.volume(view))

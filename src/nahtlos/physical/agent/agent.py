@@ -25,6 +25,7 @@ from nahtlos.physical.agent.power import PowerOff
 from nahtlos.physical.agent.replacement import Replacement
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
+from nahtlos.physical.agent.suspension import Resume, Suspend
 from nahtlos.physical.agent.volumes.freeze import check_movable
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
@@ -132,7 +133,7 @@ class Agent:
         self._destinations: dict[OperationId, DestinationMove] = {}
         self._volume_tasks: dict[OperationId, VolumeTaskRun] = {}
         self._replacements: dict[OperationId, Replacement] = {}
-        self._powers: dict[OperationId, PowerOff] = {}
+        self._powers: dict[OperationId, PowerOff | Suspend | Resume] = {}
         self._operations: asyncio.TaskGroup | None = None
         self._orchestrator: Session | None = None
         """Once it has welcomed this agent."""
@@ -199,6 +200,10 @@ class Agent:
             case Role.HOST if journal.kind in (OperationKind.STOP, OperationKind.REBOOT):
                 stop = self._powers[journal.id] = PowerOff(self._context, journal)
                 work = stop.run(recovering=recovering)
+            case Role.HOST if journal.kind in (OperationKind.SUSPEND, OperationKind.RESUME):
+                suspension = Suspend if journal.kind is OperationKind.SUSPEND else Resume
+                held = self._powers[journal.id] = suspension(self._context, journal)
+                work = held.run(recovering=recovering)
             case Role.HOST:
                 work = self._verify(journal)
         self._operations.create_task(self._guard(journal, work), name=f"operation {journal.id}")

@@ -36,6 +36,10 @@ def _nowhere(work: Coroutine[None, None, None]) -> None:
     work.close()
 
 
+def _nothing(server: ServerId) -> None:
+    """Nobody tells guests the time."""
+
+
 @dataclass(frozen=True)
 class Context:
     settings: AgentSettings
@@ -65,6 +69,9 @@ class Context:
     paths: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the network is brought to the configuration. An operation passes through it once after
     its journal began, so that no older decision about its ports is still being carried out."""
+
+    after_pause: Callable[[ServerId], None] = _nothing
+    """Called once a guest goes on that stood still for long (it was suspended): its clock is behind."""
 
     plugging: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while servers are given vCPUs or memory. An operation passes through it, likewise, before it looks

@@ -25,6 +25,9 @@ from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, 
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
 
+AGAIN_SECONDS = 20.0
+"""Between attempts to suspend a server, or to let it go on from what was saved."""
+
 
 class Act(StrEnum):
     START = "start"
@@ -359,7 +362,10 @@ class Converger:
 
     def _operate(self, kind: OperationKind, step: ServerStep) -> None:
         """As an operation of its own: it may take its time, and convergence must not wait for it."""
-        serial = step.server.spec.power.serial
+        serial, server = step.server.spec.power.serial, step.server.spec.id
+        failed = self._context.ledger.last_undone(server, kind)
+        if failed is not None and self._context.now() < failed + AGAIN_SECONDS:
+            return  # each attempt costs its guest a pause
         name = OperationId(f"{kind}-{step.server.spec.id}-{serial}-{round(self._context.now() * 1000)}")
         self._begin_operation(Journal(id=name, kind=kind, role=Role.HOST, power=step.server))
 

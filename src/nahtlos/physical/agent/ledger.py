@@ -233,6 +233,19 @@ class Ledger:
         rows = self._db.execute("select body from operations where acknowledged = 0 order by number")
         return tuple(msgspec.msgpack.decode(b, type=Journal) for (b,) in rows.fetchall())
 
+    def last_undone(self, server: ServerId, kind: OperationKind) -> float | None:
+        """When the newest one of this kind ended so that was not acknowledged long ago."""
+        rows = self._db.execute("select body from operations order by number desc limit 50")
+        journals = (msgspec.msgpack.decode(body, type=Journal) for (body,) in rows.fetchall())
+        return next(
+            (
+                j.times.get("done", 0.0)
+                for j in journals
+                if j.server == server and j.kind is kind and j.state is OperationState.UNDONE
+            ),
+            None,
+        )
+
     def running(self, server: ServerId) -> Journal | None:
         return next((j for j in self.operations() if j.unended and j.server == server), None)
 

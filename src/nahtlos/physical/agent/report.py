@@ -19,7 +19,7 @@ from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
 
-KNOWS = ("power",)
+KNOWS = ("power", "suspend")
 _NO_VMM = {
     PowerState.ON: RunState.CRASHED,
     PowerState.OFF: RunState.STOPPED,

@@ -15,6 +15,7 @@ import errno
 import random
 import socket
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import msgspec
@@ -24,7 +25,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.nouns import Size
-from nahtlos.physical.hypervisor import migration
+from nahtlos.physical.hypervisor import migration, saving
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
@@ -43,6 +44,7 @@ from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folde
 from nahtlos.physical.ports import (
     DiskProblem,
     MigrationProgress,
+    Sink,
     Supervisor,
     Unit,
     UnitStatus,
@@ -55,6 +57,8 @@ MONITOR_WITHIN = 30.0
 OBSERVE_WITHIN = 4.0
 LISTEN_ATTEMPTS = 5
 CONSOLE_WITHIN = 3.0
+RESTORED_WITHIN = 60.0
+"""After its last byte."""
 
 
 class QemuHypervisor:
@@ -181,6 +185,20 @@ class QemuHypervisor:
 
     async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
         return await lost_copies(disk for disk in disks_of(server) if len(disk.keys) > 1)
+
+    # --- suspended ---------------------------------------------------------------------------------
+
+    async def save(self, vmm: VmmId, sink: Sink) -> None:
+        found = self._running(vmm)
+        if await found.state() == "running":
+            raise Refused(f"{vmm.unit} runs: what is saved would not be of one moment", field="vmm")
+        await saving.save(found, sink)
+
+    async def restore(self, server: ServerConfig, release: ReleaseId, pieces: AsyncIterator[bytes]) -> None:
+        record = VmmRecord(server=server, epoch=server.epoch, release=release, incoming=True)
+        vmm = await self._launch(record)
+        await saving.load(vmm, pieces)
+        await self.incoming_wait(vmm.id, timeout=RESTORED_WITHIN)
 
     # --- moves: destination ------------------------------------------------------------------------
 

@@ -96,6 +96,8 @@ class Vmm:
     """The newest one it sends (source)."""
     arrival: asyncio.Event = field(default_factory=asyncio.Event)
     """Something was decided about what arrives: it came, or it never will."""
+    saved: bool = False
+    """What it remembers was written out, whole."""
     console: bytearray = field(default_factory=bytearray)
     disk_problems: tuple[DiskProblem, ...] = ()
     """Why its disks have stopped it."""

@@ -1,12 +1,13 @@
 """`physical.ports.Hypervisor` over the simulated world. Owns nothing: `sim.guests` is what a VMM does."""
 
 import asyncio
+from collections.abc import AsyncIterator
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, ComputeStatus, RunState
-from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId, VmmStatus
+from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, Sink, VmmId, VmmStatus
 from nahtlos.physical.sim.compute import change_compute, compute_of
 from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.driver import SimDriver
@@ -90,6 +91,23 @@ class SimHypervisor(SimDriver):
     async def copies_lost(self, server: ServerConfig) -> tuple[DiskProblem, ...]:
         async with self.verb("copies_lost", server.spec.id):
             return copies_lost(self.world, server)
+
+    # --- suspended ---
+
+    async def save(self, vmm: VmmId, sink: Sink) -> None:
+        async with self.verb("save", vmm.unit):
+            held = self._living(vmm)
+            if held.running or held.guest is None:
+                raise Refused(f"{vmm.unit} runs: what is saved would not be of one moment", field="vmm")
+            for piece in self.world.saved(held):
+                await sink(piece)
+
+    async def restore(self, server: ServerConfig, release: ReleaseId, pieces: AsyncIterator[bytes]) -> None:
+        vmm_id = VmmId(server.spec.id, server.epoch)
+        async with self.verb("restore", vmm_id.unit):
+            self._check_release(release)
+            vmm = self.world.start_vmm(self.host, server, server.epoch, release, boot=False)
+            self.world.restored(vmm, b"".join([piece async for piece in pieces]))
 
     # --- destination ---
 

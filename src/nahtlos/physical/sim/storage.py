@@ -3,11 +3,13 @@ survive all but their removal. What volumes are and what must never happen to th
 
 import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
@@ -27,6 +29,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    RawVolume,
     SnapshotFetch,
     Speed,
     StorageDesired,
@@ -105,6 +108,11 @@ class SimStorage(SimDriver):
         return None
 
     # --- snapshots ---
+
+    async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
+        async with self.verb("open_raw", attachment.volume):
+            self.world.disks.check_served((attachment,))
+            return _RawVolume(self, attachment)
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self.verb("snapshot"):
@@ -362,3 +370,33 @@ class SimStorage(SimDriver):
             raise Conflict(
                 f"{volume.spec.id} is open: {', '.join(sorted(c.id.unit for c in clients))}", field="volume"
             )
+
+
+class _RawVolume:
+    """All its copies are one here."""
+
+    def __init__(self, driver: SimStorage, attachment: VolumeAttachment) -> None:
+        self._driver = driver
+        self._attachment = attachment
+        self.size = attachment.size_mib << 20
+
+    async def write(self, offset: int, data: bytes) -> None:
+        async with self._verb("raw_write") as kept:
+            kept[offset] = data
+
+    async def flush(self) -> None:
+        async with self._verb("raw_flush"):
+            pass
+
+    async def read(self, offset: int, length: int) -> bytes:
+        async with self._verb("raw_read") as kept:
+            return kept.get(offset, b"").ljust(length, b"\0")[:length]
+
+    async def close(self) -> None:
+        return
+
+    @asynccontextmanager
+    async def _verb(self, name: str) -> AsyncGenerator[dict[int, bytes]]:
+        async with self._driver.verb(name, self._attachment.volume):
+            self._driver.world.disks.check_served((self._attachment,))
+            yield self._driver.world.raw.setdefault(self._attachment.volume, {})

@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,6 +37,8 @@ from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
 STORAGE_RESTART_SECONDS = 0.03
 BOOT_SECONDS = (1.5, 4.0)
+SAVED_PADDING = 9 << 20
+"""Bytes: so that what is saved has several parts."""
 SHUTDOWN_SECONDS = (0.5, 2.0)
 ANSWER_AGAIN_SECONDS = 0.1
 
@@ -163,6 +166,8 @@ class World:
         """Guests that do not care for their power button."""
         self.client: HostId | None = None
         """The host through which packets from outside come in."""
+        self.raw: dict[VolumeId, dict[int, bytes]] = {}
+        """What agents themselves have written to volumes, by offset."""
         self._calls = itertools.count(1)
         self._occurrences: dict[tuple[HostId, str, str], int] = {}
         self._pids = itertools.count(1000)
@@ -404,6 +409,25 @@ class World:
             v for h in self.hosts.values() for v in h.vmms.values() if v.id.server == server and not v.ended
         ]
 
+    def saved(self, vmm: Vmm) -> list[bytes]:
+        """What it remembers, in pieces."""
+        assert vmm.guest is not None
+        vmm.saved = True
+        told = {"boot": vmm.guest.boot, "writes": vmm.guest.writes, "vcpus": vmm.given.vcpus}
+        body = msgspec.json.encode(told) + b"\n" * SAVED_PADDING
+        return [body[at : at + (SAVED_PADDING // 3)] for at in range(0, len(body), SAVED_PADDING // 3)]
+
+    def restored(self, vmm: Vmm, body: bytes) -> None:
+        told = msgspec.json.decode(body, type=dict[str, Any])
+        if told["vcpus"] != vmm.given.vcpus:
+            self._end_vmm(vmm, None)
+            raise Refused(f"{vmm.id.unit} has other vCPUs than what was saved", field="vcpus")
+        writes = {VolumeId(name): count for name, count in told["writes"].items()}
+        vmm.guest = Guest(boot=told["boot"], writes=writes)
+        vmm.migrated = True
+        vmm.state = RunState.PAUSED
+        vmm.arrival.set()
+
     def press(self, vmm: Vmm) -> None:
         """The guest's power button."""
         if vmm.running and vmm.id.server not in self.deaf:
@@ -426,6 +450,7 @@ class World:
         self._run(vmm)
 
     def _run(self, vmm: Vmm) -> None:
+        vmm.saved = False
         for tap in vmm.taps:
             self.paths.touch(tap.mac)
         vmm.state = RunState.RUNNING
@@ -493,7 +518,8 @@ class World:
             others = [v for v in self.vmms_of(vmm.id.server) if v is not vmm and v.guest]
             if vmm.guest and not others and (facts.may_stop or vmm.state is RunState.STOPPED):
                 facts.gone = True
-            if vmm.guest and not others and not facts.deleted and not facts.gone:
+            kept = facts.deleted or facts.gone or vmm.saved or (vmm.migrated and not vmm.has_run)
+            if vmm.guest and not others and not kept:
                 self.violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
             self._end_vmm(vmm, None)
         self.hosts[vmm.host].vmms.pop(vmm.id, None)

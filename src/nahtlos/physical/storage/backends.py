@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Error, NotFound, Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
@@ -31,6 +31,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    RawVolume,
     SnapshotFetch,
     Speed,
     Storage,
@@ -98,6 +99,9 @@ class Backends:
 
     async def step_reached(self, volume: VolumeId, step: str) -> None:
         await (await self._holder(volume)).step_reached(volume, step)
+
+    async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
+        return await self._embedded.open_raw(attachment, writing=writing)
 
     async def serve(self, volume: VolumeSpec) -> None:
         await self._of(volume).serve(volume)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Awaitable, Iterable
 from pathlib import Path
 
-from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Error, Refused
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
@@ -30,6 +30,7 @@ from nahtlos.physical.ports import (
     FileWritten,
     Keyring,
     OnCopied,
+    RawVolume,
     SnapshotFetch,
     Speed,
     StorageDesired,
@@ -46,6 +47,7 @@ from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.lifecycle import Lifecycle
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.overwriting import Overwriting
+from nahtlos.physical.storage.raw_volume import RawNbdVolume
 from nahtlos.physical.storage.record import Mode, Records
 from nahtlos.physical.storage.release import DaemonRelease
 from nahtlos.physical.storage.relocation import Relocations
@@ -196,6 +198,11 @@ class EmbeddedStorage:
         return chosen.release if chosen else None
 
     # --- snapshots ---------------------------------------------------------------------------------
+
+    async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
+        volume = RawNbdVolume(attachment, self._settings.pki_dir)
+        await volume.open(writing=writing)
+        return volume
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self.serving.changing:

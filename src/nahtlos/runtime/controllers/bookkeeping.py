@@ -16,8 +16,9 @@ from nahtlos.model.inventory import Inventory, RunState
 from nahtlos.model.networking import LoadBalancerSpec
 from nahtlos.model.nouns import HostRole, ServerSpec
 from nahtlos.model.power import PowerState
+from nahtlos.model.volume_work import Reverting, volumes_of
 from nahtlos.planner.upgrade import campaign_over
-from nahtlos.runtime.controllers.power_requests import switched_itself_off
+from nahtlos.runtime.controllers.power_requests import booted, switched_itself_off
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_chores import VolumeChores, volume_chores
 from nahtlos.runtime.executor.decide import OVER, can_begin, operations_of
@@ -30,6 +31,10 @@ class Chores:
     served_requests: tuple[ServerId, ...] = ()
     served_replacements: tuple[ServerId, ...] = ()
     gone_servers: tuple[ServerId, ...] = ()
+    started_again: tuple[ServerSpec, ...] = ()
+    """Servers that were stopped while their disks were changed, as they are to be."""
+    spent_memory: tuple[ServerSpec, ...] = ()
+    """Servers that need what was saved of them no more, as they are now."""
     switched_off: tuple[ServerSpec, ...] = ()
     """Servers whose guests have switched themselves off, as they are to be from now on."""
     gone_volumes: tuple[VolumeId, ...] = ()
@@ -53,6 +58,8 @@ def chores(state: State, policy: Policy, inventory: Inventory, world: World) -> 
         served_requests=_served_requests(policy, world),
         served_replacements=_served_replacements(policy, inventory, world),
         gone_servers=_gone_servers(state, inventory, world),
+        started_again=_started_again(policy, world),
+        spent_memory=_spent_memory(policy, inventory, world),
         switched_off=_switched_off(policy, inventory, world),
         gone_volumes=_gone_volumes(state, inventory),
         stray_ends=_stray_ends(state, inventory, world),
@@ -85,6 +92,32 @@ def _served_replacements(policy: Policy, inventory: Inventory, world: World) -> 
             for status in (seen.servers if seen else ())
             if owner and (status.id, status.epoch, status.release) == (server, owner.epoch, release)
         ]
+    return tuple(found)
+
+
+def _started_again(policy: Policy, world: World) -> tuple[ServerSpec, ...]:
+    """Nothing is to be done to their disks any more."""
+    works = [wish.work for wish in policy.volume_wishes] + [t.work for t in world.blueprint.volume_tasks]
+    changed = {volume for work in works if isinstance(work, Reverting) for volume in volumes_of(work)}
+    return tuple(
+        msgspec.structs.replace(spec, power=booted(spec.power))
+        for _, spec in sorted(policy.servers.items())
+        if spec.power.again and spec.power.state is PowerState.OFF and not changed & set(spec.all_volumes)
+    )
+
+
+def _spent_memory(policy: Policy, inventory: Inventory, world: World) -> tuple[ServerSpec, ...]:
+    """They run by the newest request, or were stopped for good."""
+    found: list[ServerSpec] = []
+    for server, spec in sorted(policy.servers.items()):
+        owner = world.blueprint.servers.get(server)
+        if spec.memory_volume is None or owner is None or server in world.blueprint.saved:
+            continue
+        seen = inventory.hosts.get(owner.host)
+        status = next((s for s in (seen.servers if seen else ()) if s.id == server), None)
+        done = status is not None and (status.epoch, status.power) == (owner.epoch, spec.power.serial)
+        if spec.power.state is not PowerState.SUSPENDED and done:
+            found.append(spec)
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, replace
 
+import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -136,6 +137,12 @@ class PlanningLoop:
             for server in found.gone_servers:
                 await intent.forget_server(tx, server)
                 drafts.append(EventDraft(kind="server.gone", subject=server, text=f"{server} is gone"))
+            for spec in found.started_again:
+                await volumes.put_server(tx, spec)
+            for spec in found.spent_memory:
+                if spec.memory_volume is not None:
+                    await volumes.mark_removed(tx, spec.memory_volume)
+                await volumes.put_server(tx, msgspec.structs.replace(spec, memory_volume=None))
             for spec in found.switched_off:
                 await volumes.put_server(tx, spec)
                 text = f"{spec.id} has switched itself off, and stays so until it is started"

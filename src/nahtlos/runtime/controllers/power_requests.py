@@ -1,15 +1,22 @@
 """Whether a server can be stopped, started or booted anew, and the request that is written for it. Pure; None
 where nothing is to be written, because that is asked for already."""
 
+import msgspec
+
 from nahtlos.model.errors import Conflict, Refused
-from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.ids import HostId, ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.power import Power, PowerState
+from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.requests import present_server
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_requests import system_disk
 
 LONGEST_STOP = 3600.0
+DEVICES_MIB = 64
+"""Room for devices' state, for the heads of pages, and for the list of digests."""
 
 
 def stopped(state: State, inventory: Inventory, server: ServerId, request: StopRequest) -> Power | None:
@@ -23,7 +30,7 @@ def stopped(state: State, inventory: Inventory, server: ServerId, request: StopR
             remedy=f"nahtlos server resume {server}, then stop it; or give up what was saved: "
             f"nahtlos server stop {server} --hard",
         )
-    if before.state is PowerState.OFF and (before.hard or not request.hard):
+    if before.state is PowerState.OFF and not before.again and (before.hard or not request.hard):
         return None
     return Power(
         state=PowerState.OFF,
@@ -32,6 +39,20 @@ def stopped(state: State, inventory: Inventory, server: ServerId, request: StopR
         hard=request.hard,
         seconds=seconds,
     )
+
+
+def stopped_for_a_while(state: State, inventory: Inventory, server: ServerId) -> ServerSpec | None:
+    """Until what is to be done to its disks is done. None: it is stopped as it is."""
+    power = stopped(state, inventory, server, StopRequest())
+    if power is None:
+        return None
+    return msgspec.structs.replace(
+        state.servers[server].spec, power=msgspec.structs.replace(power, again=True)
+    )
+
+
+def booted(power: Power) -> Power:
+    return Power(state=PowerState.ON, serial=power.serial + 1, boot=power.serial + 1)
 
 
 def started(state: State, inventory: Inventory, server: ServerId) -> Power | None:
@@ -45,7 +66,13 @@ def started(state: State, inventory: Inventory, server: ServerId) -> Power | Non
         )
     if before.state is PowerState.ON:
         return None
-    return Power(state=PowerState.ON, serial=before.serial + 1, boot=before.serial + 1)
+    if before.again:
+        raise Conflict(
+            f"{server} is stopped while a volume of it is reverted, and runs again after that",
+            field="server",
+            remedy="wait until it does, or give that up: nahtlos volume cancel VOLUME",
+        )
+    return booted(before)
 
 
 def rebooted(state: State, inventory: Inventory, server: ServerId, request: StopRequest) -> Power:
@@ -57,6 +84,59 @@ def rebooted(state: State, inventory: Inventory, server: ServerId, request: Stop
         raise Conflict(f"{server} is {word}", field="server", remedy=f"nahtlos server {verb} {server}")
     serial = before.serial + 1
     return Power(state=PowerState.ON, serial=serial, boot=serial, hard=request.hard, seconds=seconds)
+
+
+def suspended(state: State, inventory: Inventory, server: ServerId) -> ServerSpec | None:
+    """With the name of the volume on which its memory is to be saved."""
+    before = _power(state, inventory, server)
+    spec = state.servers[server].spec
+    if before.state is PowerState.SUSPENDED:
+        return None
+    if before.state is PowerState.OFF:
+        raise Conflict(
+            f"{server} is stopped: there is no memory to save",
+            field="server",
+            remedy=f"nahtlos server start {server}",
+        )
+    place = _place(state, server)
+    seen = inventory.hosts.get(place) if place is not None else None
+    if seen is None or "suspend" not in seen.knows:
+        raise Conflict(
+            f"{server} is on no host that can suspend it", field="server", remedy="wait until it runs"
+        )
+    serial = before.serial + 1
+    return msgspec.structs.replace(
+        spec,
+        power=Power(state=PowerState.SUSPENDED, serial=serial, boot=before.boot),
+        memory_volume=VolumeId(f"{server}-memory-{serial}"),
+    )
+
+
+def memory_volume(state: State, inventory: Inventory, spec: ServerSpec) -> VolumeSpec:
+    """As many copies as its system disk has, encrypted if any of its disks is."""
+    assert spec.memory_volume is not None, f"{spec.id} is not to be suspended"
+    system = state.volumes[spec.volume].spec
+    disks = (state.volumes[name].spec for name in spec.all_volumes if name in state.volumes)
+    volume = VolumeSpec(
+        id=spec.memory_volume,
+        size_mib=spec.size.memory_mib + spec.size.memory_mib // 64 + DEVICES_MIB,
+        image=None,
+        host=HostId(""),
+        project=spec.project,
+        encryption_key=next((disk.encryption_key for disk in disks if disk.encryption_key), None),
+    )
+    return system_disk(state, inventory, volume, len(system.copies))
+
+
+def resumed(state: State, inventory: Inventory, server: ServerId) -> Power | None:
+    before = _power(state, inventory, server)
+    if before.state is PowerState.ON:
+        return None
+    if before.state is PowerState.OFF:
+        raise Conflict(
+            f"{server} is stopped, not suspended", field="server", remedy=f"nahtlos server start {server}"
+        )
+    return Power(state=PowerState.ON, serial=before.serial + 1, boot=before.boot)
 
 
 def switched_itself_off(power: Power) -> Power:

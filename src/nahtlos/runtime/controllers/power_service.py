@@ -49,6 +49,25 @@ class PowerService:
             lambda state, seen: power_requests.rebooted(state, seen, server, request),
         )
 
+    async def suspend(self, server: ServerId) -> ServerView:
+        async with self._looks.changing() as tx:
+            state = await self._looks.state(tx)
+            seen = state.inventory(self._looks.connected)
+            spec = power_requests.suspended(state, seen, server)
+            if spec is not None:
+                await rows.add(tx, power_requests.memory_volume(state, seen, spec))
+                await rows.put_server(tx, spec)
+        if spec is not None:
+            self._said("server.power", server, f"{server} is to be suspended")
+        return await self._shown(server)
+
+    async def resume(self, server: ServerId) -> ServerView:
+        return await self._ask(
+            server,
+            f"{server} is to go on from what was saved",
+            lambda state, seen: power_requests.resumed(state, seen, server),
+        )
+
     async def _ask(self, server: ServerId, text: str, decide: Decide) -> ServerView:
         async with self._looks.changing() as tx:
             state = await self._looks.state(tx)

@@ -14,6 +14,7 @@ from nahtlos.model.ids import ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
+from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, VolumeSpec
 from nahtlos.planner.place import room_to_grow
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
@@ -272,7 +273,14 @@ def _limited(state: State, inventory: Inventory, volume: VolumeId, change: Serve
 
 
 def _check_at_rest(state: State, server: ServerId) -> None:
-    """Both ends of a move start from one shape of the server: it is not changed under them."""
+    """Both ends of a move start from one shape of the server: it is not changed under them. Nor under what
+    was saved of it."""
+    if state.servers[server].spec.power.state is PowerState.SUSPENDED:
+        raise Conflict(
+            f"{server} is suspended; its vCPUs and memory stay as they are meanwhile",
+            field="server",
+            remedy=f"nahtlos server resume {server} first",
+        )
     moves = state.blueprint.moves if state.blueprint else ()
     move = next((m for m in moves if m.server == server), None)
     if move is not None:

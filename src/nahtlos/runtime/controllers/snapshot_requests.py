@@ -6,6 +6,7 @@ import msgspec
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import BackupId, HostId, SnapshotId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.power import PowerState
 from nahtlos.model.storage import BackupSpec, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
@@ -25,7 +26,6 @@ from nahtlos.runtime.controllers.volume_requests import (
     check_idle,
     check_name_free,
     holder_of,
-    is_system_disk,
     known_volume,
     no_place,
 )
@@ -101,7 +101,8 @@ def check_snapshot_deletable(state: State, snapshot: SnapshotId) -> SnapshotSpec
     return spec
 
 
-def reverting(state: State, volume: VolumeId, snapshot: SnapshotId) -> Reverting:
+def reverting(state: State, volume: VolumeId, snapshot: SnapshotId, *, stop: bool = False) -> Reverting:
+    """A server that has it must be stopped, or be stopped for that (`stop`)."""
     known_volume(state, volume)
     spec = known_snapshot(state, snapshot)
     if spec.volume != volume:
@@ -111,18 +112,19 @@ def reverting(state: State, volume: VolumeId, snapshot: SnapshotId) -> Reverting
             remedy=f"nahtlos snapshot list --volume {volume}",
         )
     holder = holder_of(state, volume)
-    if holder is not None and is_system_disk(state, volume):
+    power = state.servers[holder].spec.power.state if holder is not None else PowerState.OFF
+    if holder is not None and power is PowerState.SUSPENDED:
         raise Conflict(
-            f"{volume} is the system disk of {holder}, which would see it change under itself",
+            f"{holder}, which has {volume}, is suspended, and remembers what is on it",
             field="volume",
-            remedy=f"nahtlos snapshot clone {snapshot} NAME, then attach the clone to a server",
+            remedy=f"nahtlos server resume {holder} first",
         )
-    if holder is not None:
+    if holder is not None and power is PowerState.ON and not stop:
         raise Conflict(
             f"{volume} is attached to {holder}, which would see it change under itself",
             field="volume",
-            remedy=f"unmount it there, nahtlos volume detach {volume}, revert it, then "
-            f"nahtlos volume attach {volume} {holder}; or clone the snapshot",
+            remedy=f"let it be stopped for that: nahtlos volume revert {volume} {snapshot} --stop; or clone "
+            f"the snapshot: nahtlos snapshot clone {snapshot} NAME",
         )
     check_idle(state, volume)
     return Reverting(volume=volume, snapshot=snapshot)

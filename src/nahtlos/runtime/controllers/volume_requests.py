@@ -11,6 +11,7 @@ from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ImageId, KeyId, ServerId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, Replica, ReplicaState, StorageBackend, VolumeFormat, VolumeSpec
 from nahtlos.model.volume_work import Relocation, VolumeWish, new_names, volumes_of, words
 from nahtlos.planner.volume_places import free_mib, has_room, keeps_volumes, places, spread
@@ -42,8 +43,9 @@ def known_volume(state: State, volume: VolumeId, field: str = "volume") -> Volum
 
 
 def holder_of(state: State, volume: VolumeId) -> ServerId | None:
-    """The server that has it, as its system disk or beside it."""
-    return next((s for s, row in state.servers.items() if volume in row.spec.all_volumes), None)
+    """The server that has it, as its system disk or beside it, or whose memory is saved on it."""
+    found = (s for s, r in state.servers.items() if volume in (*r.spec.all_volumes, r.spec.memory_volume))
+    return next(found, None)
 
 
 def is_system_disk(state: State, volume: VolumeId) -> bool:
@@ -420,6 +422,7 @@ def attached_server(state: State, volume: VolumeId, server: ServerId) -> ServerS
     """The server with the volume in its first free place."""
     spec = _free_volume(state, volume, "volume")
     row = state.servers[present_server(state, server)]
+    _check_not_suspended(row.spec)
     same_project(row.spec.project, spec.project, f"volume {volume}", "volume")
     places_of = list(row.spec.data_volumes)
     if sum(1 for place in places_of if place) >= MAX_DATA_VOLUMES:
@@ -460,6 +463,16 @@ def _free_volume(state: State, volume: VolumeId, field: str) -> VolumeSpec:
     return spec
 
 
+def _check_not_suspended(spec: ServerSpec) -> None:
+    """Its guest remembers the disks it has."""
+    if spec.power.state is PowerState.SUSPENDED:
+        raise Conflict(
+            f"{spec.id} is suspended, and remembers the disks it has",
+            field="server",
+            remedy=f"nahtlos server resume {spec.id} first",
+        )
+
+
 def detached_server(state: State, volume: VolumeId) -> ServerSpec:
     """The server without the volume; its other disks keep their places."""
     known_volume(state, volume)
@@ -473,6 +486,7 @@ def detached_server(state: State, volume: VolumeId) -> ServerSpec:
             field="volume",
             remedy=f"it goes with its server: nahtlos server delete {holder}",
         )
+    _check_not_suspended(spec)
     check_idle(state, volume)
     left = [VolumeId("") if name == volume else name for name in spec.data_volumes]
     while left and not left[-1]:

@@ -19,6 +19,7 @@ from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.volume_work import VolumeWork, words
 from nahtlos.runtime.controllers import (
+    power_requests,
     snapshot_requests,
     volume_requests,
     volume_views,
@@ -185,8 +186,12 @@ class VolumeService:
 
     async def revert_volume(self, volume: VolumeId, request: RevertRequest) -> VolumeView:
         async with self._changing() as change:
-            work = snapshot_requests.reverting(change.state, volume, request.snapshot)
+            work = snapshot_requests.reverting(change.state, volume, request.snapshot, stop=request.stop)
             await self._wish(change, work)
+            if request.stop and (holder := volume_requests.holder_of(change.state, volume)):
+                stopped = power_requests.stopped_for_a_while(change.state, change.inventory, holder)
+                if stopped is not None:
+                    await rows.put_server(change.tx, stopped)
         self._said("volume.revert", volume, f"{volume} is to be again as in {request.snapshot}")
         return await self.volume(volume)
 

@@ -96,6 +96,8 @@ class ExportRequest(Value, frozen=True, kw_only=True):
 
 class RevertRequest(Value, frozen=True, kw_only=True):
     snapshot: SnapshotId
+    stop: bool = False
+    """The server that has it is stopped for that, and started again."""
 
 
 class BackupRequest(Value, frozen=True, kw_only=True):

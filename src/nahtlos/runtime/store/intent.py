@@ -184,12 +184,17 @@ async def forget_server(tx: AsyncConnection, server: ServerId) -> None:
     """No host runs it any more: its addresses are free, its data volumes are nobody's. Its system disk is
     deleted, unless snapshots of it remain."""
     row = (
-        await tx.execute(select(schema.servers.c.volume).where(schema.servers.c.id == server))
+        await tx.execute(
+            select(schema.servers.c.volume, schema.servers.c.document).where(schema.servers.c.id == server)
+        )
     ).one_or_none()
     if row is None:
         raise NotFound(f"no server '{server}'", field="server")
     if not await _is_needed(tx, VolumeId(row.volume)):
         await tx.execute(update(schema.volumes).where(schema.volumes.c.id == row.volume).values(removed=True))
+    memory = value_of(row.document, ServerSpec).memory_volume
+    if memory is not None:
+        await tx.execute(update(schema.volumes).where(schema.volumes.c.id == memory).values(removed=True))
     await tx.execute(delete(schema.attachments).where(schema.attachments.c.server == server))
     await networking.forget_ports(tx, server)
     await tx.execute(delete(schema.servers).where(schema.servers.c.id == server))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from nahtlos.model.config import RbdEndpoint, VolumeEndpoint
+from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
 from nahtlos.model.inventory import PoolStatus, SnapshotStatus, VolumeStatus
@@ -35,6 +35,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    RawVolume,
     SnapshotFetch,
     Speed,
     StorageDesired,
@@ -104,6 +105,9 @@ class CephStorage:
 
     async def release(self) -> ReleaseId | None:
         return None
+
+    async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
+        raise Refused(f"{attachment.volume} is written by its servers only", field="volume")
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self._lock:
