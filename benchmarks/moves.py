@@ -6,8 +6,8 @@ second for both. The gap of a move is the longest silence the client heard aroun
 described in `benchmarks.bare`; unlike it, nahtlos' moves run over TLS with both sides verified, keep a
 journal and are ordered through the operator API.
 
-Replacements in place (`benchmarks.in_place`) and evacuations of hosts (`benchmarks.evacuation`) are parts of
-it.
+Moves over a capped link (`benchmarks.convergence`), replacements in place (`benchmarks.in_place`) and
+evacuations of hosts (`benchmarks.evacuation`) are parts of it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from benchmarks import evacuation, in_place
+from benchmarks import convergence, evacuation, in_place
 from benchmarks.bare import GUEST_IP, BareGuest, BareLab
 from benchmarks.client_gaps import PACKETS_PER_SECOND, Series, Side, merge, probing, read_series
 from benchmarks.figures import Figures, Goal
@@ -204,6 +204,7 @@ def add_totals(figures: Figures, got: Series, baseline: Series) -> None:
 async def measure_all(*, long: bool) -> Figures:
     work = Path("build/bench/moves")
     figures = await run(LONG_MOVES if long else QUICK_MOVES, work)
+    await convergence.run(convergence.LONG_MOVES if long else convergence.QUICK_MOVES, work, figures)
     await in_place.run(in_place.LONG if long else in_place.QUICK, work, figures)
     await evacuation.run(evacuation.LONG_ROUNDS if long else evacuation.QUICK_ROUNDS, work, figures)
     return figures

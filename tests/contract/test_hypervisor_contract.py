@@ -128,6 +128,27 @@ def test_a_cancelled_move_leaves_the_server_and_can_be_begun_again(stage: Stage)
     stage(play)
 
 
+def test_a_stream_that_flows_is_given_more_bandwidth_and_a_slower_server(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        rate = await hosts.first.hypervisor.dirty_rate(leaving)
+        assert rate is not None
+        assert rate >= 0
+        arriving, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri, slow_down=True)
+        for _ in range(2):
+            await hosts.first.hypervisor.migrate_pace(leaving, 512 << 20)
+            await hosts.first.hypervisor.migrate_slow_down(leaving)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+        await hosts.first.hypervisor.pause(leaving)
+        await hosts.second.hypervisor.incoming_wait(arriving, timeout=30.0)
+        await hosts.second.hypervisor.resume(arriving)
+        assert await state(hosts.second, arriving) is RunState.RUNNING
+        await hosts.first.hypervisor.kill(leaving)
+
+    stage(play)
+
+
 def test_a_stopped_source_that_is_cancelled_runs_again(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         _server, vmm = await booted(hosts)

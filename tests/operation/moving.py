@@ -12,10 +12,11 @@ from pathlib import Path
 
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.nouns import ServerSpec
 from nahtlos.physical.ports import VmmId
 from nahtlos.physical.sim.agents import AgentProcess, Dress
 from nahtlos.physical.sim.clock import run_virtual
-from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
+from nahtlos.physical.sim.cloudlet import PRECOPY_DEADLINE, Cloudlet, Conductor, server_spec
 from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
 from nahtlos.physical.sim.firewalls import LEFT_BEHIND
 from nahtlos.physical.sim.guests import Vmm
@@ -27,7 +28,7 @@ SERVER = ServerId("web-1")
 MAC = server_spec(1).ports[0].mac
 BOUND_SECONDS = 150.0
 """Virtual seconds within which everything must have come to rest after the move was ordered."""
-POLLED = ("migrate_progress", "observe", "reconcile", "release", "releases")
+POLLED = ("dirty_rate", "migrate_progress", "observe", "reconcile", "release", "releases")
 """Called again and again: the first few of a run stand for all."""
 POLLS_STRUCK = 2
 
@@ -59,6 +60,13 @@ class Run:
     seed: int = 1
     guarded: bool = True
     """The server has security groups: what their firewall remembers must come along."""
+    spec: ServerSpec | None = None
+    """Instead of the usual one."""
+    dirty_rate: int | None = None
+    """Bytes of memory a second the server touches."""
+    bandwidth: int = 4 << 30
+    boost: int = 0
+    deadline: float = PRECOPY_DEADLINE
     dress: dict[HostId, Dress] = field(default_factory=dict[HostId, Dress])
     """What stands between an agent and the network: another release's way of speaking."""
     loss_excused: bool = False
@@ -132,7 +140,9 @@ class Run:
                 dress=self.dress.get(spec.id),
             )
             self.agents[spec.id] = process
-        self.conductor.place(server_spec(1, guarded=self.guarded), SOURCE)
+        if self.dirty_rate is not None:
+            self.world.dirty_rates[SERVER] = self.dirty_rate
+        self.conductor.place(self.spec or server_spec(1, guarded=self.guarded), SOURCE)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self.conductor.run())]
             running += [tasks.create_task(a.run()) for a in self.agents.values()]
@@ -151,7 +161,9 @@ class Run:
         self.begin()
         if isinstance(self.faults, StruckFrame):
             self.faults.armed = True
-        order = conductor.move(SERVER, DESTINATION)
+        order = conductor.move(
+            SERVER, DESTINATION, bandwidth=self.bandwidth, boost=self.boost, deadline=self.deadline
+        )
         bound = BOUND_SECONDS
         await world.until(
             lambda: conductor.over(order) is not None, timeout=bound, what="the end of the move"

@@ -59,6 +59,8 @@ class ServerStatus(Value, frozen=True, kw_only=True):
     power: int = 0
     """The newest request of `Power` that was carried out here."""
     saved: SavedState | None = None
+    dirty_rate: int | None = None
+    """Bytes of memory a second it touches, as its host measured last; None: not yet, or its host cannot."""
 
 
 class OperationState(StrEnum):

@@ -222,6 +222,11 @@ class Hypervisor(Protocol):
         what was changed. Refused where its hardware or its release has no way to; a later call goes on."""
         ...
 
+    async def dirty_rate(self, vmm: VmmId) -> int | None:
+        """Bytes of memory a second that the guest touches, from a sample of its pages over a moment; None if
+        this release cannot tell. Not while it is sent or received."""
+        ...
+
     # disks of a VMM that runs
 
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:

@@ -47,10 +47,14 @@ def row_for(draft: Draft, server: ServerId, way: Way, release: ReleaseId | None)
 
 def workload(draft: Draft, server: ServerId) -> Workload:
     spec = draft.policy.servers.get(server)
+    seen = draft.observed.server_on(server, draft.servers[server].host)
+    measured = seen.dirty_rate if seen is not None else None
+    if measured is None:
+        measured = draft.policy.experience.dirty_rates.get(server)
     devices = len(spec.ports) + len(spec.all_volumes) if spec is not None else 0
     return Workload(
         memory_mib=draft.size(server).memory_mib,
-        dirty_rate=draft.policy.experience.dirty_rates.get(server),
+        dirty_rate=measured,
         devices=devices,
         blackout_budget_ms=spec.blackout_budget_ms if spec is not None else 0,
     )

@@ -26,6 +26,7 @@ from nahtlos.physical.agent.replacement import Replacement
 from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.suspension import Resume, Suspend
+from nahtlos.physical.agent.touching import TouchRates
 from nahtlos.physical.agent.volumes.freeze import check_movable
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
@@ -153,6 +154,7 @@ class Agent:
                 tasks.create_task(self._converge_loop(), name="converge")
                 tasks.create_task(DiskKeeper(self._context).run(), name="disks")
                 tasks.create_task(Stepper(self._context).run(), name="steps")
+                tasks.create_task(TouchRates(self._context).run(), name="touch rates")
                 tasks.create_task(self._orchestrator_loop(), name="orchestrator")
         finally:
             self._operations = None

@@ -63,6 +63,8 @@ class Context:
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])
+    dirty_rates: dict[ServerId, int] = field(default_factory=dict[ServerId, int])
+    """Bytes of memory a second that servers of this host touch, as last measured."""
     disk_problems: dict[ServerId, str] = field(default_factory=dict[ServerId, str])
     """Servers that stand still because of their disks: why, and what to do."""
 

@@ -25,10 +25,14 @@ _NO_VMM = {
     PowerState.OFF: RunState.STOPPED,
     PowerState.SUSPENDED: RunState.SUSPENDED,
 }
+NOT_MEASURED: Mapping[ServerId, int] = {}
 
 
 def servers_of(
-    owned: Mapping[ServerId, Ownership], vmms: Iterable[VmmStatus], now: float
+    owned: Mapping[ServerId, Ownership],
+    vmms: Iterable[VmmStatus],
+    now: float,
+    dirty_rates: Mapping[ServerId, int] = NOT_MEASURED,
 ) -> tuple[ServerStatus, ...]:
     """Every server owned here, running or not, and every VMM that waits for one."""
     statuses = {(v.id.server, v.id.epoch): v for v in vmms}
@@ -47,6 +51,7 @@ def servers_of(
                     compute=vmm.compute if vmm else ComputeStatus(),
                     power=held.server.spec.power.serial,
                     saved=held.server.saved if held.server.spec.power.state is PowerState.SUSPENDED else None,
+                    dirty_rate=dirty_rates.get(server) if vmm else None,
                 )
             )
     for (server, epoch), vmm in statuses.items():
@@ -124,7 +129,7 @@ async def inventory(
         accelerator=verified,
         storage_release=await _storage_release(context, converger, config),
         network_release=await context.drivers.network.release(),
-        servers=servers_of(context.ledger.ownership(), vmms, context.now()),
+        servers=servers_of(context.ledger.ownership(), vmms, context.now(), context.dirty_rates),
         volumes=volumes,
         pool=await context.drivers.storage.pool(),
         snapshots=await context.drivers.storage.snapshots(),

@@ -25,7 +25,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.nouns import Size
-from nahtlos.physical.hypervisor import migration, saving
+from nahtlos.physical.hypervisor import migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
@@ -164,6 +164,9 @@ class QemuHypervisor:
         found = self._running(vmm)
         async with found.changing_compute:
             return await self._compute.reconcile(found, server)
+
+    async def dirty_rate(self, vmm: VmmId) -> int | None:
+        return await touching.dirty_rate(self._running(vmm))
 
     # --- disks -------------------------------------------------------------------------------------
 

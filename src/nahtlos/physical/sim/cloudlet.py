@@ -200,7 +200,16 @@ class Conductor:
         self.places[spec.id] = (host, 1)
         self._wake.set()
 
-    def move(self, server: ServerId, to: HostId, number: int = 1) -> MoveOrder:
+    def move(
+        self,
+        server: ServerId,
+        to: HostId,
+        number: int = 1,
+        *,
+        bandwidth: int = 4 << 30,
+        boost: int = 0,
+        deadline: float = PRECOPY_DEADLINE,
+    ) -> MoveOrder:
         source, epoch = self.places[server]
         here, there = self.cloudlet.spec(source), self.cloudlet.spec(to)
         order = MoveOrder(
@@ -212,7 +221,9 @@ class Conductor:
             source_address=here.address,
             destination_address=there.address,
             destination_peer_port=there.peer_port,
-            precopy_deadline=PRECOPY_DEADLINE,
+            precopy_deadline=deadline,
+            bandwidth=bandwidth,
+            boost=boost,
         )
         self.orders[order.id] = order
         self._wake.set()

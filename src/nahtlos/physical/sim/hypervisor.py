@@ -65,6 +65,10 @@ class SimHypervisor(SimDriver):
         async with self.verb("compute_reconcile", vmm.unit):
             return change_compute(self.world, self._living(vmm), server)
 
+    async def dirty_rate(self, vmm: VmmId) -> int | None:
+        async with self.verb("dirty_rate", vmm.unit):
+            return self._living(vmm).dirty_rate
+
     async def disks_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("disks_reconcile", vmm.unit):
             return change_disks(self.world, self._living(vmm), server)

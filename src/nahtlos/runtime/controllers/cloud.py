@@ -110,6 +110,8 @@ class ServerView(Value, frozen=True, kw_only=True):
     ports: tuple[PortId, ...] = ()
     blackout_budget_ms: int = 0
     allow_slowdown: bool = False
+    dirty_rate: int | None = None
+    """Bytes of memory a second it touches, as measured last."""
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
     cpu: CpuShare = CpuShare()
