@@ -45,6 +45,10 @@ class OneHost(Protocol):
         """kill -9, behind the driver's back."""
         ...
 
+    async def stall_vmm(self, vmm: VmmId) -> None:
+        """It takes no more of what is sent to it, and does not say so."""
+        ...
+
 
 class Hosts(Protocol):
     backend: StorageBackend
@@ -89,6 +93,10 @@ class _SimulatedHost:
 
     async def kill_vmm(self, vmm: VmmId) -> None:
         self._world.kill_vmm(self._world.hosts[self.name].vmms[vmm], "test")
+
+    async def stall_vmm(self, vmm: VmmId) -> None:
+        (source,) = (v.host for v in self._world.vmms_of(vmm.server) if v.id != vmm)
+        self._world.stall_link(source, self.name, on=True)
 
 
 class _SimulatedHosts:
@@ -150,6 +158,9 @@ def physical() -> Stage:
         async def kill_vmm(self, vmm: VmmId) -> None:
             os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
             await self._host.until_ended(vmm.unit)
+
+        async def stall_vmm(self, vmm: VmmId) -> None:
+            os.kill(await self._host.pid(vmm.unit), signal.SIGSTOP)
 
     class PhysicalHosts:
         backend = StorageBackend.EMBEDDED
@@ -215,6 +226,9 @@ def ceph_world() -> Iterator[Stage]:
             async def kill_vmm(self, vmm: VmmId) -> None:
                 os.kill(await self._host.pid(vmm.unit), signal.SIGKILL)
                 await self._host.until_ended(vmm.unit)
+
+            async def stall_vmm(self, vmm: VmmId) -> None:
+                os.kill(await self._host.pid(vmm.unit), signal.SIGSTOP)
 
         class CephHosts:
             backend = StorageBackend.CEPH

@@ -12,10 +12,11 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import CpuShare, Size
+from nahtlos.model.nouns import CpuShare, ServerSpec, Size
 from nahtlos.physical.ports import MigrationPhase, StorageDesired, VmmId, VmmStatus
 
 CONVERGES_WITHIN = 60.0
+CANCELLED_WITHIN = 3.0
 GIB = 1 << 30
 
 
@@ -161,6 +162,85 @@ def test_a_stopped_source_that_is_cancelled_runs_again(stage: Stage) -> None:
     stage(play)
 
 
+def test_a_link_that_stalls_is_not_told_and_a_cancelled_move_ends_at_once(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        arriving, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        await hosts.second.stall_vmm(arriving)
+        await asyncio.sleep(1.0)
+        progress = await hosts.first.hypervisor.migrate_progress(leaving)
+        assert progress.phase is MigrationPhase.ACTIVE
+        async with asyncio.timeout(CANCELLED_WITHIN):
+            await hosts.first.hypervisor.migrate_cancel(leaving)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+        await hosts.second.kill_vmm(arriving)
+        await hosts.second.hypervisor.kill(arriving)
+
+    stage(play)
+
+
+def test_a_source_that_dies_takes_its_guest_along_and_nothing_arrives(stage: Stage) -> None:
+    """As any crash of it: what it had written is on its disk, and it is started again from there."""
+
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        arriving, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        await hosts.first.kill_vmm(leaving)
+        with pytest.raises(Error):
+            await hosts.second.hypervisor.incoming_wait(arriving, timeout=2.0)
+        with pytest.raises(Error):
+            await hosts.second.hypervisor.resume(arriving)
+        await hosts.second.hypervisor.kill(arriving)
+        assert await state(hosts.first, leaving) is RunState.CRASHED
+        await hosts.first.hypervisor.kill(leaving)
+        await hosts.first.hypervisor.start(server, hosts.release)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_another_machine_is_refused_and_the_right_one_is_moved_to_afterwards(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, leaving = await booted(hosts)
+        spec = server.spec
+        alias = msgspec.structs.replace(spec, machine="q35")
+        await hosts.second.plug(server)
+        with pytest.raises(Refused, match="q35"):
+            await hosts.second.hypervisor.incoming_start(of(server, alias), 2, hosts.release)
+        larger = Size(vcpus=spec.size.vcpus, memory_mib=spec.size.memory_mib + 64)
+        for wrong in (
+            msgspec.structs.replace(spec, size=larger),
+            msgspec.structs.replace(spec, machine="pc-q35-7.2"),
+        ):
+            arriving, uri = await receiving(hosts, of(server, wrong))
+            assert await fails(hosts.first, leaving, uri, hosts.second.name)
+            assert await state(hosts.first, leaving) is RunState.RUNNING
+            await hosts.second.hypervisor.kill(arriving)
+        _, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
+        assert await state(hosts.first, leaving) is RunState.RUNNING
+
+    stage(play)
+
+
+def of(server: ServerConfig, spec: ServerSpec) -> ServerConfig:
+    return msgspec.structs.replace(server, spec=spec)
+
+
+async def fails(host: OneHost, vmm: VmmId, uri: str, peer: str) -> bool:
+    """At once, or as soon as the destination has looked at what comes."""
+    try:
+        await host.hypervisor.migrate_start(vmm, uri, peer=peer, bandwidth=GIB)
+        async with asyncio.timeout(10.0):
+            while (found := await host.hypervisor.migrate_progress(vmm)).phase is MigrationPhase.ACTIVE:
+                await asyncio.sleep(0.01)
+    except Refused:
+        return True
+    return found.phase is MigrationPhase.FAILED
+
+
 def test_a_destination_that_dies_fails_the_move_and_nothing_else(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         server, leaving = await booted(hosts)
@@ -176,6 +256,8 @@ def test_a_destination_that_dies_fails_the_move_and_nothing_else(stage: Stage) -
             await hosts.second.hypervisor.incoming_wait(arriving, timeout=1.0)
         await hosts.second.hypervisor.kill(arriving)
         assert await seen(hosts.second, arriving) is None
+        _, uri = await receiving(hosts, server)
+        await sending(hosts, leaving, uri)
 
     stage(play)
 

@@ -1,6 +1,8 @@
 """Whose turn it is to be switched, and how a pre-copy waits for it: as tables, and by chance."""
 
+import asyncio
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +18,11 @@ from nahtlos.physical.agent.switch_turn import (
     order_of,
     passed,
     shall_be_slow,
+    take_turn,
     wanted,
 )
 from nahtlos.physical.agent.turns import LEASE_SECONDS, Line, Place, Turns, asked, given_back
+from nahtlos.physical.sim.clock import run_virtual
 
 A, B, C = OperationId("move-a"), OperationId("move-b"), OperationId("move-c")
 
@@ -160,3 +164,36 @@ def test_moves_criss_cross_never_wait_for_one_another_for_ever(seed: int) -> Non
                 busy = [moves[other] for other in working]
                 assert not any(host in pair for pair in busy for host in moves[move]), "two at once"
                 working[move] = now + chance.uniform(0.05, 1.0)
+
+
+def test_a_change_of_one_host_waits_for_its_turn_until_it_is_given_up_or_for_long_enough() -> None:
+    waited = [waiting(), waiting(freed_after=2.0), waiting(given_up_after=3.0), waiting(held=False)]
+    assert waited == [pytest.approx(LONGEST_WAIT, abs=0.1), pytest.approx(2.0, abs=0.1), 3.0, 0.0]
+
+
+def waiting(*, held: bool = True, freed_after: float = 1e9, given_up_after: float = 1e9) -> float:
+    """Virtual seconds."""
+    took: list[float] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        began, turns = loop.time(), Turns()
+        context = SimpleNamespace(turns=turns, waits={})
+
+        async def holding() -> None:
+            while loop.time() - began < freed_after:
+                turns.ask(A, loop.time())
+                await asyncio.sleep(0.5)
+            turns.give_back(A)
+
+        other = asyncio.create_task(holding()) if held else None
+        await asyncio.sleep(0)
+        began = loop.time()
+        await take_turn(context, B, lambda: loop.time() - began >= given_up_after)  # type: ignore[arg-type]
+        took.append(round(loop.time() - began, 1))
+        assert context.waits == {}
+        if other is not None:
+            other.cancel()
+
+    run_virtual(main(), seed=1, limit_seconds=1000)
+    return took[0]

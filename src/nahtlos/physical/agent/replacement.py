@@ -102,7 +102,7 @@ class Replacement(Steps):
             raise Refused("cancelled by an operator", field="operation")
 
     async def _hand_over(self) -> None:
-        await take_turn(self._context, self._order.id)
+        await take_turn(self._context, self._order.id, lambda: self._cancelled)
         self._check_cancelled()
         self._context.switching.add(self._order.id)
         try:

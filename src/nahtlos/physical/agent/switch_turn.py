@@ -197,11 +197,14 @@ class SwitchTurn:
                 self._context.say("move.turn", self._operation, f"not given back at the other host: {why}")
 
 
-async def take_turn(context: Context, operation: OperationId) -> None:
-    """Of a change of one host alone; nothing has to be held meanwhile. No longer than LONGEST_WAIT."""
+async def take_turn(context: Context, operation: OperationId, given_up: Callable[[], bool]) -> None:
+    """Of a change of one host alone, where nothing has to be held meanwhile. Returns with the turn, without
+    it after LONGEST_WAIT, or as soon as the change is `given_up`."""
     loop = asyncio.get_running_loop()
     began = loop.time()
-    while not context.turns.ask(operation, loop.time()) and loop.time() - began < LONGEST_WAIT:
+    while not given_up() and not context.turns.ask(operation, loop.time()):
+        if loop.time() - began >= LONGEST_WAIT:
+            break
         context.waits[operation] = f"its turn to be switched ({context.turns.holder} is switched here)"
         await asyncio.sleep(ASK_EVERY)
     context.waits.pop(operation, None)

@@ -219,13 +219,15 @@ class Stream:
         self.source_paused()
 
     def destination_gone(self) -> None:
+        self.breaks("the destination closed the connection")
+
+    def breaks(self, why: str) -> None:
+        """Its source notices that a moment later."""
         if self.phase is MigrationPhase.ACTIVE:
             self.advance()
             self.broken = True
             self._stop_timer()
-            self._timer = asyncio.get_running_loop().call_later(
-                NOTICE_SECONDS, self.fail, "the destination closed the connection"
-            )
+            self._timer = asyncio.get_running_loop().call_later(NOTICE_SECONDS, self.fail, why)
 
     def fail(self, why: str) -> None:
         self._end(MigrationPhase.FAILED, why)
@@ -251,6 +253,15 @@ class Stream:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+
+def why_not_loaded(source: Vmm, destination: Vmm) -> str:
+    """What a destination refuses as soon as the stream begins; empty if it loads."""
+    old, new = source.server.spec, destination.server.spec
+    if old.machine != new.machine:
+        return f"machine type received is {old.machine}, local is {new.machine}"
+    sizes = [spec.boot_memory_mib or spec.size.memory_mib for spec in (old, new)]
+    return "" if sizes[0] == sizes[1] else f"size mismatch: {sizes[0]} MiB received, {sizes[1]} local"
 
 
 def _bounded(rate: int) -> float:

@@ -1,6 +1,7 @@
 """`physical.ports.Hypervisor` over the simulated world. Owns nothing: `sim.guests` is what a VMM does."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 
 from nahtlos.model.config import ServerConfig
@@ -13,6 +14,8 @@ from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.guests import LINK_BYTES_PER_SECOND, Vmm
 from nahtlos.physical.sim.world import World
+
+VERSIONED = re.compile(r"-\d+\.\d+$")
 
 
 class SimHypervisor(SimDriver):
@@ -37,6 +40,7 @@ class SimHypervisor(SimDriver):
         vmm_id = VmmId(server.spec.id, server.epoch)
         async with self.verb("start", vmm_id.unit):
             self._check_release(release)
+            _check_machine(server, release)
             held = self.host.vmms.get(vmm_id)
             if held is None or held.ended:
                 self.world.start_vmm(self.host, server, server.epoch, release, boot=True)
@@ -121,6 +125,7 @@ class SimHypervisor(SimDriver):
         vmm_id = VmmId(server.spec.id, epoch)
         async with self.verb("incoming_start", vmm_id.unit):
             self._check_release(release)
+            _check_machine(server, release)
             held = self.host.vmms.get(vmm_id)
             if held is None or held.ended:
                 self.world.start_vmm(self.host, server, epoch, release, boot=False, in_place=in_place)
@@ -214,6 +219,12 @@ class SimHypervisor(SimDriver):
         if held.ended:
             raise Unavailable(f"the process of {vmm.unit} has ended")
         return held
+
+
+def _check_machine(server: ServerConfig, release: ReleaseId) -> None:
+    """An alias (`q35`) is another machine under another release."""
+    if VERSIONED.search(server.spec.machine) is None:
+        raise Refused(f"{release} has no machine type '{server.spec.machine}'", field="machine")
 
 
 def _status(world: World, vmm: Vmm) -> VmmStatus:

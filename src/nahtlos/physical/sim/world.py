@@ -31,7 +31,7 @@ from nahtlos.model.nouns import HostRole, Size
 from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
-from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm
+from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm, why_not_loaded
 from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
 from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
@@ -577,6 +577,8 @@ class World:
         source.sent = False
         self._streams.append(stream)
         stream.source_paused()  # if it stands still
+        if why := why_not_loaded(source, destination):
+            stream.breaks(why)
 
     def _stream_ended(self, stream: Stream) -> None:
         source, destination = stream.source, stream.destination
