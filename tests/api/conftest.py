@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,6 +44,7 @@ from nahtlos.runtime.controllers.cloud import (
     ServerView,
     Status,
 )
+from nahtlos.runtime.controllers.consoles import ConsoleOutput, ConsolePlace
 from nahtlos.runtime.identity import CertificateAuthority, Operators
 
 OLD = ReleaseId("qemu-10.0.8-000000000001")
@@ -54,6 +56,54 @@ SIZE = Size(vcpus=1, memory_mib=256)
 Run = Callable[..., Awaitable[Result]]
 
 
+class FakeConsoles:
+    """Of one server, whose history begins anew when `FakeCloud.history` changes."""
+
+    def __init__(self, cloud: "FakeCloud") -> None:
+        self._cloud = cloud
+
+    async def log(self, server: ServerId) -> ConsoleOutput:
+        data, _ = await self._cloud.console_read(server, 0)
+        return ConsoleOutput(history=self._cloud.history, offset=0, data=data)
+
+    async def follow(self, server: ServerId, place: ConsolePlace) -> AsyncGenerator[ConsoleOutput]:
+        while True:
+            data, _ = await self._cloud.console_read(server, 0)
+            anew = place.history not in ("", self._cloud.history)
+            offset = 0 if anew else place.offset
+            if anew or data[offset:]:
+                part = ConsoleOutput(
+                    history=self._cloud.history,
+                    offset=offset,
+                    data=data[offset:],
+                    dropped=None if anew else 0,
+                )
+                place = part.end
+                yield part
+                self._cloud.shown = place.offset
+            self._cloud.followed.set()
+            await asyncio.sleep(0.01)
+
+    def claim(self, server: ServerId, session: str, *, force: bool) -> bool:
+        if force or self._cloud.writer in ("", session):
+            self._cloud.writer = session
+        return self._cloud.writer == session
+
+    def release(self, server: ServerId, session: str) -> None:
+        if self._cloud.writer == session:
+            self._cloud.writer = ""
+
+    async def type(self, server: ServerId, session: str, data: bytes) -> None:
+        if self._cloud.writer != session:
+            raise Conflict("another session types", field="session")
+        if self._cloud.type_error is not None:
+            raise self._cloud.type_error
+        await self._cloud.console_write(server, data)
+
+    async def display(self, server: ServerId) -> Any:
+        return await self._cloud.display(server)
+
+
 class FakeCloud:
     """Remembers what it was asked; every change happens at once. `fails` makes the next call fail."""
 
@@ -62,6 +112,14 @@ class FakeCloud:
         self.intents = dict.fromkeys((HostId("host-1"), HostId("host-2")), HostIntent.ACTIVE)
         self.places: dict[ServerId, HostId] = {ServerId("web-1"): HostId("host-1")}
         self.console = b"login: "
+        self.history = "h-1"
+        self.writer = ""
+        self.display: Any = None
+        """Opens one."""
+        self.followed = asyncio.Event()
+        self.type_error: Error | None = None
+        self.shown = 0
+        """How far whoever follows the console has been sent it."""
         self.state: CampaignState | None = None
         self.component = Component.HYPERVISOR
         self.strategy = Strategy.AUTO
@@ -204,6 +262,10 @@ class FakeCloud:
         if self.settles:
             del self.places[server]
         return view
+
+    @property
+    def consoles(self) -> "FakeConsoles":
+        return FakeConsoles(self)
 
     async def console_read(self, server: ServerId, offset: int) -> tuple[bytes, int]:
         self._server(server)

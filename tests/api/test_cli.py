@@ -270,9 +270,10 @@ async def test_waiting_outlasts_an_orchestrator_that_is_away(run: Run, reachable
 
 async def test_following_a_console_ends_when_the_server_does(run: Run, reachable: Any) -> None:
     async def write_and_end() -> None:
-        await asyncio.sleep(0.2)
+        await reachable.cloud.followed.wait()
         reachable.cloud.console += b"more\n"
-        await asyncio.sleep(0.8)
+        while reachable.cloud.shown < len(reachable.cloud.console):
+            await asyncio.sleep(0.01)
         del reachable.cloud.places["web-1"]
 
     async with asyncio.TaskGroup() as group:
@@ -287,11 +288,10 @@ async def test_a_terminal_is_attached_until_it_leaves(reachable: Any) -> None:
     before = termios.tcgetattr(theirs)
     try:
         async with reachable.unix() as client, asyncio.timeout(10), asyncio.TaskGroup() as group:
-            attached = group.create_task(attach(client, ServerId("web-1"), 0, theirs, theirs))
+            attached = group.create_task(attach(client, ServerId("web-1"), theirs, theirs))
             assert await asyncio.to_thread(os.read, ours, 100) == b"login: "
             os.write(ours, b"root\r")
             assert await asyncio.to_thread(os.read, ours, 100) == b"root\r"
-            reachable.cloud.fails = Unavailable("no leader for a moment")
             os.write(ours, b"\x03\x1d")
             await attached
         assert reachable.cloud.console == b"login: root\r\x03"
@@ -305,7 +305,7 @@ async def test_attaching_needs_a_terminal(reachable: Any) -> None:
     with (reachable.token_file).open() as file:
         async with reachable.unix() as client:
             with pytest.raises(Refused, match="no terminal"):
-                await attach(client, ServerId("web-1"), 0, file.fileno(), file.fileno())
+                await attach(client, ServerId("web-1"), file.fileno(), file.fileno())
 
 
 # --- exit codes and errors ---------------------------------------------------------------------------

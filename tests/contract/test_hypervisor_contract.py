@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from hypervisor_worlds import WORLDS, Hosts, OneHost, Stage, stage_of
+from rfb_viewer import RfbViewer
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
-from nahtlos.physical.ports import MigrationPhase, StorageDesired, VmmId, VmmStatus
+from nahtlos.physical.ports import DisplayLine, MigrationPhase, StorageDesired, VmmId, VmmStatus
 
 CONVERGES_WITHIN = 60.0
 CANCELLED_WITHIN = 3.0
@@ -360,5 +361,76 @@ def test_the_console_can_be_read_from_anywhere(stage: Stage) -> None:
         assert await hosts.first.hypervisor.console(vmm, 2, 3) == (whole[2:5], 5)
         past, _ = await hosts.first.hypervisor.console(vmm, 1 << 40, 8)
         assert past == b""
+
+    stage(play)
+
+
+def test_what_a_console_has_said_stays_when_its_vmm_ends_and_goes_on_when_it_starts_again(
+    stage: Stage,
+) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, vmm = await booted(hosts)
+        hypervisor = hosts.first.hypervisor
+
+        async def said_after(offset: int) -> int:
+            async with asyncio.timeout(90.0):
+                while await hypervisor.console_size(vmm) < offset + 8:
+                    await asyncio.sleep(0.05)
+            return await hypervisor.console_size(vmm)
+
+        await said_after(0)
+        await hypervisor.kill(vmm)
+        size = await hypervisor.console_size(vmm)
+        first, _ = await hypervisor.console(vmm, 0, size)
+        await hypervisor.start(server, hosts.release)
+        await said_after(size)
+        assert (await hypervisor.console(vmm, 0, size))[0] == first
+        await hypervisor.kill(vmm)
+        for _ in range(2):
+            await hypervisor.console_forget(vmm)
+        assert await hypervisor.console_size(vmm) == 0
+
+    stage(play)
+
+
+def test_a_display_is_shown_to_several_and_ends_with_its_vmm(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server = hosts.server()
+        spec = msgspec.structs.replace(server.spec, display=True)
+        server = msgspec.structs.replace(server, spec=spec)
+        await hosts.first.storage.reconcile(StorageDesired(volumes=(hosts.volume(server.volume.volume),)))
+        await hosts.first.plug(server)
+        await hosts.first.hypervisor.start(server, hosts.release)
+        vmm = VmmId(server.spec.id, server.epoch)
+        for _ in range(2):
+            line = await hosts.first.hypervisor.display_open(vmm)
+            held = bytearray()
+
+            async def read(count: int, line: DisplayLine = line, held: bytearray = held) -> bytes:
+                while len(held) < count:
+                    held.extend(await line.read(65536))
+                taken = bytes(held[:count])
+                del held[:count]
+                return taken
+
+            viewer = RfbViewer(read, line.write)
+            async with asyncio.timeout(60.0):
+                await viewer.begin()
+                await viewer.ask()
+                rows = await viewer.update()
+            assert len(rows) == viewer.size[1]
+        await hosts.first.hypervisor.kill(vmm)
+        async with asyncio.timeout(30.0):
+            while await line.read(65536):
+                pass
+
+    stage(play)
+
+
+def test_a_server_without_a_display_shows_none(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        _server, vmm = await booted(hosts)
+        with pytest.raises(Refused):
+            await hosts.first.hypervisor.display_open(vmm)
 
     stage(play)

@@ -75,6 +75,9 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     memory_volume: VolumeId | None = None
     """Where its memory is saved while it is suspended; kept from when that is asked for until it runs."""
 
+    display: bool = False
+    """Of its hardware: a graphics card, whose picture can be looked at."""
+
     user_data: str = ""
     """What its owner tells the guest (cloud-init's user-data); at most `USER_DATA_BYTES`."""
 

@@ -20,6 +20,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 
 from nahtlos import __version__
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
@@ -41,6 +42,7 @@ from nahtlos.ops.bodies import (
     ReplaceRequest,
     UpgradeRequest,
 )
+from nahtlos.ops.console_api import ConsoleRoutes
 from nahtlos.ops.network_api import NetworkRoutes
 from nahtlos.ops.power_api import power_routes
 from nahtlos.ops.project_api import project_routes
@@ -101,6 +103,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     open_routes = APIRouter(prefix="/v1")
     routes = APIRouter(prefix="/v1", dependencies=[Depends(operator), Depends(_logged)])
     _join(open_routes, cloud)
+    ConsoleRoutes(lambda: cloud.consoles, lambda asked: authenticate(_presented(asked))).add(open_routes)
     for add in (_status, _hosts, _releases, _servers, _upgrades, _events):
         add(routes, cloud)
     NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
@@ -219,6 +222,10 @@ def _servers(routes: APIRouter, cloud: Cloud) -> None:
         data, following = await cloud.console_read(ServerId(server), offset)
         return _json(ConsolePart(data=data, next_offset=following))
 
+    @routes.get("/servers/{server}/console/log")
+    async def console_log(server: str) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.consoles.log(ServerId(server)))
+
     @routes.post("/servers/{server}/console")
     async def console_write(  # pyright: ignore[reportUnusedFunction]
         server: str, request: Request
@@ -335,7 +342,7 @@ async def _next(events: AsyncIterator[CloudEvent]) -> CloudEvent | None:
 # --- callers -----------------------------------------------------------------------------------------
 
 
-def _presented(request: Request) -> Presented:
+def _presented(request: HTTPConnection) -> Presented:
     """What the listener found out about the connection, and the token in the request, if any."""
     proven: Presented = getattr(request.state, "presented", Presented())
     scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 import msgspec
+from websockets.asyncio.client import ClientConnection
 
 from nahtlos.model.blueprint import Campaign, Forecast, HostIntent, Strategy
 from nahtlos.model.errors import Error, Refused, Unavailable
@@ -36,6 +37,7 @@ from nahtlos.ops.bodies import (
     ReplaceRequest,
     UpgradeRequest,
 )
+from nahtlos.ops.dialling import Dial, dial_tls, dial_unix
 from nahtlos.ops.network_client import NetworkClient
 from nahtlos.ops.power_client import PowerClient
 from nahtlos.ops.project_client import ProjectClient
@@ -52,6 +54,7 @@ from nahtlos.runtime.controllers.cloud import (
     ServerView,
     Status,
 )
+from nahtlos.runtime.controllers.consoles import ConsoleOutput
 from nahtlos.runtime.identity.operators import Listed
 from nahtlos.wire.tls import ORCHESTRATOR, orchestrator_client_context
 
@@ -64,8 +67,9 @@ _T = TypeVar("_T")
 class OperatorClient:
     """Use as an async context manager, or call `close`."""
 
-    def __init__(self, http: httpx.AsyncClient, where: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, where: str, dial: Dial) -> None:
         self._http = http
+        self._dial = dial
         self.where = where
         self._networks = NetworkClient(self._ask_at)
         self._volumes = VolumeClient(self._ask_at)
@@ -76,7 +80,7 @@ class OperatorClient:
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
         """Over the orchestrator's unix socket, as root on its machine."""
         transport = httpx.AsyncHTTPTransport(uds=str(path))
-        return cls(_http(f"http://{ORCHESTRATOR}", transport, {}, timeout), str(path))
+        return cls(_http(f"http://{ORCHESTRATOR}", transport, {}, timeout), str(path), dial_unix(path))
 
     @classmethod
     def tls(
@@ -94,7 +98,7 @@ class OperatorClient:
             raise Refused(f"'{url}' does not begin with https://", field="url")
         headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file else {}
         context = orchestrator_client_context(ca_file, pki_dir)
-        return cls(_http(url, _Named(context), headers, timeout), url)
+        return cls(_http(url, _Named(context), headers, timeout), url, dial_tls(url, context, headers))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -203,6 +207,25 @@ class OperatorClient:
 
     async def console_write(self, server: ServerId, data: bytes) -> None:
         await self._ask("POST", f"servers/{_part(server)}/console", ConsoleInput(data=data), None)
+
+    async def console_log(self, server: ServerId) -> ConsoleOutput:
+        """All that is kept of what it has said."""
+        return await self._get(f"servers/{_part(server)}/console/log", ConsoleOutput)
+
+    async def console_stream(self, server: ServerId, **query: str | int | bool) -> ClientConnection:
+        """A WebSocket on which `console_frames` are spoken, to be closed by the caller."""
+        asked = urlencode({name: int(v) if isinstance(v, bool) else v for name, v in query.items()})
+        return await self._dialled(f"servers/{_part(server)}/console/stream?{asked}")
+
+    async def display_stream(self, server: ServerId) -> ClientConnection:
+        """A WebSocket with RFB in binary messages, to be closed by the caller."""
+        return await self._dialled(f"servers/{_part(server)}/display")
+
+    async def _dialled(self, path: str) -> ClientConnection:
+        try:
+            return await self._dial(f"/v1/{path}")
+        except PermissionError as error:
+            raise self._unreachable(error) from error
 
     # --- upgrades
 

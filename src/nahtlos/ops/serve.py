@@ -28,6 +28,10 @@ SHUTDOWN_TIMEOUT = 1
 """Seconds that running requests, and event streams, are granted when the listener closes."""
 START_TIMEOUT = 10.0
 MAX_SOCKET_PATH = 107
+MAX_WEBSOCKET_MESSAGE = 256 << 10
+PING_INTERVAL = 10.0
+PING_TIMEOUT = 20.0
+"""A client at a console that is silent for so long is gone."""
 
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
@@ -120,7 +124,11 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             http=_Connection,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=MAX_WEBSOCKET_MESSAGE,
+            ws_ping_interval=PING_INTERVAL,
+            ws_ping_timeout=PING_TIMEOUT,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             access_log=False,

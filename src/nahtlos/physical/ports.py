@@ -130,6 +130,9 @@ class Supervisor(Protocol):
 
 # --- hypervisor --------------------------------------------------------------------------------------
 
+CONSOLE_KEPT = 256 << 10
+"""Bytes of what a server's console has said that are kept, and travel with it."""
+
 
 class DiskTrouble(StrEnum):
     NO_SPACE = "no-space"
@@ -184,6 +187,20 @@ class MigrationProgress(msgspec.Struct, frozen=True, kw_only=True):
 Sink = Callable[[bytes], Awaitable[None]]
 
 
+class DisplayLine(Protocol):
+    """One connection to a server's display, which speaks RFB 3.8 without security on it."""
+
+    async def read(self, limit: int) -> bytes:
+        """Empty once the VMM has closed it."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Unavailable once it takes nothing any more."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class Hypervisor(Protocol):
     async def releases(self) -> tuple[ReleaseId, ...]:
         """Releases whose files are present and match their manifest."""
@@ -210,9 +227,29 @@ class Hypervisor(Protocol):
         """Press it: the guest may switch itself off in its own time (`RunState.STOPPED`), or not care."""
         ...
 
-    async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]: ...
+    # the serial console: what a VMM has said stays when it ends, and goes on when it is started again
 
-    async def console_write(self, vmm: VmmId, data: bytes) -> None: ...
+    async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
+        """At most `limit` bytes from `offset`, and the offset after them. Of what it has said the last
+        `CONSOLE_KEPT` bytes are kept; what is asked of before them is undefined."""
+        ...
+
+    async def console_size(self, vmm: VmmId) -> int:
+        """Bytes it has said so far, kept or not; 0 for one that is not known."""
+        ...
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> int:
+        """Returns how many bytes of `data` the guest's serial port took: fewer when it takes no more, or when
+        the guest was stopped. Unavailable if nobody answers."""
+        ...
+
+    async def display_open(self, vmm: VmmId) -> DisplayLine:
+        """Several at a time. Refused if the server has no display; Unavailable if it does not answer."""
+        ...
+
+    async def console_forget(self, vmm: VmmId) -> None:
+        """What it has said goes. Repeatable."""
+        ...
 
     # what a VMM that runs is given
 

@@ -17,6 +17,14 @@ from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.model.nouns import HostRole
+from nahtlos.wire.displays import (
+    DisplayClose,
+    DisplayData,
+    DisplayOpen,
+    DisplayOpened,
+    DisplayRead,
+    DisplayWrite,
+)
 from nahtlos.wire.gateways import (
     BeginGateway,
     GatewayAbandon,
@@ -196,19 +204,37 @@ class Acknowledge(Message, frozen=True, kw_only=True):
 
 
 class ConsoleRead(Message, frozen=True, kw_only=True):
+    """Answered with ConsoleData, at once if there is something to say."""
+
     server: ServerId
     offset: int
     limit: int = 65536
+    history: str = ""
+    """To which `offset` belongs; empty: whichever there is."""
+    wait: float = 0.0
+    """Seconds to wait at most for something to say."""
 
 
 class ConsoleData(Message, frozen=True, kw_only=True):
     data: bytes
+    """What comes before `next_offset`. It begins after the offset that was asked for if what is between is
+    not kept any more."""
     next_offset: int
+    history: str = ""
+    """Offsets count in this one: another one than was asked for has nothing to do with it. Empty: from an
+    agent that counts for each VMM anew."""
 
 
 class ConsoleWrite(Message, frozen=True, kw_only=True):
     server: ServerId
     data: bytes
+    counted: bool = False
+    """To be answered with ConsoleTaken; else, and by an older agent, with Done."""
+
+
+class ConsoleTaken(Message, frozen=True, kw_only=True):
+    taken: int
+    """Bytes that the guest's serial port took. It takes no more now if these are not all."""
 
 
 # --- agent to agent: one move ------------------------------------------------------------------------
@@ -311,6 +337,17 @@ class MoveReturnFrames(Message, frozen=True, kw_only=True):
     id: OperationId
 
 
+class MoveConsole(Message, frozen=True, kw_only=True):
+    """Source to destination, after the commit: what the server's console has said until then."""
+
+    id: OperationId
+    history: str
+    end: int
+    """Offset at which what it says at the destination begins."""
+    data: bytes
+    """What comes before `end`."""
+
+
 class MoveFinished(Message, frozen=True, kw_only=True):
     """Source to destination: my copy is gone; your journal of this move may end."""
 
@@ -329,6 +366,10 @@ ToAgent = (
     | Acknowledge
     | ConsoleRead
     | ConsoleWrite
+    | DisplayOpen
+    | DisplayRead
+    | DisplayWrite
+    | DisplayClose
     | Ping
 )
 ToOrchestrator = Hello | Report | Event | ReplicaLost | KeyRead | Ping
@@ -343,6 +384,7 @@ ToPeer = (
     | MoveAbandon
     | MoveQuery
     | MoveReturnFrames
+    | MoveConsole
     | MoveFinished
     | VolumeReceive
     | VolumeAttach
@@ -369,6 +411,9 @@ Answer = (
     | Done
     | Failure
     | ConsoleData
+    | ConsoleTaken
+    | DisplayOpened
+    | DisplayData
     | MoveReady
     | MoveTurnSaid
     | MoveOutcome

@@ -1,6 +1,5 @@
 """`nahtlos server …`"""
 
-import asyncio
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -16,17 +15,15 @@ from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.amounts import per_cent, port_request
 from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.consoles import console_command
 from nahtlos.ops.cli.power import power_commands
 from nahtlos.ops.cli.server_pictures import server as server_picture
 from nahtlos.ops.cli.server_set import Quota, Weight, set_command
 from nahtlos.ops.cli.settled import Project
-from nahtlos.ops.cli.terminal import attach
 from nahtlos.ops.cli.volume_amounts import count, mebibytes, octets
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
-
-CONSOLE_POLL = 0.3
 
 Server = Annotated[str, typer.Argument(metavar="SERVER")]
 Wait = Annotated[bool, typer.Option(help="Wait until it is done.")]
@@ -84,6 +81,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         allow_post_copy: Annotated[
             bool, typer.Option("--allow-post-copy", help="Not offered; refused with the reason.")
         ] = False,
+        display: Annotated[
+            bool, typer.Option("--display", help="With a graphics card: `server console --vnc` shows it.")
+        ] = False,
         volume_format: Annotated[VolumeFormat, typer.Option(help="Of its system disk.")] = VolumeFormat.RAW,
         user_data: Annotated[
             typer.FileText | None,
@@ -131,6 +131,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             ),
             blackout_budget_ms=blackout_budget,
             allow_slowdown=allow_slowdown,
+            display=display,
             allow_post_copy=allow_post_copy,
         )
         async with cli.client() as client:
@@ -208,41 +209,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
                 )
         cli.show(view, Text(f"{server} {'deleted' if wait else 'will be deleted'}"))
 
-    @command(app, "console", surroundings)
-    async def console(  # pyright: ignore[reportUnusedFunction]
-        cli: Cli,
-        server: Server,
-        follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
-        interactive: Annotated[
-            bool, typer.Option("--interactive", "-i", help="Attach this terminal; Ctrl-] leaves.")
-        ] = False,
-        send: Annotated[str | None, typer.Option(help="Type this line into the console first.")] = None,
-    ) -> None:
-        """What a server has written to its serial console."""
-        name = ServerId(server)
-        async with cli.client() as client:
-            if send is not None:
-                await client.console_write(name, send.encode() + b"\n")
-            data, offset = await client.console_read(name, 0)
-            _print_console(cli, data, offset)
-            if interactive:
-                await attach(client, name, offset, sys.stdin.fileno(), sys.stdout.fileno())
-            while follow:
-                await asyncio.sleep(CONSOLE_POLL)
-                data, offset = await client.console_read(name, offset)
-                if data:
-                    _print_console(cli, data, offset)
+    console_command(app, surroundings)
 
     return app
-
-
-def _print_console(cli: Cli, data: bytes, next_offset: int) -> None:
-    text = data.decode(errors="replace")
-    if cli.json:
-        cli.print_json({"text": text, "next_offset": next_offset}, indent=0)
-        return
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 async def _until(

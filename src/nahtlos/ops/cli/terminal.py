@@ -10,45 +10,59 @@ import termios
 import tty
 from collections.abc import Generator
 
-from nahtlos.model.errors import Refused, Unavailable
+from nahtlos.model.errors import Error, Refused
 from nahtlos.model.ids import ServerId
 from nahtlos.ops.client import OperatorClient
+from nahtlos.ops.console_line import ConsoleLine
 
 LEAVE = b"\x1d"
 """Ctrl-], as telnet has it."""
-POLL_SECONDS = 0.1
 READ_BYTES = 4096
+LEAVE_SECONDS = 2.0
+"""That what was typed before is granted to arrive."""
 
 
-async def attach(client: OperatorClient, server: ServerId, offset: int, fd_in: int, fd_out: int) -> None:
+async def attach(
+    client: OperatorClient,
+    server: ServerId,
+    fd_in: int,
+    fd_out: int,
+    *,
+    write: bool = True,
+    force: bool = False,
+) -> None:
     """Returns when Ctrl-] was typed. Refused if `fd_in` is no terminal or there is no such server; an
     orchestrator that is away is waited for."""
     if not os.isatty(fd_in):
         raise Refused("standard input is no terminal", field="interactive", remedy="use --follow or --send")
     typed: asyncio.Queue[bytes | None] = asyncio.Queue()
+    line = ConsoleLine(
+        client,
+        server,
+        write=write,
+        force=force,
+        show=lambda data: _write(fd_out, data),
+        note=lambda text: _write(fd_out, f"\r\n[{text}]\r\n".encode()),
+    )
     with _raw(fd_in), _typing(fd_in, typed):
-        async with asyncio.TaskGroup() as group:
-            shows = group.create_task(_show(client, server, offset, fd_out))
-            await _type(client, server, typed)
-            shows.cancel()
+        try:
+            async with asyncio.TaskGroup() as group:
+                shows = group.create_task(line.run())
+                await _type(line, typed)
+                shows.cancel()
+        except* Error as errors:
+            raise errors.exceptions[0] from None
 
 
-async def _show(client: OperatorClient, server: ServerId, offset: int, fd_out: int) -> None:
-    while True:
-        with contextlib.suppress(Unavailable):
-            data, offset = await client.console_read(server, offset)
-            _write(fd_out, data)
-        await asyncio.sleep(POLL_SECONDS)
-
-
-async def _type(client: OperatorClient, server: ServerId, typed: asyncio.Queue[bytes | None]) -> None:
+async def _type(line: ConsoleLine, typed: asyncio.Queue[bytes | None]) -> None:
     while (keys := await typed.get()) is not None:
         before, leave, _ = keys.partition(LEAVE)
         if before:
-            # What could not be delivered is not typed again: it might be typed twice.
-            with contextlib.suppress(Unavailable):
-                await client.console_write(server, before)
+            line.type(before)
         if leave:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    await line.drained()
             return
 
 

@@ -14,8 +14,10 @@ import msgspec
 
 from nahtlos import __version__
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Unavailable
-from nahtlos.model.ids import OperationId, ReleaseId, ServerId
+from nahtlos.model.ids import OperationId, ReleaseId
 from nahtlos.model.inventory import OperationKind, OperationState
+from nahtlos.physical.agent.consoles import serial
+from nahtlos.physical.agent.consoles.displays import Displays
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
@@ -32,8 +34,9 @@ from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
 from nahtlos.physical.agent.volumes.steps import Stepper
 from nahtlos.physical.agent.volumes.tasks import PacedRun, VolumeTaskRun, kind_of, task_for
-from nahtlos.physical.ports import Drivers, VmmId
+from nahtlos.physical.ports import Drivers
 from nahtlos.physical.settings import AgentSettings
+from nahtlos.wire.displays import DisplayClose, DisplayOpen, DisplayRead, DisplayWrite
 from nahtlos.wire.gateways import BeginGateway
 from nahtlos.wire.messages import (
     PROTOCOL_MAX,
@@ -44,7 +47,6 @@ from nahtlos.wire.messages import (
     BeginVerify,
     CancelOperation,
     Configure,
-    ConsoleData,
     ConsoleRead,
     ConsoleWrite,
     Done,
@@ -53,6 +55,7 @@ from nahtlos.wire.messages import (
     Message,
     MoveAbandon,
     MoveCommit,
+    MoveConsole,
     MoveFinished,
     MoveOrder,
     MovePrepare,
@@ -91,6 +94,7 @@ ForMove = (
     | MoveAbandon
     | MoveQuery
     | MoveReturnFrames
+    | MoveConsole
     | MoveFinished
 )
 
@@ -128,6 +132,7 @@ class Agent:
         )
         self._converger = Converger(self._context, self._begin)
         self._gateways = Gateways(self._context, self._converger.bring_network)
+        self._displays = Displays(self._context)
         self._boot_id = boot_id
         self._on_bug = on_bug
         self._sources: dict[OperationId, SourceMove] = {}
@@ -155,6 +160,7 @@ class Agent:
                 tasks.create_task(DiskKeeper(self._context).run(), name="disks")
                 tasks.create_task(Stepper(self._context).run(), name="steps")
                 tasks.create_task(TouchRates(self._context).run(), name="touch rates")
+                tasks.create_task(self._displays.run(), name="displays")
                 tasks.create_task(self._orchestrator_loop(), name="orchestrator")
         finally:
             self._operations = None
@@ -362,7 +368,7 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console", "volumes", "gateways", "replace", "power"),
+            capabilities=("move", "verify", "console", "volumes", "gateways", "replace", "power", "display"),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )
@@ -415,12 +421,11 @@ class Agent:
             case Acknowledge():
                 self._context.ledger.acknowledge(body.ids)
             case ConsoleRead():
-                vmm = self._console_of(body.server)
-                data, offset = await self._context.drivers.hypervisor.console(vmm, body.offset, body.limit)
-                return ConsoleData(data=data, next_offset=offset)
+                return await serial.read(self._context, body)
+            case DisplayOpen() | DisplayRead() | DisplayWrite() | DisplayClose():
+                return await self._displays.answer(body)
             case ConsoleWrite():
-                vmm = self._console_of(body.server)
-                await self._context.drivers.hypervisor.console_write(vmm, body.data)
+                return await serial.write(self._context, body)
             case Ping():
                 pass
             case _:
@@ -480,12 +485,6 @@ class Agent:
         if not isinstance(task, PacedRun):
             raise NotFound(f"no copy {body.id} runs here", field="operation")
         task.set_speed(body.bytes_per_second)
-
-    def _console_of(self, server: ServerId) -> VmmId:
-        held = self._context.ledger.owner(server)
-        if held is None or held.hold is not Hold.OWNED:
-            raise NotFound(f"{server} is not on {self._context.settings.host}", field="server")
-        return VmmId(server, held.epoch)
 
     # --- peers ---
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Error, ErrorRecord, Refused
 from nahtlos.model.ids import OperationId, ServerId
+from nahtlos.physical.agent.consoles.pace import Pace
 from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.agent.turns import Turns
 from nahtlos.physical.ports import Drivers
@@ -19,6 +20,10 @@ QUIET_SECONDS = 1.0
 BREATH_SECONDS = 0.25
 """A guest that was resumed a moment ago has its memory and its code to find again: what agents have to tell
 and to put right would take the CPUs from it just then."""
+
+CONSOLE_RATE = 1 << 20
+CONSOLE_BURST = 512 << 10
+"""Bytes a second, and at once, that all serial consoles of a host may send."""
 
 
 @dataclass(eq=False)
@@ -78,6 +83,8 @@ class Context:
     plugging: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while servers are given vCPUs or memory. An operation passes through it, likewise, before it looks
     at what its server has."""
+
+    console_pace: Pace = field(default_factory=lambda: Pace(CONSOLE_RATE, CONSOLE_BURST))
 
     switching: set[OperationId] = field(default_factory=set[OperationId])
     """Operations between the switch of the path and a breath after the end of the blackout."""

@@ -15,6 +15,7 @@ from nahtlos.model.inventory import OperationKind, RunState
 from nahtlos.model.power import PowerState
 from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
+from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import has, wanted_compute
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership, Role
@@ -325,11 +326,13 @@ class Converger:
                 await self._end(VmmId(server, step.epoch))
                 for port in step.server.spec.ports:
                     await self._context.drivers.network.port_delete(port.id)
+                await serial.forgotten(self._context, VmmId(server, step.epoch))
                 self._context.ledger.disown(server)
                 note_fresh(self._context.ledger, server, fresh=False)
                 self._context.say("server.removed", server, "removed")
             case Act.END_STRAY:
                 await self._end(VmmId(server, step.epoch))
+                await self._context.drivers.hypervisor.console_forget(VmmId(server, step.epoch))
             case Act.KEEP:
                 self._context.ledger.own(step.server)
                 note_fresh(self._context.ledger, server, fresh=True)  # whoever stopped it saw to that
@@ -337,6 +340,7 @@ class Converger:
                     "server.kept", server, f"kept here while it is {step.server.spec.power.state}"
                 )
             case Act.LET_GO:
+                await serial.forgotten(self._context, VmmId(server, step.epoch))
                 self._context.ledger.disown(server)
                 self._context.say("server.let-go", server, "off, and another host's")
             case Act.POWER:

@@ -16,6 +16,7 @@ from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, U
 from nahtlos.model.ids import PortId, ReleaseId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.nouns import HostRole
+from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
@@ -26,6 +27,7 @@ from nahtlos.wire.messages import (
     Message,
     MoveAbandon,
     MoveCommit,
+    MoveConsole,
     MoveFinished,
     MoveOutcome,
     MovePrepare,
@@ -186,6 +188,9 @@ class DestinationMove:
                 self._path_is_back = True
                 await self._clear_away()
                 return Done()
+            case MoveConsole():
+                serial.arrived(self._context, self._vmm, body)
+                return Done()
             case MoveFinished():
                 self._finish()
                 return Done()
@@ -337,6 +342,7 @@ class DestinationMove:
             if not self.journal.running:
                 return
             await drivers.hypervisor.kill(self._vmm)
+            await drivers.hypervisor.console_forget(self._vmm)
             for port in self._order.ports:
                 await drivers.network.move_revert(port, self._context.network_of(port), MoveRole.DESTINATION)
                 if self._still_elsewhere():

@@ -295,6 +295,10 @@ class Ledger:
         )
         return dict(rows.fetchall())
 
+    def fact(self, key: str) -> bytes | None:
+        row = self._db.execute("select value from facts where key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
     def remember(self, name: str, facts: Mapping[str, bytes | None], journal: Journal | None = None) -> None:
         """Write facts down, with the step of an operation they belong to; None forgets one."""
         with self._write(name) as db:

@@ -20,6 +20,7 @@ import msgspec
 
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
 from nahtlos.model.inventory import OperationState, RunState
+from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
@@ -158,6 +159,7 @@ class Replacement(Steps):
         await self._context.drivers.hypervisor.kill(self._old)
         for port in self._order.ports:
             await self._context.drivers.network.replace_settle(port)
+        await serial.replaced(self._context, self._old, self._new)
 
     # --- when something failed -----------------------------------------------------------------------
 
@@ -209,6 +211,7 @@ class Replacement(Steps):
 
     async def _kill_new(self) -> None:
         await self._context.drivers.hypervisor.kill(self._new)
+        await self._context.drivers.hypervisor.console_forget(self._new)
 
     async def _revert(self) -> None:
         for port in self._order.ports:

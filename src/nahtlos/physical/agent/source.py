@@ -27,6 +27,7 @@ from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavaila
 from nahtlos.model.ids import PortId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.prediction import Means
+from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.convergence import (
     Course,
@@ -81,6 +82,7 @@ TELL_SECONDS = 5.0
 CARRY_EVERY_SECONDS = 0.05
 """What firewalls learn during pre-copy is sent so often that little is left for the switch."""
 CARRY_SECONDS = 30.0
+CONSOLE_SECONDS = 3.0
 
 
 class SourceMove:
@@ -476,12 +478,35 @@ class SourceMove:
             self._context.changed()
             await asyncio.sleep(KILL_AFTER_SECONDS)
         await self._until_done("the old VMM to end", self._kill_old)
+        await self._send_console()
+        await self._until_done("what its console said to be forgotten", self._forget_console)
         try:
             await self._peer.tell(MoveFinished(id=self._order.id), 5.0)
         except Exception as error:
             why = self._context.error_of(error)
             self._context.say("move.finish", self._vmm.server, f"{self._order.destination} not told: {why}")
         self._end(OperationState.DONE, None)
+
+    async def _send_console(self) -> None:
+        """What the server said here goes after it. Not worth waiting for long: without it the destination
+        begins a history anew, and says so to whoever reads."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CONSOLE_SECONDS
+        while True:
+            try:
+                said = await serial.leaving(self._context, self._vmm, self._order.id)
+                await self._peer.tell(said, CONSOLE_SECONDS)
+            except Exception as error:
+                why = self._context.error_of(error)
+                if isinstance(why, Unavailable) and loop.time() < until:
+                    await asyncio.sleep(ASK_AGAIN_SECONDS)
+                    continue
+                text = f"what its console said until now stays behind: {why}"
+                self._context.say("move.console", self._vmm.server, text, id=self._order.id)
+            return
+
+    async def _forget_console(self) -> None:
+        await serial.forgotten(self._context, self._vmm)
 
     async def _cease_judging(self) -> None:
         """Answers to what the server begins at its new place still come by this host. A failure is made good

@@ -6,8 +6,8 @@ is a change of its hardware and needs a new machine type. vCPUs and memory that 
 where the server was made with places for them; a VMM that waits for a server is started with the vCPUs that
 server has at that moment.
 
-    pcie.0   03.0 disk   04.0.. NICs   0c.0 plugged memory   10.0, 10.1 root ports for data disks
-             1f.* (the machine's own)
+    pcie.0   01.0 display, if it has one   03.0 disk   04.0.. NICs   0c.0 plugged memory
+             10.0, 10.1 root ports for data disks   1f.* (the machine's own)
 """
 
 import uuid
@@ -22,6 +22,8 @@ from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.physical.hypervisor.disks import DATA_DISKS, QUEUE_SIZE, TLS_CLIENT, disk_arguments
 
+DISPLAY_ADDRESS = 0x1
+DISPLAY_MIB = 8
 FIRST_NIC_ADDRESS = 0x4
 NICS = 8
 ROOT_PORTS_ADDRESS = 0x10
@@ -63,6 +65,11 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
     log: Path
     ram: Path
     record: Path
+
+    @property
+    def display(self) -> Path:
+        """Where it speaks RFB, if the server has a display."""
+        return self.console.with_suffix(".vnc")
 
     @property
     def plugged_ram(self) -> Path:
@@ -108,6 +115,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_memory(shape),
         *_monitors(shape.paths),
         *_console(shape.paths),
+        *(_display(shape.paths) if server.display else ()),
         *_root_ports(),
         *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
@@ -267,6 +275,19 @@ def _monitors(paths: VmmPaths) -> tuple[str, ...]:
 def _console(paths: VmmPaths) -> tuple[str, ...]:
     options = f"path={paths.console},server=on,wait=off,logfile={paths.console_log},logappend=on"
     return ("-chardev", f"socket,id=console,{options}", "-serial", "chardev:console")
+
+
+def _display(paths: VmmPaths) -> tuple[str, ...]:
+    """The card that every release since 1.0 has and knows how to move. Its memory travels with the server, in
+    place too, where nothing else of that size does: as little as shows 1920x1080."""
+    card = {
+        "driver": "VGA",
+        "id": "display0",
+        "bus": "pcie.0",
+        "addr": f"{DISPLAY_ADDRESS:#x}",
+        "vgamem_mb": DISPLAY_MIB,
+    }
+    return ("-vnc", f"unix:{paths.display}", "-device", _json(card))
 
 
 def _root_ports() -> tuple[str, ...]:

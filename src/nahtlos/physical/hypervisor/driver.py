@@ -25,7 +25,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.nouns import Size
-from nahtlos.physical.hypervisor import migration, saving, touching
+from nahtlos.physical.hypervisor import console, migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
@@ -39,9 +39,11 @@ from nahtlos.physical.hypervisor.commandline import (
 from nahtlos.physical.hypervisor.compute import ComputeCare, check_movable
 from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
 from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
+from nahtlos.physical.hypervisor.display import SocketDisplay
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
 from nahtlos.physical.ports import (
+    CONSOLE_KEPT,
     DiskProblem,
     MigrationProgress,
     Sink,
@@ -99,6 +101,7 @@ class QemuHypervisor:
         record = vmm.record
         size = record.server.spec.size if record else Size()
         release = record.release if record else None
+        console.bound(vmm.paths.console_log, CONSOLE_KEPT)
         if unit.pid is None:
             return VmmStatus(id=identity, state=RunState.CRASHED, release=release, size=size)
         try:
@@ -146,17 +149,24 @@ class QemuHypervisor:
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
         return tail_of(self._vmm(vmm).paths.console_log, offset, limit)
 
-    async def console_write(self, vmm: VmmId, data: bytes) -> None:
-        path = self._vmm(vmm).paths.console
-        try:
-            async with asyncio.timeout(CONSOLE_WITHIN):
-                _, writer = await asyncio.open_unix_connection(str(path))
-                writer.write(data)
-                await writer.drain()
-                writer.close()
-                await writer.wait_closed()
-        except (OSError, TimeoutError) as error:
-            raise Unavailable(f"the console of {vmm.server} does not answer: {error}") from error
+    async def console_size(self, vmm: VmmId) -> int:
+        return console.size_of(self._vmm(vmm).paths.console_log)
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> int:
+        found = self._running(vmm)
+        async with found.typing:
+            return await console.type_into(
+                found.paths.console, data, within=CONSOLE_WITHIN, may=lambda: not found.leaves
+            )
+
+    async def display_open(self, vmm: VmmId) -> SocketDisplay:
+        record = self._running(vmm).record
+        if record is None or not record.server.spec.display:
+            raise Refused(f"{vmm.server} has no display", field="server")
+        return await SocketDisplay.connect(self._vmm(vmm).paths.display)
+
+    async def console_forget(self, vmm: VmmId) -> None:
+        self._vmm(vmm).paths.console_log.unlink(missing_ok=True)
 
     # --- what it is given --------------------------------------------------------------------------
 
@@ -267,7 +277,7 @@ class QemuHypervisor:
             if await found.state() != "shutdown":
                 raise
             return  # its guest has switched itself off meanwhile: there is nothing to run
-        found.last_state = RunState.RUNNING
+        found.last_state, found.leaves = RunState.RUNNING, False
         found.note_resumed()
 
     async def _let_run(self, found: Vmm) -> None:
@@ -320,6 +330,7 @@ class QemuHypervisor:
 
     async def pause(self, vmm: VmmId) -> None:
         found = self._running(vmm)
+        found.leaves = True
         await found.execute("stop")
         found.last_state = RunState.PAUSED
 

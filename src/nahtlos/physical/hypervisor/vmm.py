@@ -105,6 +105,10 @@ class Vmm:
         """When which connection's copy was found to have failed although it answers."""
         self.refused_keys: set[str] = set()
         """Connections whose daemon answers and serves no such volume."""
+        self.typing = asyncio.Lock()
+        """One at a time: QEMU answers one connection to a console."""
+        self.leaves = False
+        """Its guest was stopped, maybe for good: what is typed into it now would be lost with it."""
         self.changing_compute = asyncio.Lock()
         self.last_compute = ComputeStatus()
         self.asked: dict[str, Asked] = {}
@@ -159,7 +163,8 @@ class Vmm:
             raise Refused(f"{of.ram} is gone: there is no memory to take over", field="server") from None
 
     def remove_files(self) -> None:
-        """Everything but the log, of which the last one per server is kept."""
+        """Everything but the log, of which the last one per server is kept, and what its console has said: a
+        VMM that is started again goes on with that, and whoever follows it has not read all of it yet."""
         paths = self.paths
         for path in (
             paths.ram,
@@ -168,7 +173,7 @@ class Vmm:
             paths.qmp_emergency,
             paths.stream,
             paths.console,
-            paths.console_log,
+            paths.display,
         ):
             path.unlink(missing_ok=True)
         if paths.log.exists():

@@ -98,7 +98,6 @@ class Vmm:
     """Something was decided about what arrives: it came, or it never will."""
     saved: bool = False
     """What it remembers was written out, whole."""
-    console: bytearray = field(default_factory=bytearray)
     disk_problems: tuple[DiskProblem, ...] = ()
     """Why its disks have stopped it."""
 

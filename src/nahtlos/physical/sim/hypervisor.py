@@ -11,6 +11,7 @@ from nahtlos.model.inventory import Accelerator, ComputeStatus, RunState
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, Sink, VmmId, VmmStatus
 from nahtlos.physical.sim.compute import change_compute, compute_of
 from nahtlos.physical.sim.disks import change_disks, copies_lost
+from nahtlos.physical.sim.display import SimDisplay
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.guests import LINK_BYTES_PER_SECOND, Vmm
 from nahtlos.physical.sim.world import World
@@ -57,13 +58,34 @@ class SimHypervisor(SimDriver):
 
     async def console(self, vmm: VmmId, offset: int, limit: int) -> tuple[bytes, int]:
         async with self.verb("console", vmm.unit):
-            text = bytes(self._held(vmm).console)
-            data = text[offset : offset + limit]
-            return data, min(offset, len(text)) + len(data)
+            data = bytes(self._said(vmm)[offset : offset + limit])
+            return data, offset + len(data)
 
-    async def console_write(self, vmm: VmmId, data: bytes) -> None:
+    async def console_size(self, vmm: VmmId) -> int:
+        async with self.verb("console_size", vmm.unit):
+            return len(self._said(vmm))
+
+    def _said(self, vmm: VmmId) -> bytearray:
+        return self.host.consoles.get(vmm, bytearray())
+
+    async def console_write(self, vmm: VmmId, data: bytes) -> int:
+        """The guest says what it hears."""
         async with self.verb("console_write", vmm.unit):
-            self._living(vmm).console.extend(data)
+            if self._living(vmm).state is not RunState.RUNNING:
+                return 0
+            self._said(vmm).extend(data)
+            return len(data)
+
+    async def display_open(self, vmm: VmmId) -> SimDisplay:
+        async with self.verb("display_open", vmm.unit):
+            held = self._living(vmm)
+            if not held.server.spec.display:
+                raise Refused(f"{vmm.server} has no display", field="server")
+            return SimDisplay(held)
+
+    async def console_forget(self, vmm: VmmId) -> None:
+        async with self.verb("console_forget", vmm.unit):
+            self.host.consoles.pop(vmm, None)
 
     async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("compute_reconcile", vmm.unit):

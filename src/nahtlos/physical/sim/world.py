@@ -109,6 +109,8 @@ class SimHost:
     broken_releases: dict[ReleaseId, str] = field(default_factory=dict[ReleaseId, str])
     """Present, but a probe under them does not boot; with the reason."""
     vmms: dict[VmmId, Vmm] = field(default_factory=dict[VmmId, Vmm])
+    consoles: dict[VmmId, bytearray] = field(default_factory=dict[VmmId, bytearray])
+    """What each VMM's guest has said, also of those that have ended."""
     volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
     disks_told: asyncio.Event = field(default_factory=asyncio.Event)
     """Disks have stopped a guest here."""
@@ -365,6 +367,7 @@ class World:
             given=Given.of(server.spec),
         )
         host.vmms[vmm_id] = vmm
+        host.consoles.setdefault(vmm_id, bytearray())
         for tap in taps:
             self.paths.touch(tap.mac)
             tap.vmm = vmm
@@ -380,7 +383,7 @@ class World:
             self.violated("rebooted", vmm.id.server, f"booted again at {vmm.host} by epoch {vmm.id.epoch}")
         facts.gone = facts.may_stop = False
         vmm.guest = Guest(boot=facts.boots)
-        vmm.console += f"boot {facts.boots} at {vmm.host}\n".encode()
+        self.hosts[vmm.host].consoles[vmm.id] += f"boot {facts.boots} at {vmm.host}\n".encode()
         self._run(vmm)
         if not facts.up:
             delay = self.random.uniform(*BOOT_SECONDS)
@@ -591,7 +594,6 @@ class World:
             destination.given.take_over(source.given)
             destination.migrated = True
             destination.state = RunState.PAUSED
-            destination.console += source.console
             destination.arrival.set()
         else:
             self._nothing_arrives(destination, stream.error or str(stream.phase))

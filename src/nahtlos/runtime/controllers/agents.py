@@ -9,7 +9,7 @@ servers: orders come from the planning loop (`post`), reports go to the store.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -96,6 +96,12 @@ class Agents:
     def latest(self) -> Mapping[HostId, HostInventory]:
         """Reports that came in since this process began; at least as new as the stored ones."""
         return self._latest
+
+    def lacking(self, capability: str, hosts: Iterable[HostId]) -> tuple[HostId, ...]:
+        """Those of `hosts` whose agent is here and does not have it."""
+        there = ((host, self._connections.get(host)) for host in hosts)
+        hellos = ((host, c.hello) for host, c in there if c is not None and c.hello is not None)
+        return tuple(host for host, hello in hellos if capability not in hello.capabilities)
 
     def post(self, orders: Mapping[HostId, HostOrders]) -> None:
         for host, connection in self._connections.items():

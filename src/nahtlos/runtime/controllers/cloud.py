@@ -37,6 +37,7 @@ from nahtlos.model.nouns import Component, CpuShare, HostRole, Release, Size
 from nahtlos.model.power import Power
 from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.model.values import Value
+from nahtlos.runtime.controllers.consoles import Consoles
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
 from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.projects import Projects
@@ -112,6 +113,8 @@ class ServerView(Value, frozen=True, kw_only=True):
     allow_slowdown: bool = False
     dirty_rate: int | None = None
     """Bytes of memory a second it touches, as measured last."""
+    display: bool = False
+    """It has a graphics card (`Consoles.display`)."""
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
     cpu: CpuShare = CpuShare()
@@ -197,6 +200,8 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     blackout_budget_ms: int | None = None
     """The longest gap its clients may see when it is carried elsewhere. None: none is set."""
     allow_slowdown: bool = False
+    display: bool = False
+    """It has a graphics card, whose picture `Consoles.display` shows."""
     allow_post_copy: bool = False
     """Refused: it is not offered."""
 
@@ -262,6 +267,9 @@ class Cloud(Protocol):
 
     @property
     def power(self) -> Powers: ...
+
+    @property
+    def consoles(self) -> Consoles: ...
 
     async def status(self) -> Status: ...
 

@@ -36,6 +36,7 @@ from nahtlos.runtime.controllers.cloud import (
     ServerView,
     Status,
 )
+from nahtlos.runtime.controllers.console_service import ConsoleService
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_requests import checked_project
@@ -85,6 +86,7 @@ class CloudService:
         self.volumes = VolumeService(self._looks, said=self._said, images=images, keys=keys)
         self.projects = ProjectService(self._looks, said=self._said)
         self.power = PowerService(self._looks, said=self._said, shown=self.server)
+        self.consoles = ConsoleService(agents, self.server)
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -235,6 +237,12 @@ class CloudService:
                 ports=new_ports(state.topology(), name, project, request.networks),
             )
             spec = server_requests.with_hardware(request, spec)
+            if spec.display:
+                server_requests.check_display(
+                    self._agents.lacking(
+                        "display", (h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE)
+                    )
+                )
             volume = volume_requests.system_disk(state, inventory, disk, request.copies)
             spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
             check_project(state, project, servers={name: spec}, volumes={volume.id: volume})

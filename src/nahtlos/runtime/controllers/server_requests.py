@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET
 
 from nahtlos.model.errors import Conflict, Refused
-from nahtlos.model.ids import ServerId, VolumeId
+from nahtlos.model.ids import HostId, ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
@@ -56,7 +56,18 @@ def with_hardware(request: ServerRequest, spec: ServerSpec) -> ServerSpec:
         max_vcpus=vcpus,
         boot_memory_mib=spec.size.memory_mib if memory else 0,
         max_memory_mib=memory,
+        display=request.display,
     )
+
+
+def check_display(lacking: tuple[HostId, ...]) -> None:
+    """Any host may come to run it, and an agent of an older release would start it without its card."""
+    if lacking:
+        raise Refused(
+            f"agents of an older release, which know no displays: {', '.join(sorted(lacking))}",
+            field="display",
+            remedy="upgrade them first, or create the server without one",
+        )
 
 
 def _max_vcpus(request: ServerRequest, size: Size) -> int:

@@ -82,6 +82,7 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         blackout_budget_ms=row.spec.blackout_budget_ms,
         allow_slowdown=row.spec.allow_slowdown,
         dirty_rate=status.dirty_rate if status else None,
+        display=row.spec.display,
         replaced_by=move.release if move else row.replace_by,
         waits_for=_waits_for(report, server, removed=row.removed_at is not None),
         created_at=row.created_at,
