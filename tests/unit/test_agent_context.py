@@ -16,6 +16,7 @@ from nahtlos.physical.agent import context as module
 from nahtlos.physical.agent.agent import Agent
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
+from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Journal, Ledger
 from nahtlos.wire import websocket
 from nahtlos.wire.messages import Message
@@ -64,7 +65,7 @@ async def test_convergence_takes_no_step_while_a_path_is_switched(monkeypatch: p
     ledger.accept(HostConfig(host=HostId("host-1"), generation=1, release=None))
     drivers = SimpleNamespace(storage=Driver(), network=Driver(), hypervisor=Driver())
     ctx = context(drivers=drivers, ledger=ledger)
-    attempt = asyncio.create_task(Converger(ctx, begin_nothing).attempt())
+    attempt = asyncio.create_task(Converger(ctx, begin_nothing, Leases(ctx, "boot")).attempt())
     await asyncio.sleep(0.02)
     assert taken == ["reconcile"]
     ctx.switched(MOVE)
@@ -95,7 +96,8 @@ async def test_a_bug_in_one_part_does_not_keep_the_others_from_being_put_right()
     drivers = SimpleNamespace(
         storage=Driver("volumes"), network=Driver("network"), hypervisor=Driver("servers")
     )
-    converger = Converger(context(drivers=drivers, ledger=ledger), begin_nothing)
+    ctx = context(drivers=drivers, ledger=ledger)
+    converger = Converger(ctx, begin_nothing, Leases(ctx, "boot"))
     await converger.attempt()
     assert taken == ["volumes", "network", "servers"]
     assert [problem.kind for problem in converger.problems] == ["bug", "bug"]

@@ -7,6 +7,7 @@ which release each host has, which moves may run now.
 
 from enum import StrEnum
 
+from nahtlos.model.availability import Denial, LeaseTerms, Off
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import (
     BackupId,
@@ -128,6 +129,13 @@ class Policy(Value, frozen=True, kw_only=True):
     """From one host; and, counted apart, to one host."""
     move_bytes_per_second: int = 0
     """What a host's link gives to moves, in each direction; 0: not known, and moves are only counted."""
+    lost: frozenset[HostId] = frozenset()
+    """Hosts that have reported nothing for so long that they may have failed."""
+    off: dict[HostId, Off] = {}
+    """Hosts for which somebody vouches that they have no power."""
+    power: frozenset[HostId] = frozenset()
+    """Hosts that the orchestrator can switch off."""
+    lease_seconds: float = 20.0
     experience: Experience = Experience()
 
 
@@ -156,6 +164,16 @@ class HostPlan(Value, frozen=True, kw_only=True):
     """None: the host's own programs."""
     replacing: Component | None = None
     """Replaced right now while servers stay: until the host reports it and is healthy."""
+    lease: LeaseTerms | None = None
+    """As it is told."""
+    lease_kept: LeaseTerms | None = None
+    """As it last said that it keeps to: this one or the one above is what it may have."""
+    denial: Denial | None = None
+    """It is lost, and members of its lease are told to grant it nothing."""
+    denial_terms: int = 0
+    """The last that was used."""
+    fenced: str = ""
+    """How it is known that none of what shall be restarted runs there any more; empty: it is not."""
 
     def release_of(self, component: Component) -> ReleaseId | None:
         match component:
@@ -254,6 +272,8 @@ class Blueprint(Value, frozen=True, kw_only=True):
     """Failed moves of a server in a row; a success clears it, and so does the end of the wish to move it."""
     failed_moves: dict[ServerId, Failure] = {}
     failed_verifies: dict[HostId, Failure] = {}
+    passed_over: dict[HostId, dict[ServerId, int]] = {}
+    """Servers that were restarted elsewhere, by what epoch, and hosts that have not learned it yet."""
     served_requests: dict[ServerId, HostId | None] = {}
     """Those of `Policy.requested_moves` that have been fulfilled."""
     campaign: CampaignId | None = None

@@ -7,6 +7,7 @@ does not mention is reported as drift and left alone.
 
 import ipaddress
 
+from nahtlos.model.availability import Denial, LeaseTerms, PassedOver
 from nahtlos.model.ids import (
     HostId,
     NetworkId,
@@ -202,3 +203,9 @@ class HostConfig(Value, frozen=True, kw_only=True):
     """None: the underlay interface is left alone."""
     hosts: tuple[HostSpec, ...] = ()
     """Every host of the cloud, so that agents can check who is speaking to them."""
+    lease: LeaseTerms | None = None
+    """Under which servers run here that shall be restarted elsewhere. None: they need none."""
+    denials: tuple[Denial, ...] = ()
+    """Hosts that are granted no lease."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """Servers that were restarted elsewhere because this host had failed."""

@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 
+from nahtlos.model.availability import Standing
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import (
     HostId,
@@ -61,6 +62,8 @@ class ServerStatus(Value, frozen=True, kw_only=True):
     saved: SavedState | None = None
     dirty_rate: int | None = None
     """Bytes of memory a second it touches, as its host measured last; None: not yet, or its host cannot."""
+    under_lease: bool = False
+    """It runs, and is started, only while its host has its lease."""
 
 
 class OperationState(StrEnum):
@@ -221,6 +224,8 @@ class HostInventory(Value, frozen=True, kw_only=True):
     """What its agent can be asked for that older ones cannot: `power`, `suspend`."""
     network: dict[str, str] = {}
     """What the network driver uses here and what is missing: subject to words."""
+    standing: Standing | None = None
+    """None: its agent knows no leases."""
 
 
 class Inventory(Value, frozen=True, kw_only=True):

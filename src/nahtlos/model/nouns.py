@@ -5,6 +5,7 @@ Values only. Sizes are in MiB unless the name says otherwise; addresses are stri
 
 from enum import StrEnum
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.ids import HostId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
 from nahtlos.model.power import Power
@@ -69,6 +70,9 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     not begun. 0: none was set."""
     allow_slowdown: bool = False
     """Its vCPUs may be slowed down so that a move comes to its end."""
+    on_host_failure: OnHostFailure = OnHostFailure.EVACUATE_ONLY
+    restart_priority: int = 0
+    """Of several that are to be restarted, those of higher priority first."""
 
     power: Power = Power()
     """Whether it is to run."""

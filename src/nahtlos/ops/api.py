@@ -26,6 +26,7 @@ from nahtlos import __version__
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ReleaseId, ServerId
 from nahtlos.model.nouns import Size
+from nahtlos.ops.availability_api import availability_routes
 from nahtlos.ops.bodies import (
     NEWEST,
     STREAM_KEEPALIVE,
@@ -109,6 +110,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     NetworkRoutes(routes, lambda: cloud.networks, _body, _json).add()
     VolumeRoutes(routes, lambda: cloud.volumes, _body, _json).add()
     VolumeCareRoutes(routes, lambda: cloud.volumes.care, _body, _json).add()
+    availability_routes(routes, lambda: cloud.availability, _body, _json)
     project_routes(routes, lambda: cloud.projects, _body, _json)
     power_routes(routes, lambda: cloud.power, _body, _json)
     if enrolment is not None:

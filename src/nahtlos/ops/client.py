@@ -21,6 +21,7 @@ from nahtlos.model.blueprint import Campaign, Forecast, HostIntent, Strategy
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.nouns import Component, HostRole, Release, Size
+from nahtlos.ops.availability_client import AvailabilityClient
 from nahtlos.ops.bodies import (
     NEWEST,
     STREAM_KEEPALIVE,
@@ -75,6 +76,7 @@ class OperatorClient:
         self._volumes = VolumeClient(self._ask_at)
         self._projects = ProjectClient(self._ask_at)
         self._power = PowerClient(self._ask_at)
+        self._availability = AvailabilityClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -122,6 +124,10 @@ class OperatorClient:
     @property
     def power(self) -> PowerClient:
         return self._power
+
+    @property
+    def availability(self) -> AvailabilityClient:
+        return self._availability
 
     @property
     def projects(self) -> ProjectClient:

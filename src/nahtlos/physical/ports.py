@@ -86,6 +86,8 @@ class Unit(msgspec.Struct, frozen=True, kw_only=True):
     nice: int = 0
     """Scheduling priority: what keeps others alive (agent, orchestrator) is below 0, so that busy guests
     cannot starve it."""
+    leased: bool = False
+    """It is started, and runs, only until the deadline of `Supervisor.arm`."""
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +110,17 @@ class Supervisor(Protocol):
         ...
 
     async def units(self) -> dict[str, UnitStatus]: ...
+
+    async def arm(self, deadline: float | None, leased: dict[str, bool]) -> None:
+        """At `deadline` (by `clock`) leased units are killed, and from then on none is started until it is
+        armed anew. None: there is no deadline until the host is started again. Before it was armed the
+        deadline counts as past. `leased` says of units by name whether they need it from here on; what it
+        does not name stays as it is."""
+        ...
+
+    def clock(self) -> float:
+        """The host's clock since boot, in seconds, which counts on while it sleeps."""
+        ...
 
     async def listen_tcp(self, name: str, address: str, port: int) -> int:
         """Hold a listening socket under `name`; returns its port (0 asks for any). Repeatable."""

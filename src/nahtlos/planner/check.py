@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from nahtlos.model.blueprint import Blueprint, HostIntent, HostPhase, PlannedMove, Policy
 from nahtlos.model.ids import BlueprintId, HostId, ServerId
 from nahtlos.model.inventory import Inventory, OperationState
-from nahtlos.model.nouns import Component, HostRole, Size
+from nahtlos.model.nouns import Assignment, Component, HostRole, Size
 from nahtlos.model.power import PowerState
 from nahtlos.planner.draft import Observed, number_of
+from nahtlos.planner.failure import proof
 from nahtlos.planner.outcome import ended
 from nahtlos.planner.volume_check import volume_violations
 
@@ -43,6 +44,7 @@ def violations(
         *_room(policy, inventory, before, child),
         *volume_violations(policy, before, child),
         *_gateways(observed, before, child),
+        *_fences(policy, inventory, before, child),
     )
 
 
@@ -67,7 +69,7 @@ def _owners(before: Blueprint, child: Blueprint) -> Iterator[str]:
 
 
 def _handed_over(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
-    """Ownership changes by a move that is seen to be done, and by nothing else; except of servers that are
+    """Ownership changes by a move that is seen to be done, or because its host is fenced; of servers that are
     off, one epoch at a time."""
     done = {
         (move.server, move.source, move.destination, move.epoch)
@@ -79,7 +81,9 @@ def _handed_over(observed: Observed, before: Blueprint, child: Blueprint) -> Ite
         old = before.servers.get(server)
         if old is not None and server in before.off and new.epoch == old.epoch + 1:
             continue
-        if old is not None and old != new and (server, old.host, new.host, new.epoch) not in done:
+        if old is None or old == new or _is_restarted(before, child, old, new):
+            continue
+        if (server, old.host, new.host, new.epoch) not in done:
             yield f"{server} changes owner from {old.host} to {new.host} without a move that is done"
 
 
@@ -100,6 +104,29 @@ def _off(policy: Policy, observed: Observed, before: Blueprint, child: Blueprint
             yield f"{server} is off although it was not asked to be by {serial}"
 
 
+def _is_restarted(before: Blueprint, child: Blueprint, old: Assignment, new: Assignment) -> bool:
+    """From a host that is fenced, which will learn it, and without a move whose other side has a say."""
+    plan = child.hosts.get(old.host)
+    told = child.passed_over.get(old.host, {}).get(new.server)
+    moved = any(move.server == new.server and not move.in_place for move in (*before.moves, *child.moves))
+    fenced = plan is not None and bool(plan.fenced)
+    return fenced and told == new.epoch > old.epoch and new.host != old.host and not moved
+
+
+def _fences(policy: Policy, inventory: Inventory, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """A host is fenced by a proof, and stays denied until it knows what it was passed over for."""
+    for host, plan in child.hosts.items():
+        old = before.hosts.get(host)
+        if plan.fenced and not (old is not None and old.fenced) and not proof(policy, inventory, host, plan):
+            yield f"{host} is called fenced without a proof"
+        if plan.fenced and plan.denial is None:
+            yield f"{host} is fenced and not denied"
+        if child.passed_over.get(host) and plan.denial is None:
+            yield f"{host} is granted a lease before it knows what it was passed over for"
+        if old is not None and old.denial and plan.denial is None and host not in inventory.connected:
+            yield f"the denial of {host} is lifted before it is back"
+
+
 def _operations(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
     old = {**{move.id: move for move in before.moves}, **{verify.id: verify for verify in before.verifies}}
     new = {**{move.id: move for move in child.moves}, **{verify.id: verify for verify in child.verifies}}
@@ -107,6 +134,8 @@ def _operations(observed: Observed, before: Blueprint, child: Blueprint) -> Iter
         yield "two operations share an id"
     for operation, was in old.items():
         hosts = (was.source, was.destination) if isinstance(was, PlannedMove) else (was.host,)
+        if isinstance(was, PlannedMove) and was.in_place and _is_passed_over(child, was):
+            continue
         if operation not in new and ended(observed, operation, hosts) is None:
             yield f"{operation} is dropped although its end was not seen"
         if operation in new and new[operation] != was:
@@ -114,6 +143,10 @@ def _operations(observed: Observed, before: Blueprint, child: Blueprint) -> Iter
     for operation in new.keys() - old.keys():
         if int(operation.rpartition("-")[2]) <= before.counter:
             yield f"the id {operation} is used again"
+
+
+def _is_passed_over(child: Blueprint, move: PlannedMove) -> bool:
+    return child.passed_over.get(move.source, {}).get(move.server, 0) > move.epoch
 
 
 def _moves(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]:

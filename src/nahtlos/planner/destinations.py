@@ -39,6 +39,8 @@ def why_closed(draft: Draft, host: HostId) -> Closed | None:
             return Closed(WaitKind.OPERATOR, f"{host} is {plan.phase}", f"activate {host}")
         case HostPhase.SERVING:
             pass
+    if plan.denial is not None:
+        return Closed(WaitKind.HOST, f"{host} is lost, or has just come back")
     if plan.release is None:
         return Closed(WaitKind.OPERATOR, f"{host} has no hypervisor release yet", "register a release")
     if not draft.observed.connected(host):
@@ -53,6 +55,7 @@ def open_hosts(draft: Draft, *, without: HostId | None = None, as_if_connected: 
         for host, plan in sorted(draft.hosts.items())
         if plan.phase is HostPhase.SERVING
         and plan.release is not None
+        and plan.denial is None
         and host != without
         and draft.is_compute(host)
         and (as_if_connected or draft.observed.connected(host))

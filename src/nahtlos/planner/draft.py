@@ -104,6 +104,7 @@ class Draft:
         self.failed_verifies: dict[HostId, Failure] = dict(base.failed_verifies)
         self.volume_tasks: dict[OperationId, PlannedVolumeTask] = {t.id: t for t in base.volume_tasks}
         self.failed_volume_tasks: dict[str, Failure] = dict(base.failed_volume_tasks)
+        self.passed_over: dict[HostId, dict[ServerId, int]] = dict(base.passed_over)
         self.served_requests = dict(base.served_requests)
         self.campaign = base.campaign
         self.upgrading = base.upgrading
@@ -297,6 +298,7 @@ class Draft:
             attempts=self.attempts,
             failed_moves=self.failed_moves,
             failed_verifies=self.failed_verifies,
+            passed_over=self.passed_over,
             served_requests=self.served_requests,
             campaign=self.campaign,
             upgrading=self.upgrading,

@@ -7,7 +7,7 @@ from nahtlos.planner.destinations import heaviest_first, no_room, open_hosts, pa
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.in_place import replace_or_wait
 from nahtlos.planner.moves import CAMPAIGN, start_or_wait, why_not_ready
-from nahtlos.planner.ways import leaving_with_room, runs
+from nahtlos.planner.ways import is_left, leaving_with_room, runs
 
 
 def evacuate_hosts(draft: Draft) -> None:
@@ -40,6 +40,14 @@ def _take_over(draft: Draft, host: HostId, servers: list[ServerId]) -> list[Serv
 
 
 def _evacuate(draft: Draft, host: HostId, servers: list[ServerId]) -> None:
+    for server in (left := [s for s in servers if is_left(draft, s)]):
+        draft.wait(
+            server,
+            WaitKind.OPERATOR,
+            f"{server} stays on {host}: it is to be left where it is",
+            f"ask for it: nahtlos server move {server}, or change --on-host-failure of it",
+        )
+    servers = [server for server in servers if server not in left]
     if not servers:
         return
     draft.wanted.update(servers)

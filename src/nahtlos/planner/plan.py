@@ -12,6 +12,7 @@ from nahtlos.planner.capacity import capacity_report, count_rooms
 from nahtlos.planner.check import check
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.evacuate import evacuate_hosts
+from nahtlos.planner.failure import restart_failed, review_failures
 from nahtlos.planner.gateways import plan_gateways
 from nahtlos.planner.hosts import settle_hosts, verify_switching_hosts
 from nahtlos.planner.in_place import replace_requested
@@ -31,8 +32,10 @@ def plan(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tupl
     forget_removed_servers(draft)
     settle_hosts(draft)
     settle_power(draft)
+    review_failures(draft)
     count_rooms(draft)
     review_campaign(draft)
+    restart_failed(draft)
     start_stopped(draft)
     place_new_servers(draft)
     serve_requests(draft)

@@ -157,6 +157,9 @@ def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId) -> None:
     if host not in campaign.hosts or draft.hosts[host].release == campaign.to_release:
         _give_back(draft, host, "the campaign does not need it")
         return
+    if why := draft.hosts[host].fenced:
+        _give_back(draft, host, f"it has failed ({why})")
+        return
     if any(move.source == host for move in draft.moves.values()):
         return
     servers = leaving_with_room(draft, campaign, host, draft.by_host().get(host, []))

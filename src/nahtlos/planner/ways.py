@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.blueprint import Campaign, HostIntent, Strategy, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ReleaseId, ServerId
 from nahtlos.model.prediction import Estimate, Means, Workload
@@ -126,6 +127,12 @@ def deferred(server: ServerId, why: str) -> Waiting:
     )
 
 
+def is_left(draft: Draft, server: ServerId) -> bool:
+    """Its owner wants it left where it is, also when its host is emptied."""
+    spec = draft.policy.servers.get(server)
+    return spec is not None and spec.on_host_failure is OnHostFailure.LEAVE
+
+
 def can_stay(draft: Draft, server: ServerId, release: ReleaseId) -> bool:
     """Whether a process of `release` can take it over in place within its budget."""
     pair = row_for(draft, server, Way.IN_PLACE, release)
@@ -146,6 +153,7 @@ def leaving(draft: Draft, campaign: Campaign, host: HostId, servers: Sequence[Se
     """Those that shall leave the host if there is room for them; the others are replaced in place."""
     if not stays(draft, campaign, host):
         return list(servers)
+    servers = [server for server in servers if not is_left(draft, server)]
     if campaign.strategy is Strategy.IN_PLACE:
         return []
     release = campaign.to_release

@@ -7,7 +7,7 @@ kind `refused`), so two neighbouring releases can talk. A message is carried in 
     orchestrator -> agent   Configure, BeginMove, BeginReplace, BeginVerify, BeginVolumeTask, BeginGateway,
                             Acknowledge, CancelOperation, ConsoleRead, ConsoleWrite, Ping
     agent -> agent          PeerHello, MovePrepare, MoveState, MoveSwitch, MoveCommit, MoveAbandon, …
-                            VolumeReceive, VolumeAttach, …, GatewayPrepare, GatewayTake, …
+                            VolumeReceive, VolumeAttach, …, GatewayPrepare, GatewayTake, … LeaseAsk
 """
 
 import msgspec
@@ -354,6 +354,18 @@ class MoveFinished(Message, frozen=True, kw_only=True):
     id: OperationId
 
 
+class LeaseAsk(Message, frozen=True, kw_only=True):
+    """Host to a member of its lease: grant it to me, from the moment at which I asked. Refused while the
+    member was told to deny it, and by one that does not know the host."""
+
+    seconds: float
+    """That it would last."""
+
+
+class LeaseGranted(Message, frozen=True, kw_only=True):
+    pass
+
+
 ToAgent = (
     Configure
     | BeginMove
@@ -404,6 +416,7 @@ ToPeer = (
     | GatewayState
     | GatewayTake
     | GatewayAbandon
+    | LeaseAsk
     | Ping
 )
 Answer = (
@@ -423,6 +436,7 @@ Answer = (
     | VolumeDigested
     | VolumeRejoined
     | VolumeOffered
+    | LeaseGranted
 )
 AnyMessage = ToAgent | ToOrchestrator | ToPeer | Answer
 

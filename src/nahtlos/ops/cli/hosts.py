@@ -8,6 +8,7 @@ from nahtlos.model.blueprint import HostIntent, HostPhase
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId
 from nahtlos.ops.cli import pictures
+from nahtlos.ops.cli.availability import availability_commands
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
@@ -82,6 +83,7 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
                 )
         cli.show(view, pictures.host(view))
 
+    availability_commands(app, surroundings)
     return app
 
 

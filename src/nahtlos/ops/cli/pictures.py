@@ -96,7 +96,7 @@ def _host_state(view: HostView) -> Text:
     if view.intent is HostIntent.DRAINED and view.phase is not HostPhase.DRAINED:
         text.append(" (drains)", style=SOFT)
     if not view.connected:
-        text.append(" disconnected", style=BAD)
+        text.append(f" {view.failure or 'disconnected'}", style=BAD)
     elif view.generation != view.target_generation:
         text.append(" converging", style=SOFT)
     return text

@@ -30,6 +30,7 @@ def server(view: ServerView) -> RenderableType:
             ("network", network_text(view)),
             ("disks", disks_text(view)),
             ("blackout budget", f"{view.blackout_budget_ms} ms" if view.blackout_budget_ms else NOTHING),
+            ("if its host fails", _on_failure(view)),
             ("VMM", view.release or NOTHING),
             ("volume on", view.volume_host),
             ("epoch", str(view.epoch)),
@@ -48,6 +49,11 @@ def _size(view: ServerView) -> Text:
     if has.waits_for:
         text.append(f" ({has.waits_for})", style=WARN)
     return text
+
+
+def _on_failure(view: ServerView) -> str:
+    priority = f", priority {view.restart_priority}" if view.restart_priority else ""
+    return f"{view.on_host_failure}{priority}"
 
 
 def _most(view: ServerView) -> str:

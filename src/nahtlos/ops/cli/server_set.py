@@ -14,6 +14,7 @@ from msgspec import UNSET
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ServerId
 from nahtlos.model.inventory import RunState
@@ -80,6 +81,12 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
         allow_slowdown: Annotated[
             bool | None, typer.Option(help="Slow it down if a move would not end otherwise.")
         ] = None,
+        on_host_failure: Annotated[
+            OnHostFailure | None, typer.Option(help="What becomes of it when its host fails or is emptied.")
+        ] = None,
+        restart_priority: Annotated[
+            int | None, typer.Option(help="Of several that are restarted, the highest first; -100 to 100.")
+        ] = None,
         wait: Annotated[bool, typer.Option(help="Wait until it holds.")] = True,
         deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 60.0,
     ) -> None:
@@ -97,6 +104,8 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
             else volume_amounts.octets(bandwidth, "bytes_per_second"),
             blackout_budget_ms=UNSET if blackout_budget is None else _milliseconds(blackout_budget),
             allow_slowdown=UNSET if allow_slowdown is None else allow_slowdown,
+            on_host_failure=UNSET if on_host_failure is None else on_host_failure,
+            restart_priority=UNSET if restart_priority is None else restart_priority,
         )
         async with cli.client() as client:
             before = await client.server(ServerId(server))

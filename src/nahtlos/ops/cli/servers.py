@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
@@ -78,6 +79,12 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         allow_slowdown: Annotated[
             bool, typer.Option("--allow-slowdown", help="Slow it down if a move would not end otherwise.")
         ] = False,
+        on_host_failure: Annotated[
+            OnHostFailure, typer.Option(help="What becomes of it when its host fails or is emptied.")
+        ] = OnHostFailure.EVACUATE_ONLY,
+        restart_priority: Annotated[
+            int, typer.Option(help="Of several that are restarted, the highest first; -100 to 100.")
+        ] = 0,
         allow_post_copy: Annotated[
             bool, typer.Option("--allow-post-copy", help="Not offered; refused with the reason.")
         ] = False,
@@ -132,6 +139,8 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             blackout_budget_ms=blackout_budget,
             allow_slowdown=allow_slowdown,
             display=display,
+            on_host_failure=on_host_failure,
+            restart_priority=restart_priority,
             allow_post_copy=allow_post_copy,
         )
         async with cli.client() as client:

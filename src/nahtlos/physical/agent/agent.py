@@ -22,6 +22,7 @@ from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
 from nahtlos.physical.agent.gateways import ForGateway, Gateways
+from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.power import PowerOff
 from nahtlos.physical.agent.replacement import Replacement
@@ -52,6 +53,7 @@ from nahtlos.wire.messages import (
     Done,
     Event,
     Hello,
+    LeaseAsk,
     Message,
     MoveAbandon,
     MoveCommit,
@@ -130,7 +132,8 @@ class Agent:
             ask=self.ask,
             spawn=self._spawn,
         )
-        self._converger = Converger(self._context, self._begin)
+        self._leases = Leases(self._context, boot_id)
+        self._converger = Converger(self._context, self._begin, self._leases)
         self._gateways = Gateways(self._context, self._converger.bring_network)
         self._displays = Displays(self._context)
         self._boot_id = boot_id
@@ -157,6 +160,7 @@ class Agent:
                 self._operations = tasks
                 self._resume_operations()
                 tasks.create_task(self._converge_loop(), name="converge")
+                tasks.create_task(self._leases.run(), name="leases")
                 tasks.create_task(DiskKeeper(self._context).run(), name="disks")
                 tasks.create_task(Stepper(self._context).run(), name="steps")
                 tasks.create_task(TouchRates(self._context).run(), name="touch rates")
@@ -383,7 +387,12 @@ class Agent:
             while not self._events.empty():
                 await session.notify(self._events.get_nowait())
             report = await inventory(
-                self._context, self._converger, self._journals(), self._boot_id, self._releases
+                self._context,
+                self._converger,
+                self._journals(),
+                self._boot_id,
+                self._releases,
+                self._leases,
             )
             await session.notify(Report(inventory=report))
             await asyncio.sleep(REPORT_PAUSE_SECONDS)
@@ -399,7 +408,9 @@ class Agent:
             case Configure():
                 if body.config.host != self._context.settings.host:
                     raise Refused(f"configuration is for {body.config.host}", field="host")
-                if self._context.ledger.accept(body.config):
+                news = self._context.ledger.accept(body.config)
+                self._leases.configured()
+                if news:
                     self._note_change()
             case BeginMove():
                 self._begin_move(body.order)
@@ -496,6 +507,8 @@ class Agent:
                 return _welcome(body, channel.peer)
             if isinstance(body, Ping):
                 return Done()
+            if isinstance(body, LeaseAsk):
+                return self._leases.answer(body, channel.peer)
             if isinstance(body, ForVolume):
                 return await answer_volume(self._context, body, channel.peer)
             if isinstance(body, ForGateway):

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from enum import StrEnum
 
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
-from nahtlos.model.errors import ErrorRecord, NotFound, Refused
+from nahtlos.model.errors import Error, ErrorRecord, NotFound, Refused
 from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationKind, RunState
 from nahtlos.model.power import PowerState
@@ -17,7 +17,8 @@ from nahtlos.model.values import Value
 from nahtlos.physical.agent import gateways
 from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
-from nahtlos.physical.agent.giving import has, wanted_compute
+from nahtlos.physical.agent.giving import has, wanted_compute, with_policy
+from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership, Role
 from nahtlos.physical.agent.power import PowerStep, as_told, power_step, stopping
 from nahtlos.physical.agent.volumes import holds
@@ -157,9 +158,10 @@ def _misplaced(port: PortConfig, config: HostConfig, owned: Mapping[ServerId, Ow
 class Converger:
     """Makes one attempt each time it is asked; what failed is data for the report."""
 
-    def __init__(self, context: Context, begin: Callable[[Journal], None]) -> None:
+    def __init__(self, context: Context, begin: Callable[[Journal], None], leases: Leases) -> None:
         self._context = context
         self._begin_operation = begin
+        self._leases = leases
         self.generation = 0
         self.problems: tuple[ErrorRecord, ...] = ()
         self.drift: tuple[str, ...] = ()
@@ -175,6 +177,7 @@ class Converger:
         await self._context.calm()
         drift += await self._collect(problems, self._network(config))
         await self._context.calm()
+        await self._policies(config, problems)
         await self._compute(config, await self._servers(config, problems), problems)
         await self._disks(config, problems)
         if drift and self.generation == config.generation:
@@ -250,6 +253,22 @@ class Converger:
                 problems.append(ErrorRecord.of(error))
                 self._context.say("server.problem", step.server.spec.id, f"{step.act}: {error}")
         return vmms
+
+    async def _policies(self, config: HostConfig, problems: list[ErrorRecord]) -> None:
+        """What becomes of a server if this host fails: enforced first, then believed."""
+        for wanted in config.servers:
+            held = self._owned(wanted.spec.id)
+            if held is None:
+                continue
+            new = with_policy(held.server, wanted)
+            if new == held.server:
+                continue
+            try:
+                await self._leases.adopt_policy(new.spec, held.epoch)
+                self._context.ledger.adopt(new)
+                self._context.changed()
+            except Error as error:
+                problems.append(ErrorRecord.of(error))
 
     async def _compute(
         self, config: HostConfig, found: Iterable[VmmStatus], problems: list[ErrorRecord]
@@ -377,6 +396,7 @@ class Converger:
         if config.release is None:
             raise Refused(f"{config.host} has no hypervisor release", field="release")
         server = step.server
+        self._leases.check(server.spec)
         if step.power is PowerStep.BOOT:
             self._context.ledger.own(server)
             await self._end(VmmId(server.spec.id, step.epoch))

@@ -15,6 +15,13 @@ def wanted_compute(wanted: ServerConfig, held: ServerConfig) -> ServerConfig:
     return msgspec.structs.replace(held, spec=spec)
 
 
+def with_policy(held: ServerConfig, wanted: ServerConfig) -> ServerConfig:
+    """`held` with what `wanted` says about its host's failing."""
+    policy, priority = wanted.spec.on_host_failure, wanted.spec.restart_priority
+    spec = msgspec.structs.replace(held.spec, on_host_failure=policy, restart_priority=priority)
+    return msgspec.structs.replace(held, spec=spec)
+
+
 def has(vmm: VmmStatus, server: ServerConfig) -> bool:
     """Whether it has exactly what it is to be given. Of one that does not run, or has not said what it has,
     nothing can be known."""

@@ -166,7 +166,8 @@ class Ledger:
         return self._config
 
     def accept(self, config: HostConfig) -> bool:
-        """Take up a configuration; False if it is the one held already. Raises Stale for an older
+        """Take up a configuration, and with it that this host was passed over; False if it is the one held
+        already. Raises Stale for an older
         generation and Refused for the same generation with other content."""
         body = self._encode(config)
         digest = hashlib.sha256(body).hexdigest()
@@ -181,6 +182,11 @@ class Ledger:
             return False
         with self._write("config") as db:
             db.execute("replace into config values (1, ?, ?, ?)", (config.generation, digest, body))
+            for passed in config.passed_over:
+                known = self.owner(passed.server)
+                if known is not None and known.epoch < passed.epoch:
+                    over = Ownership(epoch=passed.epoch, hold=Hold.YIELDED, server=known.server)
+                    self._put_ownership(db, over)
         self._config = config
         return True
 

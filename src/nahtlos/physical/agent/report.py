@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from nahtlos import __version__
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.config import HostConfig
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import (
@@ -16,6 +17,7 @@ from nahtlos.model.inventory import (
 from nahtlos.model.power import PowerState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
+from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
 
@@ -33,8 +35,10 @@ def servers_of(
     vmms: Iterable[VmmStatus],
     now: float,
     dirty_rates: Mapping[ServerId, int] = NOT_MEASURED,
+    enforced: bool = False,
 ) -> tuple[ServerStatus, ...]:
-    """Every server owned here, running or not, and every VMM that waits for one."""
+    """Every server owned here, running or not, and every VMM that waits for one. `enforced`: what needs a
+    lease runs only under one."""
     statuses = {(v.id.server, v.id.epoch): v for v in vmms}
     found: list[ServerStatus] = []
     for server, held in owned.items():
@@ -52,6 +56,7 @@ def servers_of(
                     power=held.server.spec.power.serial,
                     saved=held.server.saved if held.server.spec.power.state is PowerState.SUSPENDED else None,
                     dirty_rate=dirty_rates.get(server) if vmm else None,
+                    under_lease=enforced and held.server.spec.on_host_failure is OnHostFailure.RESTART,
                 )
             )
     for (server, epoch), vmm in statuses.items():
@@ -109,6 +114,7 @@ async def inventory(
     journals: Iterable[Journal],
     boot_id: str,
     releases: tuple[ReleaseId, ...],
+    leases: Leases,
 ) -> HostInventory:
     config: HostConfig | None = context.ledger.config()
     vmms = await context.drivers.hypervisor.observe()
@@ -129,7 +135,9 @@ async def inventory(
         accelerator=verified,
         storage_release=await _storage_release(context, converger, config),
         network_release=await context.drivers.network.release(),
-        servers=servers_of(context.ledger.ownership(), vmms, context.now(), context.dirty_rates),
+        servers=servers_of(
+            context.ledger.ownership(), vmms, context.now(), context.dirty_rates, leases.enforced
+        ),
         volumes=volumes,
         pool=await context.drivers.storage.pool(),
         snapshots=await context.drivers.storage.snapshots(),
@@ -143,4 +151,5 @@ async def inventory(
         problems=converger.problems,
         knows=KNOWS,
         network=converger.network,
+        standing=leases.standing(),
     )

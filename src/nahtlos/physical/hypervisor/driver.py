@@ -20,6 +20,7 @@ from contextlib import suppress
 
 import msgspec
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
@@ -397,6 +398,7 @@ class QemuHypervisor:
             in_place=record.in_place,
         )
         return Unit(
+            leased=record.server.spec.on_host_failure is OnHostFailure.RESTART,
             name=vmm.id.unit,
             argv=(*bundle.system(), *server_arguments(shape)),
             environment=bundle.environment,

@@ -84,6 +84,8 @@ class Vmm:
     given: Given
     in_place: bool = False
     """It receives a server of its own host, whose memory it shares."""
+    leased: bool = False
+    """Its supervisor ends it when the host's lease runs out."""
     guest: Guest | None = None
     """None while a destination has not received it."""
     uri: str | None = None

@@ -9,6 +9,7 @@ import msgspec
 from nahtlos.model.errors import Refused
 from nahtlos.physical.ports import Unit, UnitStatus
 from nahtlos.physical.sim.driver import SimDriver
+from nahtlos.physical.sim.leases import arm, clock_of
 
 TAP = -1
 """Stands for a tap's descriptor: the tap itself is in `sim.paths`."""
@@ -40,6 +41,13 @@ class SimSupervisor(SimDriver):
                 for v in self.host.vmms.values()
             }
             return own | vmms
+
+    async def arm(self, deadline: float | None, leased: dict[str, bool]) -> None:
+        async with self.verb("arm"):
+            arm(self.world, self.host, deadline, leased)
+
+    def clock(self) -> float:
+        return clock_of(self.world, self.host)
 
     async def listen_tcp(self, name: str, address: str, port: int) -> int:
         async with self.verb("listen_tcp", name):

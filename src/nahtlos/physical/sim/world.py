@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, PortId, ReleaseId, ServerId, SnapshotId, VolumeId
@@ -32,6 +33,7 @@ from nahtlos.physical.ports import MigrationPhase, Unit, UnitStatus, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
 from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm, why_not_loaded
+from nahtlos.physical.sim.leases import check_lease
 from nahtlos.physical.sim.paths import Flow, Paths, Switchboard, Tap, lost
 from nahtlos.physical.sim.volumes import Disks, Snapshot, Volume
 
@@ -132,6 +134,10 @@ class SimHost:
     units: dict[str, tuple[Unit, UnitStatus]] = field(default_factory=dict[str, tuple[Unit, UnitStatus]])
     boots: int = 1
     powered: bool = True
+    clock_rate: float = 1.0
+    """Of its clock, which is 0 at the beginning of time."""
+    lease: float | None = 0.0
+    """The supervisor's: until when, by that clock, leased VMMs run; None: for ever."""
 
     @property
     def boot_id(self) -> str:
@@ -265,6 +271,7 @@ class World:
         here.fds.clear()
         here.listening.clear()
         here.units.clear()
+        here.lease = 0.0
         here.powered = here.storage_up = False
 
     def power_on(self, host: HostId) -> None:
@@ -354,7 +361,10 @@ class World:
                 raise Refused(f"{host.id} has no tap for {port.id}", field="port")
             taps.append(tap)
         self.disks.check_served(server.all_volumes)
+        leased = server.spec.on_host_failure is OnHostFailure.RESTART
+        check_lease(self, host, vmm_id, leased=leased)
         vmm = Vmm(
+            leased=leased,
             id=vmm_id,
             host=host.id,
             server=server,

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.physical.ports import Unit, UnitStatus
+from nahtlos.physical.supervisor.leases import boot_clock
 from nahtlos.physical.supervisor.protocol import (
+    Arm,
     Call,
     DropFd,
     FetchFd,
@@ -122,6 +124,12 @@ class SupervisorClient:
     async def units(self) -> dict[str, UnitStatus]:
         reply, _ = await self._ask(ListUnits())
         return reply.units
+
+    async def arm(self, deadline: float | None, leased: dict[str, bool]) -> None:
+        await self._ask(Arm(deadline, leased))
+
+    def clock(self) -> float:
+        return boot_clock()
 
     async def listen_tcp(self, name: str, address: str, port: int) -> int:
         reply, _ = await self._ask(ListenTcp(name, address, port))

@@ -57,8 +57,18 @@ class FdRecord(msgspec.Struct, frozen=True, kw_only=True):
     mode: int = 0
 
 
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """Until when leased units may run, in seconds of `CLOCK_BOOTTIME`; None: while the host is up."""
+
+    deadline: float | None = 0.0
+
+
+NO_LEASE = Lease()
+
+
 class Units(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
+    lease: Lease = Lease()
     units: dict[str, UnitRecord] = {}
 
 
@@ -86,8 +96,15 @@ class Journal:
             for name, record in found.units.items()
         }
 
-    def save_units(self, units: dict[str, UnitRecord]) -> None:
-        _replace(self._units, encoder.encode(Units(boot_id=self._boot_id, units=units)))
+    def load_lease(self) -> Lease:
+        """That of an earlier boot has run out."""
+        if not self._units.exists():
+            return Lease()
+        found = msgspec.json.decode(self._units.read_bytes(), type=Units, dec_hook=_path)
+        return found.lease if found.boot_id == self._boot_id else Lease()
+
+    def save_units(self, units: dict[str, UnitRecord], lease: Lease = NO_LEASE) -> None:
+        _replace(self._units, encoder.encode(Units(boot_id=self._boot_id, lease=lease, units=units)))
 
     def load_descriptors(self) -> dict[str, FdRecord]:
         if not self._fds.exists():

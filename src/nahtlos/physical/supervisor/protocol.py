@@ -57,7 +57,12 @@ class ListStored(msgspec.Struct, frozen=True, tag="stored"):
     pass
 
 
-Call = Start | Stop | ListUnits | ListenTcp | ListenUnix | StoreFd | FetchFd | DropFd | ListStored
+class Arm(msgspec.Struct, frozen=True, tag="arm"):
+    deadline: float | None
+    leased: dict[str, bool]
+
+
+Call = Arm | Start | Stop | ListUnits | ListenTcp | ListenUnix | StoreFd | FetchFd | DropFd | ListStored
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from nahtlos.model.errors import Conflict, Error, ErrorRecord
 from nahtlos.physical.supervisor.descriptors import DescriptorStore
 from nahtlos.physical.supervisor.journal import Journal
 from nahtlos.physical.supervisor.protocol import (
+    Arm,
     Call,
     DropFd,
     FetchFd,
@@ -102,6 +103,8 @@ class SupervisorServer:
                 return Reply(id=number, units={status.name: status}), ()
             case Stop(name, grace):
                 await self._units.stop(name, grace)
+            case Arm(deadline, leased):
+                self._units.arm(deadline, leased)
             case ListUnits():
                 return Reply(id=number, units=self._units.statuses()), ()
             case ListenTcp(name, address, port):

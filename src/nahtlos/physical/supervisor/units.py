@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from nahtlos.physical.supervisor.journal import (
     UNIT_MARK,
     HandedFd,
     Journal,
+    Lease,
     ProcessRecord,
     UnitRecord,
 )
+from nahtlos.physical.supervisor.leases import LeaseWatch, boot_clock
 
 FIRST_BACKOFF = 0.02
 LONGEST_BACKOFF = 2.0
@@ -85,12 +87,19 @@ class _Entry:
 
 
 class UnitTable:
-    def __init__(self, journal: Journal, store: DescriptorStore, identity: str) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        store: DescriptorStore,
+        identity: str,
+        clock: Callable[[], float] = boot_clock,
+    ) -> None:
         """`identity` marks the processes of this supervisor, in their environment."""
         self._journal = journal
         self._store = store
         self._identity = identity
         self._entries: dict[str, _Entry] = {}
+        self._lease = LeaseWatch(Lease(), self._lease_ended, clock)
 
     def statuses(self) -> dict[str, UnitStatus]:
         return {name: _status(name, entry) for name, entry in sorted(self._entries.items())}
@@ -131,16 +140,36 @@ class UnitTable:
                 del self._entries[name]
                 self._save()
 
+    # --- leases -------------------------------------------------------------------------------------
+
+    def arm(self, deadline: float | None, leased: dict[str, bool]) -> None:
+        """See `ports.Supervisor.arm`."""
+        for name, needs in leased.items():
+            entry = self._entries.get(name)
+            if entry is not None and entry.record.unit.leased != needs:
+                unit = msgspec.structs.replace(entry.record.unit, leased=needs)
+                entry.record = msgspec.structs.replace(entry.record, unit=unit)
+        self._lease.arm(deadline)
+        self._save()
+
+    def _lease_ended(self) -> None:
+        for name, entry in self._entries.items():
+            if entry.record.unit.leased and entry.process is not None:
+                log.warning("unit %s is killed: its lease has run out", name)
+                entry.process.signal(signal.SIGKILL)
+
     # --- what an earlier supervisor left -----------------------------------------------------------
 
     def adopt(self) -> None:
         """Take over units that still run. Call before the store recovers, then `resume`."""
+        self._lease.lease = self._journal.load_lease()
         for name, record in self._journal.load_units().items():
             entry = self._entries[name] = _Entry(record)
             process = self._living(name, record)
             if process is not None:
                 self._watch(entry, process)
         self._save()
+        self._lease.look()
 
     def holders(self) -> Iterator[Holder]:
         for entry in self._entries.values():
@@ -181,6 +210,8 @@ class UnitTable:
 
     def _spawn(self, entry: _Entry) -> None:
         unit = entry.record.unit
+        if unit.leased and not self._lease.held:
+            raise Refused(f"{unit.name} runs only while this host has its lease", field="lease")
         numbers = _numbers(unit)
         stored = {name: self._store.required(name) for name in unit.fds}
         argv = substituted(unit.argv, numbers)
@@ -239,7 +270,8 @@ class UnitTable:
         self._save()
 
     def _save(self) -> None:
-        self._journal.save_units({name: entry.record for name, entry in self._entries.items()})
+        units = {name: entry.record for name, entry in self._entries.items()}
+        self._journal.save_units(units, self._lease.lease)
 
 
 def _numbers(unit: Unit) -> dict[str, int]:

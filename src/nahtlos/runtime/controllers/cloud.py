@@ -9,6 +9,7 @@ from typing import Protocol
 
 from msgspec import UNSET, UnsetType
 
+from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.blueprint import (
     Campaign,
     CapacityReport,
@@ -37,6 +38,7 @@ from nahtlos.model.nouns import Component, CpuShare, HostRole, Release, Size
 from nahtlos.model.power import Power
 from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.model.values import Value
+from nahtlos.runtime.controllers.availability import AvailabilityApi
 from nahtlos.runtime.controllers.consoles import Consoles
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
 from nahtlos.runtime.controllers.powers import StopRequest
@@ -86,6 +88,8 @@ class HostView(Value, frozen=True, kw_only=True):
     domain: str = ""
     """What it fails together with (`HostSpec.domain`)."""
     kept: KeptVolumes = KeptVolumes()
+    failure: str = ""
+    """`lost`, `denied`, `fenced: why`, `back`: see `availability`."""
     inventory: HostInventory | None = None
     """Only in the view of a single host."""
 
@@ -115,6 +119,8 @@ class ServerView(Value, frozen=True, kw_only=True):
     """Bytes of memory a second it touches, as measured last."""
     display: bool = False
     """It has a graphics card (`Consoles.display`)."""
+    on_host_failure: OnHostFailure = OnHostFailure.EVACUATE_ONLY
+    restart_priority: int = 0
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
     cpu: CpuShare = CpuShare()
@@ -202,6 +208,9 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     allow_slowdown: bool = False
     display: bool = False
     """It has a graphics card, whose picture `Consoles.display` shows."""
+    on_host_failure: OnHostFailure = OnHostFailure.EVACUATE_ONLY
+    restart_priority: int = 0
+    """-100 to 100; of several that are restarted, the highest first."""
     allow_post_copy: bool = False
     """Refused: it is not offered."""
 
@@ -224,6 +233,8 @@ class ServerChange(Value, frozen=True, kw_only=True):
     blackout_budget_ms: int | UnsetType | None = UNSET
     """None: none is set."""
     allow_slowdown: bool | UnsetType = UNSET
+    on_host_failure: OnHostFailure | UnsetType = UNSET
+    restart_priority: int | UnsetType = UNSET
 
 
 class JoinRequest(Value, frozen=True, kw_only=True):
@@ -256,6 +267,8 @@ class Powers(Protocol):
 
 
 class Cloud(Protocol):
+    @property
+    def availability(self) -> AvailabilityApi: ...
     @property
     def networks(self) -> Networks: ...
 

@@ -23,6 +23,7 @@ from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import forecast
 from nahtlos.runtime.controllers import experience, requests, server_requests, views, volume_requests
 from nahtlos.runtime.controllers.agents import Agents
+from nahtlos.runtime.controllers.availability_service import AvailabilityService
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
@@ -42,6 +43,7 @@ from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
 from nahtlos.runtime.controllers.port_requests import new_ports
+from nahtlos.runtime.controllers.power_fence import PowerFence
 from nahtlos.runtime.controllers.power_service import PowerService
 from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.project_service import ProjectService
@@ -84,6 +86,8 @@ class CloudService:
         self._images = images
         self.networks = NetworkService(self._looks, said=self._said)
         self.volumes = VolumeService(self._looks, said=self._said, images=images, keys=keys)
+        self.availability = AvailabilityService(self._looks, said=self._said)
+        self.power_fence = PowerFence(store, self._looks, said=self._said, wake=wake)
         self.projects = ProjectService(self._looks, said=self._said)
         self.power = PowerService(self._looks, said=self._said, shown=self.server)
         self.consoles = ConsoleService(agents, self.server)

@@ -4,6 +4,7 @@ from nahtlos.model.errors import Refused
 from nahtlos.planner.estimate import POST_COPY_REFUSED
 
 LONGEST_BUDGET_MS = 600_000
+HIGHEST_PRIORITY = 100
 
 
 def checked_budget(milliseconds: int | None) -> int:
@@ -26,3 +27,13 @@ def check_post_copy(allowed: bool) -> None:
             field="allow_post_copy",
             remedy="permit to slow it down instead: --allow-slowdown",
         )
+
+
+def checked_priority(priority: int) -> int:
+    if not -HIGHEST_PRIORITY <= priority <= HIGHEST_PRIORITY:
+        raise Refused(
+            f"a restart priority of {priority}",
+            field="restart_priority",
+            remedy=f"give {-HIGHEST_PRIORITY} to {HIGHEST_PRIORITY}; the highest is restarted first",
+        )
+    return priority

@@ -20,7 +20,7 @@ from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import Inventory
 from nahtlos.planner.plan import plan
 from nahtlos.planner.upgrade import has, upgraded_hosts
-from nahtlos.runtime.controllers import outcomes, volume_records
+from nahtlos.runtime.controllers import failures, outcomes, volume_records
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.bookkeeping import Chores, chores
 from nahtlos.runtime.controllers.event_log import EventLog
@@ -222,6 +222,8 @@ class PlanningLoop:
             known = await operations.get(tx, outcomes.left(parent, blueprint))
             ended = outcomes.ended(parent, blueprint, inventory, known)
             await blueprints.set_target(tx, blueprint, epoch=epoch, now=now)
+            for volume in failures.volumes_to_fence(policy, parent, blueprint):
+                await volumes.fence(tx, volume, policy.hosts.keys() - inventory.connected)
             for record in (*begun, *(record for record, _ in tasks)):
                 await operations.begin(tx, record, now)
             for record in ended:

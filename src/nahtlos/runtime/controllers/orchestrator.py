@@ -82,6 +82,7 @@ class Orchestrator:
             async with asyncio.TaskGroup() as term:
                 term.create_task(self.leader.hold())
                 term.create_task(self.loop.run(epoch))
+                term.create_task(self.cloud.power_fence.run(epoch))
         except* LeadershipLost as lost:
             _log.warning("no longer leading: %s", lost.exceptions[0])
             self._say("orchestrator.stands-by", f"no longer leads: {lost.exceptions[0]}")

@@ -24,6 +24,7 @@ from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.prediction import Means, Sample
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.foretell import prediction
+from nahtlos.runtime.controllers.failures import announced_failures
 from nahtlos.runtime.store.events import EventDraft
 
 RUNNING = OperationState.RUNNING.value
@@ -298,6 +299,7 @@ def announcements(
                 EventDraft(kind="host.phase", subject=host, text=text, data={"phase": plan.phase.value})
             )
         drafts += _announce_replacing(host, before, plan)
+    drafts += announced_failures(parent, blueprint)
     for server, assignment in sorted(blueprint.servers.items()):
         if parent is None or server not in parent.servers:
             text = f"{server} is placed on {assignment.host}"

@@ -27,7 +27,7 @@ from nahtlos.planner.place import room_for
 from nahtlos.planner.replace import reported
 from nahtlos.planner.upgrade import has
 from nahtlos.runtime.controllers.cloud import HostChange, JoinRequest, ServerRequest
-from nahtlos.runtime.controllers.consents import check_post_copy, checked_budget
+from nahtlos.runtime.controllers.consents import check_post_copy, checked_budget, checked_priority
 from nahtlos.runtime.controllers.state import State
 
 MAX_VCPUS = 64
@@ -251,6 +251,8 @@ def server_of(
         user_data=_checked_user_data(request.user_data),
         blackout_budget_ms=checked_budget(request.blackout_budget_ms),
         allow_slowdown=request.allow_slowdown,
+        on_host_failure=request.on_host_failure,
+        restart_priority=checked_priority(request.restart_priority),
     )
     return server, volume
 

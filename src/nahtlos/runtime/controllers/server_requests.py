@@ -18,7 +18,7 @@ from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, VolumeSpec
 from nahtlos.planner.place import room_to_grow
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
-from nahtlos.runtime.controllers.consents import checked_budget
+from nahtlos.runtime.controllers.consents import checked_budget, checked_priority
 from nahtlos.runtime.controllers.networks import PortChange
 from nahtlos.runtime.controllers.port_requests import changed_port
 from nahtlos.runtime.controllers.project_requests import check_project
@@ -148,6 +148,10 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
         if change.blackout_budget_ms is UNSET
         else checked_budget(change.blackout_budget_ms),
         allow_slowdown=before.allow_slowdown if change.allow_slowdown is UNSET else change.allow_slowdown,
+        on_host_failure=before.on_host_failure if change.on_host_failure is UNSET else change.on_host_failure,
+        restart_priority=before.restart_priority
+        if change.restart_priority is UNSET
+        else checked_priority(change.restart_priority),
     )
     volumes = _volumes(state, inventory, before, change)
     check_project(state, before.project, servers={server: after}, volumes={v.id: v for v in volumes})
@@ -160,7 +164,16 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
 
 def asked(change: ServerChange) -> str:
     """In words."""
-    names = ("vcpus", "memory_mib", "cpu_quota", "cpu_weight", "blackout_budget_ms", "allow_slowdown")
+    names = (
+        "vcpus",
+        "memory_mib",
+        "cpu_quota",
+        "cpu_weight",
+        "blackout_budget_ms",
+        "allow_slowdown",
+        "on_host_failure",
+        "restart_priority",
+    )
     given = {name: getattr(change, name) for name in names}
     said = [f"{name} {value}" for name, value in given.items() if value is not UNSET]
     if change.net_in is not UNSET or change.net_out is not UNSET:

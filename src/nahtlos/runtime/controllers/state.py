@@ -26,6 +26,7 @@ from nahtlos.model.volume_work import VolumeEnd, kind_of, volumes_of
 from nahtlos.runtime.controllers.experience import experience
 from nahtlos.runtime.executor.world import World
 from nahtlos.runtime.store import (
+    availability,
     blueprints,
     campaigns,
     intent,
@@ -36,6 +37,7 @@ from nahtlos.runtime.store import (
     projects,
     volumes,
 )
+from nahtlos.runtime.store.availability import Availability, lost_hosts
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
 from nahtlos.runtime.store.projects import ProjectLimits
@@ -78,6 +80,7 @@ class State:
     project_limits: dict[ProjectId, ProjectLimits] = field(default_factory=dict[ProjectId, ProjectLimits])
     now: float = 0.0
     """By the database's clock."""
+    availability: Availability = field(default_factory=Availability)
 
     def policy(self) -> Policy:
         here = {name: row for name, row in self.servers.items() if row.removed_at is None}
@@ -103,6 +106,10 @@ class State:
             parallel_moves=self.parallel_moves,
             parallel_moves_per_host=self.parallel_moves_per_host,
             move_bytes_per_second=self._moves_share(),
+            lost=lost_hosts(self.availability.settings, self.received, self.now),
+            off=self.availability.off_since(self.received),
+            power=frozenset(self.availability.settings.power),
+            lease_seconds=self.availability.settings.lease_seconds,
             experience=self.experience,
             snapshots={name: row.spec for name, row in self.kept.snapshots.items() if not row.removed},
             backups=self.kept.backups,
@@ -226,6 +233,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         kept=await volumes.read(tx),
         volume_ends=await _volume_ends(tx, blueprint),
         now=await leases.now(tx),
+        availability=await availability.read(tx),
         hosts=await intent.hosts(tx),
         servers=servers,
         volumes=await intent.volumes(tx),

@@ -50,8 +50,18 @@ def host_view(state: State, inventory: Inventory, host: HostId, *, whole: bool) 
         seen_at=state.received.get(host),
         domain=row.spec.domain,
         kept=kept_volumes(state, inventory, host),
+        failure=_failure(state, inventory, host),
         inventory=seen if whole else None,
     )
+
+
+def _failure(state: State, inventory: Inventory, host: HostId) -> str:
+    plan = state.blueprint.hosts.get(host) if state.blueprint else None
+    if plan is not None and plan.denial is not None:
+        if host in inventory.connected:
+            return "back"
+        return f"fenced: {plan.fenced}" if plan.fenced else "denied its lease"
+    return "lost" if host not in inventory.connected and host in state.policy().lost else ""
 
 
 def servers_on(blueprint: Blueprint | None, host: HostId) -> tuple[ServerId, ...]:
@@ -83,6 +93,8 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         allow_slowdown=row.spec.allow_slowdown,
         dirty_rate=status.dirty_rate if status else None,
         display=row.spec.display,
+        on_host_failure=row.spec.on_host_failure,
+        restart_priority=row.spec.restart_priority,
         replaced_by=move.release if move else row.replace_by,
         waits_for=_waits_for(report, server, removed=row.removed_at is not None),
         created_at=row.created_at,

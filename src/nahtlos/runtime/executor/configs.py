@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from nahtlos.model.availability import PassedOver
 from nahtlos.model.config import HostConfig, ServerConfig
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.nouns import HostRole, ServerSpec
@@ -105,6 +106,12 @@ def _content(world: World, host: HostId, last: HostConfig | None) -> HostConfig:
         load_balancers=load_balancers(world, networks),
         underlay=world.topology.underlay.shares,
         hosts=tuple(spec for _, spec in sorted(policy.hosts.items())),
+        lease=plan.lease if plan else None,
+        denials=tuple(p.denial for _, p in sorted(world.blueprint.hosts.items()) if p.denial is not None),
+        passed_over=tuple(
+            PassedOver(server=server, epoch=epoch)
+            for server, epoch in sorted(world.blueprint.passed_over.get(host, {}).items())
+        ),
     )
 
 

@@ -5,7 +5,7 @@ The one record of which copies of a volume are current is here: what changes it 
 transaction. A name is one volume's, snapshot's or backup's, also while it is only asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,6 +23,7 @@ from nahtlos.model.storage import (
     ReplicaState,
     SnapshotExport,
     SnapshotSpec,
+    StorageBackend,
     VolumeSpec,
 )
 from nahtlos.model.values import Value
@@ -167,6 +168,23 @@ async def lose_copy(tx: AsyncConnection, volume: VolumeId, host: HostId) -> Volu
     if after != spec:
         await put(tx, after)
     return after
+
+
+async def fence(tx: AsyncConnection, volume: VolumeId, gone: Collection[HostId]) -> None:
+    """Before its server is started anew: copies on hosts that are `gone` are not current any more, and the
+    others are served by a later epoch, so that nothing that still holds the old exports writes. Conflict if
+    no other copy is current."""
+    spec = await get(tx, volume)
+    if spec is None or spec.backend is not StorageBackend.EMBEDDED:
+        return
+    for host in spec.current:
+        if host in gone:
+            spec = await lose_copy(tx, volume, host)
+    epoch = spec.newest_epoch + 1
+    spec = msgspec.structs.replace(spec, replicas=pinned_epochs(spec))
+    for host in spec.current:
+        spec = with_state(spec, host, ReplicaState.CURRENT, epoch)
+    await put(tx, spec)
 
 
 async def losses_at(tx: AsyncConnection, volume: VolumeId, host: HostId) -> int:
