@@ -6,8 +6,16 @@ from planner_world import NEW, OLD, Cloud, host_id, running_cloud, server_id
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.config import ServerConfig, VolumeAttachment
-from nahtlos.model.ids import ReleaseId, VolumeId
-from nahtlos.model.inventory import Inventory, RunState, ServerStatus
+from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.ids import OperationId, ReleaseId, VolumeId
+from nahtlos.model.inventory import (
+    Inventory,
+    OperationKind,
+    OperationState,
+    OperationStatus,
+    RunState,
+    ServerStatus,
+)
 from nahtlos.model.nouns import Size
 from nahtlos.model.power import Power, PowerState, SavedState
 from nahtlos.physical.agent.power import PowerStep, power_step
@@ -122,6 +130,25 @@ def test_what_was_saved_goes_on_only_by_a_release_the_table_allows() -> None:
     assert (cloud.now.off, cloud.now.saved) == ({}, {ONE: saved})
     plan_on(cloud, told(cloud, RunState.RUNNING, 4))
     assert not cloud.now.saved
+
+
+def test_why_it_is_not_carried_out_yet_is_told() -> None:
+    cloud = running_cloud((1, 0))
+    ask(cloud, Power(state=PowerState.SUSPENDED, serial=1))
+    seen = told(cloud, RunState.RUNNING, 0)
+    failed = OperationStatus(
+        id=OperationId("suspend-1"),
+        kind=OperationKind.SUSPEND,
+        state=OperationState.UNDONE,
+        step="done",
+        server=ONE,
+        error=ErrorRecord(kind="unavailable", message="a copy cannot be written"),
+    )
+    at = msgspec.structs.replace(seen.hosts[H1], operations=(failed,))
+    plan_on(cloud, msgspec.structs.replace(seen, hosts={**seen.hosts, H1: at}))
+    assert "is to be suspended; the last attempt was undone: a copy cannot be written" in cloud.reasons(ONE)
+    plan_on(cloud, told(cloud, RunState.RUNNING, 1))
+    assert "suspended" not in cloud.reasons(ONE)
 
 
 # --- what an agent does of it ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections import Counter
 
 from nahtlos.model.blueprint import HostPhase, Waiting, WaitKind
 from nahtlos.model.ids import HostId, ServerId
-from nahtlos.model.inventory import RunState, ServerStatus
+from nahtlos.model.inventory import OperationKind, RunState, ServerStatus
 from nahtlos.model.nouns import Assignment, ServerSpec
 from nahtlos.model.power import PowerState, SavedState
 from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
@@ -21,6 +21,12 @@ from nahtlos.model.volume_work import PlannedVolumeTask, Reverting, volumes_of
 from nahtlos.planner.destinations import choose, no_room, open_hosts
 from nahtlos.planner.draft import Draft
 
+OPERATIONS = (OperationKind.STOP, OperationKind.REBOOT, OperationKind.SUSPEND, OperationKind.RESUME)
+PENDING = {
+    PowerState.ON: "is to run, or to boot anew",
+    PowerState.OFF: "is to stop",
+    PowerState.SUSPENDED: "is to be suspended",
+}
 STARTS_ON = (HostPhase.SERVING, HostPhase.CORDONED)
 
 
@@ -38,6 +44,8 @@ def settle_power(draft: Draft) -> None:
             _give_up_saved(draft, spec)
         elif status := _carried_out(draft, spec):
             _note(draft, spec, status)
+        elif pending := _why_pending(draft, spec):
+            draft.waiting.append(pending)
 
 
 def _carried_out(draft: Draft, spec: ServerSpec) -> ServerStatus | None:
@@ -47,6 +55,23 @@ def _carried_out(draft: Draft, spec: ServerSpec) -> ServerStatus | None:
     if status is None or status.epoch != owner.epoch or status.power != spec.power.serial:
         return None
     return status
+
+
+def _why_pending(draft: Draft, spec: ServerSpec) -> Waiting | None:
+    """Why the newest request is not carried out yet, as its owner tells."""
+    seen = draft.observed.host(draft.servers[spec.id].host)
+    if seen is None or not spec.power.serial or "power" not in seen.knows:
+        return None
+    told = [o for o in seen.operations if o.server == spec.id and o.kind in OPERATIONS]
+    text = f"{spec.id} {PENDING[spec.power.state]}"
+    if not told:
+        return Waiting(subject=spec.id, kind=WaitKind.HOST, reason=text)
+    last = max(told, key=lambda operation: operation.times.get("begin", 0.0))
+    if last.error is not None:
+        reason = f"{text}; the last attempt was undone: {last.error.message}"
+        return Waiting(subject=spec.id, kind=WaitKind.BLOCKED, reason=reason, remedy=last.error.remedy)
+    waits = f": waits for {last.waits_for}" if last.waits_for else ""
+    return Waiting(subject=spec.id, kind=WaitKind.HOST, reason=f"{text}{waits}")
 
 
 def _note(draft: Draft, spec: ServerSpec, status: ServerStatus) -> None:

@@ -366,6 +366,8 @@ def _host_of(state: State, server: ServerId) -> HostId | None:
 def changed_volume(state: State, inventory: Inventory, volume: VolumeId, change: VolumeChange) -> VolumeSpec:
     spec = known_volume(state, volume)
     if change.size_mib is not UNSET:
+        if (holder := holder_of(state, volume)) is not None:
+            _check_not_suspended(state.servers[holder].spec)
         spec = _resized(inventory, spec, change.size_mib)
     if change.limits is not UNSET:
         spec = msgspec.structs.replace(spec, limits=checked_limits(change.limits))
