@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 from disk_guest import Guest
+from inside_place import inside
 from physical_host import Place, release, server_on, volume_on
 
 from nahtlos.model.config import VolumeAttachment
@@ -26,7 +27,8 @@ KEPT_MIB = 336
 async def place() -> AsyncIterator[Place]:
     place = Place("susp")
     try:
-        yield place
+        with inside(place):
+            yield place
     finally:
         await place.close()
 
