@@ -17,12 +17,14 @@ from nahtlos.model.ids import (
     OperationId,
     ReleaseId,
     RouterId,
+    ServerGroupId,
     ServerId,
     SnapshotId,
     VolumeId,
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Assignment, Component, HostSpec, ServerSpec, Size
+from nahtlos.model.placement import ReserveReport, ServerGroup
 from nahtlos.model.power import SavedState
 from nahtlos.model.prediction import Estimate, Experience, Means
 from nahtlos.model.storage import BackupSpec, SnapshotSpec, VolumeSpec
@@ -112,6 +114,13 @@ class Policy(Value, frozen=True, kw_only=True):
     """Hosts that could be such a place: they have an interface to the outside."""
     placements: dict[ServerId, HostId] = {}
     """Hosts that were asked for when a server was created; only looked at until it is placed."""
+    server_groups: dict[ServerGroupId, ServerGroup] = {}
+    members: dict[ServerId, ServerGroupId] = {}
+    """The group of each server that is in one."""
+    pins: dict[ServerId, HostId] = {}
+    """Servers that are to be on no other host."""
+    reserve: int = 0
+    """So many hosts may fail at once, and their servers be started on the others."""
     requested_moves: dict[ServerId, HostId | None] = {}
     """Moves an operator asked for, by server; None: the planner chooses the destination. To be taken out
     once `Blueprint.served_requests` names them; until then they are not carried out a second time."""
@@ -312,6 +321,8 @@ class CapacityReport(Value, frozen=True, kw_only=True):
     """Total of hosts that could take servers now."""
     share: float
     """Share of what was promised that could be placed now, 0.0 to 1.0, by the scarcer of vCPU and memory."""
+    reserve: ReserveReport | None = None
+    """None: none is asked for."""
 
 
 class PlanReport(Value, frozen=True, kw_only=True):
@@ -320,6 +331,51 @@ class PlanReport(Value, frozen=True, kw_only=True):
     capacity: CapacityReport
     converged: bool
     """Nothing to do and nothing waits."""
+
+
+class ObstacleKind(StrEnum):
+    PIN = "pin"
+    GROUP = "group"
+    VERSION_PAIR = "version-pair"
+    """A row of the table of version pairs refuses it."""
+    PLUGGED_MEMORY = "plugged-memory"
+    """As above, the row for servers with places for memory."""
+    MACHINE = "machine"
+    """No other host has its machine type, or its CPU model."""
+    ROOM = "room"
+    BUDGET = "budget"
+    STATE = "state"
+    """It does not run, or something else is done with it."""
+
+
+class Obstacle(Value, frozen=True, kw_only=True):
+    """Why a server does not leave its host by a move, known beforehand."""
+
+    server: ServerId
+    host: HostId
+    kind: ObstacleKind
+    reason: str
+    remedy: str
+    instead: str = ""
+    """What a campaign does with it all the same; empty: it is in the way."""
+
+
+class DrainMove(Value, frozen=True, kw_only=True):
+    server: ServerId
+    destination: HostId
+    seconds: float
+    gap_ms: float
+
+
+class DrainForecast(Value, frozen=True, kw_only=True):
+    """A dry run of a drain: what would move where, and what would not."""
+
+    host: HostId
+    moves: tuple[DrainMove, ...]
+    obstacles: tuple[Obstacle, ...]
+    reserve: str = ""
+    """Why the drain is refused: it would break the reserve. Empty: it is not."""
+    remedy: str = ""
 
 
 class ForecastMove(Value, frozen=True, kw_only=True):
@@ -368,6 +424,10 @@ class Forecast(Value, frozen=True, kw_only=True):
     basis: str
     """Where the predictions come from: measured moves of this cloud, or the table in the documentation."""
     strategy: Strategy = Strategy.AUTO
+    obstacles: tuple[Obstacle, ...] = ()
+    """Per server, as the cloud stands now. Those with no way around them are in the way of the campaign."""
+    reserve: ReserveReport | None = None
+    """As it stands at the worst step; None: none is asked for."""
     error_p90: float | None = None
     """Of nine in ten of the measured ones, the predicted blackout was off by no more than this share."""
 

@@ -8,6 +8,7 @@ from nahtlos.model.errors import Refused
 
 HostId = NewType("HostId", str)
 ServerId = NewType("ServerId", str)
+ServerGroupId = NewType("ServerGroupId", str)
 VolumeId = NewType("VolumeId", str)
 SnapshotId = NewType("SnapshotId", str)
 BackupId = NewType("BackupId", str)

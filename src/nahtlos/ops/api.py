@@ -45,6 +45,7 @@ from nahtlos.ops.bodies import (
 )
 from nahtlos.ops.console_api import ConsoleRoutes
 from nahtlos.ops.network_api import NetworkRoutes
+from nahtlos.ops.placement_api import placement_routes
 from nahtlos.ops.power_api import power_routes
 from nahtlos.ops.project_api import project_routes
 from nahtlos.ops.volume_api import VolumeRoutes
@@ -113,6 +114,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     availability_routes(routes, lambda: cloud.availability, _body, _json)
     project_routes(routes, lambda: cloud.projects, _body, _json)
     power_routes(routes, lambda: cloud.power, _body, _json)
+    placement_routes(routes, lambda: cloud.placement, _body, _json)
     if enrolment is not None:
         _operators(routes, enrolment)
     app.include_router(open_routes)

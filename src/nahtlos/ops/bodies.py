@@ -44,6 +44,10 @@ class ReplaceRequest(msgspec.Struct, frozen=True, kw_only=True):
     by: ReleaseId | None = None
 
 
+class ReserveChange(msgspec.Struct, frozen=True, kw_only=True):
+    hosts: int
+
+
 class ConsolePart(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes are base64 in JSON."""
 

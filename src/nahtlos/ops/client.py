@@ -40,6 +40,7 @@ from nahtlos.ops.bodies import (
 )
 from nahtlos.ops.dialling import Dial, dial_tls, dial_unix
 from nahtlos.ops.network_client import NetworkClient
+from nahtlos.ops.placement_client import PlacementClient
 from nahtlos.ops.power_client import PowerClient
 from nahtlos.ops.project_client import ProjectClient
 from nahtlos.ops.volume_client import VolumeClient
@@ -77,6 +78,7 @@ class OperatorClient:
         self._projects = ProjectClient(self._ask_at)
         self._power = PowerClient(self._ask_at)
         self._availability = AvailabilityClient(self._ask_at)
+        self._placement = PlacementClient(self._ask_at)
 
     @classmethod
     def unix(cls, path: Path, *, timeout: float = TIMEOUT) -> "OperatorClient":
@@ -132,6 +134,10 @@ class OperatorClient:
     @property
     def projects(self) -> ProjectClient:
         return self._projects
+
+    @property
+    def placement(self) -> PlacementClient:
+        return self._placement
 
     # --- the cloud, hosts, releases
 

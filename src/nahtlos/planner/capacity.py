@@ -5,12 +5,15 @@ moves holds room at both ends, so a move never makes a promise look better than 
 holds what it was promised at once; one that shrinks, what its guest has not given back yet.
 """
 
-from nahtlos.model.blueprint import CapacityReport
+from nahtlos.model.blueprint import Blueprint, CapacityReport, Policy
 from nahtlos.model.ids import HostId, ServerId
-from nahtlos.model.inventory import RunState, ServerStatus
+from nahtlos.model.inventory import Inventory, RunState, ServerStatus
 from nahtlos.model.nouns import Size
-from nahtlos.planner.destinations import open_hosts, pack
+from nahtlos.model.placement import GroupPolicy, ReserveReport
+from nahtlos.planner.destinations import Packing, open_hosts, pack, why_nowhere
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.groups import Neighbours
+from nahtlos.planner.reserve import Standing, reserve_report, why_broken
 from nahtlos.planner.rooms import Rooms, amount, at_least_zero, total
 
 NO_PROCESS = (RunState.CRASHED, RunState.STOPPED, RunState.SUSPENDED)
@@ -27,6 +30,22 @@ def count_rooms(draft: Draft) -> None:
     for host, status in leftovers(draft):
         rooms.take(host, status.size)
     draft.rooms = rooms
+    draft.neighbours = _neighbours(draft)
+    draft.set_aside_for_groups()
+
+
+def _neighbours(draft: Draft) -> Neighbours:
+    policy = draft.policy
+    neighbours = Neighbours(policy.server_groups, policy.members, draft.serves)
+    for server in policy.members.keys() - draft.off.keys():
+        if owner := draft.servers.get(server):
+            neighbours.take(owner.host, server)
+        if (move := draft.moving.get(server)) and not move.in_place:
+            neighbours.take(move.destination, server)
+    for host, status in leftovers(draft) if neighbours else ():
+        if neighbours.policy(status.id) is GroupPolicy.ANTI_AFFINITY:
+            neighbours.take(host, status.id)
+    return neighbours
 
 
 def leftovers(draft: Draft) -> list[tuple[HostId, ServerStatus]]:
@@ -50,6 +69,7 @@ def capacity_report(draft: Draft) -> CapacityReport:
         promised=draft.policy.promised,
         in_service=total([draft.rooms.capacity(host) for host in hosts]),
         share=share(draft.policy.promised, _placeable(draft, hosts, draft.rooms)),
+        reserve=reserve_report(Standing(draft), draft.policy.reserve) if draft.policy.reserve else None,
     )
 
 
@@ -76,13 +96,51 @@ def shortage_without(
     lacking = at_least_zero(draft.policy.promised - _placeable(draft, others, packing.rooms))
     if lacking != Size():
         return f"{amount(lacking)} of the {amount(draft.policy.promised)} promised could not be placed"
-    return None
+    return _reserve_broken_without(draft, host, packing)
+
+
+def _reserve_broken_without(draft: Draft, host: HostId, packing: Packing) -> str | None:
+    """With `host` out of service and its servers where they go. Every step on the way there asks for less."""
+    if not draft.policy.reserve:
+        return None
+    after = Standing(draft, rooms=packing.rooms, moved=packing.places, without=host)
+    return why_broken(after) or None
 
 
 def _cannot_leave(draft: Draft, left: list[ServerId], others: list[HostId]) -> str:
+    nowhere = [(server, why_nowhere(draft, server, others)) for server in left]
+    if barred := [f"{server} cannot leave it: {why.reason}" for server, why in nowhere if why.barred]:
+        return "; ".join(barred)
     most = max(others, key=lambda host: (draft.rooms.free(host).memory_mib, host), default=None)
     where = (
         f"most is free on {most}: {amount(draft.rooms.free(most))}" if most else "no other host is in service"
     )
     needs = amount(total([draft.size(server) for server in left]))
     return f"{', '.join(left)} would fit nowhere else (needs {needs}; {where})"
+
+
+def why_withdrawal_breaks(
+    policy: Policy, inventory: Inventory, blueprint: Blueprint | None, host: HostId, *, emptied: bool
+) -> str:
+    """Why the reserve, if it is kept now, would not be with `host` out of service, its servers staying or
+    moved away; empty if it would be."""
+    if not policy.reserve:
+        return ""
+    draft = Draft(policy, inventory, blueprint)
+    count_rooms(draft)
+    if why_broken(Standing(draft)):
+        return ""
+    if not emptied:
+        return why_broken(Standing(draft, without=host))
+    staying = [s for s in draft.by_host().get(host, ()) if s not in draft.moving]
+    packing = pack(draft, staying, open_hosts(draft, without=host))
+    return _reserve_broken_without(draft, host, packing) or ""
+
+
+def reserve_of(
+    policy: Policy, inventory: Inventory, blueprint: Blueprint | None, hosts: int
+) -> ReserveReport:
+    """Whether a reserve of `hosts` is kept now."""
+    draft = Draft(policy, inventory, blueprint)
+    count_rooms(draft)
+    return reserve_report(Standing(draft), hosts)

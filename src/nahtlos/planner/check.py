@@ -10,6 +10,7 @@ from nahtlos.model.blueprint import Blueprint, HostIntent, HostPhase, PlannedMov
 from nahtlos.model.ids import BlueprintId, HostId, ServerId
 from nahtlos.model.inventory import Inventory, OperationState
 from nahtlos.model.nouns import Assignment, Component, HostRole, Size
+from nahtlos.model.placement import GroupPolicy
 from nahtlos.model.power import PowerState
 from nahtlos.planner.draft import Observed, number_of
 from nahtlos.planner.failure import proof
@@ -42,6 +43,8 @@ def violations(
         *_switching(observed, before, child),
         *_one_at_a_time(policy, child),
         *_room(policy, inventory, before, child),
+        *_groups(policy, before, child),
+        *_pins(policy, before, child),
         *volume_violations(policy, before, child),
         *_gateways(observed, before, child),
         *_fences(policy, inventory, before, child),
@@ -264,3 +267,41 @@ def _load(sizes: dict[ServerId, Size], blueprint: Blueprint) -> dict[HostId, Siz
     for server, host in places:
         load[host] = load.get(host, Size()) + sizes.get(server, Size())
     return load
+
+
+def _groups(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    """No hard rule is broken, nor broken further, by what is decided; both ends of moves counted."""
+    for group in policy.server_groups.values():
+        members = {server for server, name in policy.members.items() if name == group.id} - child.off.keys()
+        was, now = _places(before, members), _places(child, members)
+        if group.policy is GroupPolicy.ANTI_AFFINITY:
+            for host, here in now.items():
+                if len(here) > max(1, len(was.get(host, ()))):
+                    yield f"{host} would have {', '.join(sorted(here))} of {group.id}, which are to be apart"
+        elif group.policy is GroupPolicy.AFFINITY:
+            ends = {m.destination for m in child.moves if m.server in members and not m.in_place}
+            if len(now) > max(2, len(was)) or (len(now) > max(1, len(was)) and not ends):
+                yield f"{group.id}, which is to be together, would be on {', '.join(sorted(now))}"
+            if len(ends) > 1:
+                yield f"{group.id}, which is to be together, goes to {', '.join(sorted(ends))}"
+
+
+def _places(blueprint: Blueprint, servers: set[ServerId]) -> dict[HostId, set[ServerId]]:
+    found: dict[HostId, set[ServerId]] = {}
+    for server in servers & blueprint.servers.keys():
+        found.setdefault(blueprint.servers[server].host, set()).add(server)
+    for move in blueprint.moves:
+        if move.server in servers:
+            found.setdefault(move.destination, set()).add(move.server)
+    return found
+
+
+def _pins(policy: Policy, before: Blueprint, child: Blueprint) -> Iterator[str]:
+    begun = {move.id for move in before.moves}
+    for server, pin in policy.pins.items():
+        owner = child.servers.get(server)
+        if owner is not None and server not in before.servers and owner.host != pin:
+            yield f"{server}, which is pinned to {pin}, is placed on {owner.host}"
+    for move in child.moves:
+        if move.id not in begun and policy.pins.get(move.server, move.destination) != move.destination:
+            yield f"{move.id} takes {move.server} from {policy.pins[move.server]}, to which it is pinned"

@@ -32,6 +32,7 @@ from nahtlos.model.snapshot_places import left_over_snapshots, snapshots_on
 from nahtlos.model.storage import StorageBackend
 from nahtlos.model.version_pairs import PLUGGED_MEMORY, Pair, Verdict, Way, pair_for
 from nahtlos.model.volume_work import PlannedVolumeTask
+from nahtlos.planner.groups import Neighbours
 from nahtlos.planner.rooms import Rooms
 
 LONGEST_REASON = 8
@@ -114,6 +115,7 @@ class Draft:
         self.wanted: set[ServerId] = set()
         """Servers somebody wants elsewhere."""
         self.rooms = Rooms({})
+        self.neighbours = Neighbours({}, {}, self.serves)
         self.changes: list[str] = []
         self.waiting: list[Waiting] = []
 
@@ -142,6 +144,11 @@ class Draft:
         if host not in self.policy.hosts:
             return HostIntent.DRAINED
         return self.policy.intents.get(host, HostIntent.ACTIVE)
+
+    def serves(self, host: HostId) -> bool:
+        """Whether it is decided that it takes servers."""
+        plan = self.hosts.get(host)
+        return plan is not None and plan.phase is HostPhase.SERVING and not plan.fenced
 
     def is_compute(self, host: HostId) -> bool:
         spec = self.policy.hosts.get(host)
@@ -249,7 +256,15 @@ class Draft:
         self.moves[move.id] = move
         self.moving[move.server] = move
         if not move.in_place:  # the memory is shared
-            self.rooms.take(move.destination, self.size(move.server))
+            self.rooms.admit(move.destination, move.server, self.size(move.server))
+            self.neighbours.take(move.destination, move.server)
+            self.set_aside_for_groups()
+
+    def set_aside_for_groups(self) -> None:
+        """An affinity group that has begun to go elsewhere must find room there for all of it."""
+        for home, servers in self.neighbours.scattered() if self.neighbours else ():
+            for server in servers:
+                self.rooms.set_aside(home, server, self.size(server))
 
     def drop_move(self, move: PlannedMove) -> None:
         del self.moves[move.id]

@@ -27,7 +27,7 @@ from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import Inventory, ServerStatus
 from nahtlos.model.nouns import Assignment
 from nahtlos.model.storage import StorageBackend
-from nahtlos.planner.destinations import no_room, open_hosts
+from nahtlos.planner.destinations import open_hosts, why_nowhere
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.volumes import task_of
 
@@ -243,8 +243,9 @@ def restart_failed(draft: Draft) -> None:
         hosts = _able(draft)
         place = _place(draft, server, hosts)
         if place is None:
-            reason = f"{server} is not restarted: {no_room(draft, server, hosts)}"
-            draft.wait(server, WaitKind.CAPACITY, reason, "free or add capacity")
+            nowhere = why_nowhere(draft, server, hosts)
+            reason = f"{server} is not restarted: {nowhere.reason}"
+            draft.wait(server, WaitKind.CAPACITY, reason, nowhere.remedy or "free or add capacity")
         else:
             _restart(draft, server, host, place)
 
@@ -300,7 +301,10 @@ def _place(draft: Draft, server: ServerId, hosts: list[HostId]) -> HostId | None
     fitting = [
         host
         for host in hosts
-        if size.fits(draft.rooms.free(host)) and draft.can_run(server, draft.hosts[host].release)
+        if size.fits(draft.rooms.free(host))
+        and draft.can_run(server, draft.hosts[host].release)
+        and draft.policy.pins.get(server, host) == host
+        and not draft.neighbours.why_not(server, host, draft.servers[server].host)
     ]
     return min(fitting, key=lambda h: (h not in near, -draft.rooms.free_share(h), h), default=None)
 
@@ -314,6 +318,8 @@ def _restart(draft: Draft, server: ServerId, host: HostId, place: HostId) -> Non
     epoch = max(known) + 1
     draft.servers[server] = Assignment(server=server, host=place, epoch=epoch)
     draft.rooms.take(place, draft.size(server))
+    draft.neighbours.leave(host, server)
+    draft.neighbours.take(place, server)
     draft.passed_over[host] = {**draft.passed_over.get(host, {}), server: epoch}
     draft.attempts.pop(server, None)
     draft.failed_moves.pop(server, None)

@@ -8,7 +8,7 @@ from nahtlos.model.blueprint import ForecastMove, PlannedMove, Strategy
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.prediction import Estimate, Means
 from nahtlos.model.version_pairs import Verdict, Way
-from nahtlos.planner.destinations import open_hosts, pack
+from nahtlos.planner.destinations import open_hosts, pack, why_nowhere
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.estimate import ORDER
 from nahtlos.planner.ways import predicted, row_for, why_not_moved
@@ -60,7 +60,10 @@ def _why(draft: Draft, move: PlannedMove) -> str:
     if why := why_not_moved(draft, campaign, move.server):
         return why
     others = open_hosts(draft, without=move.source, as_if_connected=True)
-    return "no room on another host" if pack(draft, [move.server], others).left else ""
+    if not pack(draft, [move.server], others).left:
+        return ""
+    nowhere = why_nowhere(draft, move.server, others)
+    return nowhere.reason if nowhere.barred else "no room on another host"
 
 
 def _alternatives(

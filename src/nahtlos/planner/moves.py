@@ -8,6 +8,7 @@ from nahtlos.model.power import PowerState
 from nahtlos.model.prediction import Means
 from nahtlos.planner.admission import why_not_admitted
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.reserve import KEEP, why_move_breaks
 from nahtlos.planner.volumes import why_held_by_volumes
 from nahtlos.planner.ways import deferred, means_of_move, why_over_budget
 
@@ -88,6 +89,9 @@ def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: s
     means = means_of_move(draft, server)
     if over := why_over_budget(draft, server, means, draft.hosts[destination].release):
         draft.waiting.append(deferred(server, over))
+        return
+    if broken := why_move_breaks(draft, server, destination):
+        draft.wait(server, WaitKind.CAPACITY, f"{server} is not moved to {destination}: {broken}", KEEP)
         return
     if full := why_not_admitted(draft, server, destination):
         draft.wait(server, WaitKind.MOVE, f"{server} waits for its turn: {full}")

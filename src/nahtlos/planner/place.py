@@ -12,9 +12,17 @@ from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import Assignment, ServerSpec, Size
 from nahtlos.model.values import Value
 from nahtlos.planner.capacity import count_rooms
-from nahtlos.planner.destinations import choose, heaviest_first, no_room, open_hosts, pack, why_closed
+from nahtlos.planner.destinations import choose, heaviest_first, open_hosts, pack, why_closed, why_nowhere
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.reserve import (
+    KEEP,
+    Standing,
+    why_broken,
+    why_move_breaks,
+    why_placing_breaks,
+)
 from nahtlos.planner.rooms import amount, at_least_zero
+from nahtlos.planner.suitability import why_tied, why_unsuited
 
 
 def forget_removed_servers(draft: Draft) -> None:
@@ -41,15 +49,21 @@ def place_new_servers(draft: Draft) -> None:
 
 
 def _place(draft: Draft, server: ServerId, hosts: list[HostId]) -> None:
-    asked = draft.policy.placements.get(server)
+    asked = draft.policy.placements.get(server) or draft.policy.pins.get(server)
     host = _spread(draft, server, hosts if asked is None else [asked] if asked in hosts else [])
     if host is None:
         refusal = _refusal(draft, server, asked, hosts)
         kind = WaitKind.HOST if refusal.lacks == Size() else WaitKind.CAPACITY
         draft.wait(server, kind, refusal.reason, refusal.remedy)
         return
+    if broken := why_placing_breaks(draft, server, host):
+        host = _keeping(draft, server, hosts if asked is None else [])
+        if host is None:
+            draft.wait(server, WaitKind.CAPACITY, f"{server} is not placed: {broken}", KEEP)
+            return
     draft.servers[server] = Assignment(server=server, host=host, epoch=1)
     draft.rooms.take(host, draft.size(server))
+    draft.neighbours.take(host, server)
     draft.change(f"{server} is placed on {host}")
 
 
@@ -57,7 +71,13 @@ def _spread(draft: Draft, server: ServerId, hosts: list[HostId]) -> HostId | Non
     """The roomiest host on the campaign's release, else the roomiest at all."""
     campaign = draft.open_campaign
     upgraded = [host for host in hosts if campaign and draft.hosts[host].release == campaign.to_release]
-    return choose(draft, server, upgraded, draft.rooms) or choose(draft, server, hosts, draft.rooms)
+    return choose(draft, server, upgraded) or choose(draft, server, hosts)
+
+
+def _keeping(draft: Draft, server: ServerId, hosts: list[HostId]) -> HostId | None:
+    """The first of `hosts` that takes it and leaves the reserve whole."""
+    fitting = (host for host in hosts if choose(draft, server, [host]))
+    return next((host for host in fitting if not why_placing_breaks(draft, server, host)), None)
 
 
 class NoRoom(Value, frozen=True, kw_only=True):
@@ -69,11 +89,13 @@ class NoRoom(Value, frozen=True, kw_only=True):
     """By how much the host (asked for, or with most room) lacks; zero if room is not what it lacks."""
     fits_on: tuple[HostId, ...]
     remedy: str
+    barred: bool = False
+    """What people want (its group, a pin) keeps it from each of them, not a want of room."""
 
 
 def _refusal(draft: Draft, server: ServerId, asked: HostId | None, hosts: list[HostId]) -> NoRoom:
     """Why `server` is not placed. Asked only once it is known that it is not."""
-    fits = tuple(host for host in hosts if choose(draft, server, [host], draft.rooms))
+    fits = tuple(host for host in hosts if choose(draft, server, [host]))
     elsewhere = f"it would fit on {', '.join(fits)}" if fits else "free or add capacity"
     closed = why_closed(draft, asked) if asked is not None else None
     if closed is not None:
@@ -83,12 +105,19 @@ def _refusal(draft: Draft, server: ServerId, asked: HostId | None, hosts: list[H
     candidates = [asked] if asked is not None else hosts
     lacks = _lack(draft, server, candidates)
     by = f"; {amount(lacks)} are missing" if lacks != Size() else ""
-    reason = no_room(draft, server, candidates) + by
-    return NoRoom(host=asked, reason=reason, lacks=lacks, fits_on=fits, remedy=elsewhere)
+    nowhere = why_nowhere(draft, server, candidates)
+    return NoRoom(
+        host=asked,
+        reason=nowhere.reason + by,
+        lacks=lacks,
+        fits_on=fits,
+        remedy=elsewhere if fits or not nowhere.remedy else nowhere.remedy,
+        barred=nowhere.barred,
+    )
 
 
 def _lack(draft: Draft, server: ServerId, hosts: list[HostId]) -> Size:
-    able = [host for host in hosts if draft.can_run(server, draft.hosts[host].release)]
+    able = [host for host in hosts if why_unsuited(draft, server, host, draft.neighbours) is None]
     if not able:
         return Size()
     best = max(able, key=lambda host: (draft.rooms.free(host).memory_mib, host))
@@ -106,20 +135,40 @@ def room_for(
     owner = draft.servers.get(spec.id)
     if owner is not None and owner.host == host:
         return None
+    if tied := why_tied(draft, spec.id):
+        return NoRoom(
+            host=host, reason=tied.reason, lacks=Size(), fits_on=(), remedy=tied.remedy, barred=True
+        )
     hosts = open_hosts(draft, without=owner.host if owner else None)
     _take_unplaced(draft, hosts, except_for=spec.id)
     allowed = hosts if host is None else [host] if host in hosts else []
-    if choose(draft, spec.id, allowed, draft.rooms):
-        return None
+    if place := choose(draft, spec.id, allowed):
+        return _reserve_broken(draft, spec.id, place, allowed)
     return _refusal(draft, spec.id, host, hosts)
+
+
+def _reserve_broken(draft: Draft, server: ServerId, host: HostId, allowed: list[HostId]) -> NoRoom | None:
+    """Whether the reserve keeps it from `host` and, if it is new, from all others that are allowed."""
+    if server in draft.servers:
+        broken = why_move_breaks(draft, server, host)
+    else:
+        broken = why_placing_breaks(draft, server, host)
+        broken = "" if broken and _keeping(draft, server, allowed) else broken
+    if not broken:
+        return None
+    text = f"no room for {server} on {host}: {broken}"
+    return NoRoom(host=host, reason=text, lacks=draft.size(server), fits_on=(), remedy=KEEP)
 
 
 def _take_unplaced(draft: Draft, hosts: list[HostId], *, except_for: ServerId) -> None:
     """Servers that were asked for and are not placed yet take the room they will be given."""
     for server in heaviest_first(draft, draft.policy.servers.keys() - draft.servers.keys() - {except_for}):
-        place = draft.policy.placements.get(server) or pack(draft, [server], hosts).places.get(server)
+        asked = draft.policy.placements.get(server) or draft.policy.pins.get(server)
+        place = asked or pack(draft, [server], hosts).places.get(server)
         if place is not None:
             draft.rooms.take(place, draft.size(server))
+            draft.neighbours.take(place, server)
+            draft.servers[server] = Assignment(server=server, host=place, epoch=1)
 
 
 class NoGrowth(Value, frozen=True, kw_only=True):
@@ -153,5 +202,19 @@ def room_to_grow(
     grown = Draft(
         msgspec.structs.replace(policy, servers={**policy.servers, spec.id: spec}), inventory, blueprint
     )
-    fits = tuple(host for host in others if choose(grown, spec.id, [host], draft.rooms))
+    grown.rooms, grown.neighbours = draft.rooms, draft.neighbours
+    fits = () if why_tied(draft, spec.id) else tuple(h for h in others if choose(grown, spec.id, [h]))
     return NoGrowth(host=owner.host, has=has, needs=needs, free=free, fits_on=fits)
+
+
+def why_growth_breaks(
+    policy: Policy, inventory: Inventory, blueprint: Blueprint | None, spec: ServerSpec
+) -> str:
+    """Why the reserve would not be kept once the server, which is placed, has the size asked for; empty if it
+    would be."""
+    if not policy.reserve:
+        return ""
+    grown = msgspec.structs.replace(policy, servers={**policy.servers, spec.id: spec})
+    draft = Draft(grown, inventory, blueprint)
+    count_rooms(draft)
+    return why_broken(Standing(draft))

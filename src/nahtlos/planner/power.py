@@ -18,8 +18,9 @@ from nahtlos.model.nouns import Assignment, ServerSpec
 from nahtlos.model.power import PowerState, SavedState
 from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
 from nahtlos.model.volume_work import PlannedVolumeTask, Reverting, volumes_of
-from nahtlos.planner.destinations import choose, no_room, open_hosts
+from nahtlos.planner.destinations import choose, open_hosts, why_nowhere
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.reserve import KEEP, why_placing_breaks
 
 OPERATIONS = (OperationKind.STOP, OperationKind.REBOOT, OperationKind.SUSPEND, OperationKind.RESUME)
 PENDING = {
@@ -113,9 +114,14 @@ def start_stopped(draft: Draft) -> None:
             draft.waiting.append(_why_not(draft, spec))
             draft.off[server] = serial
             continue
+        if broken := why_placing_breaks(draft, server, host):
+            draft.wait(server, WaitKind.CAPACITY, f"{server} is not to run again yet: {broken}", KEEP)
+            draft.off[server] = serial
+            continue
         if host != draft.servers[server].host:
             _give(draft, server, host)
         draft.rooms.take(host, draft.size(server))
+        draft.neighbours.take(host, server)
         draft.change(f"{server} runs again on {host}")
 
 
@@ -129,12 +135,18 @@ def _place(draft: Draft, server: ServerId) -> HostId | None:
     host = draft.servers[server].host
     plan = draft.hosts.get(host)
     here = plan is not None and plan.phase in STARTS_ON and draft.observed.connected(host)
-    if here and draft.size(server).fits(draft.rooms.free(host)) and _refused(draft, server, host) is None:
+    fits = here and draft.size(server).fits(draft.rooms.free(host))
+    if fits and _refused(draft, server, host) is None and _may_run(draft, server, host):
         return host
     if server not in draft.off_before:
         return None
     others = [each for each in open_hosts(draft, without=host) if _refused(draft, server, each) is None]
-    return choose(draft, server, others, draft.rooms)
+    return choose(draft, server, others)
+
+
+def _may_run(draft: Draft, server: ServerId, host: HostId) -> bool:
+    """Whether its group and its pin let it run where it is kept."""
+    return draft.policy.pins.get(server, host) == host and not draft.neighbours.why_not(server, host, None)
 
 
 def _refused(draft: Draft, server: ServerId, host: HostId) -> Pair | None:
@@ -171,9 +183,9 @@ def _why_not(draft: Draft, spec: ServerSpec) -> Waiting:
             f"nahtlos server stop {spec.id} --hard",
         )
     others = open_hosts(draft, without=host)
-    text = no_room(draft, spec.id, [*others, host] if host in draft.hosts else others)
-    reason = f"{spec.id} is to run again: {text}"
-    return Waiting(subject=spec.id, kind=WaitKind.CAPACITY, reason=reason, remedy="free or add room")
+    nowhere = why_nowhere(draft, spec.id, [*others, host] if host in draft.hosts else others)
+    reason, remedy = f"{spec.id} is to run again: {nowhere.reason}", nowhere.remedy or "free or add room"
+    return Waiting(subject=spec.id, kind=WaitKind.CAPACITY, reason=reason, remedy=remedy)
 
 
 # --- they are kept elsewhere -----------------------------------------------------------------------------
@@ -191,7 +203,9 @@ def carry_stopped(draft: Draft) -> None:
 def carry(draft: Draft, server: ServerId, hosts: list[HostId]) -> HostId | None:
     """To the one of `hosts` that keeps fewest; None, and why, if it cannot be now."""
     host = draft.servers[server].host
+    pin = draft.policy.pins.get(server)
     able = [h for h in hosts if draft.can_run(server, draft.hosts[h].release) and draft.is_told(server, h)]
+    able = [h for h in able if pin in (None, h)]
     if not able or server not in draft.off_before:
         draft.wait(server, WaitKind.HOST, f"no host that could keep {server}, which is off, is in service")
         return None

@@ -15,6 +15,7 @@ from nahtlos.model.blueprint import (
     Forecast,
     ForecastHost,
     ForecastMove,
+    Obstacle,
     PlanReport,
     Policy,
     Strategy,
@@ -32,10 +33,13 @@ from nahtlos.model.inventory import (
     ServerStatus,
 )
 from nahtlos.model.nouns import Component, Size
+from nahtlos.model.placement import ReserveReport
 from nahtlos.model.prediction import Means, Sample
+from nahtlos.planner.capacity import count_rooms
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.estimate import error_p90, learn, slowest
 from nahtlos.planner.foretell import foretold
+from nahtlos.planner.obstacles import of_campaign
 from nahtlos.planner.plan import plan
 from nahtlos.planner.rooms import amount
 from nahtlos.planner.upgrade import campaign_over, has, to_upgrade
@@ -89,6 +93,8 @@ def forecast(
         blockers=_blockers(trial, inventory, run),
         basis=_basis(samples, verify_seconds, component),
         strategy=strategy,
+        obstacles=_obstacles(trial, inventory, parent) if component is Component.HYPERVISOR else (),
+        reserve=run.reserve,
         error_p90=error_p90(samples, policy.experience, accelerator) if samples else None,
     )
 
@@ -212,6 +218,7 @@ class _Run:
         self.moves: dict[HostId, list[ForecastMove]] = {}
         self.before: dict[HostId, ReleaseId | None] = {}
         self.floor = 1.0
+        self.reserve: ReserveReport | None = None
         self.over = False
         self.last: PlanReport | None = None
         self.blueprint: Blueprint | None = None
@@ -226,6 +233,8 @@ class _Run:
         seen: Inventory,
     ) -> None:
         self.floor = min(self.floor, report.capacity.share)
+        if self.reserve is None or self.reserve.kept:
+            self.reserve = report.capacity.reserve
         self.last, self.blueprint = report, blueprint
         replaced = (h for h, plan in blueprint.hosts.items() if plan.replacing is not None)
         host = blueprint.upgrading or next(replaced, None)
@@ -321,6 +330,16 @@ def _blockers(policy: Policy, inventory: Inventory, run: _Run) -> tuple[Waiting,
 
 def _blocked(subject: str, reason: str, remedy: str) -> Waiting:
     return Waiting(subject=subject, kind=WaitKind.BLOCKED, reason=reason, remedy=remedy)
+
+
+def _obstacles(policy: Policy, inventory: Inventory, parent: Blueprint | None) -> tuple[Obstacle, ...]:
+    """Per server, beforehand, of hosts that do not have the release yet."""
+    campaign, draft = policy.campaign, Draft(policy, inventory, parent)
+    assert campaign is not None, "a forecast without a campaign"
+    count_rooms(draft)
+    plans = ((host, draft.hosts.get(host)) for host in to_upgrade(policy, campaign))
+    left = [host for host, plan in plans if plan is not None and plan.release != campaign.to_release]
+    return of_campaign(draft, campaign, left)
 
 
 def _unknown_hosts(policy: Policy, campaign: Campaign) -> list[Waiting]:

@@ -2,11 +2,11 @@
 
 from nahtlos.model.blueprint import WaitKind
 from nahtlos.model.ids import HostId, ServerId
-from nahtlos.planner.destinations import choose, no_room, open_hosts, pack, why_closed
+from nahtlos.planner.destinations import choose, open_hosts, pack, why_closed, why_nowhere
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.moves import REQUESTED, start_or_wait, why_not_ready
 from nahtlos.planner.power import carry
-from nahtlos.planner.rooms import amount
+from nahtlos.planner.suitability import why_tied
 
 
 def serve_requests(draft: Draft) -> None:
@@ -59,27 +59,22 @@ def _carry(draft: Draft, server: ServerId, asked: HostId | None) -> None:
 
 def _destination(draft: Draft, server: ServerId, asked: HostId | None) -> HostId | None:
     others = open_hosts(draft, without=draft.servers[server].host)
+    if tied := why_tied(draft, server):
+        draft.wait(server, WaitKind.BLOCKED, tied.reason, tied.remedy)
+        return None
     if asked is None:
         place = pack(draft, [server], others).places.get(server)
         if place is None:
-            draft.wait(server, WaitKind.CAPACITY, no_room(draft, server, others))
+            nowhere = why_nowhere(draft, server, others)
+            draft.wait(server, nowhere.kind, nowhere.reason, nowhere.remedy)
         return place
     if closed := why_closed(draft, asked):
         draft.wait(server, closed.kind, f"{server} is to move to {asked}, but {closed.reason}", closed.remedy)
         return None
-    if choose(draft, server, [asked], draft.rooms):
+    if choose(draft, server, [asked]):
         return asked
-    elsewhere = [host for host in others if choose(draft, server, [host], draft.rooms)]
-    remedy = f"it would fit on {', '.join(elsewhere)}" if elsewhere else "free or add capacity"
-    draft.wait(server, WaitKind.CAPACITY, _refusal(draft, server, asked), remedy)
+    elsewhere = [host for host in others if choose(draft, server, [host])]
+    nowhere = why_nowhere(draft, server, [asked])
+    remedy = f"it would fit on {', '.join(elsewhere)}" if elsewhere else nowhere.remedy
+    draft.wait(server, nowhere.kind, nowhere.reason, remedy or "free or add capacity")
     return None
-
-
-def _refusal(draft: Draft, server: ServerId, host: HostId) -> str:
-    release = draft.hosts[host].release
-    if not draft.can_run(server, release):
-        return f"{release} on {host} lacks the machine type of {server}"
-    if refused := draft.refused_move(server, release):
-        return f"{refused}; replace it in place first: nahtlos server replace-vmm {server}"
-    needs, free = amount(draft.size(server)), amount(draft.rooms.free(host))
-    return f"{host} has no room for {server} (needs {needs}, {free} free)"

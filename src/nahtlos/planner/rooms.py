@@ -5,7 +5,7 @@ A server that moves is counted at both ends. Arithmetic only; who may use the ro
 
 from collections.abc import Mapping
 
-from nahtlos.model.ids import HostId
+from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Size
 
 NOTHING = Size()
@@ -15,11 +15,13 @@ class Rooms:
     def __init__(self, capacities: Mapping[HostId, Size]) -> None:
         self._capacity = dict(capacities)
         self._free = dict(capacities)
+        self._aside: dict[ServerId, HostId] = {}
 
     def copy(self) -> "Rooms":
         other = Rooms({})
         other._capacity = self._capacity
         other._free = dict(self._free)
+        other._aside = dict(self._aside)
         return other
 
     def capacity(self, host: HostId) -> Size:
@@ -31,6 +33,22 @@ class Rooms:
 
     def take(self, host: HostId, size: Size) -> None:
         self._free[host] = self.free(host) - size
+
+    def set_aside(self, host: HostId, server: ServerId, size: Size) -> None:
+        """Keep room for a server that will have to come; once."""
+        if server not in self._aside:
+            self._aside[server] = host
+            self.take(host, size)
+
+    def is_aside(self, host: HostId, server: ServerId) -> bool:
+        return self._aside.get(server) == host
+
+    def admit(self, host: HostId, server: ServerId, size: Size) -> None:
+        """It comes: by the room that was set aside, or by what is free."""
+        if self.is_aside(host, server):
+            del self._aside[server]
+        else:
+            self.take(host, size)
 
     def free_share(self, host: HostId) -> float:
         """Free share of its memory, 0.0 to 1.0."""

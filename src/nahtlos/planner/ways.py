@@ -157,7 +157,17 @@ def leaving(draft: Draft, campaign: Campaign, host: HostId, servers: Sequence[Se
     if campaign.strategy is Strategy.IN_PLACE:
         return []
     release = campaign.to_release
-    return [s for s in servers if not runs(draft, s, release) and not why_not_moved(draft, campaign, s)]
+    movers = [s for s in servers if not runs(draft, s, release) and not why_not_moved(draft, campaign, s)]
+    if not draft.neighbours:
+        return movers
+    return [s for s in movers if not _is_held(draft, s, movers) or not can_stay(draft, s, release)]
+
+
+def _is_held(draft: Draft, server: ServerId, movers: list[ServerId]) -> bool:
+    """Whether others of its affinity group stay, and it with them."""
+    host = draft.servers[server].host
+    together = draft.neighbours.companions(server, host)
+    return draft.neighbours.home(server, host) is None and not set(together) <= set(movers)
 
 
 def leaving_with_room(

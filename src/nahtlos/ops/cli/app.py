@@ -14,8 +14,10 @@ from nahtlos.ops.cli.operators import operator_commands
 from nahtlos.ops.cli.ports import port_commands
 from nahtlos.ops.cli.projects import project_commands
 from nahtlos.ops.cli.releases import release_commands
+from nahtlos.ops.cli.reserve import reserve_command
 from nahtlos.ops.cli.routers import floating_ip_commands, router_commands
 from nahtlos.ops.cli.security import security_group_commands
+from nahtlos.ops.cli.server_groups import server_group_commands
 from nahtlos.ops.cli.servers import server_commands
 from nahtlos.ops.cli.snapshots import snapshot_commands
 from nahtlos.ops.cli.upgrades import upgrade_commands
@@ -33,6 +35,7 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(host_commands(surroundings), name="host")
     app.add_typer(release_commands(surroundings), name="release")
     app.add_typer(server_commands(surroundings), name="server")
+    app.add_typer(server_group_commands(surroundings), name="server-group")
     app.add_typer(project_commands(surroundings), name="project")
     app.add_typer(volume_commands(surroundings), name="volume")
     app.add_typer(snapshot_commands(surroundings), name="snapshot")
@@ -48,5 +51,6 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(upgrade_commands(surroundings), name="upgrade")
     app.add_typer(operation_commands(surroundings), name="operation")
     app.add_typer(operator_commands(surroundings), name="operator")
+    reserve_command(app, surroundings)
     machine_commands(app, surroundings)
     return app

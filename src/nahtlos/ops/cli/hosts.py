@@ -3,13 +3,17 @@
 from typing import Annotated
 
 import typer
+from rich.console import Group
+from rich.text import Text
 
 from nahtlos.model.blueprint import HostIntent, HostPhase
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.availability import availability_commands
-from nahtlos.ops.cli.command import Cli, Surroundings, command
+from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
+from nahtlos.ops.cli.drain import drain_forecast
+from nahtlos.ops.cli.placement_pictures import reserve_line
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import HostChange, HostView
@@ -27,7 +31,10 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
         """All hosts, their state and what they hold."""
         async with cli.client() as client:
             views = await client.hosts()
-        cli.show(views, pictures.hosts(views))
+            reserve = (await client.status()).capacity.reserve
+        listed = pictures.hosts(views)
+        reserved = Text.assemble("reserve: ", reserve_line(reserve))
+        cli.show(views, listed if reserve is None else Group(listed, reserved))
 
     @command(app, "show", surroundings)
     async def show(cli: Cli, host: Host) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -66,11 +73,20 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
     async def drain(  # pyright: ignore[reportUnusedFunction]
         cli: Cli,
         host: Host,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Say what would move where and what would not; do nothing.")
+        ] = False,
         wait: Annotated[bool, typer.Option(help="Wait until it is empty.")] = True,
         deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 600.0,
-    ) -> None:
-        """Move all servers and volumes of HOST elsewhere, while they run, and give it no others."""
+    ) -> int:
+        """Move all servers and volumes of HOST elsewhere, while they run, and give it no others.
+
+        With --dry-run the exit code is 2 if something is in the way."""
         async with cli.client() as client:
+            if dry_run:
+                forecast = await client.placement.plan_drain(HostId(host))
+                cli.show(forecast, drain_forecast(forecast))
+                return REFUSED if forecast.obstacles or forecast.reserve else 0
             view = await client.set_host_intent(HostId(host), HostIntent.DRAINED)
             if wait:
                 view, _ = await wait_until(
@@ -82,6 +98,7 @@ def host_commands(surroundings: Surroundings) -> typer.Typer:
                     deadline=deadline,
                 )
         cli.show(view, pictures.host(view))
+        return 0
 
     availability_commands(app, surroundings)
     return app

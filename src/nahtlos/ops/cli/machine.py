@@ -9,8 +9,10 @@ from rich.text import Text
 
 from nahtlos.model.errors import Error
 from nahtlos.model.nouns import Size
+from nahtlos.model.placement import ReserveReport
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
+from nahtlos.ops.cli.placement_pictures import reserve_line
 from nahtlos.ops.doctor import Finding, Level, examine, fit
 
 
@@ -50,9 +52,11 @@ async def _of_hosts(cli: Cli) -> list[Finding]:
     try:
         async with cli.client() as client:
             hosts = [await client.host(view.id) for view in await client.hosts()]
+            reserve = (await client.status()).capacity.reserve
     except Error:
         return []
-    return [
+    kept = [] if reserve is None else [_of_reserve(reserve)]
+    return kept + [
         Finding(
             name=f"network of {view.id}: {subject}",
             ok=not words.startswith("missing"),
@@ -62,6 +66,18 @@ async def _of_hosts(cli: Cli) -> list[Finding]:
         for view in hosts
         for subject, words in sorted((view.inventory.network if view.inventory else {}).items())
     ]
+
+
+def _of_reserve(report: ReserveReport) -> Finding:
+    return Finding(
+        name="reserve for hosts that fail",
+        ok=report.kept,
+        level=Level.OPTIONAL,
+        detail=reserve_line(report).plain,
+        remedy=""
+        if report.kept
+        else "add or activate a host, delete servers, or keep less in reserve: nahtlos reserve N",
+    )
 
 
 def _picture(findings: list[Finding]) -> RenderableType:

@@ -20,7 +20,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import HostInventory, OperationState, RunState
 from nahtlos.model.nouns import Component, Release, Size
-from nahtlos.ops.cli import upgrade_pictures
+from nahtlos.ops.cli import placement_pictures, upgrade_pictures
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
 from nahtlos.runtime.evidence.foretold import predictions
@@ -252,6 +252,10 @@ def forecast(plan: Forecast) -> RenderableType:
     ]
     if servers := upgrade_pictures.ways(plan):
         parts += [Text(), servers]
+    if plan.reserve is not None:
+        parts += [Text.assemble(("Reserve: ", "bold"), placement_pictures.reserve_line(plan.reserve))]
+    if plan.obstacles:
+        parts += [Text(), placement_pictures.obstacles(plan.obstacles)]
     if plan.blockers:
         parts += [Text(), Text("Blocked:", style=BAD), waiting(plan.blockers)]
     return Group(*parts)
@@ -407,6 +411,7 @@ def status(value: Status) -> RenderableType:
                 ("blueprint", value.blueprint),
                 ("converged", Text("yes", style=GOOD) if value.converged else Text("no", style=WARN)),
                 ("capacity", f"{value.capacity.share:.0%} of what is promised"),
+                ("reserve", placement_pictures.reserve_line(value.capacity.reserve)),
             ]
         )
     ]

@@ -22,6 +22,8 @@ def server(view: ServerView) -> RenderableType:
             ("replaced by", view.replaced_by or NOTHING),
             ("waits for", view.waits_for or NOTHING),
             ("project", view.project),
+            ("server group", view.group or NOTHING),
+            ("pinned to", view.pin or NOTHING),
             ("address", f"{view.ip} ({view.mac})"),
             ("ports", ", ".join(view.ports) or NOTHING),
             ("size", _size(view)),

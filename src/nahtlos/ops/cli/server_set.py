@@ -10,13 +10,13 @@ import time
 from typing import Annotated
 
 import typer
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.errors import Refused
-from nahtlos.model.ids import ServerId
+from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.values import Value
 from nahtlos.ops.cli import amounts, pictures, server_pictures, volume_amounts
@@ -33,7 +33,7 @@ Weight = Annotated[
     int | None, typer.Option(help="1 to 10000, beside other servers' where processors are short.")
 ]
 
-VCPUS, MEMORY, CPU, NETWORK, DISKS = "vcpus", "memory", "cpu", "network", "disks"
+VCPUS, MEMORY, CPU, NETWORK, DISKS, PIN = "vcpus", "memory", "cpu", "network", "disks", "pin"
 MEASURED = (VCPUS, MEMORY, CPU)
 """Which the host measures."""
 
@@ -87,6 +87,10 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
         restart_priority: Annotated[
             int | None, typer.Option(help="Of several that are restarted, the highest first; -100 to 100.")
         ] = None,
+        pin: Annotated[
+            str | None, typer.Option(metavar="HOST", help="Keep it on this host, where it is.")
+        ] = None,
+        unpin: Annotated[bool, typer.Option("--unpin", help="It may be moved again.")] = False,
         wait: Annotated[bool, typer.Option(help="Wait until it holds.")] = True,
         deadline: Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)] = 60.0,
     ) -> None:
@@ -106,6 +110,7 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
             allow_slowdown=UNSET if allow_slowdown is None else allow_slowdown,
             on_host_failure=UNSET if on_host_failure is None else on_host_failure,
             restart_priority=UNSET if restart_priority is None else restart_priority,
+            pin=_pin(pin, unpin=unpin),
         )
         async with cli.client() as client:
             before = await client.server(ServerId(server))
@@ -123,6 +128,12 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
                 )
                 changes = watch.timed(view)
         cli.show(GivenAll(server=view, changes=changes), _picture(view, changes))
+
+
+def _pin(host: str | None, *, unpin: bool) -> HostId | UnsetType | None:
+    if host is not None and unpin:
+        raise Refused("both --pin and --unpin are given", field="pin", remedy="give one of them")
+    return None if unpin else UNSET if host is None else HostId(host)
 
 
 def _milliseconds(text: str) -> int | None:
@@ -149,6 +160,7 @@ def differences(before: ServerView, after: ServerView) -> tuple[Given, ...]:
         CPU: (share_text(before.cpu), share_text(after.cpu)),
         NETWORK: (network_text(before), network_text(after)),
         DISKS: (disks_text(before), disks_text(after)),
+        PIN: (before.pin or "none", after.pin or "none"),
     }
     return tuple(Given(what=what, before=old, after=new) for what, (old, new) in texts.items() if old != new)
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.errors import NotFound
-from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerGroupId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import CpuShare
 from nahtlos.model.storage import DiskLimits, VolumeFormat
@@ -57,6 +57,10 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
         volume_mib: Annotated[int, typer.Option(min=1)] = 160,
         image: Annotated[str | None, typer.Option(help="Needed if there are several.")] = None,
         host: Annotated[str | None, typer.Option(help="Start it on this host.")] = None,
+        group: Annotated[str | None, typer.Option(help="The server group it is in.")] = None,
+        pin: Annotated[
+            str | None, typer.Option(metavar="HOST", help="Start it on this host, and keep it there.")
+        ] = None,
         network: Annotated[
             list[str] | None,
             typer.Option(
@@ -142,6 +146,8 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             on_host_failure=on_host_failure,
             restart_priority=restart_priority,
             allow_post_copy=allow_post_copy,
+            group=ServerGroupId(group) if group else None,
+            pin=HostId(pin) if pin else None,
         )
         async with cli.client() as client:
             view = await client.create_server(request)

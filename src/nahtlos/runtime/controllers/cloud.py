@@ -28,6 +28,7 @@ from nahtlos.model.ids import (
     PortId,
     ProjectId,
     ReleaseId,
+    ServerGroupId,
     ServerId,
     SnapshotId,
     VolumeId,
@@ -41,6 +42,7 @@ from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.availability import AvailabilityApi
 from nahtlos.runtime.controllers.consoles import Consoles
 from nahtlos.runtime.controllers.networks import Networks, PortRequest
+from nahtlos.runtime.controllers.placement import Placement
 from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.projects import Projects
 from nahtlos.runtime.controllers.volumes import Volumes
@@ -138,6 +140,9 @@ class ServerView(Value, frozen=True, kw_only=True):
     """Whether it is to run."""
     power_pending: bool = False
     """That was asked for, and is not carried out yet."""
+    group: ServerGroupId | None = None
+    pin: HostId | None = None
+    """The one host it is to be on."""
 
 
 class CampaignView(Value, frozen=True, kw_only=True):
@@ -213,6 +218,10 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     """-100 to 100; of several that are restarted, the highest first."""
     allow_post_copy: bool = False
     """Refused: it is not offered."""
+    group: ServerGroupId | None = None
+    """The server group it is in, for as long as it exists."""
+    pin: HostId | None = None
+    """Starts it on this host, and keeps it there."""
 
 
 class ServerChange(Value, frozen=True, kw_only=True):
@@ -235,6 +244,8 @@ class ServerChange(Value, frozen=True, kw_only=True):
     allow_slowdown: bool | UnsetType = UNSET
     on_host_failure: OnHostFailure | UnsetType = UNSET
     restart_priority: int | UnsetType = UNSET
+    pin: HostId | UnsetType | None = UNSET
+    """The host it is to stay on, which is the one it is on; None: it may be moved."""
 
 
 class JoinRequest(Value, frozen=True, kw_only=True):
@@ -283,6 +294,9 @@ class Cloud(Protocol):
 
     @property
     def consoles(self) -> Consoles: ...
+
+    @property
+    def placement(self) -> Placement: ...
 
     async def status(self) -> Status: ...
 

@@ -7,6 +7,8 @@ which is one question to one agent.
 
 from collections.abc import AsyncIterator, Callable
 
+from msgspec import UNSET
+
 from nahtlos import __version__
 from nahtlos.model.blueprint import (
     Campaign,
@@ -42,6 +44,13 @@ from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.controllers.look import Look, Looks
 from nahtlos.runtime.controllers.network_requests import checked_project
 from nahtlos.runtime.controllers.network_service import NetworkService, let_go
+from nahtlos.runtime.controllers.placement_requests import (
+    check_group,
+    check_pin,
+    check_withdrawal,
+    place_asked,
+)
+from nahtlos.runtime.controllers.placement_service import PlacementService
 from nahtlos.runtime.controllers.port_requests import new_ports
 from nahtlos.runtime.controllers.power_fence import PowerFence
 from nahtlos.runtime.controllers.power_service import PowerService
@@ -52,6 +61,7 @@ from nahtlos.runtime.controllers.volume_service import KeyMaker, VolumeService
 from nahtlos.runtime.identity.tokens import new_token, token_digest
 from nahtlos.runtime.store import campaigns, operations
 from nahtlos.runtime.store import intent as intents
+from nahtlos.runtime.store import placement as placements
 from nahtlos.runtime.store import volumes as volume_rows
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import AsyncConnection, Store
@@ -91,6 +101,7 @@ class CloudService:
         self.projects = ProjectService(self._looks, said=self._said)
         self.power = PowerService(self._looks, said=self._said, shown=self.server)
         self.consoles = ConsoleService(agents, self.server)
+        self.placement = PlacementService(self._looks, said=self._said)
 
     # --- looking -------------------------------------------------------------------------------------
 
@@ -125,8 +136,9 @@ class CloudService:
 
     async def set_host_intent(self, host: HostId, intent: HostIntent) -> HostView:
         async with self._looks.changing() as tx:
-            state, _ = await self._read(tx)
+            state, inventory = await self._read(tx)
             requests.check_intent(state, host, intent)
+            check_withdrawal(state, inventory, host, intent)
             await intents.set_intent(tx, host, intent)
         self._said("host.intent", host, f"{host} is to be {intent}")
         return await self.host(host)
@@ -250,9 +262,14 @@ class CloudService:
             volume = volume_requests.system_disk(state, inventory, disk, request.copies)
             spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
             check_project(state, project, servers={name: spec}, volumes={volume.id: volume})
+            check_group(state, request.group, project)
             requests.check_promise(state, size)
-            requests.check_room(state, inventory, spec, request.host)
-            await intents.add_server(tx, spec, volume, self._store.clock(), request.host)
+            host = place_asked(state, request.host, request.pin)
+            requests.check_room(state, inventory, spec, host, group=request.group)
+            await intents.add_server(tx, spec, volume, self._store.clock(), host)
+            if request.group is not None:
+                await placements.set_group(tx, name, request.group)
+            await placements.pin(tx, name, request.pin)
             for each in data:
                 await self.volumes.attach(tx, each, spec)
         self._said("server.created", name, f"{name} is to be: {requests.words(size)}, {spec.ports[0].ip}")
@@ -263,6 +280,9 @@ class CloudService:
             state, inventory = await self._read(tx)
             changed = server_requests.changed_server(state, inventory, server, change)
             await volume_rows.put_server(tx, changed.server)
+            if change.pin is not UNSET:
+                check_pin(state, server, change.pin)
+                await placements.pin(tx, server, change.pin)
             for volume in changed.volumes:
                 await volume_rows.put(tx, volume)
         self._said("server.changed", server, f"{server} is to have {server_requests.asked(change)}")

@@ -14,6 +14,7 @@ from nahtlos.model.ids import (
     ImageId,
     ReleaseId,
     RouterId,
+    ServerGroupId,
     ServerId,
     VolumeId,
     checked_name,
@@ -283,11 +284,24 @@ def check_promise(state: State, size: Size, *, instead_of: ServerId | None = Non
         )
 
 
-def check_room(state: State, inventory: Inventory, spec: ServerSpec, host: HostId | None) -> None:
-    """Refuses what no waiting would make fit. A host that only is not ready yet is waited for."""
-    answer = room_for(state.policy(), inventory, state.blueprint, spec, host)
+def check_room(
+    state: State,
+    inventory: Inventory,
+    spec: ServerSpec,
+    host: HostId | None,
+    *,
+    group: ServerGroupId | None = None,
+) -> None:
+    """Refuses what no waiting would make fit. A host that only is not ready yet is waited for. `group`: that
+    of a new server."""
+    policy = state.policy()
+    if group is not None:
+        policy = msgspec.structs.replace(policy, members={**policy.members, spec.id: group})
+    answer = room_for(policy, inventory, state.blueprint, spec, host)
     if answer is None:
         return
+    if answer.barred:
+        raise Conflict(answer.reason, field="group" if group else "host", remedy=answer.remedy)
     lacking = answer.lacks != Size()
     if not lacking and (host is None or _becomes_ready(state, host)):
         return
@@ -325,13 +339,12 @@ def check_move(state: State, inventory: Inventory, server: ServerId, to: HostId 
     assignment = blueprint.servers.get(server) if blueprint else None
     if assignment is None:
         raise Conflict(f"{server} is on no host yet", field="server", remedy="wait until it runs")
-    if to is None:
-        return
-    compute_host(state, to, "to")
-    if assignment.host == to:
-        raise Refused(f"{server} is on {to}", field="to", remedy="name another host")
+    if to is not None:
+        compute_host(state, to, "to")
+        if assignment.host == to:
+            raise Refused(f"{server} is on {to}", field="to", remedy="name another host")
     answer = room_for(state.policy(), inventory, blueprint, row.spec, to)
-    if answer is not None:
+    if answer is not None and (to is not None or answer.barred):
         raise Conflict(answer.reason, field="to", remedy=answer.remedy)
 
 

@@ -16,7 +16,8 @@ from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
 from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, VolumeSpec
-from nahtlos.planner.place import room_to_grow
+from nahtlos.planner.place import room_to_grow, why_growth_breaks
+from nahtlos.planner.reserve import KEEP
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
 from nahtlos.runtime.controllers.consents import checked_budget, checked_priority
 from nahtlos.runtime.controllers.networks import PortChange
@@ -180,6 +181,8 @@ def asked(change: ServerChange) -> str:
         said.append("other limits of its ports")
     if change.iops is not UNSET or change.bytes_per_second is not UNSET:
         said.append("other limits of its disks")
+    if change.pin is not UNSET:
+        said.append(f"its place on {change.pin}" if change.pin else "no host that it is pinned to")
     return ", ".join(said)
 
 
@@ -323,6 +326,9 @@ def _check_room(state: State, inventory: Inventory, after: ServerSpec) -> None:
         return
     lacking = room_to_grow(state.policy(), inventory, state.blueprint, after)
     if lacking is None:
+        if broken := why_growth_breaks(state.policy(), inventory, state.blueprint, after):
+            more = after.size.memory_mib > state.servers[server].spec.size.memory_mib
+            raise Conflict(broken, field="memory_mib" if more else "vcpus", remedy=KEEP)
         return
     could = lacking.has + lacking.free
     most = Size(

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.blueprint import Blueprint, Policy
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import ErrorRecord
-from nahtlos.model.ids import HostId, OperationId, ProjectId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, OperationId, ProjectId, ReleaseId, ServerGroupId, ServerId, VolumeId
 from nahtlos.model.inventory import (
     HostInventory,
     Inventory,
@@ -19,6 +19,7 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Component, HostRole, Size
+from nahtlos.model.placement import ServerGroup
 from nahtlos.model.prediction import Experience
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
@@ -34,6 +35,7 @@ from nahtlos.runtime.store import (
     leases,
     networking,
     operations,
+    placement,
     projects,
     volumes,
 )
@@ -78,6 +80,8 @@ class State:
     volume_ends: dict[OperationId, VolumeEnd] = field(default_factory=dict[OperationId, VolumeEnd])
     """Of the blueprint's volume tasks, those whose end is recorded."""
     project_limits: dict[ProjectId, ProjectLimits] = field(default_factory=dict[ProjectId, ProjectLimits])
+    reserve: int = 0
+    server_groups: dict[ServerGroupId, ServerGroup] = field(default_factory=dict[ServerGroupId, ServerGroup])
     now: float = 0.0
     """By the database's clock."""
     availability: Availability = field(default_factory=Availability)
@@ -98,6 +102,10 @@ class State:
             gateways={r.id: r.gateway.host for r in self.functions.routers.values() if r.gateway},
             outside=self._outside(),
             placements={name: row.placement for name, row in here.items() if row.placement},
+            server_groups=self.server_groups,
+            reserve=self.reserve,
+            members={name: row.group for name, row in self.servers.items() if row.group},
+            pins={name: row.pin for name, row in here.items() if row.pin},
             machine_types=self.machine_types,
             requested_moves={name: row.move_to for name, row in here.items() if row.move_requested},
             requested_replacements={n: row.replace_by for n, row in here.items() if row.replace_by},
@@ -240,6 +248,8 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
         networks=await networking.networks(tx),
         functions=await networking.functions(tx),
         project_limits=await projects.limits(tx),
+        server_groups=await placement.groups(tx),
+        reserve=await intent.setting(tx, placement.RESERVE, 0),
         promised=await intent.promised(tx),
         parallel_moves=parallel,
         parallel_moves_per_host=await intent.setting(tx, intent.PARALLEL_MOVES_PER_HOST, 4),

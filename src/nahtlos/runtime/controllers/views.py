@@ -110,6 +110,8 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         power=spec.power,
         power_pending=status is None or status.power != spec.power.serial,
         converged=assignment is not None and has_converged(state, inventory, assignment),
+        group=row.group,
+        pin=row.pin,
     )
 
 

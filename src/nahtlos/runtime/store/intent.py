@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
-from nahtlos.model.ids import HostId, ReleaseId, ServerId, VolumeId
+from nahtlos.model.ids import HostId, ReleaseId, ServerGroupId, ServerId, VolumeId
 from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import networking, schema, spent_keys
@@ -125,6 +125,8 @@ class ServerRow:
     move_to: HostId | None
     replace_by: ReleaseId | None = None
     """The release whose VMM is to take it over in place."""
+    group: ServerGroupId | None = None
+    pin: HostId | None = None
 
 
 async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
@@ -138,6 +140,8 @@ async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
             move_requested=row.move_requested,
             move_to=row.move_to,
             replace_by=row.replace_by,
+            group=row.server_group,
+            pin=row.pinned_to,
         )
         for row in rows
     }

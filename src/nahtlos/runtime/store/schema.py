@@ -146,6 +146,15 @@ servers = Table(
     Column("move_requested", Boolean, nullable=False),
     Column("move_to", String, nullable=True),
     Column("replace_by", String, nullable=True),
+    Column("server_group", String, nullable=True),
+    Column("pinned_to", String, nullable=True),
+)
+
+server_groups = Table(
+    "server_groups",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("document", Text, nullable=False),
 )
 
 ports = Table(
