@@ -18,6 +18,7 @@ from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import Component, Release, ServerSpec, Size
 from nahtlos.physical.hypervisor.bundle import Bundles
 from nahtlos.physical.hypervisor.commandline import VmmPaths, VmmShape, server_arguments
+from nahtlos.physical.hypervisor.keymap import keymap
 from nahtlos.physical.hypervisor.migration import progress_of
 from nahtlos.physical.hypervisor.vmm import run_state, tail_of, vmm_of_unit
 from nahtlos.physical.ports import MigrationPhase, VmmId
@@ -282,3 +283,33 @@ async def test_broken_missing_and_misplaced_bundles_are_told_apart(tmp_path: Pat
     (tmp_path / "other" / MANIFEST_NAME).write_bytes(b"{")
     with pytest.raises(Refused, match="broken"):
         await Bundles(tmp_path).checked(ReleaseId("other"))
+
+
+def test_only_a_server_that_was_made_with_one_has_a_display() -> None:
+    plain = shape()
+    shown = msgspec.structs.replace(
+        plain,
+        server=msgspec.structs.replace(
+            plain.server, spec=msgspec.structs.replace(plain.server.spec, display=True)
+        ),
+    )
+    before, after_it = server_arguments(plain), server_arguments(shown)
+    added = [part for part in after_it if part not in before]
+    assert added == [
+        "-vnc",
+        "unix:/run/x/c.vnc",
+        "-k",
+        "/run/x/c.keys",
+        '{"driver":"VGA","id":"display0","bus":"pcie.0","addr":"0x1","vgamem_mb":8}',
+    ]
+    assert [part for part in after_it if part in before] != []
+    assert [part for part in before if part not in after_it] == []
+
+
+def test_the_keymap_names_every_character_of_a_keyboard_once() -> None:
+    lines = [line.split() for line in keymap().splitlines()]
+    symbols = [line[0] for line in lines]
+    assert len(set(symbols)) == len(symbols)
+    assert {f"U{code:04x}" for code in range(0x21, 0x7F)} <= set(symbols)
+    assert ["U0061", "0x1e"] in lines
+    assert ["U0041", "0x1e", "shift"] in lines

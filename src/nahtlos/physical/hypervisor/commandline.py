@@ -72,6 +72,11 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
         return self.console.with_suffix(".vnc")
 
     @property
+    def keymap(self) -> Path:
+        """Of its display."""
+        return self.console.with_suffix(".keys")
+
+    @property
     def plugged_ram(self) -> Path:
         return self.ram.with_suffix(".plug")
 
@@ -287,7 +292,7 @@ def _display(paths: VmmPaths) -> tuple[str, ...]:
         "addr": f"{DISPLAY_ADDRESS:#x}",
         "vgamem_mb": DISPLAY_MIB,
     }
-    return ("-vnc", f"unix:{paths.display}", "-device", _json(card))
+    return ("-vnc", f"unix:{paths.display}", "-k", str(paths.keymap), "-device", _json(card))
 
 
 def _root_ports() -> tuple[str, ...]:

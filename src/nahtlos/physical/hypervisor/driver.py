@@ -41,6 +41,7 @@ from nahtlos.physical.hypervisor.compute import ComputeCare, check_movable
 from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
 from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
 from nahtlos.physical.hypervisor.display import SocketDisplay
+from nahtlos.physical.hypervisor.keymap import keymap
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
 from nahtlos.physical.ports import (
@@ -365,6 +366,8 @@ class QemuHypervisor:
                 if record.in_place:
                     vmm.share_memory(self._vmm(VmmId(vmm.id.server, record.server.epoch)).paths)
                 vmm.write_record(record)
+                if record.server.spec.display:
+                    vmm.paths.keymap.write_text(keymap())
                 await self._supervisor.start(unit)
             await self._answering(vmm)
         await self._compute.begin(vmm)

@@ -174,6 +174,7 @@ class Vmm:
             paths.stream,
             paths.console,
             paths.display,
+            paths.keymap,
         ):
             path.unlink(missing_ok=True)
         if paths.log.exists():
