@@ -323,3 +323,15 @@ def test_amounts_as_people_type_them() -> None:
             wrong()
         assert refused.value.remedy
     assert VolumeId("x")
+
+
+async def test_places_for_data_volumes_are_decided_when_a_server_is_created(run: Run) -> None:
+    refused = await run("server create web --host host-1 --data-places 9", 2)
+    assert "data_places" in refused.stderr
+    await run("server create web --host host-1 --data-places 3 --no-wait")
+    for name in ("one", "two", "three", "four"):
+        await run(f"volume create {name} --size 4 --host host-1")
+    for name in ("one", "two", "three"):
+        await run(f"volume attach {name} web")
+    refused = await run("volume attach four web", 2)
+    assert "--data-places" in refused.stderr

@@ -121,6 +121,28 @@ async def test_disks_come_and_go_are_limited_and_grow_under_a_writer(place: Plac
     assert await guest.verified() > 70
 
 
+async def test_a_server_has_as_many_data_volumes_as_it_was_made_with_places_for(place: Place) -> None:
+    host = place.host("host-1")
+    names = ("one", "two", "three", "four", "five", "six")
+    server = server_on(host, "many")
+    server = msgspec.structs.replace(server, spec=msgspec.structs.replace(server.spec, data_places=6))
+    blank = tuple(volume_on(host, each, size_mib=4, empty=True) for each in names)
+    await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "many-root"), *blank)))
+    await host.plug(server)
+    await host.hypervisor.start(server, release("10.0"))
+    guest = Guest(place, host, server)
+    await guest.ready()
+    vmm = VmmId(server.spec.id, 1)
+    await guest.writes(200)
+    all_six = with_data(server, *(data_disk(host, each) for each in names))
+    assert len(await host.hypervisor.disks_reconcile(vmm, all_six)) == 6
+    assert await host.hypervisor.disks_reconcile(vmm, all_six) == ()
+    assert len(await host.hypervisor.disks_reconcile(vmm, server)) == 6
+    assert await host.hypervisor.disks_reconcile(vmm, server) == ()
+    await guest.acknowledges(20)
+    assert (await guest.disk())["errors"] == 0
+
+
 async def test_server_moves_with_its_disks_plugged_and_copied(place: Place) -> None:
     """To the next release: a hot-plugged disk is at the same place there, a quorum is opened by both."""
     host, other = place.host("host-1"), place.host("host-2")

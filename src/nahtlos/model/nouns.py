@@ -39,6 +39,12 @@ class CpuShare(Value, frozen=True, kw_only=True):
     """1 to 10000, beside other servers' where processors are short."""
 
 
+DATA_PLACES = 2
+"""Places for data volumes of a server that was asked for without more. Each costs every move a little."""
+MOST_DATA_PLACES = 8
+"""As many as one slot of the machine has functions."""
+
+
 class ServerSpec(Value, frozen=True, kw_only=True):
     """A server as its owner asked for it, plus what must never change under it while it lives
     (machine type and CPU model are the guest's hardware)."""
@@ -58,6 +64,8 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     that a disk has left."""
 
     cpu: CpuShare = CpuShare()
+    data_places: int = DATA_PLACES
+    """Of its hardware: how many data volumes it can have."""
     max_vcpus: int = 0
     """Of its hardware: how far `size.vcpus` may be raised while it runs. 0: a server with none to plug."""
     boot_memory_mib: int = 0

@@ -11,7 +11,7 @@ from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ProjectId, ReleaseId, ServerGroupId, ServerId, VolumeId
 from nahtlos.model.inventory import RunState
-from nahtlos.model.nouns import CpuShare
+from nahtlos.model.nouns import DATA_PLACES, CpuShare
 from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.amounts import per_cent, port_request
@@ -100,6 +100,9 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             typer.FileText | None,
             typer.Option(help="File for the guest's cloud-init: #cloud-config, or a script; - is stdin."),
         ] = None,
+        data_places: Annotated[
+            int, typer.Option(help="How many data volumes it can have, 2 to 8; decided once.")
+        ] = DATA_PLACES,
         max_vcpus: Annotated[
             int, typer.Option(help="How far its vCPUs may be raised while it runs; 0: not at all.", min=0)
         ] = 0,
@@ -130,6 +133,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             volume_format=volume_format,
             user_data=user_data.read() if user_data else "",
             networks=tuple(port_request(text) for text in network or ()),
+            data_places=data_places,
             max_vcpus=max_vcpus,
             max_memory_mib=mebibytes(max_memory, "max_memory_mib"),
             cpu=CpuShare(

@@ -372,7 +372,17 @@ class Agent:
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             agent_version=__version__,
-            capabilities=("move", "verify", "console", "volumes", "gateways", "replace", "power", "display"),
+            capabilities=(
+                "move",
+                "verify",
+                "console",
+                "volumes",
+                "gateways",
+                "replace",
+                "power",
+                "display",
+                "data-places",
+            ),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),
         )

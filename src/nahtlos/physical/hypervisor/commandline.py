@@ -7,7 +7,7 @@ where the server was made with places for them; a VMM that waits for a server is
 server has at that moment.
 
     pcie.0   01.0 display, if it has one   03.0 disk   04.0.. NICs   0c.0 plugged memory
-             10.0, 10.1 root ports for data disks   1f.* (the machine's own)
+             10.0 to 10.7 root ports for data disks   1f.* (the machine's own)
 """
 
 import uuid
@@ -19,16 +19,16 @@ import msgspec
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.networking import PortSpec
-from nahtlos.model.nouns import ServerSpec
-from nahtlos.physical.hypervisor.disks import DATA_DISKS, QUEUE_SIZE, TLS_CLIENT, disk_arguments
+from nahtlos.model.nouns import DATA_PLACES, MOST_DATA_PLACES, ServerSpec
+from nahtlos.physical.hypervisor.disks import QUEUE_SIZE, TLS_CLIENT, disk_arguments
 
 DISPLAY_ADDRESS = 0x1
 DISPLAY_MIB = 8
 FIRST_NIC_ADDRESS = 0x4
 NICS = 8
 ROOT_PORTS_ADDRESS = 0x10
-ROOT_PORTS = DATA_DISKS
-"""Each costs 1 to 3 ms of every move under emulation: its windows are mapped anew when it arrives."""
+"""Of the ports below which data disks are plugged. Each costs 1 to 3 ms of every move under emulation, used
+or not: its windows are mapped anew when it arrives. A SCSI controller would be one more device to carry."""
 WITHOUT = "sata=off,smbus=off,vmport=off"
 """Devices of the machine that no guest of ours uses and every move would carry."""
 WITHOUT_VAPIC = "apic-common.vapic=off"
@@ -121,7 +121,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_monitors(shape.paths),
         *_console(shape.paths),
         *(_display(shape.paths) if server.display else ()),
-        *_root_ports(),
+        *_root_ports(server.data_places),
         *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
         *disk_arguments(shape.server),
@@ -201,6 +201,12 @@ def check_hardware(server: ServerSpec) -> None:
             f"{server.id} has {size.vcpus} vCPUs and places for {server.max_vcpus}",
             field="max_vcpus",
             remedy=f"as many as it has at least, {MOST_VCPUS} at most",
+        )
+    if not DATA_PLACES <= server.data_places <= MOST_DATA_PLACES:
+        raise Refused(
+            f"{server.id} has places for {server.data_places} data volumes",
+            field="data_places",
+            remedy=f"give {DATA_PLACES} to {MOST_DATA_PLACES}",
         )
     if not server.max_memory_mib:
         return
@@ -295,7 +301,7 @@ def _display(paths: VmmPaths) -> tuple[str, ...]:
     return ("-vnc", f"unix:{paths.display}", "-k", str(paths.keymap), "-device", _json(card))
 
 
-def _root_ports() -> tuple[str, ...]:
+def _root_ports(places: int) -> tuple[str, ...]:
     """Places for devices that are plugged later; the number is part of the guest's hardware."""
     devices = (
         {
@@ -306,7 +312,7 @@ def _root_ports() -> tuple[str, ...]:
             "addr": f"{ROOT_PORTS_ADDRESS:#x}.{i:#x}",
             "multifunction": i == 0,
         }
-        for i in range(ROOT_PORTS)
+        for i in range(places)
     )
     return tuple(part for device in devices for part in ("-device", _json(device)))
 

@@ -25,9 +25,6 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import DiskLimits
 
-DATA_DISKS = 2
-"""Root ports that wait for one each. Every further one would cost every move of every server 1 to 3 ms under
-emulation, used or not; a SCSI controller would be one more device to carry and to trust."""
 SYSTEM_ROOT = "top"
 SYSTEM_GROUP = "limits"
 SYSTEM_DEVICE = "disk"
@@ -117,10 +114,11 @@ def disks_of(server: ServerConfig) -> tuple[Disk, ...]:
         Disk(attachment=attachment, place=_place(server, index, attachment.volume))
         for index, attachment in enumerate(server.data_volumes)
     )
-    beyond = [disk for disk in data if disk.place is not None and disk.place >= DATA_DISKS]
+    places = server.spec.data_places
+    beyond = [disk for disk in data if disk.place is not None and disk.place >= places]
     if beyond:
         raise Refused(
-            f"{server.spec.id} has places for {DATA_DISKS} data volumes; "
+            f"{server.spec.id} has places for {places} data volumes; "
             f"{', '.join(disk.volume for disk in beyond)} would be one more",
             field="data_volumes",
             remedy="detach one first, or attach it to another server",

@@ -35,7 +35,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.inventory import Accelerator, ComputeStatus, HostInventory, OperationStatus, RunState
 from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
-from nahtlos.model.nouns import Component, CpuShare, HostRole, Release, Size
+from nahtlos.model.nouns import DATA_PLACES, Component, CpuShare, HostRole, Release, Size
 from nahtlos.model.power import Power
 from nahtlos.model.storage import DiskLimits, VolumeFormat
 from nahtlos.model.values import Value
@@ -126,10 +126,11 @@ class ServerView(Value, frozen=True, kw_only=True):
     replaced_by: ReleaseId | None = None
     """The release whose VMM takes it over in place, or is to."""
     cpu: CpuShare = CpuShare()
+    data_places: int = DATA_PLACES
     max_vcpus: int = 0
     boot_memory_mib: int = 0
     max_memory_mib: int = 0
-    """These four, and `size`, are what was asked for; see `ServerSpec`."""
+    """These five, and `size`, are what was asked for; see `ServerSpec`."""
     compute: ComputeStatus = ComputeStatus()
     """What it has of its host, as measured there; without vCPUs: its host has not said."""
     bandwidth: dict[PortId, PortBandwidth] = {}
@@ -201,6 +202,8 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     """For the guest: a cloud-init document or script."""
     networks: tuple[PortRequest, ...] = ()
     """One port each. None: one in the project's only network, or the only one with an uplink."""
+    data_places: int = DATA_PLACES
+    """How many data volumes it can have; decided once."""
     max_vcpus: int = 0
     """How far its vCPUs may be raised while it runs. 0: they may not be changed."""
     max_memory_mib: int = 0

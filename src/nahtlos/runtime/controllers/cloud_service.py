@@ -21,7 +21,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, checked_name
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, Size
+from nahtlos.model.nouns import DATA_PLACES, Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import forecast
 from nahtlos.runtime.controllers import experience, requests, server_requests, views, volume_requests
 from nahtlos.runtime.controllers.agents import Agents
@@ -253,12 +253,11 @@ class CloudService:
                 ports=new_ports(state.topology(), name, project, request.networks),
             )
             spec = server_requests.with_hardware(request, spec)
+            compute = [h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE]
             if spec.display:
-                server_requests.check_display(
-                    self._agents.lacking(
-                        "display", (h for h, row in state.hosts.items() if row.spec.role is HostRole.COMPUTE)
-                    )
-                )
+                server_requests.check_display(self._agents.lacking("display", compute))
+            if spec.data_places != DATA_PLACES:
+                server_requests.check_data_places(self._agents.lacking("data-places", compute))
             volume = volume_requests.system_disk(state, inventory, disk, request.copies)
             spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
             check_project(state, project, servers={name: spec}, volumes={volume.id: volume})

@@ -13,7 +13,7 @@ from nahtlos.model.errors import Conflict, Refused
 from nahtlos.model.ids import HostId, ServerId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec
-from nahtlos.model.nouns import CpuShare, ServerSpec, Size
+from nahtlos.model.nouns import DATA_PLACES, MOST_DATA_PLACES, CpuShare, ServerSpec, Size
 from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, VolumeSpec
 from nahtlos.planner.place import room_to_grow, why_growth_breaks
@@ -54,6 +54,7 @@ def with_hardware(request: ServerRequest, spec: ServerSpec) -> ServerSpec:
     return msgspec.structs.replace(
         spec,
         cpu=cpu,
+        data_places=_data_places(request),
         max_vcpus=vcpus,
         boot_memory_mib=spec.size.memory_mib if memory else 0,
         max_memory_mib=memory,
@@ -69,6 +70,27 @@ def check_display(lacking: tuple[HostId, ...]) -> None:
             field="display",
             remedy="upgrade them first, or create the server without one",
         )
+
+
+def check_data_places(lacking: tuple[HostId, ...]) -> None:
+    """Likewise without its places, and it could be moved to no newer one then."""
+    if lacking:
+        raise Refused(
+            f"agents of an older release, which know two places only: {', '.join(sorted(lacking))}",
+            field="data_places",
+            remedy=f"upgrade them first, or create the server with {DATA_PLACES}",
+        )
+
+
+def _data_places(request: ServerRequest) -> int:
+    asked = request.data_places
+    if not DATA_PLACES <= asked <= MOST_DATA_PLACES:
+        raise Refused(
+            f"places for {asked} data volumes",
+            field="data_places",
+            remedy=f"give {DATA_PLACES} to {MOST_DATA_PLACES}",
+        )
+    return asked
 
 
 def _max_vcpus(request: ServerRequest, size: Size) -> int:

@@ -101,6 +101,7 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         project=spec.project,
         ports=tuple(each.id for each in spec.ports),
         cpu=spec.cpu,
+        data_places=spec.data_places,
         max_vcpus=spec.max_vcpus,
         boot_memory_mib=spec.boot_memory_mib,
         max_memory_mib=spec.max_memory_mib,

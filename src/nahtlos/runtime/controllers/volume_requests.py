@@ -10,7 +10,7 @@ from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ImageId, KeyId, ServerId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
-from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.nouns import MOST_DATA_PLACES, ServerSpec
 from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, Replica, ReplicaState, StorageBackend, VolumeFormat, VolumeSpec
 from nahtlos.model.volume_work import Relocation, VolumeWish, new_names, volumes_of, words
@@ -23,8 +23,6 @@ from nahtlos.runtime.controllers.volumes import RelocationRequest, VolumeChange,
 from nahtlos.runtime.store.volumes import VolumeSettings
 
 MAX_COPIES = 5
-MAX_DATA_VOLUMES = 2
-"""Places for disks in a server's machine, beside its system disk."""
 MAX_PARALLEL = 64
 MIN_ELSEWHERE = 30.0
 
@@ -427,9 +425,11 @@ def attached_server(state: State, volume: VolumeId, server: ServerId) -> ServerS
     _check_not_suspended(row.spec)
     same_project(row.spec.project, spec.project, f"volume {volume}", "volume")
     places_of = list(row.spec.data_volumes)
-    if sum(1 for place in places_of if place) >= MAX_DATA_VOLUMES:
+    if sum(1 for place in places_of if place) >= row.spec.data_places:
         raise Conflict(
-            f"{server} has {MAX_DATA_VOLUMES} data volumes", field="server", remedy="detach one first"
+            f"{server} has {row.spec.data_places} data volumes, and no place for another",
+            field="server",
+            remedy="detach one first; places are decided when a server is created: --data-places",
         )
     free = places_of.index(VolumeId("")) if VolumeId("") in places_of else len(places_of)
     places_of[free : free + 1] = [volume]
@@ -442,8 +442,12 @@ def with_data_volumes(
     """A server that is to be created, with these from the start."""
     if len(set(volumes)) != len(volumes):
         raise Refused("one volume twice", field="volumes", remedy="name each once")
-    if len(volumes) > MAX_DATA_VOLUMES:
-        raise Refused(f"{len(volumes)} data volumes", field="volumes", remedy=f"at most {MAX_DATA_VOLUMES}")
+    if len(volumes) > server.data_places:
+        raise Refused(
+            f"{len(volumes)} data volumes for {server.data_places} places",
+            field="volumes",
+            remedy=f"ask for more with --data-places, at most {MOST_DATA_PLACES}",
+        )
     specs = tuple(_free_volume(state, volume, "volumes") for volume in volumes)
     for spec in specs:
         same_project(server.project, spec.project, f"volume {spec.id}", "volumes")
