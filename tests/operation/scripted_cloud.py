@@ -222,7 +222,7 @@ class ScriptedAgent:
             protocol_min=self.protocols[0],
             protocol_max=self.protocols[1],
             agent_version="1",
-            capabilities=("move",),
+            capabilities=("move", "data-places"),
             boot_id="boot",
             orchestrator_epoch=self.epoch,
         )
