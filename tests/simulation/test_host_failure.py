@@ -1,5 +1,6 @@
 """Whole simulated clouds in which a host fails: what shall be restarted is, and never runs twice."""
 
+import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -100,6 +101,36 @@ def test_a_server_of_a_host_that_failed_is_restarted_elsewhere_and_not_run_twice
         back(cloud, H1)
         await settled(cloud)
         assert place_of(cloud) != {H1}
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+def test_a_host_that_is_cut_off_ends_the_server_before_it_is_restarted_elsewhere() -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await with_server(cloud)
+        cut(cloud, H1)
+        async with asyncio.timeout(120):
+            while not cloud.up(WEB) or place_of(cloud) == {H1}:
+                await asyncio.sleep(0.1)
+        assert len(cloud.world.running(WEB)) == 1
+        cut(cloud, H1, on=False)
+        await settled(cloud)
+        assert place_of(cloud) != {H1}
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+def test_a_host_that_only_the_orchestrator_does_not_see_runs_on() -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await with_server(cloud)
+        boots = cloud.world.facts(WEB).boots
+        cloud.network.partition(f"host/{H1}", ORCHESTRATOR)
+        await asyncio.sleep(90)
+        view = await cloud.ask(lambda s: s.availability.view())
+        assert next(h for h in view.hosts if h.host == H1).state == "cut off"
+        assert (place_of(cloud), cloud.world.facts(WEB).boots) == ({H1}, boots)
 
     with cloud_of() as cloud:
         play(cloud, scene)

@@ -1,0 +1,20 @@
+"""Never two copies, whatever becomes of messages, links, agents, power and clocks: `lease_rounds` over seeds.
+
+`NAHTLOS_THOROUGH=1` plays some thousands.
+"""
+
+import os
+
+from lease_rounds import Round
+
+SEEDS = 4000 if os.environ.get("NAHTLOS_THOROUGH") else 80
+
+
+def test_no_seed_runs_two_copies_and_many_restart() -> None:
+    rounds = [Round(seed).play() for seed in range(SEEDS)]
+    assert not [line for each in rounds for line in each.violations]
+    assert sum(each.restarted_at is not None for each in rounds) > SEEDS / 4
+
+
+def test_whoever_does_not_wait_for_the_lease_to_run_out_is_found_out() -> None:
+    assert any(Round(seed, impatient=True).play().violations for seed in range(60))
