@@ -1,6 +1,6 @@
 /* The disk checker: numbered blocks, written past every cache, counted only once the disk has said that they
- * are safe. Block i holds number i + 1. It goes on behind what an earlier boot left, never wraps, and stops at
- * the end of the partition. */
+ * are safe. Block i holds number i + 1. It goes on behind what an earlier boot left, never wraps, and stops
+ * before the last block of the partition. That one is the mark: whether it is frozen, and after which block. */
 #define _GNU_SOURCE
 #include "guest.h"
 
@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #define MAGIC "nahtlos1"
+#define MARK_MAGIC "nahtmark"
 #define HEADER 32
 #define FILLER_WORDS ((BLOCK_BYTES - HEADER) / 8)
 #define READ_BLOCKS 64
@@ -28,6 +29,12 @@ struct block {
     uint64_t sequence, boot, crc;
     uint64_t filler[FILLER_WORDS];
 };
+struct mark {
+    char magic[8];
+    uint64_t frozen, blocks, boot;
+    uint64_t rest[FILLER_WORDS];
+};
+_Static_assert(sizeof(struct mark) == BLOCK_BYTES, "a mark is a block");
 _Static_assert(sizeof(struct block) == BLOCK_BYTES, "a block is a block");
 
 static atomic_uint wanted_per_s;
@@ -35,15 +42,16 @@ static atomic_uint_fast64_t acknowledged, errors, capacity;
 static atomic_bool full;
 static atomic_bool verifying; /* from the request until its result is taken */
 static atomic_bool verify_wanted;
+static atomic_bool frozen, freeze_wanted; /* the first follows the second, on the checker's thread */
 static uint64_t checked, wrong, verified_up_to;
-static int wake = -1, verified = -1, disk = -1;
+static int wake = -1, verified = -1, settled = -1, disk = -1;
 static uint32_t crc_table[256];
 static struct block *buffer;
 
 struct disk_status disk_status(void)
 {
     return (struct disk_status){.per_s = wanted_per_s, .acknowledged = acknowledged, .errors = errors,
-                                .capacity = capacity, .full = full};
+                                .capacity = capacity, .full = full, .frozen = frozen};
 }
 
 static void wake_up(void)
@@ -83,6 +91,25 @@ void disk_verify_result(uint64_t *checked_out, uint64_t *wrong_out, uint64_t *ac
     *wrong_out = wrong;
     *acknowledged_out = verified_up_to;
     verifying = false;
+}
+
+bool disk_freeze_begin(bool freeze)
+{
+    if (disk < 0 || freeze == frozen)
+        return false;
+    freeze_wanted = freeze;
+    wake_up();
+    return true;
+}
+
+int disk_freeze_done_fd(void)
+{
+    return settled;
+}
+
+bool disk_frozen(void)
+{
+    return frozen;
 }
 
 static void prepare_crc(void)
@@ -184,13 +211,29 @@ static void write_next(void)
         errors++;
 }
 
+/* Between two writes: nothing is on its way. Frozen is who has written so; who thaws writes that first, too. */
+static void settle_freeze(bool freeze)
+{
+    struct mark *mark = (struct mark *)buffer;
+    memset(mark, 0, sizeof *mark);
+    memcpy(mark->magic, MARK_MAGIC, sizeof mark->magic);
+    mark->frozen = freeze;
+    mark->blocks = acknowledged;
+    mark->boot = boot_number;
+    if (pwrite(disk, mark, BLOCK_BYTES, capacity * BLOCK_BYTES) != BLOCK_BYTES || fdatasync(disk) != 0)
+        errors++;
+    frozen = freeze;
+    uint64_t one = 1;
+    (void)!write(settled, &one, sizeof one);
+}
+
 static void *check(void *unused)
 {
     (void)unused;
     setpriority(PRIO_PROCESS, syscall(SYS_gettid), 0);
     uint64_t due = now_ns();
     for (;;) {
-        bool writes = wanted_per_s && !full;
+        bool writes = wanted_per_s && !full && !frozen;
         uint64_t now = now_ns();
         if (writes && due < now && now - due > 1000000000)
             due = now; /* a disk that stood still is not flooded afterwards */
@@ -203,8 +246,10 @@ static void *check(void *unused)
         }
         if (atomic_exchange(&verify_wanted, false))
             verify();
+        if (freeze_wanted != frozen)
+            settle_freeze(freeze_wanted);
         unsigned rate = wanted_per_s;
-        if (rate && !full && now_ns() >= due) {
+        if (rate && !full && !frozen && now_ns() >= due) {
             write_next();
             due += 1000000000ull / rate;
         }
@@ -216,6 +261,7 @@ void disk_start(void)
 {
     wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     verified = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    settled = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     disk = open(DATA_PARTITION, O_RDWR | O_DIRECT | O_CLOEXEC);
     if (disk < 0) {
         console_print("no data partition\n");
@@ -225,7 +271,7 @@ void disk_start(void)
     pthread_t thread;
     prepare_crc();
     ioctl(disk, BLKGETSIZE64, &bytes);
-    capacity = bytes / BLOCK_BYTES;
+    capacity = bytes / BLOCK_BYTES - 1;
     buffer = aligned_alloc(BLOCK_BYTES, READ_BLOCKS * BLOCK_BYTES);
     acknowledged = blocks_there();
     pthread_create(&thread, NULL, check, NULL);

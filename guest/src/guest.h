@@ -10,6 +10,7 @@
  *   disk.c      the disk checker, a thread of its own
  *   work.c      processors that are plugged, workers that keep them busy: threads of their own
  *   console.c   the serial console
+ *   agent.c     the guest agent's protocol
  *
  * The event loop runs on one thread and never blocks; the two checkers publish counters it only reads.
  */
@@ -97,13 +98,21 @@ const char *disk_set(long per_s);
 struct disk_status {
     unsigned per_s;
     uint64_t acknowledged, errors, capacity;
-    bool full;
+    bool full, frozen;
 };
 struct disk_status disk_status(void);
 /* Reads everything back on the disk thread; `done` becomes readable then. One at a time: false if busy. */
 bool disk_verify_begin(void);
 int disk_verify_done_fd(void);
 void disk_verify_result(uint64_t *checked, uint64_t *wrong, uint64_t *acknowledged);
+
+/* Frozen: nothing is written until thawed, and the disk says so (see disk.c). True: it is being settled on the
+ * disk thread, and `done` becomes readable then. False: there is nothing to settle. */
+bool disk_freeze_begin(bool freeze);
+int disk_freeze_done_fd(void);
+bool disk_frozen(void);
+
+void agent_start(void);
 
 void console_start(void);
 void console_print(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -233,5 +233,6 @@ int main(void)
     memory_start(MEMORY_MIB, MEMORY_MB_PER_S);
     work_start();
     clock_start();
+    agent_start();
     loop_run();
 }

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from moving import BOUND_SECONDS, POLLED, POLLS_STRUCK, Run, Strike, StruckFrame
 from relocating import EDGE, VolumeConductor
 
 from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import SnapshotSpec
+from nahtlos.model.storage import Consistency, SnapshotSpec
 from nahtlos.physical.sim.agents import AgentProcess
 from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
 from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.guests import Guest
 from nahtlos.wire.volumes import SnapshotOrder
 
 FIRST, SECOND, THIRD = HostId("host-1"), HostId("host-2"), HostId("host-3")
@@ -30,6 +32,11 @@ class Snapshooting(Run):
     moves: float | None = None
     one_host: bool = False
     stop_seconds: float = 1.0
+    consistency: Consistency = Consistency.CRASH
+    freeze_seconds: float = 20.0
+    silent: bool = False
+    without_agent: bool = False
+    """So is the guest of the first server."""
 
     async def _play(self, folder: Path) -> None:
         self.cloudlet = Cloudlet.build(
@@ -42,8 +49,10 @@ class Snapshooting(Run):
             self.agents[spec.id] = AgentProcess(
                 self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
             )
-        self.conductor.place(server_spec(1), THIRD)
-        self.conductor.place(server_spec(2), SECOND)
+        agents = self.consistency is not Consistency.CRASH
+        for number, place in ((1, THIRD), (2, SECOND)):
+            spec = msgspec.structs.replace(server_spec(number), guest_agent=agents)
+            self.conductor.place(spec, place)
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self.conductor.run())]
             running += [tasks.create_task(a.run()) for a in self.agents.values()]
@@ -62,6 +71,8 @@ class Snapshooting(Run):
         await world.until(
             lambda: all(world.facts(s).up for s in SERVERS) and conductor.converged(), timeout=60, what="boot"
         )
+        world.silent |= {SERVERS[0]} if self.silent else set()
+        world.without_agent |= {SERVERS[0]} if self.without_agent else set()
         self._since = {}
         if isinstance(self.faults, StruckFrame):
             self.faults.armed = True
@@ -78,6 +89,8 @@ class Snapshooting(Run):
             ),
             clients=tuple(conductor.client(server) for server in SERVERS),
             stop_seconds=self.stop_seconds,
+            consistency=self.consistency,
+            freeze_seconds=self.freeze_seconds,
         )
         conductor.order(order)
         if self.moves is not None:
@@ -93,7 +106,17 @@ class Snapshooting(Run):
     def _settled(self) -> bool:
         conductor = self.conductor
         moved = all(conductor.over(order) is not None for order in conductor.orders.values())
+        if any(g is not None and g.frozen for s in SERVERS for g in self._guests(s)):
+            return False
         return moved and conductor.converged() and all(len(self.world.running(s)) == 1 for s in SERVERS)
+
+    def _guests(self, server: ServerId) -> list[Guest | None]:
+        return [vmm.guest for vmm in self.world.running(server)]
+
+    @property
+    def held(self) -> list[str]:
+        """Snapshots that are said to be of frozen file systems."""
+        return self.status.result.get("filesystem", "").split() if self.status else []
 
     def _judge_group(self) -> None:
         world = self.world
@@ -108,6 +131,13 @@ class Snapshooting(Run):
                 self.problems.append(f"only {[s.spec.id for s in taken]} were taken")
             elif torn := world.disks.torn(taken):
                 self.problems.append(f"torn: {torn}")
+            self.problems += [
+                f"{s.spec.id} is said to be of frozen file systems, and is not"
+                for s in taken
+                if s.spec.id in self.held and not s.clean
+            ]
+            if self.consistency is Consistency.FILESYSTEM and len(self.held) != len(VOLUMES):
+                self.problems.append(f"only {self.held} are of frozen file systems")
         elif taken:
             self.problems.append(f"{[s.spec.id for s in taken]} are left of a group that was given up")
 
@@ -116,8 +146,8 @@ class Snapshooting(Run):
         return max(self.world.facts(server).longest_blackout for server in SERVERS)
 
 
-def strikes() -> Iterator[Strike]:
-    clean = Snapshooting().play()
+def strikes(consistency: Consistency = Consistency.CRASH) -> Iterator[Strike]:
+    clean = Snapshooting(consistency=consistency).play()
     assert not clean.problems, clean.problems
     seen: set[Strike] = set()
     for strike in clean.seen:

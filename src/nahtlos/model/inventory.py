@@ -4,6 +4,7 @@ from enum import StrEnum
 
 from nahtlos.model.availability import Standing
 from nahtlos.model.errors import ErrorRecord
+from nahtlos.model.guest import GuestStatus
 from nahtlos.model.ids import (
     HostId,
     LoadBalancerId,
@@ -64,6 +65,8 @@ class ServerStatus(Value, frozen=True, kw_only=True):
     """Bytes of memory a second it touches, as its host measured last; None: not yet, or its host cannot."""
     under_lease: bool = False
     """It runs, and is started, only while its host has its lease."""
+    guest: GuestStatus | None = None
+    """None: it has no channel to an agent in the guest, or its host does not know yet."""
 
 
 class OperationState(StrEnum):
@@ -221,7 +224,7 @@ class HostInventory(Value, frozen=True, kw_only=True):
     problems: tuple[ErrorRecord, ...] = ()
     """What keeps this host from converging."""
     knows: tuple[str, ...] = ()
-    """What its agent can be asked for that older ones cannot: `power`, `suspend`."""
+    """What its agent can be asked for that older ones cannot: `power`, `suspend`, `guest-agent`."""
     network: dict[str, str] = {}
     """What the network driver uses here and what is missing: subject to words."""
     standing: Standing | None = None

@@ -90,6 +90,8 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     display: bool = False
     """Of its hardware: a graphics card, whose picture can be looked at."""
 
+    guest_agent: bool = False
+    """Of its hardware: a channel to an agent in the guest, if there is one."""
     user_data: str = ""
     """What its owner tells the guest (cloud-init's user-data); at most `USER_DATA_BYTES`."""
 

@@ -131,6 +131,17 @@ class VolumeSpec(Value, frozen=True, kw_only=True):
         return tuple(c.host for c in self.copies if c.state is ReplicaState.CURRENT)
 
 
+class Consistency(StrEnum):
+    """Of what a snapshot or backup of a volume that is written holds."""
+
+    CRASH = "crash"
+    """As after a power failure: every write that was acknowledged, of one moment."""
+    FILESYSTEM = "filesystem"
+    """The guest had frozen its file systems then. As a wish: this or nothing."""
+    PREFERRED = "preferred"
+    """Only as a wish: FILESYSTEM where the guest can, else CRASH."""
+
+
 class SnapshotSpec(Value, frozen=True, kw_only=True):
     """A volume as it was at one moment. Snapshots of one `group` are of the same moment."""
 
@@ -141,6 +152,7 @@ class SnapshotSpec(Value, frozen=True, kw_only=True):
     hosts: tuple[HostId, ...] = ()
     """Where it is kept: its volume's current copies when it was taken."""
     created_at: float = 0.0
+    consistent: Consistency = Consistency.CRASH
 
 
 class SnapshotExport(Value, frozen=True, kw_only=True):
@@ -202,6 +214,7 @@ class BackupSpec(Value, frozen=True, kw_only=True):
     size_mib: int = 0
     """Of the volume then."""
     stored_bytes: int = 0
+    consistent: Consistency = Consistency.CRASH
     encryption_key: KeyId | None = None
     """Of the volume then; what is restored from it is encrypted by it, too."""
 

@@ -6,7 +6,14 @@ A wish may leave open what the planner decides; a planned task leaves nothing op
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import BackupId, HostId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationKind
-from nahtlos.model.storage import BackupSpec, SnapshotSpec, StorageBackend, VolumeFormat, VolumeSpec
+from nahtlos.model.storage import (
+    BackupSpec,
+    Consistency,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeFormat,
+    VolumeSpec,
+)
 from nahtlos.model.values import Value
 
 
@@ -35,6 +42,7 @@ class SnapshotGroup(Value, frozen=True, kw_only=True, tag="snapshot"):
     group: str
     snapshots: tuple[SnapshotSpec, ...]
     """Without hosts in a wish: those that are current when it is planned."""
+    consistency: Consistency = Consistency.CRASH
 
 
 class Reverting(Value, frozen=True, kw_only=True, tag="revert"):
@@ -56,6 +64,7 @@ class BackingUp(Value, frozen=True, kw_only=True, tag="backup"):
     backup: BackupSpec
     base: BackupSpec | None = None
     bytes_per_second: int = 0
+    consistency: Consistency = Consistency.CRASH
 
 
 class Restoring(Value, frozen=True, kw_only=True, tag="restore"):

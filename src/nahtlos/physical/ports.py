@@ -9,7 +9,7 @@ Every call has a deadline of its own inside; it raises Unavailable when that pas
 for something impossible.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from nahtlos.model.config import (
     VolumeAttachment,
     VolumeEndpoint,
 )
+from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import (
     BackupId,
     HostId,
@@ -178,6 +179,14 @@ class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     compute: ComputeStatus = ComputeStatus()
 
 
+def no_channel(vmm: VmmId) -> NotFound:
+    return NotFound(
+        f"the machine of {vmm.server} has no channel to an agent in the guest",
+        field="guest_agent",
+        remedy="servers that are created from now on have one",
+    )
+
+
 class MigrationPhase(StrEnum):
     NONE = "none"
     ACTIVE = "active"
@@ -262,6 +271,15 @@ class Hypervisor(Protocol):
 
     async def console_forget(self, vmm: VmmId) -> None:
         """What it has said goes. Repeatable."""
+        ...
+
+    async def guest_ask(
+        self, vmm: VmmId, command: str, arguments: Mapping[str, object] | None = None, *, within: float
+    ) -> object:
+        """What the agent in the guest returns to a command of QEMU's guest agent protocol, as decoded JSON. A
+        guest is not to be believed: it may answer anything. Unavailable if it does not answer within so many
+        seconds (it may do what it was told all the same) or nothing listens in it; Refused, with the guest's
+        words, if its agent answers with an error; NotFound if its hardware has no such channel."""
         ...
 
     # what a VMM that runs is given
@@ -572,6 +590,7 @@ class StorageDesired(msgspec.Struct, frozen=True, kw_only=True):
     """Volumes that take part in an operation here: neither created, nor served otherwise, nor resized."""
 
 
+OnMoment = Callable[[], Awaitable[None]]
 OnCopied = Callable[[int, int], None]
 """Bytes done, bytes in all. May be called in a thread."""
 
@@ -749,10 +768,12 @@ class Storage(Protocol):
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         """Whole at its target when this returns. What has changed since `base`, or everything if that is not
         known or none is named; never less. Repeated after a crash, it is made of the same changes. A guest
-        never waits for a target."""
+        never waits for a target. `on_moment` is awaited as soon as it is decided which moment the backup is
+        of, before anything is copied; what it raises ends this."""
         ...
 
     async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:

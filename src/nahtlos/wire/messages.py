@@ -37,6 +37,8 @@ from nahtlos.wire.message import Decision as Decision
 from nahtlos.wire.message import Message as Message
 from nahtlos.wire.volumes import (
     BeginVolumeTask,
+    GuestFreeze,
+    GuestThaw,
     KeyData,
     KeyRead,
     ReplicaLost,
@@ -404,6 +406,8 @@ ToPeer = (
     | VolumeKeep
     | VolumeFreeze
     | VolumeThaw
+    | GuestFreeze
+    | GuestThaw
     | VolumeSnapshot
     | VolumeDigest
     | VolumeMark

@@ -10,6 +10,7 @@ from nahtlos.model.ids import HostId, KeyId, OperationId, ServerId, SnapshotId, 
 from nahtlos.model.storage import (
     BackupSpec,
     Changes,
+    Consistency,
     SnapshotOffer,
     SnapshotSpec,
     VolumeFormat,
@@ -93,6 +94,9 @@ class SnapshotOrder(VolumeOrder, frozen=True, kw_only=True):
     clients: tuple[VolumeClient, ...] = ()
     stop_seconds: float = 1.0
     """The longest that servers stand still; a group that takes longer is undone."""
+    consistency: Consistency = Consistency.CRASH
+    freeze_seconds: float = 20.0
+    """The longest that file systems of guests stand still, the freezing included."""
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
@@ -104,6 +108,10 @@ class BackupOrder(VolumeOrder, frozen=True, kw_only=True):
     backup: BackupSpec
     base: BackupSpec | None = None
     bytes_per_second: int = 0
+    clients: tuple[VolumeClient, ...] = ()
+    consistency: Consistency = Consistency.CRASH
+    freeze_seconds: float = 20.0
+    """As of a `SnapshotOrder`."""
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
@@ -271,6 +279,24 @@ class VolumeFreeze(Message, frozen=True, kw_only=True):
 class VolumeThaw(Message, frozen=True, kw_only=True):
     """Conflict if the guest has not stood still all the time since `VolumeFreeze` of the same operation was
     answered; it runs on in any case."""
+
+    id: OperationId
+    server: ServerId
+
+
+class GuestFreeze(Message, frozen=True, kw_only=True):
+    """Coordinator to the host that owns `server`: the guest's file systems are to stand still until
+    `GuestThaw`, and no longer than `seconds`. Conflict of field `server` if it does not own the server, or a
+    move of it runs; other errors say why its guest cannot."""
+
+    id: OperationId
+    server: ServerId
+    seconds: float
+
+
+class GuestThaw(Message, frozen=True, kw_only=True):
+    """Conflict if the file systems have not stood still all the time since `GuestFreeze` of the same
+    operation was answered; they are thawed in any case."""
 
     id: OperationId
     server: ServerId

@@ -7,10 +7,11 @@ from rich.text import Text
 
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, HostId, ProjectId, VolumeId
+from nahtlos.model.storage import Consistency
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
-from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Deadline, Wait, copied, standing
+from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Consistent, Deadline, Wait, copied, standing
 from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.snapshots import wait_for_tasks
 from nahtlos.ops.client import OperatorClient
@@ -52,6 +53,7 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
             bool, typer.Option("--incremental", help="Only what changed since the newest backup.")
         ] = False,
         bandwidth: Annotated[str, typer.Option(help="Bytes per second at most, as 50M.")] = "none",
+        consistency: Consistent = Consistency.CRASH,
         wait: Wait = True,
         deadline: Deadline = COPY_DEADLINE,
     ) -> None:
@@ -62,6 +64,7 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
             target=to,
             incremental=incremental,
             bytes_per_second=amounts.octets(bandwidth, "bandwidth"),
+            consistency=consistency,
         )
         async with cli.client() as client:
             made = await client.volumes.create_backup(asked)

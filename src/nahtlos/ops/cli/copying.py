@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from nahtlos.model.errors import Unavailable
+from nahtlos.model.storage import Consistency
 from nahtlos.ops.cli.command import Cli
 from nahtlos.ops.cli.waiting import POLL_SECONDS
 from nahtlos.runtime.controllers.volumes import TaskView
@@ -27,6 +28,13 @@ from nahtlos.runtime.controllers.volumes import TaskView
 _T = TypeVar("_T")
 Wait = Annotated[bool, typer.Option(help="Wait until it is done.")]
 Deadline = Annotated[float, typer.Option(help="Seconds to wait at most.", min=0)]
+Consistent = Annotated[
+    Consistency,
+    typer.Option(
+        help="filesystem: the guest freezes its file systems for it, or nothing is taken; preferred: where "
+        "it can; crash: as after a power failure."
+    ),
+]
 DEADLINE = 120.0
 COPY_DEADLINE = 3600.0
 MIB = 1 << 20

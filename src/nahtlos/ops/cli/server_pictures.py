@@ -1,5 +1,6 @@
 """A server as people read it: where it is, what it is given, and what it has of that. Pure."""
 
+import time
 from collections.abc import Iterable
 
 from rich.console import RenderableType
@@ -33,6 +34,8 @@ def server(view: ServerView) -> RenderableType:
             ("disks", disks_text(view)),
             ("blackout budget", f"{view.blackout_budget_ms} ms" if view.blackout_budget_ms else NOTHING),
             ("if its host fails", _on_failure(view)),
+            ("guest", guest_text(view)),
+            ("in the guest", ", ".join(view.guest.addresses) if view.guest else NOTHING),
             ("VMM", view.release or NOTHING),
             ("volume on", view.volume_host),
             ("epoch", str(view.epoch)),
@@ -75,6 +78,24 @@ def _share(view: ServerView) -> Text:
 def share_text(cpu: CpuShare) -> str:
     quota = f"{cpu.quota}% of one processor" if cpu.quota else "not limited"
     return f"{quota}, weight {cpu.weight}"
+
+
+def guest_text(view: ServerView) -> Text:
+    """What its agent says of it."""
+    guest = view.guest
+    if not view.guest_agent:
+        return Text("no channel to an agent: decided when it was created")
+    if guest is None:
+        return Text("its host has not looked yet")
+    if not guest.answers:
+        known = f"; last heard {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(guest.heard_at))}"
+        return Text(f"no agent answers: {guest.why}{known if guest.heard_at else ''}", style=WARN)
+    text = Text(f"agent {guest.version} answers")
+    if guest.system or guest.kernel:
+        text.append(f", {guest.system or 'unknown system'}, kernel {guest.kernel or 'unknown'}")
+    if guest.frozen:
+        text.append("; file systems frozen", style=WARN)
+    return text
 
 
 def network_text(view: ServerView) -> str:

@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from nahtlos.model.errors import NotFound
+from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import ProjectId, SnapshotId, VolumeId
+from nahtlos.model.storage import Consistency
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
-from nahtlos.ops.cli.copying import DEADLINE, Deadline, Wait, copied, standing
+from nahtlos.ops.cli.copying import DEADLINE, Consistent, Deadline, Wait, copied, standing
 from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
@@ -52,18 +53,23 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
         volume: Annotated[
             list[str], typer.Option(help="Repeat for several: all at one moment.", show_default=False)
         ],
+        consistency: Consistent = Consistency.CRASH,
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
         """Take a snapshot of one volume, or of several at one moment, while they are written.
 
         Of several, each is named NAME-VOLUME."""
-        asked = SnapshotRequest(name=name, volumes=tuple(VolumeId(each) for each in volume))
+        asked = SnapshotRequest(
+            name=name, volumes=tuple(VolumeId(each) for each in volume), consistency=consistency
+        )
         async with cli.client() as client:
             names = await client.volumes.create_snapshots(asked)
             if wait:
                 await wait_for_tasks(cli, client, f"snapshot {name} is taken", deadline, names)
             views = tuple(v for v in await client.volumes.snapshots() if v.spec.id in names)
+        if wait and len(views) < len(names):
+            raise not_made(f"snapshot {name}")
         cli.show(views if wait else {"snapshots": names}, pictures.snapshots(views))
 
     @command(app, "clone", surroundings)
@@ -135,6 +141,11 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
         cli.show(view, pictures.snapshot(view))
 
     return app
+
+
+def not_made(what: str) -> Conflict:
+    """Nothing makes it any more, and it is not there."""
+    return Conflict(f"{what} was given up", field="name", remedy="nahtlos operation list says why")
 
 
 async def wait_for_tasks(

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import DiskLimits, ReplicaState, StorageBackend
+from nahtlos.model.storage import Consistency, DiskLimits, ReplicaState, StorageBackend
 from nahtlos.ops.cli.copying import standing
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, WARN, facts, table
 from nahtlos.ops.cli.volume_amounts import LIMITS
@@ -224,7 +224,18 @@ def tasks(views: Sequence[TaskView]) -> RenderableType:
 
 
 def snapshots(views: Sequence[SnapshotView]) -> RenderableType:
-    columns = ("Snapshot", "Volume", "Group", ">Size", ">Taken", "Made", "Kept on", "Clones", "Exported")
+    columns = (
+        "Snapshot",
+        "Volume",
+        "Group",
+        ">Size",
+        ">Taken",
+        "Made",
+        "Consistent",
+        "Kept on",
+        "Clones",
+        "Exported",
+    )
     rows = (
         (
             v.spec.id,
@@ -233,6 +244,7 @@ def snapshots(views: Sequence[SnapshotView]) -> RenderableType:
             amount(v.spec.size_mib * MIB),
             amount(v.allocated_bytes),
             _moment(v.spec.created_at),
+            _whole(v.spec.consistent),
             Text("being deleted", style=WARN) if v.removed else ", ".join(v.spec.hosts),
             ", ".join(v.clones) or NOTHING,
             ", ".join(f"until {_moment(e.expires_at)}" for e in v.exports) or NOTHING,
@@ -240,6 +252,10 @@ def snapshots(views: Sequence[SnapshotView]) -> RenderableType:
         for v in views
     )
     return table(columns, rows, "no snapshots yet; `nahtlos snapshot create NAME --volume VOLUME`")
+
+
+def _whole(consistency: Consistency) -> str:
+    return "file system" if consistency is Consistency.FILESYSTEM else "after a crash"
 
 
 def _moment(at: float) -> str:
@@ -286,12 +302,23 @@ def images(views: Sequence[ImageView]) -> RenderableType:
 
 
 def backups(views: Sequence[BackupView]) -> RenderableType:
-    columns = ("Backup", "Volume", "Made", ">Size", ">Stored", "Rests on", "Target", "Rested on by")
+    columns = (
+        "Backup",
+        "Volume",
+        "Made",
+        "Consistent",
+        ">Size",
+        ">Stored",
+        "Rests on",
+        "Target",
+        "Rested on by",
+    )
     rows = (
         (
             v.spec.id,
             v.spec.volume,
             _moment(v.spec.created_at),
+            _whole(v.spec.consistent),
             amount(v.spec.size_mib * MIB),
             "being deleted"
             if v.deleting

@@ -22,6 +22,7 @@ from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.destination import DestinationMove
 from nahtlos.physical.agent.gateways import ForGateway, Gateways
+from nahtlos.physical.agent.guests.keeper import GuestKeeper
 from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ledger, Role
 from nahtlos.physical.agent.power import PowerOff
@@ -30,7 +31,7 @@ from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.suspension import Resume, Suspend
 from nahtlos.physical.agent.touching import TouchRates
-from nahtlos.physical.agent.volumes.freeze import check_movable
+from nahtlos.physical.agent.volumes.freeze import check_movable, check_not_frozen
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
 from nahtlos.physical.agent.volumes.steps import Stepper
@@ -165,6 +166,7 @@ class Agent:
                 tasks.create_task(Stepper(self._context).run(), name="steps")
                 tasks.create_task(TouchRates(self._context).run(), name="touch rates")
                 tasks.create_task(self._displays.run(), name="displays")
+                tasks.create_task(GuestKeeper(self._context).run(), name="guests")
                 tasks.create_task(self._orchestrator_loop(), name="orchestrator")
         finally:
             self._operations = None
@@ -472,6 +474,7 @@ class Agent:
         me = self._context.settings.host
         if order.host != me:
             raise Refused(f"{order.id} is for {order.host}, not {me}", field="order")
+        check_not_frozen(self._context, order.server.spec.id)
         self._begin(Journal(id=order.id, kind=OperationKind.REPLACE, role=Role.HOST, replace=order))
 
     def _begin_volume_task(self, order: VolumeTask) -> None:

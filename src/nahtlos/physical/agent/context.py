@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Error, ErrorRecord, Refused
+from nahtlos.model.guest import GuestStatus
 from nahtlos.model.ids import OperationId, ServerId
 from nahtlos.physical.agent.consoles.pace import Pace
 from nahtlos.physical.agent.ledger import Ledger
@@ -65,6 +66,12 @@ class Context:
     freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
     """Servers nothing but `volumes.freeze` may start, resume or move. Not durable: an agent that was started
     again finds guests that stand still, and convergence lets them go on."""
+    guest_freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
+    """Servers whose guest has its file systems frozen for an operation. Not durable: the guest remembers."""
+    guest_thaws: set[ServerId] = field(default_factory=set[ServerId])
+    """Those that may be frozen still, and are to be thawed."""
+    guests: dict[ServerId, GuestStatus] = field(default_factory=dict[ServerId, GuestStatus])
+    """What agents in guests last said."""
     waits: dict[str, str] = field(default_factory=dict[str, str])
     """By operation: what it waits for right now, in words."""
     progress: dict[str, float] = field(default_factory=dict[str, float])

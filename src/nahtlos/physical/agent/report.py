@@ -1,10 +1,12 @@
 """What a host says of itself: the inventory, put together from what its drivers and its ledger know."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from nahtlos import __version__
 from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.config import HostConfig
+from nahtlos.model.guest import GuestStatus
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import (
     ComputeStatus,
@@ -21,7 +23,7 @@ from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
 
-KNOWS = ("power", "suspend")
+KNOWS = ("power", "suspend", "guest-agent")
 _NO_VMM = {
     PowerState.ON: RunState.CRASHED,
     PowerState.OFF: RunState.STOPPED,
@@ -36,6 +38,7 @@ def servers_of(
     now: float,
     dirty_rates: Mapping[ServerId, int] = NOT_MEASURED,
     enforced: bool = False,
+    guests: Mapping[ServerId, GuestStatus] = MappingProxyType({}),
 ) -> tuple[ServerStatus, ...]:
     """Every server owned here, running or not, and every VMM that waits for one. `enforced`: what needs a
     lease runs only under one."""
@@ -57,6 +60,7 @@ def servers_of(
                     saved=held.server.saved if held.server.spec.power.state is PowerState.SUSPENDED else None,
                     dirty_rate=dirty_rates.get(server) if vmm else None,
                     under_lease=enforced and held.server.spec.on_host_failure is OnHostFailure.RESTART,
+                    guest=guests.get(server),
                 )
             )
     for (server, epoch), vmm in statuses.items():
@@ -136,7 +140,12 @@ async def inventory(
         storage_release=await _storage_release(context, converger, config),
         network_release=await context.drivers.network.release(),
         servers=servers_of(
-            context.ledger.ownership(), vmms, context.now(), context.dirty_rates, leases.enforced
+            context.ledger.ownership(),
+            vmms,
+            context.now(),
+            context.dirty_rates,
+            leases.enforced,
+            context.guests,
         ),
         volumes=volumes,
         pool=await context.drivers.storage.pool(),

@@ -3,11 +3,11 @@
 The guest's hardware must be the same on every host and under every release that can run its machine type:
 versioned machine, named CPU, fixed PCI addresses, no defaults. A change here that a running guest can see
 is a change of its hardware and needs a new machine type. vCPUs and memory that can be plugged are there only
-where the server was made with places for them; a VMM that waits for a server is started with the vCPUs that
-server has at that moment.
+where the server was made with places for them, the channel to the guest's agent likewise; a VMM that waits
+for a server is started with the vCPUs that server has at that moment.
 
     pcie.0   01.0 display, if it has one   03.0 disk   04.0.. NICs   0c.0 plugged memory
-             10.0 to 10.7 root ports for data disks   1f.* (the machine's own)
+             0d.0 agent's channel   10.0 to 10.7 root ports for data disks   1f.* (the machine's own)
 """
 
 import uuid
@@ -45,6 +45,11 @@ PLUGGED_MEMORY = "mem0"
 PLUGGED_MEMORY_ADDRESS = 0xC
 PLUGGED_STEP_MIB = 4
 """Guests take and give back whole steps of this. The device counts in blocks of half of it."""
+AGENT_BUS = "serial0"
+AGENT_ADDRESS = 0xD
+AGENT_CHARDEV = "agent"
+AGENT_PORT = "org.qemu.guest_agent.0"
+"""By this name agents find it."""
 MOST_VCPUS = 240
 """Beyond it a machine needs an interrupt controller that not every guest knows."""
 TLS_SERVER = "tls-server"
@@ -62,6 +67,8 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
     """Where it receives a server of its own host."""
     console: Path
     console_log: Path
+    agent: Path
+    """Where the guest's agent is spoken to."""
     log: Path
     ram: Path
     record: Path
@@ -121,6 +128,7 @@ def server_arguments(shape: VmmShape) -> tuple[str, ...]:
         *_monitors(shape.paths),
         *_console(shape.paths),
         *(_display(shape.paths) if server.display else ()),
+        *(_agent(shape.paths) if server.guest_agent else ()),
         *_root_ports(server.data_places),
         *_held_until_stopped(shape.version),
         *_credentials(shape.pki_dir),
@@ -299,6 +307,29 @@ def _display(paths: VmmPaths) -> tuple[str, ...]:
         "vgamem_mb": DISPLAY_MIB,
     }
     return ("-vnc", f"unix:{paths.display}", "-k", str(paths.keymap), "-device", _json(card))
+
+
+def _agent(paths: VmmPaths) -> tuple[str, ...]:
+    """Port 0 of the bus would be for consoles."""
+    bus = {
+        "driver": "virtio-serial-pci",
+        "id": AGENT_BUS,
+        "bus": "pcie.0",
+        "addr": f"{AGENT_ADDRESS:#x}",
+        "max_ports": 2,
+    }
+    port = {
+        "driver": "virtserialport",
+        "id": "agent0",
+        "bus": f"{AGENT_BUS}.0",
+        "nr": 1,
+        "chardev": AGENT_CHARDEV,
+        "name": AGENT_PORT,
+    }
+    return (
+        *("-chardev", f"socket,id={AGENT_CHARDEV},path={paths.agent},server=on,wait=off"),
+        *("-device", _json(bus), "-device", _json(port)),
+    )
 
 
 def _root_ports(places: int) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ import errno
 import random
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from typing import cast
 
 import msgspec
 
@@ -30,6 +31,7 @@ from nahtlos.physical.hypervisor import console, migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
+    AGENT_CHARDEV,
     HOSTS_ONLY,
     TLS_FILES,
     TLS_SERVER,
@@ -54,6 +56,7 @@ from nahtlos.physical.ports import (
     UnitStatus,
     VmmId,
     VmmStatus,
+    no_channel,
 )
 from nahtlos.physical.settings import MIGRATION_PORTS, AgentSettings
 
@@ -169,6 +172,23 @@ class QemuHypervisor:
 
     async def console_forget(self, vmm: VmmId) -> None:
         self._vmm(vmm).paths.console_log.unlink(missing_ok=True)
+
+    async def guest_ask(
+        self, vmm: VmmId, command: str, arguments: Mapping[str, object] | None = None, *, within: float
+    ) -> object:
+        found = self._running(vmm)
+        record = found.record
+        if record is None or not record.server.spec.guest_agent:
+            raise no_channel(vmm)
+        if not await self._is_heard(found):
+            raise Unavailable(f"nobody in {vmm.server} listens to its agent's channel", field="guest_agent")
+        return await found.guest.ask(command, arguments, within=within)
+
+    async def _is_heard(self, vmm: Vmm) -> bool:
+        """Whether something in the guest has the channel open; nobody waits for one in which nothing has."""
+        answer = await vmm.execute("query-chardev")
+        devices = cast("list[dict[str, object]]", answer["value"])
+        return any(each["label"] == AGENT_CHARDEV and each["frontend-open"] for each in devices)
 
     # --- what it is given --------------------------------------------------------------------------
 

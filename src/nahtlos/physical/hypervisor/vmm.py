@@ -16,6 +16,7 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.inventory import ComputeStatus, RunState
 from nahtlos.physical.hypervisor.commandline import VmmPaths
+from nahtlos.physical.hypervisor.guest_channel import GuestChannel
 from nahtlos.physical.hypervisor.qmp import ANSWER_WITHIN, Answer, Arguments, Gone, Qmp
 from nahtlos.physical.ports import VmmId
 from nahtlos.physical.settings import AgentSettings
@@ -67,6 +68,7 @@ def paths_of(settings: AgentSettings, vmm: VmmId) -> VmmPaths:
         stream=settings.run_dir / f"{vmm.unit}.stream",
         console=settings.run_dir / f"{vmm.unit}.console",
         console_log=logs / f"{vmm.unit}.console",
+        agent=settings.run_dir / f"{vmm.unit}.agent",
         log=logs / f"{vmm.unit}.log",
         ram=settings.ram_dir / f"{vmm.server}.{vmm.epoch}.ram",
         record=settings.run_dir / f"{vmm.unit}.json",
@@ -109,6 +111,7 @@ class Vmm:
         """One at a time: QEMU answers one connection to a console."""
         self.leaves = False
         """Its guest was stopped, maybe for good: what is typed into it now would be lost with it."""
+        self.guest = GuestChannel(paths.agent)
         self.changing_compute = asyncio.Lock()
         self.last_compute = ComputeStatus()
         self.asked: dict[str, Asked] = {}
@@ -175,6 +178,7 @@ class Vmm:
             paths.console,
             paths.display,
             paths.keymap,
+            paths.agent,
         ):
             path.unlink(missing_ok=True)
         if paths.log.exists():
@@ -200,7 +204,7 @@ class Vmm:
         async with self._connecting:
             if self._qmp is not None and self._qmp.open:
                 return self._qmp
-            await self.disconnect()
+            await self._drop_monitor()
             try:
                 self._qmp = await Qmp.connect(self.paths.qmp, self._on_event)
             except Gone:
@@ -210,6 +214,10 @@ class Vmm:
             return self._qmp
 
     async def disconnect(self) -> None:
+        self.guest.close()
+        await self._drop_monitor()
+
+    async def _drop_monitor(self) -> None:
         qmp, self._qmp = self._qmp, None
         if qmp is not None:
             await qmp.close()

@@ -9,7 +9,7 @@ request for safety's sake: it does it, and the world writes down what was broken
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId, VolumeId
@@ -38,9 +38,13 @@ class Guest:
     boot: int
     writes: dict[VolumeId, int] = field(default_factory=dict[VolumeId, int])
     """Writes to each volume that this memory knows of."""
+    frozen: bool = False
+    """Its agent was told to freeze its file systems: it writes nothing."""
+    behind: float = 0.0
+    """Seconds its clock has stood still."""
 
     def copied(self) -> "Guest":
-        return Guest(boot=self.boot, writes=dict(self.writes))
+        return replace(self, writes=dict(self.writes))
 
 
 @dataclass(eq=False)

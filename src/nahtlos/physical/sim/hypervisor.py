@@ -2,13 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, ComputeStatus, RunState
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, Sink, VmmId, VmmStatus
+from nahtlos.physical.sim.agent_in_guest import answer
 from nahtlos.physical.sim.compute import change_compute, compute_of
 from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.display import SimDisplay
@@ -86,6 +87,12 @@ class SimHypervisor(SimDriver):
     async def console_forget(self, vmm: VmmId) -> None:
         async with self.verb("console_forget", vmm.unit):
             self.host.consoles.pop(vmm, None)
+
+    async def guest_ask(
+        self, vmm: VmmId, command: str, arguments: Mapping[str, object] | None = None, *, within: float
+    ) -> object:
+        async with self.verb("guest_ask", f"{vmm.unit} {command}"):
+            return await answer(self.world, self._living(vmm), command, arguments or {}, within)
 
     async def compute_reconcile(self, vmm: VmmId, server: ServerConfig) -> tuple[str, ...]:
         async with self.verb("compute_reconcile", vmm.unit):

@@ -29,6 +29,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    OnMoment,
     RawVolume,
     SnapshotFetch,
     Speed,
@@ -122,7 +123,9 @@ class SimStorage(SimDriver):
             self.world.disks.touch(*(each.volume for each in new))
             for each, volume in zip(new, volumes, strict=True):
                 sized = msgspec.structs.replace(each, size_mib=volume.spec.size_mib)
-                self.host.snapshots[each.id] = Snapshot(sized, volume.writes)
+                self.host.snapshots[each.id] = Snapshot(
+                    sized, volume.writes, clean=self.world.disks.clean(self.host, volume)
+                )
             self.world.disks.touch(*(each.volume for each in new))
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
@@ -300,12 +303,19 @@ class SimStorage(SimDriver):
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         async with self.verb("backup", volume):
             self._check_up()
             size = self._own(volume).spec.size_mib << 20
+            if on_moment is not None:
+                self.world.note(self.host.id, "moment", backup.id, str(self._is_clean(volume)))
+                await on_moment()
             on_copied(size, size)
             return BackupResult(base=base.id if base else None, stored_bytes=size)
+
+    def _is_clean(self, volume: VolumeId) -> bool:
+        return self.world.disks.clean(self.host, self._own(volume))
 
     async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
         async with self.verb("backup_forget", volume):

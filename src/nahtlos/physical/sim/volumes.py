@@ -62,6 +62,8 @@ class Snapshot:
     writes: int
     came_by: OperationId | None = None
     """From another host; None: it was taken here."""
+    clean: bool = False
+    """Of a moment at which all who write to it had frozen their file systems."""
 
 
 class Copy:
@@ -202,6 +204,8 @@ class Disks:
         assert vmm.guest is not None
         self._read(vmm, volume, reached)
         self._check_doubt(volume, reached)
+        if vmm.guest.frozen:
+            return
         number = self.acknowledged[volume] = self.acknowledged.get(volume, 0) + 1
         self._written.setdefault(volume, Written(base=number - 1)).times.append(self._world.now())
         for copy in (*reached, *(each for each in joining if each.writes == number - 1)):
@@ -331,6 +335,11 @@ class Disks:
             volume.steps.clear()
 
     # --- snapshots ---
+
+    def clean(self, host: "SimHost", volume: Volume) -> bool:
+        """Whether every guest that has it open has frozen its file systems."""
+        guests = [vmm.guest for vmm in self.clients(host, volume)]
+        return bool(guests) and all(guest is not None and guest.frozen for guest in guests)
 
     def torn(self, snapshots: Iterable[Snapshot]) -> str | None:
         """Why these are not of one moment; None if they are."""

@@ -169,6 +169,10 @@ class World:
         """Seconds a guest takes to give memory back; those not named do it at once."""
         self.clinging: set[ServerId] = set()
         """Guests that let no vCPU go."""
+        self.silent: set[ServerId] = set()
+        """Guests whose agent has the channel open and does not answer."""
+        self.without_agent: set[ServerId] = set()
+        """Guests in which nothing has the channel open."""
         self.stalled_links: set[frozenset[HostId]] = set()
         self.deaf: set[ServerId] = set()
         """Guests that do not care for their power button."""
@@ -395,6 +399,7 @@ class World:
         vmm.guest = Guest(boot=facts.boots)
         self.hosts[vmm.host].consoles[vmm.id] += f"boot {facts.boots} at {vmm.host}\n".encode()
         self._run(vmm)
+        vmm.guest.behind = 0.0
         if not facts.up:
             delay = self.random.uniform(*BOOT_SECONDS)
             virtual_loop().call_later(delay, self._answers, vmm.id.server)
@@ -487,6 +492,8 @@ class World:
                 tap.runs(self.now())
         if facts.stopped_at is not None:
             facts.longest_blackout = max(facts.longest_blackout, self.now() - facts.stopped_at)
+            if vmm.guest is not None:
+                vmm.guest.behind += self.now() - facts.stopped_at
             facts.stopped_at = None
         if vmm.stream:
             vmm.stream.source_runs()

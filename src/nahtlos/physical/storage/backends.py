@@ -31,6 +31,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    OnMoment,
     RawVolume,
     SnapshotFetch,
     Speed,
@@ -122,10 +123,16 @@ class Backends:
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         storage = await self._holder(volume)
         return await storage.backup(
-            volume, backup, base, bytes_per_second=bytes_per_second, on_copied=on_copied
+            volume,
+            backup,
+            base,
+            bytes_per_second=bytes_per_second,
+            on_copied=on_copied,
+            on_moment=on_moment,
         )
 
     async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:

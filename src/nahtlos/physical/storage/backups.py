@@ -23,7 +23,7 @@ from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import BackupId, HostId, VolumeId
 from nahtlos.model.storage import BackupSpec, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
-from nahtlos.physical.ports import BackupResult, OnCopied
+from nahtlos.physical.ports import BackupResult, OnCopied, OnMoment
 from nahtlos.physical.storage import encryption, graph, points
 from nahtlos.physical.storage.backup_targets import (
     BackupManifest,
@@ -102,6 +102,7 @@ class Backups:
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         target = target_of(backup)
         try:
@@ -117,6 +118,8 @@ class Backups:
                 since=base.id if base and below else None,
                 follow=time.time(),
             )
+            if on_moment is not None:
+                await on_moment()
             size = self._records[volume].size
             manifest = await in_thread(
                 lambda stop: self._copy(

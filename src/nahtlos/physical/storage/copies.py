@@ -14,7 +14,7 @@ from nahtlos.model.ids import SnapshotId, VolumeId
 from nahtlos.model.inventory import VolumeStatus
 from nahtlos.model.storage import BackupSpec, SnapshotExport, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
-from nahtlos.physical.ports import BackupResult, FileWritten, OnCopied, Supervisor
+from nahtlos.physical.ports import BackupResult, FileWritten, OnCopied, OnMoment, Supervisor
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage import scrub
 from nahtlos.physical.storage.backups import Backups, OwnDoor, in_thread
@@ -61,9 +61,16 @@ class Copies:
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         return await self.backups.backup(
-            await self._bundle(), volume, backup, base, bytes_per_second=bytes_per_second, on_copied=on_copied
+            await self._bundle(),
+            volume,
+            backup,
+            base,
+            bytes_per_second=bytes_per_second,
+            on_copied=on_copied,
+            on_moment=on_moment,
         )
 
     async def forget(self, volume: VolumeId, backup: BackupSpec) -> None:

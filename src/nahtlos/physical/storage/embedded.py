@@ -30,6 +30,7 @@ from nahtlos.physical.ports import (
     FileWritten,
     Keyring,
     OnCopied,
+    OnMoment,
     RawVolume,
     SnapshotFetch,
     Speed,
@@ -316,10 +317,16 @@ class EmbeddedStorage:
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         await self.serving.awake()
         return await self.copies.backup(
-            volume, backup, base, bytes_per_second=bytes_per_second, on_copied=on_copied
+            volume,
+            backup,
+            base,
+            bytes_per_second=bytes_per_second,
+            on_copied=on_copied,
+            on_moment=on_moment,
         )
 
     async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:

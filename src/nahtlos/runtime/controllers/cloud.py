@@ -20,6 +20,7 @@ from nahtlos.model.blueprint import (
     Strategy,
     Waiting,
 )
+from nahtlos.model.guest import GuestStatus
 from nahtlos.model.ids import (
     CampaignId,
     HostId,
@@ -133,6 +134,10 @@ class ServerView(Value, frozen=True, kw_only=True):
     """These five, and `size`, are what was asked for; see `ServerSpec`."""
     compute: ComputeStatus = ComputeStatus()
     """What it has of its host, as measured there; without vCPUs: its host has not said."""
+    guest_agent: bool = False
+    """Its machine has a channel to an agent in the guest."""
+    guest: GuestStatus | None = None
+    """What that agent last said; None: nothing yet."""
     bandwidth: dict[PortId, PortBandwidth] = {}
     limits: dict[VolumeId, DiskLimits] = {}
     converged: bool = True

@@ -23,7 +23,14 @@ from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId, 
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import DATA_PLACES, Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import forecast
-from nahtlos.runtime.controllers import experience, requests, server_requests, views, volume_requests
+from nahtlos.runtime.controllers import (
+    experience,
+    guest_requests,
+    requests,
+    server_requests,
+    views,
+    volume_requests,
+)
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.availability_service import AvailabilityService
 from nahtlos.runtime.controllers.catalogues import Identity, ImageCatalog, ReleaseCatalog
@@ -258,6 +265,7 @@ class CloudService:
                 server_requests.check_display(self._agents.lacking("display", compute))
             if spec.data_places != DATA_PLACES:
                 server_requests.check_data_places(self._agents.lacking("data-places", compute))
+            spec = guest_requests.with_channel(state, inventory, spec)
             volume = volume_requests.system_disk(state, inventory, disk, request.copies)
             spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
             check_project(state, project, servers={name: spec}, volumes={volume.id: volume})

@@ -18,6 +18,7 @@ from nahtlos.model.volume_work import (
     WritingFile,
 )
 from nahtlos.planner.volume_places import has_room, places
+from nahtlos.runtime.controllers.guest_requests import check_freezable
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use
 from nahtlos.runtime.controllers.requests import compute_host, listed
 from nahtlos.runtime.controllers.state import State
@@ -55,7 +56,7 @@ def known_snapshot(state: State, snapshot: SnapshotId, field: str = "snapshot") 
     return row.spec
 
 
-def snapshot_group(state: State, request: SnapshotRequest) -> SnapshotGroup:
+def snapshot_group(state: State, inventory: Inventory, request: SnapshotRequest) -> SnapshotGroup:
     group = checked_name(request.name, "name")
     if not request.volumes:
         raise Refused("of no volume", field="volumes", remedy="name one or several")
@@ -75,7 +76,8 @@ def snapshot_group(state: State, request: SnapshotRequest) -> SnapshotGroup:
         checked_name(name, "name")
         check_name_free(state, name, "snapshot")
         snapshots.append(SnapshotSpec(id=SnapshotId(name), volume=volume, group=group if several else ""))
-    return SnapshotGroup(group=group, snapshots=tuple(snapshots))
+    check_freezable(state, inventory, request.volumes, request.consistency)
+    return SnapshotGroup(group=group, snapshots=tuple(snapshots), consistency=request.consistency)
 
 
 def clones_of(state: State, snapshot: SnapshotSpec) -> tuple[VolumeId, ...]:
@@ -207,7 +209,7 @@ def rested_on_by(state: State, backup: BackupId) -> tuple[BackupId, ...]:
     return tuple(name for name, spec in state.kept.backups.items() if spec.base == backup)
 
 
-def backing_up(state: State, request: BackupRequest) -> BackingUp:
+def backing_up(state: State, inventory: Inventory, request: BackupRequest) -> BackingUp:
     name = BackupId(checked_name(request.name, "name"))
     check_name_free(state, name, "backup")
     parent = known_volume(state, request.volume)
@@ -215,6 +217,7 @@ def backing_up(state: State, request: BackupRequest) -> BackingUp:
         raise Refused(
             f"{request.bytes_per_second} bytes per second", field="bytes_per_second", remedy="0: no limit"
         )
+    check_freezable(state, inventory, (request.volume,), request.consistency)
     place = _place(state, request.target)
     base = _newest(state, request.volume) if request.incremental else None
     if request.incremental and base is None:
@@ -230,7 +233,9 @@ def backing_up(state: State, request: BackupRequest) -> BackingUp:
         base=base.id if base is not None else None,
         encryption_key=parent.encryption_key,
     )
-    return BackingUp(backup=spec, base=base, bytes_per_second=request.bytes_per_second)
+    return BackingUp(
+        backup=spec, base=base, bytes_per_second=request.bytes_per_second, consistency=request.consistency
+    )
 
 
 def _newest(state: State, volume: VolumeId) -> BackupSpec | None:

@@ -106,6 +106,8 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         boot_memory_mib=spec.boot_memory_mib,
         max_memory_mib=spec.max_memory_mib,
         compute=status.compute if status else ComputeStatus(),
+        guest_agent=spec.guest_agent,
+        guest=status.guest if status else None,
         bandwidth={each.id: each.bandwidth for each in spec.ports},
         limits={v: state.volumes[v].spec.limits for v in spec.all_volumes if v in state.volumes},
         power=spec.power,

@@ -20,6 +20,7 @@ from nahtlos.model.ids import BackupId, HostId, OperationId, VolumeId
 from nahtlos.model.inventory import OperationState, OperationStatus
 from nahtlos.model.storage import (
     BackupSpec,
+    Consistency,
     Replica,
     ReplicaState,
     SnapshotExport,
@@ -67,7 +68,9 @@ class EndedTask:
         """It would be refused again: what is in its way is people's."""
         error = self.status.error
         refused = error is not None and error.kind in (Refused.kind, Conflict.kind, NotFound.kind)
-        return not self.done and refused and isinstance(self.task.work, WritingFile | DeletingBackup)
+        work = self.task.work
+        strict = isinstance(work, SnapshotGroup | BackingUp) and work.consistency is Consistency.FILESYSTEM
+        return not self.done and refused and (strict or isinstance(work, WritingFile | DeletingBackup))
 
 
 async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDraft:
@@ -98,7 +101,7 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
             if spec is not None:
                 await volumes.put(tx, reverted(spec, task.coordinator, task.epoch))
         case SnapshotGroup():
-            taken = (msgspec.structs.replace(s, created_at=now) for s in task.work.snapshots)
+            taken = snapshots_taken(task.work.snapshots, result, now)
             await volumes.add_snapshots(tx, taken)
         case SnapshotMove():
             await _snapshots_moved(tx, task.work)
@@ -128,15 +131,32 @@ async def _distrust(tx: AsyncConnection, volume: VolumeId, hosts: str) -> None:
             return
 
 
+def snapshots_taken(
+    specs: Iterable[SnapshotSpec], result: Mapping[str, str], now: float
+) -> tuple[SnapshotSpec, ...]:
+    """As their host tells: those for which the guests had frozen their file systems."""
+    frozen = result.get("filesystem", "").split()
+    return tuple(
+        msgspec.structs.replace(
+            spec,
+            created_at=now,
+            consistent=Consistency.FILESYSTEM if spec.id in frozen else Consistency.CRASH,
+        )
+        for spec in specs
+    )
+
+
 def backup_made(spec: BackupSpec, result: Mapping[str, str], now: float) -> BackupSpec:
     """As its host tells: where it did not know any more what had changed, it has made a whole one."""
     base = BackupId(result["base"]) if result.get("base") else None
     stored = result.get("stored_bytes", "")
+    frozen = result.get("filesystem", "").split()
     return msgspec.structs.replace(
         spec,
         base=base if "base" in result else spec.base,
         stored_bytes=int(stored) if stored.isdecimal() else spec.stored_bytes,
         created_at=now,
+        consistent=Consistency.FILESYSTEM if spec.id in frozen else Consistency.CRASH,
     )
 
 

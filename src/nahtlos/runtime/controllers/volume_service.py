@@ -225,7 +225,7 @@ class VolumeService:
 
     async def create_snapshots(self, request: SnapshotRequest) -> tuple[SnapshotId, ...]:
         async with self._changing() as change:
-            work = snapshot_requests.snapshot_group(change.state, request)
+            work = snapshot_requests.snapshot_group(change.state, change.inventory, request)
             await self._wish(change, work)
         self._said("snapshot.wished", request.name, f"{words(work)} of {listed(request.volumes)}")
         return tuple(snapshot.id for snapshot in work.snapshots)
@@ -307,7 +307,7 @@ class VolumeService:
 
     async def create_backup(self, request: BackupRequest) -> BackupId:
         async with self._changing() as change:
-            work = snapshot_requests.backing_up(change.state, request)
+            work = snapshot_requests.backing_up(change.state, change.inventory, request)
             await self._wish(change, work)
         self._said("backup.wished", request.name, f"{words(work)} to {work.backup.target}")
         return work.backup.id

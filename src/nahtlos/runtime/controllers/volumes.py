@@ -22,6 +22,7 @@ from nahtlos.model.ids import (
 from nahtlos.model.networking import DEFAULT_PROJECT
 from nahtlos.model.storage import (
     BackupSpec,
+    Consistency,
     Deletion,
     DiskLimits,
     ReplicaState,
@@ -88,6 +89,7 @@ class SnapshotRequest(Value, frozen=True, kw_only=True):
 
     name: str
     volumes: tuple[VolumeId, ...]
+    consistency: Consistency = Consistency.CRASH
 
 
 class ExportRequest(Value, frozen=True, kw_only=True):
@@ -108,6 +110,7 @@ class BackupRequest(Value, frozen=True, kw_only=True):
     incremental: bool = False
     """Only what has changed since the volume's newest backup."""
     bytes_per_second: int = 0
+    consistency: Consistency = Consistency.CRASH
 
 
 class RestoreRequest(Value, frozen=True, kw_only=True):

@@ -103,6 +103,7 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
                 group=task.work.group,
                 snapshots=task.work.snapshots,
                 clients=_clients(world, task),
+                consistency=task.work.consistency,
             )
         case Reverting():
             volume = world.policy.volumes.get(task.work.volume)
@@ -129,6 +130,8 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
                 backup=task.work.backup,
                 base=task.work.base,
                 bytes_per_second=task.work.bytes_per_second,
+                clients=_clients(world, task),
+                consistency=task.work.consistency,
             )
         case Restoring():
             return RestoreOrder(

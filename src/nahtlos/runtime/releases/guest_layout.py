@@ -23,7 +23,11 @@ BLOCK_SIZE: Final = 4096
 BLOCK_HEADER: Final = struct.Struct("<8sQQQ")
 """Magic, number of the block (from 1), boot number, crc32 of the filler."""
 BLOCK_MAGIC: Final = b"nahtlos1"
-BLOCK_CAPACITY: Final = DATA_PARTITION_SIZE // BLOCK_SIZE
+BLOCK_CAPACITY: Final = DATA_PARTITION_SIZE // BLOCK_SIZE - 1
+MARK: Final = struct.Struct("<8sQQQ")
+"""The block after those: magic, 1 if frozen, blocks acknowledged then, boot number."""
+MARK_MAGIC: Final = b"nahtmark"
+MARK_OFFSET: Final = DATA_PARTITION_OFFSET + BLOCK_CAPACITY * BLOCK_SIZE
 _FILLER_WORDS = (BLOCK_SIZE - BLOCK_HEADER.size) // 8
 _WORD = (1 << 64) - 1
 

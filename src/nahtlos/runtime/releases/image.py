@@ -38,6 +38,7 @@ MODULES = (
     "drivers/block/virtio_blk",
     "drivers/net/virtio_net",
     "drivers/virtio/virtio_mem",
+    "drivers/char/virtio_console",
 )
 """In the order in which they need each other."""
 SYSLINUX = Path("/usr/lib/syslinux")

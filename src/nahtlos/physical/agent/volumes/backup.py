@@ -1,15 +1,20 @@
 """Backups, restores and snapshots as files, each carried out by the host that has what it is made from."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
 
 from nahtlos.model.errors import Conflict
+from nahtlos.model.storage import Consistency
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.guests.group import FrozenGuests
 from nahtlos.physical.agent.ledger import Journal
+from nahtlos.physical.agent.volumes.hosts import Hosts
 from nahtlos.physical.agent.volumes.peers import carry_out
 from nahtlos.physical.agent.volumes.single import SingleAct
+from nahtlos.physical.ports import BackupResult, OnMoment
 from nahtlos.wire.volumes import (
     BackupOrder,
     DeleteBackupOrder,
@@ -36,19 +41,46 @@ class Backup(SingleAct):
 
     async def work(self) -> None:
         order = self._order
-        result = await self._context.drivers.storage.backup(
-            order.volume.id,
-            order.backup,
-            order.base,
-            bytes_per_second=order.bytes_per_second,
-            on_copied=self.on_copied,
-        )
+        if order.consistency is Consistency.CRASH:
+            result = await self._backup(None)
+        else:
+            result = await self._backup_of_frozen_guests()
         self.tell("base", result.base or "")
         self.tell("stored_bytes", str(result.stored_bytes))
         self.tell("why_full", result.why_full)
         if result.why_full:
             text = f"{order.backup.id} is a full backup: {result.why_full}"
             self._context.say("volume.backup", self.subject, text, id=order.id)
+
+    async def _backup_of_frozen_guests(self) -> BackupResult:
+        """The guests are thawed as soon as there is a moment. Of a moment that an earlier attempt took nobody
+        knows whether it was of frozen guests: it is given up for a new one."""
+        order = self._order
+        await self.undo()
+        hosts = Hosts(self._context, order.hosts)
+        guests = FrozenGuests(self._context, hosts, order)
+        try:
+            async with AsyncExitStack() as frozen:
+                await frozen.enter_async_context(guests.frozen())
+
+                async def taken() -> None:
+                    await frozen.aclose()
+                    self.tell("filesystem", order.backup.id if order.volume.id in guests.consistent else "")
+
+                return await self._backup(taken)
+        finally:
+            await hosts.close()
+
+    async def _backup(self, on_moment: OnMoment | None) -> BackupResult:
+        order = self._order
+        return await self._context.drivers.storage.backup(
+            order.volume.id,
+            order.backup,
+            order.base,
+            bytes_per_second=order.bytes_per_second,
+            on_copied=self.on_copied,
+            on_moment=on_moment,
+        )
 
     async def undo(self) -> None:
         await self._context.drivers.storage.backup_forget(self._order.volume.id, self._order.backup)

@@ -40,8 +40,15 @@ def check_movable(context: Context, held: Ownership, server: ServerConfig) -> No
         raise Conflict(f"{server.spec.id} is frozen for a snapshot", field="server")
     if held.server.spec.power != server.spec.power:
         raise Stale(f"{server.spec.id} is to be stopped or booted anew first", field="server")
+    check_not_frozen(context, server.spec.id)
     if [_path(each) for each in held.server.all_volumes] != [_path(each) for each in server.all_volumes]:
         raise Stale(f"{server.spec.id} reaches its volumes otherwise by now", field="server")
+
+
+def check_not_frozen(context: Context, server: ServerId) -> None:
+    """A guest is thawed by the host and the VMM that froze it."""
+    if server in context.guest_freezes:
+        raise Conflict(f"the file systems of {server} are frozen for a snapshot", field="server")
 
 
 def _path(attachment: VolumeAttachment) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from nahtlos.model.errors import Conflict, Refused, Stale
 from nahtlos.model.inventory import RunState
 from nahtlos.model.storage import Changes, VolumeSpec
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.guests import freeze as guests
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.freeze import freeze, owned, thaw
 from nahtlos.physical.agent.volumes.rejoin import check_ran_on
@@ -14,6 +15,8 @@ from nahtlos.physical.agent.volumes.replicas import lost_exports, without
 from nahtlos.physical.ports import StorageDesired, VmmId
 from nahtlos.wire.messages import Done, Message
 from nahtlos.wire.volumes import (
+    GuestFreeze,
+    GuestThaw,
     VolumeAttach,
     VolumeDigest,
     VolumeDigested,
@@ -40,6 +43,8 @@ ForVolume = (
     | VolumeKeep
     | VolumeFreeze
     | VolumeThaw
+    | GuestFreeze
+    | GuestThaw
     | VolumeSnapshot
     | VolumeDigest
     | VolumeMark
@@ -84,6 +89,10 @@ async def carry_out(context: Context, body: ForVolume) -> None:
             await freeze(context, body)
         case VolumeThaw():
             await thaw(context, body)
+        case GuestFreeze():
+            await guests.freeze(context, body)
+        case GuestThaw():
+            await guests.thaw(context, body)
         case VolumeMark():
             await context.drivers.storage.mark(body.volume, body.epoch, body.problem)
         case VolumeRejoin():

@@ -8,6 +8,7 @@
 Where several hosts take part nothing but the guests themselves can be one moment: they stand still while
 every host takes its part, and each says afterwards whether it stood still all the time. If one did not, or a
 host did not answer in time, what was taken is deleted again and the guests go on; then it is tried anew.
+Where file systems are to be consistent they are frozen around all of it (`guests.group`).
 Guests never wait for this agent: each host lets its own go on by itself when the time is over (`freeze`).
 """
 
@@ -19,8 +20,9 @@ import msgspec
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import OperationState
-from nahtlos.model.storage import SnapshotSpec
+from nahtlos.model.storage import Consistency, SnapshotSpec
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.guests.group import FILESYSTEM, FrozenGuests
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.hosts import Hosts
 from nahtlos.physical.agent.volumes.peers import ForVolume
@@ -44,6 +46,7 @@ class GroupSnapshot:
         self._journal = journal
         self._order = journal.task
         self._hosts = Hosts(context, self._order.hosts)
+        self._guests = FrozenGuests(context, self._hosts, self._order)
         self._parts = parts(self._order.snapshots, self._order.coordinator)
         self._cancelled = False
         self._taking = False
@@ -67,8 +70,9 @@ class GroupSnapshot:
 
     async def _carry_out(self, *, recovering: bool) -> None:
         self._record("take")
-        if recovering and self._several:
-            await self._undo()  # whether all of it is of one moment nobody knows any more
+        if recovering and (self._several or self._freezes):
+            # Whether all of it is of one moment, and of frozen file systems, nobody knows any more.
+            await self._undo()
         error: Error = Unavailable("nothing was tried")
         for attempt in range(ATTEMPTS):
             if self._cancelled:
@@ -93,16 +97,28 @@ class GroupSnapshot:
     def _several(self) -> bool:
         return len(self._parts) > 1
 
+    @property
+    def _freezes(self) -> bool:
+        return self._order.consistency is not Consistency.CRASH
+
     async def _take(self) -> None:
         self._taking = True
         try:
-            if self._several:
-                await self._stand_still_and_take()
-            else:
-                ((host, part),) = self._parts.items()
-                await self._hosts.ask(host, VolumeSnapshot(id=self._order.id, snapshots=part), TAKE_SECONDS)
+            async with self._guests.frozen():
+                if self._several:
+                    await self._stand_still_and_take()
+                else:
+                    await self._take_alone()
         finally:
             self._taking = False
+        if self._freezes:
+            held = (each.id for each in self._order.snapshots if each.volume in self._guests.consistent)
+            notes = {**self._journal.notes, FILESYSTEM: " ".join(held)}
+            self._journal = msgspec.structs.replace(self._journal, notes=notes)
+
+    async def _take_alone(self) -> None:
+        ((host, part),) = self._parts.items()
+        await self._hosts.ask(host, VolumeSnapshot(id=self._order.id, snapshots=part), TAKE_SECONDS)
 
     async def _stand_still_and_take(self) -> None:
         """Every server that was told to stand still is told to go on, whatever happens in between."""

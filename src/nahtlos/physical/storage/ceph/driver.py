@@ -35,6 +35,7 @@ from nahtlos.physical.ports import (
     BackupResult,
     FileWritten,
     OnCopied,
+    OnMoment,
     RawVolume,
     SnapshotFetch,
     Speed,
@@ -236,6 +237,7 @@ class CephStorage:
         *,
         bytes_per_second: int,
         on_copied: OnCopied,
+        on_moment: OnMoment | None = None,
     ) -> BackupResult:
         raise _lacking("backup")
 

@@ -1,0 +1,1 @@
+"""Agents in guests, as the agent of their host speaks to them."""
