@@ -67,8 +67,6 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
     """Where it receives a server of its own host."""
     console: Path
     console_log: Path
-    agent: Path
-    """Where the guest's agent is spoken to."""
     log: Path
     ram: Path
     record: Path
@@ -82,6 +80,11 @@ class VmmPaths(msgspec.Struct, frozen=True, kw_only=True):
     def keymap(self) -> Path:
         """Of its display."""
         return self.console.with_suffix(".keys")
+
+    @property
+    def agent(self) -> Path:
+        """Where the guest's agent is spoken to."""
+        return self.qmp.with_suffix(".agent")
 
     @property
     def plugged_ram(self) -> Path:

@@ -68,7 +68,6 @@ def paths_of(settings: AgentSettings, vmm: VmmId) -> VmmPaths:
         stream=settings.run_dir / f"{vmm.unit}.stream",
         console=settings.run_dir / f"{vmm.unit}.console",
         console_log=logs / f"{vmm.unit}.console",
-        agent=settings.run_dir / f"{vmm.unit}.agent",
         log=logs / f"{vmm.unit}.log",
         ram=settings.ram_dir / f"{vmm.server}.{vmm.epoch}.ram",
         record=settings.run_dir / f"{vmm.unit}.json",
