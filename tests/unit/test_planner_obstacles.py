@@ -16,6 +16,7 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import ServerGroupId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.placement import GroupPolicy, ServerGroup
+from nahtlos.physical.hypervisor.accelerator import whole_models
 from nahtlos.planner.obstacles import drain_forecast
 from nahtlos.planner.predict import forecast
 
@@ -142,3 +143,56 @@ def test_the_reserve_is_shown_at_its_worst_step() -> None:
     tight = running_cloud((2, 2, 2))
     tight.want(reserve=1)
     assert any("the reserve of 1 would be broken" in b.reason for b in campaign(tight).blockers)
+
+
+# --- processors, and the way back ----------------------------------------------------------------------
+
+
+def test_a_host_that_lacks_features_of_the_cpu_model_is_no_destination() -> None:
+    cloud = running_cloud((1, 0, 0))
+    seen = cloud.world.look()
+    accelerators = {
+        host_id(1): ("qemu64", "Nehalem"),
+        host_id(2): ("Nehalem",),
+        host_id(3): (),  # has not told
+    }
+    hosts = {
+        host: msgspec.structs.replace(
+            seen.hosts[host], accelerator=Accelerator(name="kvm", reason="", cpu_models=models)
+        )
+        for host, models in accelerators.items()
+    }
+    seen = msgspec.structs.replace(seen, hosts=hosts)
+    assert [m.destination for m in drain_forecast(cloud.policy, seen, cloud.now, host_id(1)).moves] == [
+        "host-3"
+    ]
+    hosts[host_id(3)] = msgspec.structs.replace(hosts[host_id(2)], host=host_id(3))
+    seen = msgspec.structs.replace(seen, hosts=hosts)
+    found = of_first(drain_forecast(cloud.policy, seen, cloud.now, host_id(1)).obstacles)
+    assert found.kind is ObstacleKind.MACHINE
+    assert "host-2 cannot give vm-1 all features of the CPU model qemu64" in found.reason
+    assert found.remedy
+
+
+def test_of_what_a_hypervisor_says_whole_named_models_count() -> None:
+    answer = [
+        {"name": "qemu64", "unavailable-features": []},
+        {"name": "EPYC", "unavailable-features": ["npt"]},
+        {"name": "max", "unavailable-features": []},
+        {"name": "old", "static": False},
+    ]
+    assert whole_models(answer) == ("qemu64",)
+
+
+def test_the_way_back_is_named_by_its_row() -> None:
+    cloud = running_cloud((1, 1))
+    cloud.world.accelerator = Accelerator(name="tcg", reason="")
+    cloud.want(release_versions={OLD: "10.0.2", NEW: "11.1.3"})
+    (row,) = campaign(cloud).ways_back
+    assert row.startswith("qemu 11.1 to 10.0, move, tcg: proven")
+    cloud.want(release_versions={OLD: "7.2.1", NEW: "10.0.2"})
+    (row,) = campaign(cloud).ways_back
+    assert row.startswith("qemu 10.0 to 7.2, in-place, tcg: proven")
+    cloud.want(release_versions={OLD: "10.0.2", NEW: "12.0.0"})
+    (row,) = campaign(cloud).ways_back
+    assert "refused, nobody has tried it" in row

@@ -428,6 +428,9 @@ class Forecast(Value, frozen=True, kw_only=True):
     """Per server, as the cloud stands now. Those with no way around them are in the way of the campaign."""
     reserve: ReserveReport | None = None
     """As it stands at the worst step; None: none is asked for."""
+    ways_back: tuple[str, ...] = ()
+    """Rows of the table of version pairs by which servers that have come to the release could return to one
+    that is in use now."""
     error_p90: float | None = None
     """Of nine in ten of the measured ones, the predicted blackout was off by no more than this share."""
 

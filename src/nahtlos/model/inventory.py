@@ -186,6 +186,8 @@ class Accelerator(Value, frozen=True, kw_only=True):
     name: str
     reason: str
     release: ReleaseId | None = None
+    cpu_models: tuple[str, ...] = ()
+    """Named CPU models of which this release can give a guest every feature here. Empty: not known."""
 
 
 class HostInventory(Value, frozen=True, kw_only=True):

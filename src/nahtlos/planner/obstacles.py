@@ -33,6 +33,7 @@ from nahtlos.planner.ways import can_stay, deferred, means_of_move, predicted, r
 
 KINDS = {
     Bar.MACHINE: ObstacleKind.MACHINE,
+    Bar.CPU: ObstacleKind.MACHINE,
     Bar.PAIR: ObstacleKind.VERSION_PAIR,
     Bar.PIN: ObstacleKind.PIN,
     Bar.GROUP: ObstacleKind.GROUP,

@@ -35,6 +35,7 @@ from nahtlos.model.inventory import (
 from nahtlos.model.nouns import Component, Size
 from nahtlos.model.placement import ReserveReport
 from nahtlos.model.prediction import Means, Sample
+from nahtlos.model.version_pairs import Pair, Verdict, Way, pair_for
 from nahtlos.planner.capacity import count_rooms
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.estimate import error_p90, learn, slowest
@@ -95,6 +96,9 @@ def forecast(
         strategy=strategy,
         obstacles=_obstacles(trial, inventory, parent) if component is Component.HYPERVISOR else (),
         reserve=run.reserve,
+        ways_back=tuple(str(row) for row in ways_back(policy, inventory, parent, to_release))
+        if component is Component.HYPERVISOR
+        else (),
         error_p90=error_p90(samples, policy.experience, accelerator) if samples else None,
     )
 
@@ -340,6 +344,21 @@ def _obstacles(policy: Policy, inventory: Inventory, parent: Blueprint | None) -
     plans = ((host, draft.hosts.get(host)) for host in to_upgrade(policy, campaign))
     left = [host for host, plan in plans if plan is not None and plan.release != campaign.to_release]
     return of_campaign(draft, campaign, left)
+
+
+def ways_back(
+    policy: Policy, inventory: Inventory, parent: Blueprint | None, to_release: ReleaseId
+) -> list[Pair]:
+    """For each release in use, the best row by which a server could return to it."""
+    plans = parent.hosts.values() if parent is not None else ()
+    versions, accelerator = policy.release_versions, _accelerator(inventory)
+    used = sorted({plan.release for plan in plans if plan.release not in (None, to_release)})
+    rows: list[Pair] = []
+    for old in used:
+        if old in versions and to_release in versions:
+            both = [pair_for(way, versions[to_release], versions[old], accelerator) for way in Way]
+            rows.append(next((row for row in both if row.verdict is not Verdict.REFUSED), both[0]))
+    return rows
 
 
 def _unknown_hosts(policy: Policy, campaign: Campaign) -> list[Waiting]:

@@ -1,4 +1,5 @@
-"""What keeps a server from a host, room left out: the host's release, the server's pin, its group."""
+"""What keeps a server from a host, room left out: the host's release and processor, the server's pin and
+group."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -14,9 +15,10 @@ class Bar(IntEnum):
     """In the order in which it could be lifted, the hardest first."""
 
     MACHINE = 1
-    PAIR = 2
-    PIN = 3
-    GROUP = 4
+    CPU = 2
+    PAIR = 3
+    PIN = 4
+    GROUP = 5
 
 
 class Unsuited(NamedTuple):
@@ -31,6 +33,8 @@ def why_unsuited(draft: Draft, server: ServerId, host: HostId, neighbours: Neigh
     if not draft.can_run(server, release):
         text = f"{release} on {host} lacks the machine type of {server}"
         return Unsuited(Bar.MACHINE, text, "choose a host with another release")
+    if lacking := _no_cpu_model(draft, server, host):
+        return lacking
     if refused := draft.refused_move(server, release):
         in_place = f"replace it in place first: nahtlos server replace-vmm {server}"
         return Unsuited(Bar.PAIR, f"{refused}; {in_place}", in_place)
@@ -44,6 +48,16 @@ def why_unsuited(draft: Draft, server: ServerId, host: HostId, neighbours: Neigh
     if barred := neighbours.why_not(server, host, owner.host if owner else None):
         return Unsuited(Bar.GROUP, barred, ADD_A_HOST)
     return None
+
+
+def _no_cpu_model(draft: Draft, server: ServerId, host: HostId) -> Unsuited | None:
+    """A guest's processor must not lose features. A host that has not told its models is believed."""
+    spec, seen = draft.policy.servers.get(server), draft.observed.host(host)
+    known = seen.accelerator.cpu_models if seen is not None and seen.accelerator is not None else ()
+    if spec is None or not known or spec.cpu_model in known:
+        return None
+    text = f"{host} cannot give {server} all features of the CPU model {spec.cpu_model}"
+    return Unsuited(Bar.CPU, text, "choose a host whose processor has them: nahtlos host show HOST --json")
 
 
 def why_tied(draft: Draft, server: ServerId) -> Unsuited | None:

@@ -252,6 +252,8 @@ def forecast(plan: Forecast) -> RenderableType:
     ]
     if servers := upgrade_pictures.ways(plan):
         parts += [Text(), servers]
+    if plan.ways_back:
+        parts += [Text(f"the way back: {'; '.join(plan.ways_back)}", style=SOFT)]
     if plan.reserve is not None:
         parts += [Text.assemble(("Reserve: ", "bold"), placement_pictures.reserve_line(plan.reserve))]
     if plan.obstacles:

@@ -12,9 +12,10 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -40,6 +41,8 @@ IDLING = 64 << 10
 ALONE_WITHIN = 60.0
 SAYS = "NAHTLOS-PROBE-OK"
 UNIT_PREFIX = "probe."
+ANY_HOSTS = ("host", "max", "base")
+"""CPU models that are different on every host."""
 
 
 class Prober:
@@ -47,6 +50,8 @@ class Prober:
         self._settings = settings
         self._supervisor = supervisor
         self._one_at_a_time = asyncio.Lock()
+        self._models: tuple[str, ...] = ()
+        """Of the probe that booted last."""
 
     def remembered(self, bundle: Bundle) -> Accelerator | None:
         path = self._memory(bundle)
@@ -76,7 +81,8 @@ class Prober:
 
     async def _tried(self, bundle: Bundle, known: Accelerator | None, *, hold: bool) -> Accelerator:
         if known is not None and not await self._boots(bundle, known.name, hold=hold):
-            return known
+            return self._remember(bundle, known.name, known.reason)
+        self._models = ()
         against_kvm = _unusable_device() or await self._boots(bundle, KVM, hold=hold)
         if not against_kvm:
             return self._remember(bundle, KVM, "a guest booted under KVM")
@@ -92,7 +98,7 @@ class Prober:
         )
 
     def _remember(self, bundle: Bundle, name: str, reason: str) -> Accelerator:
-        chosen = Accelerator(name=name, reason=reason, release=bundle.release)
+        chosen = Accelerator(name=name, reason=reason, release=bundle.release, cpu_models=self._models)
         path = self._memory(bundle)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}.new")  # other hosts' agents may share the folder
@@ -112,6 +118,8 @@ class Prober:
         source = await self._start("source", bundle, accelerator, incoming=False)
         try:
             why_not = await self._why_not_booted(source, KVM_WITHIN if accelerator == KVM else TCG_WITHIN)
+            if not why_not:
+                self._models = await _cpu_models(self._path("source.qmp"))
             if hold and not why_not:
                 await self._check_holding(bundle, accelerator)
             return why_not
@@ -195,6 +203,23 @@ class Prober:
                 await self._supervisor.stop(name, grace=0)
         for path in self._settings.run_dir.glob(f"{UNIT_PREFIX}*"):
             path.unlink(missing_ok=True)
+
+
+async def _cpu_models(path: Path) -> tuple[str, ...]:
+    """Named models that lack nothing under the probe's accelerator; those that mean whatever the host has are
+    left out, since no two hosts need mean the same by them."""
+    monitor = await Qmp.connect(path)
+    try:
+        answer = await monitor.execute("query-cpu-definitions")
+    finally:
+        await monitor.close()
+    return whole_models(answer["value"])
+
+
+def whole_models(definitions: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Of an answer to `query-cpu-definitions`."""
+    whole = (d["name"] for d in definitions if d.get("unavailable-features") == [])
+    return tuple(sorted(name for name in whole if name not in ANY_HOSTS))
 
 
 async def _check_queues(monitor: Qmp, bundle: Bundle) -> None:

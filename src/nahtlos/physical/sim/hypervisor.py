@@ -36,7 +36,9 @@ class SimHypervisor(SimDriver):
             self._check_release(release)
             if reason := self.host.broken_releases.get(release):
                 raise Refused(f"a probe under {release} did not boot: {reason}", field="release")
-            return Accelerator(name="sim", reason="the only one here", release=release)
+            return Accelerator(
+                name="sim", reason="the only one here", release=release, cpu_models=self.host.cpu_models
+            )
 
     async def start(self, server: ServerConfig, release: ReleaseId) -> None:
         vmm_id = VmmId(server.spec.id, server.epoch)

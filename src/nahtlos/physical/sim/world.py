@@ -109,6 +109,8 @@ class SimHost:
     board: Switchboard
     releases: list[ReleaseId]
     broken_releases: dict[ReleaseId, str] = field(default_factory=dict[ReleaseId, str])
+    cpu_models: tuple[str, ...] = ("qemu64",)
+    """Of which it can give guests every feature."""
     """Present, but a probe under them does not boot; with the reason."""
     vmms: dict[VmmId, Vmm] = field(default_factory=dict[VmmId, Vmm])
     consoles: dict[VmmId, bytearray] = field(default_factory=dict[VmmId, bytearray])
