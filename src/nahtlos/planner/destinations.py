@@ -182,7 +182,7 @@ def _choose(
         fitting,
         key=lambda host: (
             _doubtful(draft, first, host),
-            neighbours.dislike(first, host),
+            neighbours.dislike(first, host) if neighbours else 0,
             rank(rooms, host),
             host,
         ),

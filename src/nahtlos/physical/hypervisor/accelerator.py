@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -213,7 +213,7 @@ async def _cpu_models(path: Path) -> tuple[str, ...]:
         answer = await monitor.execute("query-cpu-definitions")
     finally:
         await monitor.close()
-    return whole_models(answer["value"])
+    return whole_models(cast("list[dict[str, Any]]", answer["value"]))
 
 
 def whole_models(definitions: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
