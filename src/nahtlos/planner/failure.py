@@ -46,10 +46,11 @@ def may_keep(plan: HostPlan) -> tuple[LeaseTerms, ...]:
 
 def denying(inventory: Inventory, denial: Denial, *, ripe: bool = False) -> frozenset[HostId]:
     """Who has promised not to grant. A promise is not taken back before the blueprint lifts the denial, so
-    an old report is as good as a new one."""
+    an old report is as good as a new one. The host itself is told, too, but counts as granting."""
     return frozenset(
         member
         for member, seen in inventory.hosts.items()
+        if member != denial.host
         for said in (seen.standing.denials if seen.standing else ())
         if (said.host, said.term) == (denial.host, denial.term) and (said.ripe or not ripe)
     )
