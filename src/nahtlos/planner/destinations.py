@@ -171,22 +171,27 @@ def _choose(
 ) -> HostId | None:
     first = bundle[0]
     size = draft.size(first) if len(bundle) == 1 else total([draft.size(server) for server in bundle])
-    fitting = [
+    roomy = [
         host
         for host in hosts
-        if (size.fits(rooms.free(host)) or all(rooms.is_aside(host, server) for server in bundle))
-        and all(why_unsuited(draft, server, host, neighbours) is None for server in bundle)
-        and all(draft.is_told(server, host) for server in bundle)
+        if size.fits(rooms.free(host)) or all(rooms.is_aside(host, server) for server in bundle)
     ]
-    return min(
-        fitting,
+    # Sorted before it is asked what suits: mostly the first does, and to ask costs more than to sort.
+    roomy.sort(
         key=lambda host: (
             _doubtful(draft, first, host),
             neighbours.dislike(first, host) if neighbours else 0,
             rank(rooms, host),
             host,
-        ),
-        default=None,
+        )
+    )
+    return next((host for host in roomy if _suits(draft, bundle, host, neighbours)), None)
+
+
+def _suits(draft: Draft, bundle: tuple[ServerId, ...], host: HostId, neighbours: Neighbours) -> bool:
+    return all(
+        why_unsuited(draft, server, host, neighbours) is None and draft.is_told(server, host)
+        for server in bundle
     )
 
 

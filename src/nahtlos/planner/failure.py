@@ -83,6 +83,7 @@ def proof(policy: Policy, inventory: Inventory, host: HostId, plan: HostPlan) ->
 
 
 def review_failures(draft: Draft) -> None:
+    able = _able_to_lease(draft)
     for host in sorted(draft.hosts):
         if not draft.is_compute(host):
             continue
@@ -90,16 +91,16 @@ def review_failures(draft: Draft) -> None:
             _deny(draft, host)  # it had left the cloud, and has joined again
         if draft.observed.connected(host):
             _take_back(draft, host)
-            _follow_lease(draft, host)
+            _follow_lease(draft, host, able)
         elif host in draft.policy.lost:
             _look_into(draft, host)
 
 
-def _follow_lease(draft: Draft, host: HostId) -> None:
+def _follow_lease(draft: Draft, host: HostId, able: list[HostId]) -> None:
     """New terms only after the host has confirmed the last ones: so it keeps to one of two."""
     plan, seen = draft.hosts[host], draft.observed.host(host)
     kept = seen.standing.terms if seen is not None and seen.standing is not None else None
-    wanted = _wanted_terms(draft, host)
+    wanted = _wanted_terms(draft, host, able)
     told = wanted if kept == plan.lease and plan.denial is None else plan.lease
     if (told, kept) == (plan.lease, plan.lease_kept):
         return
@@ -109,11 +110,15 @@ def _follow_lease(draft: Draft, host: HostId) -> None:
         draft.change(f"{host} is to run by {by} what shall be restarted")
 
 
-def _wanted_terms(draft: Draft, host: HostId) -> LeaseTerms | None:
+def _able_to_lease(draft: Draft) -> list[HostId]:
+    """Hosts whose agents know of leases; none where no server shall be restarted."""
     servers = draft.policy.servers.values()
     if all(spec.on_host_failure is not OnHostFailure.RESTART for spec in servers):
-        return None
-    able = [h for h in sorted(draft.hosts) if (s := draft.observed.host(h)) and s.standing is not None]
+        return []
+    return [h for h in sorted(draft.hosts) if (s := draft.observed.host(h)) and s.standing is not None]
+
+
+def _wanted_terms(draft: Draft, host: HostId, able: list[HostId]) -> LeaseTerms | None:
     if len(able) < FEWEST_MEMBERS or host not in able:
         return None
     before = draft.hosts[host].lease
