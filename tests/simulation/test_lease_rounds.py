@@ -5,6 +5,7 @@
 
 import os
 
+import pytest
 from lease_rounds import Round
 
 SEEDS = 4000 if os.environ.get("NAHTLOS_THOROUGH") else 80
@@ -18,3 +19,9 @@ def test_no_seed_runs_two_copies_and_many_restart() -> None:
 
 def test_whoever_does_not_wait_for_the_lease_to_run_out_is_found_out() -> None:
     assert any(Round(seed, impatient=True).play().violations for seed in range(60))
+
+
+@pytest.mark.parametrize("seed", [201, 354, 420])
+def test_a_host_that_is_told_that_it_is_denied_is_none_of_those_that_deny(seed: int) -> None:
+    """In these its own promise was counted, and the lease it still held ran beside the other copy."""
+    assert not Round(seed).play().violations

@@ -58,6 +58,8 @@ def policy(*, off: bool = False) -> Policy:
         (THREE, THREE, said(ripe=(B, C)), False, LEASE),
         (THREE, THREE, said(ripe=(B,), promised=(C,)), False, ""),
         (THREE, THREE, said(ripe=(B, C), term=1), False, ""),
+        (THREE, THREE, said(ripe=(A, B)), False, ""),
+        (THREE, THREE, said(promised=(A, B)), True, ""),
         (OTHERS, THREE, said(ripe=(B, C)), False, ""),
         (OTHERS, THREE, said(ripe=(B, C, D, E)), False, LEASE),
         (THREE, None, said(ripe=(B, C)), False, ""),
