@@ -2,6 +2,8 @@
 that agents rely on. Each play runs on simulated hosts and, where it can, on real ones."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -393,6 +395,30 @@ def test_what_a_console_has_said_stays_when_its_vmm_ends_and_goes_on_when_it_sta
     stage(play)
 
 
+@asynccontextmanager
+async def looking(hosts: Hosts, vmm: VmmId) -> AsyncGenerator[tuple[RfbViewer, DisplayLine]]:
+    """A viewer at a display of the first host, for a minute at most."""
+    line = await hosts.first.hypervisor.display_open(vmm)
+    held = bytearray()
+
+    async def read(count: int) -> bytes:
+        while len(held) < count:
+            data = await line.read(65536)
+            assert data, "the display has ended"
+            held.extend(data)
+        taken = bytes(held[:count])
+        del held[:count]
+        return taken
+
+    viewer = RfbViewer(read, line.write)
+    try:
+        async with asyncio.timeout(60.0):
+            await viewer.begin()
+            yield viewer, line
+    finally:
+        await line.close()
+
+
 def test_a_display_is_shown_to_several_and_ends_with_its_vmm(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         server = hosts.server()
@@ -402,25 +428,11 @@ def test_a_display_is_shown_to_several_and_ends_with_its_vmm(stage: Stage) -> No
         await hosts.first.plug(server)
         await hosts.first.hypervisor.start(server, hosts.release)
         vmm = VmmId(server.spec.id, server.epoch)
-        for _ in range(2):
-            line = await hosts.first.hypervisor.display_open(vmm)
-            held = bytearray()
-
-            async def read(count: int, line: DisplayLine = line, held: bytearray = held) -> bytes:
-                while len(held) < count:
-                    held.extend(await line.read(65536))
-                taken = bytes(held[:count])
-                del held[:count]
-                return taken
-
-            viewer = RfbViewer(read, line.write)
-            async with asyncio.timeout(60.0):
-                await viewer.begin()
+        async with looking(hosts, vmm) as (first, line), looking(hosts, vmm) as (second, _line):
+            for viewer in (first, second):
                 await viewer.ask()
-                rows = await viewer.update()
-            assert len(rows) == viewer.size[1]
-        await hosts.first.hypervisor.kill(vmm)
-        async with asyncio.timeout(30.0):
+                assert len(await viewer.update()) == viewer.size[1]
+            await hosts.first.hypervisor.kill(vmm)
             while await line.read(65536):
                 pass
 
