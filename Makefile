@@ -6,7 +6,7 @@ TRACKS := 7.2 10.0 11.1 network-12 network-13
 CODE := src tests benchmarks packaging
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-live check format lock releases image clean distclean
+.PHONY: help setup demo test test-fast test-live check format lock releases image image-debian clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z%-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -20,6 +20,9 @@ releases: setup ## build releases (QEMU 7.2, 10.0, 11.1; dnsmasq and haproxy) un
 
 image: setup ## build the probe guest's disk image under build/images
 	@$(PYTHON) -m nahtlos.runtime.releases.build --image
+
+image-debian: setup ## build a small Debian image with cloud-init under build/debian (REFRESH=1: of newer packages)
+	@$(PYTHON) -m nahtlos.runtime.releases.build --debian $(if $(REFRESH),--refresh)
 
 demo: releases image ## upgrade the hypervisor under six running servers (ARGS= for options)
 	@$(PYTHON) -m nahtlos.lab.demo $(ARGS)

@@ -184,7 +184,7 @@ class PrivateApt:
         keyring = archive_keyring()
         lines = [f"deb [signed-by={keyring}] {mirror} {suite} main\n" for suite in self._suites]
         (self._folder / "etc/sources.list").write_text("".join(lines))
-        self._configuration.write_text("\n".join([*self._settings(), *_machine_settings()]) + "\n")
+        self._configuration.write_text("\n".join([*self._settings(), *machine_settings()]) + "\n")
 
     def _settings(self) -> list[str]:
         folder = self._folder.resolve()
@@ -298,7 +298,7 @@ class PrivateApt:
         )
 
 
-def _machine_settings() -> list[str]:
+def machine_settings() -> list[str]:
     """How the machine reaches its mirror: proxy, certificates, credentials."""
     dump = run(["apt-config", "dump"], timeout=20)
     return [

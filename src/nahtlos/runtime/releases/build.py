@@ -1,4 +1,4 @@
-"""`python -m nahtlos.runtime.releases.build`: builds releases and the guest image, for the Makefile.
+"""`python -m nahtlos.runtime.releases.build`: builds releases and images, for the Makefile.
 
 Prints what it does as plain lines; the operator's command line draws its own progress over the same calls.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nahtlos.model.errors import Error, Refused
 from nahtlos.runtime.releases.builder import NETWORK_TRACKS, TRACKS, build_release
+from nahtlos.runtime.releases.debian_image import build_debian
 from nahtlos.runtime.releases.image import build_image
 from nahtlos.runtime.releases.progress import Progress
 
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     tracks = sorted({**TRACKS, **NETWORK_TRACKS})
     parser.add_argument("--track", action="append", default=[], choices=tracks, help="repeatable")
     parser.add_argument("--image", action="store_true", help="build the guest image")
+    parser.add_argument("--debian", action="store_true", help="build the Debian image")
     parser.add_argument("--refresh", action="store_true", help="look for newer versions")
     parser.add_argument("--build-dir", type=Path, default=Path("build"))
     parser.add_argument("--guest-dir", type=Path, default=Path("guest"))
@@ -56,6 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.image:
             print("guest image", flush=True)
             build_image(chosen.guest_dir, build / "images", build / "downloads", Lines())
+        if chosen.debian:
+            print("Debian image", flush=True)
+            image = build_debian(build / "debian", Lines(), refresh=chosen.refresh)
+            print(image.raw(build / "debian"))
     except Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, Refused) else 3
