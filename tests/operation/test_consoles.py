@@ -16,6 +16,7 @@ from nahtlos.model.ids import HostId, ServerId
 from nahtlos.physical.ports import CONSOLE_KEPT
 from nahtlos.physical.sim.cloudlet import NEW
 from nahtlos.physical.sim.faults import Moment
+from nahtlos.runtime.controllers import console_service
 from nahtlos.runtime.controllers.console_service import ConsoleService
 from nahtlos.runtime.controllers.consoles import ConsoleOutput, ConsolePlace
 from nahtlos.wire.messages import ConsoleData, ConsoleRead, ConsoleTaken, Message
@@ -218,6 +219,24 @@ async def test_an_agent_of_the_release_before_is_refused_with_a_remedy() -> None
     assert "upgrade the agent of host-1" in refused.value.remedy
     log = await Scripted(old, ConsoleData(data=b"", next_offset=6)).service().log(SERVER)
     assert log.data == b"login:"
+
+
+async def test_what_a_server_has_said_is_looked_for_again_while_it_moves() -> None:
+    gone = NotFound("web is not on host-1", field="server")
+    script = Scripted(gone, Unavailable("on its way"), said(b"abc", 3), gone, said(b"", 3), hosts=("host-1",))
+    log = await script.service().log(SERVER)
+    assert (log.data, log.offset) == (b"abc", 0)
+    assert not script.answers
+
+
+async def test_a_server_that_is_nowhere_has_said_nothing_that_could_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(console_service, "LOG_SECONDS", 0.2)
+    with pytest.raises(Unavailable, match="not on host-1"):
+        await Scripted(*[NotFound("web is not on host-1", field="server")] * 99).service().log(SERVER)
+    with pytest.raises(NotFound, match="gone"):
+        await Scripted(hosts=()).service().log(SERVER)
 
 
 async def test_whoever_follows_is_one_of_so_many() -> None:

@@ -24,6 +24,8 @@ WAIT_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
 AGAIN_SECONDS = 0.1
 """Until a server that is not where it was is looked for again."""
+LOG_SECONDS = 5.0
+"""That a server which is just beginning, or moving, is waited for when only its log is asked for."""
 TYPE_SECONDS = 10.0
 """That a server which is moved, or does not take what is typed, is waited for."""
 LIMIT = 64 << 10
@@ -43,10 +45,11 @@ class ConsoleService:
     # --- what it says --------------------------------------------------------------------------------
 
     async def log(self, server: ServerId) -> ConsoleOutput:
-        parts = [await self._read(await self._host(server), server, ConsolePlace(), 0.0)]
+        until = asyncio.get_running_loop().time() + LOG_SECONDS
+        parts = [await self._read_where_it_is(server, ConsolePlace(), until)]
         while len(parts[-1].data) > 0:
             last = parts[-1]
-            part = await self._read(await self._host(server), server, last.end, 0.0)
+            part = await self._read_where_it_is(server, last.end, until)
             if part.history != last.history or part.offset != last.end.offset:
                 break
             parts.append(part)
@@ -62,7 +65,7 @@ class ConsoleService:
             while True:
                 try:
                     part = await self._read(host, server, place, WAIT_SECONDS)
-                except (NotFound, Unavailable):
+                except Unavailable:
                     await asyncio.sleep(AGAIN_SECONDS)
                     host = await self._host_at_last(server, not_at=host)
                     continue
@@ -75,9 +78,22 @@ class ConsoleService:
             if not self._followers[server]:
                 del self._followers[server]
 
+    async def _read_where_it_is(self, server: ServerId, place: ConsolePlace, until: float) -> ConsoleOutput:
+        """A server that is just beginning or moving is looked for again; Unavailable if it is not found."""
+        while True:
+            try:
+                return await self._read(await self._host(server), server, place, 0.0)
+            except Unavailable:
+                if asyncio.get_running_loop().time() > until:
+                    raise
+            await asyncio.sleep(AGAIN_SECONDS)
+
     async def _read(self, host: HostId, server: ServerId, place: ConsolePlace, wait: float) -> ConsoleOutput:
         body = ConsoleRead(server=server, offset=place.offset, history=place.history, limit=LIMIT, wait=wait)
-        answer = await self._agents.request(host, body, timeout=wait + ANSWER_SECONDS)
+        try:
+            answer = await self._agents.request(host, body, timeout=wait + ANSWER_SECONDS)
+        except NotFound as error:  # it is not there yet, or not any more
+            raise Unavailable(error.message, field="server", remedy="try again") from error
         if not isinstance(answer, ConsoleData):
             raise Unavailable(f"{host} gave no console data")
         offset = answer.next_offset - len(answer.data)
