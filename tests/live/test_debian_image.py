@@ -32,7 +32,7 @@ pytestmark = [
     # Supervisors outlive who started them and are ended by the lab's clean-up: nobody waits for them here.
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
     pytest.mark.skipif(
-        not THOROUGH, reason="builds and boots a whole Debian, up to half an hour: NAHTLOS_THOROUGH=1"
+        not THOROUGH, reason="builds and boots a whole Debian, for up to half an hour: NAHTLOS_THOROUGH=1"
     ),
 ]
 BUILD = BuildPaths.default()
