@@ -118,6 +118,8 @@ class Monitor:
         self.migration = ""
         """The last status of its stream."""
         self.seen_at = time.time()
+        self.gone_at: float | None = None
+        """When its process had ended. Wall clock, seconds."""
 
     @property
     def runs(self) -> bool:
@@ -172,7 +174,8 @@ class Monitors:
         except (OSError, ValueError):
             pass
         finally:
-            monitor.ends(time.time())
+            monitor.gone_at = time.time()
+            monitor.ends(monitor.gone_at)
             monitor.alive = False
             self._changed.set()
             writer.close()

@@ -186,8 +186,9 @@ class Cloud:
 
     async def _told(self, host: HostId, failed_at: float, answered_at: float) -> str:
         at = {e.kind: e.at - failed_at for e in await self.client.events(0, 1000) if e.at >= failed_at}
-        there = [m for m in self.monitors.all if m.host == host]
-        ended = max(spell.ended or 0.0 for m in there for spell in m.spells) - failed_at
+        gone = [m.gone_at for m in self.monitors.all if m.host == host]
+        assert gone and None not in gone, "what shall have ended by the lease still runs"
+        ended = max(at or 0.0 for at in gone) - failed_at
         kinds = ("host.lost", "host.fenced", "server.restarted")
         parts = ", ".join(f"{kind} {at[kind]:.1f} s" for kind in kinds)
         return f"its VMM ended after {ended:.1f} s, {parts}, answers {answered_at - failed_at:.1f} s"

@@ -6,17 +6,24 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from quick_database import database_in_the_loop
 from simulated_cloud import DATABASE, SimulatedCloud, memory
 
 from nahtlos.model.availability import OnHostFailure
+from nahtlos.model.blueprint import HostPhase
+from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import HostId, ServerId
+from nahtlos.model.nouns import Size
 from nahtlos.physical.sim.clock import run_virtual
+from nahtlos.physical.sim.cloudlet import OLD
+from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
+from nahtlos.runtime.controllers.availability import AvailabilityChange
 from nahtlos.runtime.controllers.cloud import ServerRequest
 from nahtlos.runtime.controllers.cloud_service import CloudService
 
 WEB = ServerId("web-1")
-H1 = HostId("host-1")
+H1, H2 = HostId("host-1"), HostId("host-2")
 EDGE = HostId("edge-1")
 ORCHESTRATOR = "orchestrator"
 
@@ -133,4 +140,177 @@ def test_a_host_that_only_the_orchestrator_does_not_see_runs_on() -> None:
         assert (place_of(cloud), cloud.world.facts(WEB).boots) == ({H1}, boots)
 
     with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+def test_hosts_that_come_back_one_by_one_after_the_orchestrator_was_away_are_not_taken_for_lost() -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await with_server(cloud)
+        for host in cloud.agents:
+            cloud.network.partition(f"host/{host}", ORCHESTRATOR)
+        await asyncio.sleep(60)
+        for host in reversed(cloud.agents):
+            cloud.network.heal(f"host/{host}", ORCHESTRATOR)
+            await asyncio.sleep(2)
+        await settled(cloud)
+        told = await cloud.ask(lambda s: s.events(0, 1000))
+        assert not [event for event in told if event.kind in ("host.lost", "host.back")]
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+# --- in the middle of a move -------------------------------------------------------------------------
+
+
+class PowerCut(Scripted):
+    """`host` loses its power when it is about to do `verb`, or has just done it, once."""
+
+    def __init__(self, host: HostId, verb: str, moment: Moment) -> None:
+        super().__init__(self._when)
+        self._at = (host, verb, moment)
+        self.armed: SimulatedCloud | None = None
+        self.struck_at: float | None = None
+
+    def _when(self, call: Call, moment: Moment) -> Act:
+        cloud = self.armed
+        if cloud is None or self.struck_at is not None or (call.host, call.verb, moment) != self._at:
+            return Act.PASS
+        self.struck_at = cloud.world.now()
+        cloud.world.power_off(call.host)
+        return Act.CRASH
+
+
+async def struck_in_a_move(cloud: SimulatedCloud, cut_: PowerCut) -> None:
+    """Its server was on its way from the first host to the second when one of them lost its power."""
+    await with_server(cloud)
+    cut_.armed = cloud
+    await cloud.ask(lambda s: s.move_server(WEB, H2))
+    await cloud.world.until(lambda: cut_.struck_at is not None, timeout=60, what="the move to come to it")
+
+
+@pytest.mark.parametrize("moment", list(Moment))
+def test_a_source_that_fails_in_the_pre_copy_loses_its_server_to_a_restart(moment: Moment) -> None:
+    strike = PowerCut(H1, "migrate_start", moment)
+
+    async def scene(cloud: SimulatedCloud) -> None:
+        await struck_in_a_move(cloud, strike)
+        boots = cloud.world.facts(WEB).boots
+        await until_up(cloud)
+        assert place_of(cloud) != {H1}
+        assert cloud.world.facts(WEB).boots == boots + 1
+        back(cloud, H1)
+        await settled(cloud)
+        assert place_of(cloud) != {H1}
+
+    with cloud_of(troubles=strike) as cloud:
+        play(cloud, scene)
+
+
+@pytest.mark.parametrize("moment", list(Moment))
+def test_a_destination_that_fails_in_the_commit_window_is_waited_for(moment: Moment) -> None:
+    """The source has handed over and cannot know whether the server ran there: nobody starts it meanwhile."""
+    strike = PowerCut(H2, "resume", moment)
+
+    async def scene(cloud: SimulatedCloud) -> None:
+        await struck_in_a_move(cloud, strike)
+        await asyncio.sleep(60)
+        assert not cloud.world.running(WEB)
+        view = await cloud.ask(lambda s: s.server(WEB))
+        assert view.waits_for, view
+        back(cloud, H2)
+        await settled(cloud)
+
+    with cloud_of(troubles=strike) as cloud:
+        play(cloud, scene)
+
+
+# --- who comes first, and hosts that are vouched for -------------------------------------------------
+
+
+def test_of_two_that_are_restarted_the_more_urgent_gets_the_room() -> None:
+    slight, urgent = ServerId("web-1"), ServerId("web-2")
+
+    async def scene(cloud: SimulatedCloud) -> None:
+        await cloud.ready()
+        for name, host, priority in (
+            (slight, "host-1", 0),
+            (urgent, "host-1", 10),
+            (ServerId("web-3"), "host-2", 0),
+            (ServerId("web-4"), "host-2", 0),
+            (ServerId("web-5"), "host-3", 0),
+        ):
+            request = ServerRequest(
+                name=name,
+                copies=2,
+                host=HostId(host),
+                on_host_failure=OnHostFailure.RESTART,
+                restart_priority=priority,
+            )
+            await cloud.ask(lambda s, request=request: s.create_server(request))
+            await cloud.world.until(lambda name=name: cloud.up(name), timeout=120, what=f"{name} to be up")
+        await cloud.until(_under_lease, timeout=60, what="the servers to run under a lease")
+        kill(cloud, H1)
+        await cloud.world.until(lambda: cloud.up(urgent), timeout=120, what="the urgent one to be up")
+        await asyncio.sleep(60)
+        assert not cloud.up(slight)
+        view = await cloud.ask(lambda s: s.server(slight))
+        assert f"{slight} is not restarted" in view.waits_for, view
+        back(cloud, H1)
+        await cloud.world.until(lambda: cloud.up(slight), timeout=300, what="the other one to be up")
+        assert {v.host for v in cloud.world.running(slight)} == {H1}
+
+    with cloud_of(capacity=Size(vcpus=8, memory_mib=512)) as cloud:
+        play(cloud, scene)
+
+
+def test_an_operator_who_vouches_for_a_host_need_not_wait_for_its_lease() -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await cloud.ask(lambda s: s.availability.change(AvailabilityChange(lease_seconds=600.0)))
+        await with_server(cloud)
+        with pytest.raises(Conflict, match="connected"):
+            await cloud.ask(lambda s: s.availability.fence(H1))
+        kill(cloud, H1)
+        await asyncio.sleep(60)
+        assert not cloud.up(WEB)
+        await cloud.ask(lambda s: s.availability.fence(H1))
+        await until_up(cloud)
+        view = await cloud.ask(lambda s: s.availability.view())
+        assert "an operator vouches" in next(h for h in view.hosts if h.host == H1).why
+        assert place_of(cloud) != {H1}
+        back(cloud, H1)
+        await settled(cloud)
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+def test_with_two_hosts_only_power_tells_that_one_has_failed() -> None:
+    async def both(service: CloudService) -> bool:
+        serving = {v.id for v in await service.hosts() if v.connected and v.phase is HostPhase.SERVING}
+        return serving == {H1, H2}
+
+    async def scene(cloud: SimulatedCloud) -> None:
+        await cloud.ask(lambda s: s.register_release(OLD))
+        await cloud.until(both, timeout=60, what="both hosts to serve")
+        request = ServerRequest(name=WEB, copies=2, host=H1, on_host_failure=OnHostFailure.RESTART)
+        await cloud.ask(lambda s: s.create_server(request))
+        await until_up(cloud)
+        await asyncio.sleep(10)
+        kill(cloud, H1)
+        await asyncio.sleep(40)
+        assert not cloud.up(WEB)
+        waiting = (await cloud.ask(lambda s: s.status())).waiting
+        assert [w.remedy for w in waiting if w.subject == H1 and "host fence" in w.remedy]
+        await cloud.ask(lambda s: s.availability.fence(H1))
+        await until_up(cloud)
+        back(cloud, H1)
+
+        async def is_back(service: CloudService) -> bool:
+            return next(h for h in (await service.availability.view()).hosts if h.host == H1).state == "up"
+
+        await cloud.until(is_back, timeout=60, what="the host to be back")
+        assert cloud.up(WEB) and place_of(cloud) == {H2}
+
+    with cloud_of(hosts=2, edges=0) as cloud:
         play(cloud, scene)

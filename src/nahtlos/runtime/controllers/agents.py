@@ -21,7 +21,7 @@ from nahtlos.runtime.controllers import replica_records
 from nahtlos.runtime.controllers.event_log import EventLog
 from nahtlos.runtime.executor.act import Outbox
 from nahtlos.runtime.executor.decide import HostOrders
-from nahtlos.runtime.store import intent, inventories, operations
+from nahtlos.runtime.store import availability, intent, inventories, operations
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.store import Store
 from nahtlos.wire.messages import (
@@ -274,6 +274,7 @@ class Agents:
         if news or first or now - self._stored_at.get(host, 0.0) >= STORE_SECONDS:
             self._stored_at[host] = now
             async with self._store.writing() as tx:
+                await availability.hear(tx, await inventories.received(tx), now)
                 await inventories.put(tx, inventory, now)
         if news or first:
             self._wake()

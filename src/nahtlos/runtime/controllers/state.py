@@ -39,7 +39,7 @@ from nahtlos.runtime.store import (
     projects,
     volumes,
 )
-from nahtlos.runtime.store.availability import Availability, lost_hosts
+from nahtlos.runtime.store.availability import Availability, silent_for
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
 from nahtlos.runtime.store.projects import ProjectLimits
@@ -114,7 +114,7 @@ class State:
             parallel_moves=self.parallel_moves,
             parallel_moves_per_host=self.parallel_moves_per_host,
             move_bytes_per_second=self._moves_share(),
-            lost=lost_hosts(self.availability.settings, self.received, self.now),
+            lost=self._silent_for(self.availability.settings.lost_seconds),
             off=self.availability.off_since(self.received),
             power=frozenset(self.availability.settings.power),
             lease_seconds=self.availability.settings.lease_seconds,
@@ -131,9 +131,10 @@ class State:
         )
 
     def _given_up(self) -> frozenset[HostId]:
-        """By what other hosts have reported since: who was away may be this orchestrator."""
-        until = min(self.now, max(self.received.values(), default=0.0)) - self.kept.settings.elsewhere_seconds
-        return frozenset(host for host, at in self.received.items() if at < until)
+        return self._silent_for(self.kept.settings.elsewhere_seconds)
+
+    def _silent_for(self, seconds: float) -> frozenset[HostId]:
+        return silent_for(seconds, self.received, self.now, self.availability.hearing_since)
 
     def inventory(self, connected: frozenset[HostId]) -> Inventory:
         """What was reported; an operation that an agent would not begin counts as undone by it."""
