@@ -99,7 +99,7 @@ class GatewayRun:
     async def _move(self, cloud: SimulatedCloud) -> None:
         await cloud.ready()
         await cloud.ask(_create)
-        await cloud.until(_converged, timeout=60, what="a way out")
+        await cloud.until(self._begun, timeout=60, what="a way out")
         async with asyncio.TaskGroup() as tasks:
             around = [tasks.create_task(self._open_connections()), tasks.create_task(self._look())]
             await asyncio.sleep(0.2)
@@ -114,6 +114,12 @@ class GatewayRun:
         missing = set(range(self.opened)) - held[DESTINATION].connections
         if missing:
             self.problems.append(f"connections {sorted(missing)[:9]} of {self.opened} are not known")
+
+    async def _begun(self, service: CloudService) -> bool:
+        """Hosts have converged before they are told of it, too."""
+        here = self.gateways().get(SOURCE)
+        led = bool(self.cloud.world.hosts[SENDER].leads_to)
+        return here is not None and here.answers and led and await _converged(service)
 
     async def _arrived(self, service: CloudService) -> bool:
         held = self.gateways()
