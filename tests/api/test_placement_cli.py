@@ -145,7 +145,7 @@ async def test_the_reserve_from_its_setting_to_what_it_refuses(run: Run, scripte
     big = view.capacity.memory_mib * 3 // 4
     await run(f"server create a --memory-mib {big} --host host-1")
     await run(f"server create b --memory-mib {big} --host host-2")
-    error = await refused(run, f"server create c --memory-mib {big}")
+    error = await refused(run, f"server create c --memory-mib {view.capacity.memory_mib // 2}")
     assert "the reserve of 1 would be broken" in error["message"] and "reserve N" in error["remedy"]
     error = await refused(run, "host cordon host-3")
     assert "without host-3 the reserve of 1 would be broken" in error["message"]

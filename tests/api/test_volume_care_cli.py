@@ -258,8 +258,8 @@ async def test_what_cannot_be_granted_names_field_and_remedy(run: Run, scripted:
         error = shown(await run(f"{line} --json", 2))["error"]
         assert error["field"] == field, (line, error)
         assert error["remedy"], (line, error)
-    detach = (await run("volume revert disk s1 --yes", 2)).stderr
-    assert "nahtlos volume detach disk" in detach and "nahtlos volume attach disk web" in detach
+    stop = (await run("volume revert disk s1 --yes", 2)).stderr
+    assert "nahtlos volume revert disk s1 --stop" in stop
     assert "nahtlos snapshot clone s2" in (await run("volume revert web-disk s2 --yes", 2)).stderr
     assert shown(await run("volume tasks --json")) == [], "nothing was half done"
 

@@ -98,6 +98,12 @@ class MemorySupervisor:
             for name, p in self.processes.items()
         }
 
+    async def arm(self, deadline: float | None, leased: dict[str, bool]) -> None:
+        """Nothing here runs by a lease."""
+
+    def clock(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
     async def listen_tcp(self, name: str, address: str, port: int) -> int:
         raise NotImplementedError
 
