@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from nahtlos.lab.datacentre import Datacentre
+from nahtlos.lab.datacentre import PEER_PORT, Datacentre
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.lab.outside import GuestStatus, Outside
 from nahtlos.lab.paths import LAB_VARIABLE
@@ -46,6 +46,7 @@ SCAN_SECONDS = 0.01
 STEP_SECONDS = 60.0
 FROZEN_SECONDS = 4.3
 """A source asks a destination that long in vain before it draws conclusions (it waits 5 s)."""
+QUIET_SECONDS = 0.4
 TRIES = 10
 """A switch takes some milliseconds: on a busy machine it is often over before it is seen."""
 SETTLE_SECONDS = 90.0
@@ -77,6 +78,34 @@ LINKS = frozenset({Fault.LINK_STALLED, Fault.LINK_CUT})
 
 class Missed(Exception):
     """The move was past the step before the fault could be put in."""
+
+
+@asynccontextmanager
+async def missed_after(seconds: float) -> AsyncGenerator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise Missed from error
+
+
+def unread_bytes(namespace: str, port: int) -> int:
+    """That have come to connections of `port` and that nobody has read."""
+    command = ("ip", "netns", "exec", namespace, "ss", "-Htn", "state", "established", f"sport = :{port}")
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    return sum(int(line.split()[0]) for line in found.splitlines())
+
+
+def deafen(namespace: str, *, on: bool) -> None:
+    """Whether what others say to the agent there comes to it. What it says itself arrives."""
+    text = "table inet deaf\ndelete table inet deaf\n"
+    if on:
+        text += (
+            "table inet deaf {\n  chain input {\n    type filter hook input priority 0; policy accept;\n"
+            f"    tcp dport {PEER_PORT} tcp flags & psh == psh drop\n  }}\n}}\n"
+        )
+    command = ("ip", "netns", "exec", namespace, "nft", "-f", "-")
+    subprocess.run(command, input=text, text=True, check=True, capture_output=True, timeout=10)
 
 
 async def until(what: str, holds: Callable[[], Awaitable[bool]], seconds: float, every: float = 0.05) -> None:
@@ -527,26 +556,45 @@ class MoveUnderFault:
         return mine and monitor.epoch > self._epoch
 
     async def _frozen_at_switch(self) -> int:
-        """The pid of the destination's agent, frozen while its source waits for it to switch the path. It is
-        let go in between, because a source that copies for long also asks whether it is still there."""
-        lab = self._lab
-        while True:
-            pid = await lab.pid(self.destination, "agent")
-            os.kill(pid, signal.SIGSTOP)
+        """The pid of the destination's agent, frozen while its source waits for it to switch the path.
+
+        It is frozen already while the source asks it for the turn to be switched. Then it may give that turn,
+        but nothing that the source says after it comes in any more."""
+        lab, topology = self._lab, self._lab.datacentre.topology
+        assert topology is not None
+        pid = await lab.pid(self.destination, "agent")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            namespace = topology.node(self.destination).namespace
+            await self._asked(namespace)
+            deafen(namespace, on=True)
             try:
-                async with asyncio.timeout(FROZEN_SECONDS):
-                    while (step := await lab.step_of(self.source, MOVER)) != "switch":
-                        if step not in ("prepare", "precopy"):
-                            raise Missed(step)
-                        await asyncio.sleep(0.02)
-            except TimeoutError:
                 os.kill(pid, signal.SIGCONT)
-                await asyncio.sleep(1.0)
-            except BaseException:
-                os.kill(pid, signal.SIGCONT)
-                raise
-            else:
-                return pid
+                await self._switching()
+                os.kill(pid, signal.SIGSTOP)
+            finally:
+                deafen(namespace, on=False)
+        except BaseException:
+            os.kill(pid, signal.SIGCONT)
+            raise
+        return pid
+
+    async def _asked(self, namespace: str) -> None:
+        """Until something waits to be read by the destination's agent, and nothing follows: the source waits,
+        too."""
+        seen, since = 0, time.monotonic()
+        async with missed_after(FROZEN_SECONDS):
+            while not seen or time.monotonic() - since < QUIET_SECONDS:
+                if (waiting := unread_bytes(namespace, PEER_PORT)) != seen:
+                    seen, since = waiting, time.monotonic()
+                await asyncio.sleep(0.01)
+
+    async def _switching(self) -> None:
+        async with missed_after(FROZEN_SECONDS):
+            while (step := await self._lab.step_of(self.source, MOVER)) != "switch":
+                if step not in ("prepare", "precopy"):
+                    raise Missed(step)
+                await asyncio.sleep(0.02)
 
     async def _freeze(self) -> int:
         pid = await self._lab.pid(self.destination, "agent")

@@ -388,6 +388,10 @@ def _json(options: Mapping[str, object]) -> str:
     return "json:" + msgspec.json.encode(options).decode()
 
 
+NO_DEVICES = "OFD lock probing"
+
+
 def _first_line(said: Confined) -> str:
-    words = (said.complaints or said.output).strip().splitlines()
+    """Without what QEMU says of every place that has no /dev."""
+    words = [line for line in (said.complaints or said.output).strip().splitlines() if NO_DEVICES not in line]
     return words[0][:300] if words else f"qemu-img ended with {said.exit_code}"
