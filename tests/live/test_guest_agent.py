@@ -113,6 +113,7 @@ async def test_the_agent_answers_and_goes_with_its_guest_to_another_release(plac
     await asking.freeze(one.hypervisor, first)
     second = await moved(server, one, two, release("11.1"))
     await two.restart_drivers()
+    await heard(two, second)
     assert await asking.is_frozen(two.hypervisor, second)
     await asking.thaw(two.hypervisor, second)
     with pytest.raises(NotFound):

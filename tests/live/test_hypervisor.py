@@ -45,10 +45,10 @@ async def booted(host: Host, name: str, under: ReleaseId) -> ServerConfig:
     return server
 
 
-async def console_says(host: Host, vmm: VmmId, text: str) -> str:
+async def console_says(host: Host, vmm: VmmId, text: str, *, since: int = 0) -> str:
     async with asyncio.timeout(BOOTS_WITHIN):
         while True:
-            data, _ = await host.hypervisor.console(vmm, 0, 1 << 20)
+            data, _ = await host.hypervisor.console(vmm, since, 1 << 20)
             if text in data.decode(errors="replace"):
                 return data.decode(errors="replace")
             await asyncio.sleep(0.05)
@@ -241,8 +241,9 @@ async def test_crashed_vmm_is_reported_and_started_anew(place: Place) -> None:
             if (await known_status(host, vmm)).state is RunState.CRASHED:
                 break
             await asyncio.sleep(0.01)
+    _, said = await host.hypervisor.console(vmm, 0, 1 << 20)
     await host.hypervisor.start(server, release("11.1"))
-    await console_says(host, vmm, "boot ")
+    await console_says(host, vmm, "boot ", since=said)
     assert (await guest_status(host, vmm))["boot_id"] != first
 
 
