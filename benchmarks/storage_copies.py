@@ -133,6 +133,7 @@ class Copies:
         self._copying: dict[HostId, int] = {}
         """Attempts to bring a copy up to the others."""
         self._identity = VmmId(ServerId(name), 1)
+        self._home.settings.state_dir.mkdir(parents=True, exist_ok=True)
         self._ledger = Ledger(self._home.settings.state_dir / f"{name}.ledger")
         self._state = self.host.settings.run_dir / f"{name}.state"
         self._state.write_bytes(b"r")
