@@ -1,47 +1,14 @@
 """What operators say about hosts that fail, from the command line to the store: the real API over a real
 orchestrator, with scripted agents."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-import pytest
-import typer.main
-from click.testing import CliRunner, Result
-from scripted_cloud import ScriptedCloud, opened
-
-from nahtlos.ops.api import create_app
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import Surroundings
-from nahtlos.ops.serve import serving
-from nahtlos.runtime.identity import Operators
+from click.testing import Result
+from scripted_cloud import ScriptedCloud
 
 Run = Callable[..., Awaitable[Result]]
-
-
-@pytest.fixture
-async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
-    async with opened(tmp_path / "runtime.sqlite") as cloud:
-        await cloud.ready()
-        yield cloud
-
-
-@pytest.fixture
-async def run(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Run]:
-    socket = tmp_path / "operator.sock"
-    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
-    app = typer.main.get_command(build_app(surroundings))
-
-    async def invoke(line: str, code: int = 0) -> Result:
-        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
-        assert result.exit_code == code, result.output + str(result.exception)
-        return result
-
-    operators = Operators(tmp_path / "operators.json")
-    async with serving(create_app(scripted.cloud, operators.authenticate), unix_socket=socket):
-        yield invoke
 
 
 async def told(run: Run, line: str) -> Any:

@@ -1,17 +1,14 @@
 """What running servers are given, from the command line to agents' configurations: the real API over a real
 orchestrator and store, with scripted agents that report what they were told."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
-import typer.main
-from click.testing import CliRunner, Result
-from scripted_cloud import ScriptedCloud, opened
+from click.testing import Result
+from scripted_cloud import ScriptedCloud
 
 from nahtlos.model.config import PortConfig, ServerConfig
 from nahtlos.model.errors import Conflict, Refused
@@ -20,45 +17,17 @@ from nahtlos.model.inventory import ComputeStatus
 from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
 from nahtlos.model.nouns import CpuShare, Size
 from nahtlos.model.storage import DiskLimits
-from nahtlos.ops.api import create_app
 from nahtlos.ops.cli.amounts import per_cent
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import Surroundings
 from nahtlos.ops.cli.volume_amounts import count
-from nahtlos.ops.serve import serving
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
 from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.volumes import VolumeChange
-from nahtlos.runtime.identity import Operators
 from nahtlos.runtime.store.projects import ProjectLimits
 
 H1, WEB = HostId("host-1"), ServerId("web")
 MADE = ServerRequest(name=WEB, memory_mib=256, max_vcpus=3, max_memory_mib=768, host=H1)
 CREATE = "server create web --host host-1 --vcpus 1 --memory-mib 256 --max-vcpus 3 --max-memory 768"
 Run = Callable[..., Awaitable[Result]]
-
-
-@pytest.fixture
-async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
-    async with opened(tmp_path / "runtime.sqlite") as cloud:
-        await cloud.ready()
-        yield cloud
-
-
-@pytest.fixture
-async def run(scripted: ScriptedCloud, tmp_path: Path) -> AsyncIterator[Run]:
-    socket = tmp_path / "operator.sock"
-    surroundings = Surroundings(socket_of_lab=lambda _: socket, build_dir=tmp_path / "build")
-    app = typer.main.get_command(build_app(surroundings))
-
-    async def invoke(line: str, code: int = 0) -> Result:
-        result = await asyncio.to_thread(CliRunner().invoke, app, line.split())
-        assert result.exit_code == code, result.output + str(result.exception)
-        return result
-
-    operators = Operators(tmp_path / "operators.json")
-    async with serving(create_app(scripted.cloud, operators.authenticate), unix_socket=socket):
-        yield invoke
 
 
 def told(scripted: ScriptedCloud) -> tuple[ServerConfig, PortConfig]:
