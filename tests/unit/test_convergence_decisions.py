@@ -68,11 +68,9 @@ class Copy:
                 permitted=self.permitted,
             )
             if said is Verdict.MEASURE:
-                measure = next_measure(course, self.permitted, late=now > DEADLINE)
+                measure = next_measure(course, self.permitted)
                 assert measure is not None
                 self.taken.append((measure, now))
-                if measure is Measure.POST_COPY:
-                    return said, now
                 self.link = self.boosted if measure is Measure.BOOST else self.link
                 rate = rate * 0.2 if measure is Measure.SLOW_DOWN else rate
                 course = after(course, measure, now)
@@ -106,12 +104,12 @@ def test_more_bandwidth_is_the_first_measure_and_enough_where_the_link_has_it() 
 
 def test_measures_follow_one_another_each_once_and_given_time() -> None:
     hopeless = Copy(rate=4000 * MB, boosted=129.0 * MB, permitted=Permitted(measures=ALL))
-    said, _ = hopeless.run()
-    assert said is Verdict.MEASURE
+    said, given_up = hopeless.run()
+    assert said is Verdict.GIVE_UP
     assert [measure for measure, _ in hopeless.taken] == list(Measure)
-    first, second, third = (at for _, at in hopeless.taken)
+    first, second = (at for _, at in hopeless.taken)
     assert second - first >= 5
-    assert third - second >= 25
+    assert given_up - second >= 25
 
 
 def test_slowed_down_it_ends() -> None:
@@ -156,11 +154,12 @@ def test_a_first_pass_that_cannot_end_in_time_is_not_waited_for() -> None:
     assert Copy(rate=0, memory=4.0 * 1024 * MB).run()[0] is Verdict.SWITCH
 
 
-def test_past_the_deadline_only_what_ends_at_once_is_left() -> None:
+def test_each_measure_is_taken_once_in_its_order() -> None:
     course, permitted = Course(since=0.0), Permitted(measures=ALL)
     assert next_measure(course, permitted) is Measure.BOOST
-    assert next_measure(course, permitted, late=True) is Measure.POST_COPY
-    assert next_measure(course, Permitted(measures=(Measure.BOOST,)), late=True) is None
+    course = after(course, Measure.BOOST, 1.0)
+    assert next_measure(course, permitted) is Measure.SLOW_DOWN
+    assert next_measure(after(course, Measure.SLOW_DOWN, 2.0), permitted) is None
 
 
 def test_a_budget_leaves_what_is_not_spent_on_the_stop_and_on_waking() -> None:

@@ -1,6 +1,6 @@
 """Whether a pre-copy that is watched will come to its end, and what is done so that it does. Pure.
 
-    go on -> more bandwidth -> the server slowed down (by consent) -> post-copy (by consent) -> given up
+    go on -> more bandwidth -> the server slowed down (by consent) -> given up
 
 It is told by whole passes: each sends what the one before it has left. Once what passes leave becomes no less
 any more, the server touches its memory as fast as it is sent, and waiting for the deadline would only cost
@@ -30,7 +30,6 @@ class Measure(StrEnum):
 
     BOOST = "more bandwidth"
     SLOW_DOWN = "slowed down"
-    POST_COPY = "post-copy"
 
 
 class Permitted(Value, frozen=True, kw_only=True):
@@ -126,10 +125,9 @@ def never_sent_once(course: Course, progress: MigrationProgress, now: float, unt
     return done <= 0 or progress.remaining * elapsed / done > HOPELESS * (until - now)
 
 
-def next_measure(course: Course, permitted: Permitted, *, late: bool = False) -> Measure | None:
-    """None if all were taken. `late`: past the deadline, only what ends at once is left."""
-    left = [m for m in Measure if m in permitted.measures and m not in course.taken]
-    return next((m for m in left if not late or m is Measure.POST_COPY), None)
+def next_measure(course: Course, permitted: Permitted) -> Measure | None:
+    """None if all were taken."""
+    return next((m for m in Measure if m in permitted.measures and m not in course.taken), None)
 
 
 def why_given_up(

@@ -103,7 +103,7 @@ def verdict(
     stuck = stuck or never_sent_once(course, progress, now, started + deadline)
     if not late and not stuck:
         return Verdict.WAIT
-    return Verdict.GIVE_UP if next_measure(course, permitted, late=late) is None else Verdict.MEASURE
+    return Verdict.GIVE_UP if late or next_measure(course, permitted) is None else Verdict.MEASURE
 
 
 def _near(sync: Sync, progress: MigrationProgress) -> bool:
