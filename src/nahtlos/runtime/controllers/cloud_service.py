@@ -24,12 +24,13 @@ from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import DATA_PLACES, Component, HostRole, HostSpec, Release, Size
 from nahtlos.planner.predict import forecast
 from nahtlos.runtime.controllers import (
+    attachment_requests,
     experience,
     guest_requests,
     requests,
     server_requests,
     views,
-    volume_requests,
+    volume_homes,
 )
 from nahtlos.runtime.controllers.agents import Agents
 from nahtlos.runtime.controllers.availability_service import AvailabilityService
@@ -266,8 +267,8 @@ class CloudService:
             if spec.data_places != DATA_PLACES:
                 server_requests.check_data_places(self._agents.lacking("data-places", compute))
             spec = guest_requests.with_channel(state, inventory, spec)
-            volume = volume_requests.system_disk(state, inventory, disk, request.copies)
-            spec, data = volume_requests.with_data_volumes(state, spec, request.volumes)
+            volume = volume_homes.system_disk(state, inventory, disk, request.copies)
+            spec, data = attachment_requests.with_data_volumes(state, spec, request.volumes)
             check_project(state, project, servers={name: spec}, volumes={volume.id: volume})
             check_group(state, request.group, project)
             requests.check_promise(state, size)

@@ -12,7 +12,7 @@ from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.requests import present_server
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.controllers.volume_requests import system_disk
+from nahtlos.runtime.controllers.volume_homes import system_disk
 
 LONGEST_STOP = 3600.0
 DEVICES_MIB = 64

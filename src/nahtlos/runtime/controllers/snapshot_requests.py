@@ -19,17 +19,12 @@ from nahtlos.model.volume_work import (
 )
 from nahtlos.planner.volume_places import has_room, places
 from nahtlos.runtime.controllers.guest_requests import check_freezable
+from nahtlos.runtime.controllers.known_volumes import check_idle, check_name_free, holder_of, known_volume
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use
 from nahtlos.runtime.controllers.requests import compute_host, listed
 from nahtlos.runtime.controllers.state import State
+from nahtlos.runtime.controllers.volume_homes import no_place
 from nahtlos.runtime.controllers.volume_records import EXPORT_PORTS
-from nahtlos.runtime.controllers.volume_requests import (
-    check_idle,
-    check_name_free,
-    holder_of,
-    known_volume,
-    no_place,
-)
 from nahtlos.runtime.controllers.volumes import (
     BackupRequest,
     ExportRequest,

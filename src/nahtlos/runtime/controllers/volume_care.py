@@ -6,10 +6,10 @@ from nahtlos.model.ids import HostId, SnapshotId, VolumeId
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import BackingUp, Relocation, Scrubbing, WritingFile, volumes_of, words
+from nahtlos.runtime.controllers.known_volumes import check_idle, known_volume
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.snapshot_requests import known_snapshot
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.controllers.volume_requests import check_idle, known_volume
 from nahtlos.runtime.controllers.volumes import (
     RebuildRequest,
     ScrubRequest,

@@ -19,9 +19,12 @@ from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.volume_work import VolumeWork, words
 from nahtlos.runtime.controllers import (
+    attachment_requests,
+    known_volumes,
     power_requests,
     snapshot_requests,
     volume_requests,
+    volume_settings,
     volume_views,
 )
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
@@ -115,7 +118,7 @@ class VolumeService:
     async def volume(self, volume: VolumeId) -> VolumeView:
         look = await self._looks.now()
         if volume not in look.state.volumes:
-            volume_requests.known_volume(look.state, volume)
+            known_volumes.known_volume(look.state, volume)
         behind = self._behind(look)
         view = volume_views.volume_view(look.state, look.inventory, look.report, behind, volume)
         async with self._looks.reading() as tx:
@@ -157,7 +160,7 @@ class VolumeService:
 
     async def attach_volume(self, volume: VolumeId, attaching: Attaching) -> VolumeView:
         async with self._changing() as change:
-            server = volume_requests.attached_server(change.state, volume, attaching.server)
+            server = attachment_requests.attached_server(change.state, volume, attaching.server)
             check_project(change.state, server.project, servers={server.id: server})
             await self.attach(change.tx, change.state.volumes[volume].spec, server)
         self._said("volume.attached", volume, f"{volume} is to be attached to {attaching.server}")
@@ -171,7 +174,7 @@ class VolumeService:
 
     async def detach_volume(self, volume: VolumeId) -> VolumeView:
         async with self._changing() as change:
-            server = volume_requests.detached_server(change.state, volume)
+            server = attachment_requests.detached_server(change.state, volume)
             await rows.detach(change.tx, volume)
             await rows.put_server(change.tx, server)
         self._said("volume.detached", volume, f"{volume} is to be detached from {server.id}")
@@ -188,7 +191,7 @@ class VolumeService:
         async with self._changing() as change:
             work = snapshot_requests.reverting(change.state, volume, request.snapshot, stop=request.stop)
             await self._wish(change, work)
-            if request.stop and (holder := volume_requests.holder_of(change.state, volume)):
+            if request.stop and (holder := known_volumes.holder_of(change.state, volume)):
                 stopped = power_requests.stopped_for_a_while(change.state, change.inventory, holder)
                 if stopped is not None:
                     await rows.put_server(change.tx, stopped)
@@ -197,8 +200,8 @@ class VolumeService:
 
     async def cancel_volume_tasks(self, volume: VolumeId) -> VolumeView:
         async with self._changing() as change:
-            volume_requests.known_volume(change.state, volume)
-            for wish in volume_requests.wishes_of(change.state, volume):
+            known_volumes.known_volume(change.state, volume)
+            for wish in known_volumes.wishes_of(change.state, volume):
                 await rows.cancel_wish(change.tx, wish.id)
         self._said("volume.cancel", volume, f"what was asked for of {volume} is given up")
         return await self.volume(volume)
@@ -354,7 +357,7 @@ class VolumeService:
         return (await self._looks.now()).state.kept.settings
 
     async def set_volume_settings(self, settings: VolumeSettings) -> VolumeSettings:
-        checked = volume_requests.checked_settings(settings)
+        checked = volume_settings.checked_settings(settings)
         async with self._changing() as change:
             await rows.set_settings(change.tx, checked)
         self._said("volume.settings", "cloud", "settings of volumes have changed")

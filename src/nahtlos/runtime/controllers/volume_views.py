@@ -25,6 +25,7 @@ from nahtlos.model.volume_work import (
 )
 from nahtlos.planner.volumes import kept_on
 from nahtlos.runtime.controllers.cloud import KeptVolumes
+from nahtlos.runtime.controllers.known_volumes import holder_of
 from nahtlos.runtime.controllers.snapshot_requests import (
     clones_of,
     export_uri,
@@ -32,7 +33,6 @@ from nahtlos.runtime.controllers.snapshot_requests import (
     rested_on_by,
 )
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.controllers.volume_requests import holder_of
 from nahtlos.runtime.controllers.volumes import (
     BackupView,
     CopyView,
