@@ -13,6 +13,7 @@ from nahtlos.model.ids import HostId, KeyId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.storage import Deletion, SnapshotOffer, VolumeFormat, VolumeSpec
 from nahtlos.physical.ports import Crash, SnapshotFetch
 from nahtlos.physical.storage import decisions
+from nahtlos.physical.storage.arrivals import Arrivals, blank_record
 from nahtlos.physical.storage.graph import Places
 from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import (
@@ -26,7 +27,6 @@ from nahtlos.physical.storage.record import (
     VolumeRecord,
     chain,
 )
-from nahtlos.physical.storage.relocation import Relocations, blank_record
 from nahtlos.physical.storage.snapshot_arrivals import layer_files, with_arrived, without_arrived
 from nahtlos.physical.storage.snapshot_offers import offer_of, offered_layers
 
@@ -217,9 +217,9 @@ class Beside:
         if name == self._dies_at:
             raise Crash(name)
 
-    def relocations(self) -> Relocations:
+    def arrivals(self) -> Arrivals:
         parts: Any = self
-        return Relocations(HostId("h"), parts, LayerFiles(self.places, Path(), parts), parts, parts)
+        return Arrivals(HostId("h"), parts, LayerFiles(self.places, Path(), parts))
 
 
 @pytest.mark.parametrize("dies_at", ["", "receive.dropped"])
@@ -233,10 +233,10 @@ async def test_a_volume_that_was_received_in_vain_leaves_what_was_beside_it(
     for each in coming.layers:
         (tmp_path / each.file).touch()
     try:
-        await Beside(tmp_path, dies_at).relocations().give_back(V)
+        await Beside(tmp_path, dies_at).arrivals().give_back(V)
     except Crash:
         assert list(Records(tmp_path).all()) == [V], "no file of it is taken for a volume"
-        await Beside(tmp_path).relocations().give_back(V)
+        await Beside(tmp_path).arrivals().give_back(V)
     after = Records(tmp_path).all()[V]
     assert after.mode is Mode.LEFT and not after.withdrawn
     assert dict(snapshots_in(after)) == dict(snapshots_in(coming))

@@ -16,9 +16,11 @@ from nahtlos.physical.agent.ledger import Journal, Ledger, Role
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.copying import Act, Pace, next_act, told
 from nahtlos.physical.agent.volumes.peers import reached_by
+from nahtlos.physical.storage.arrivals import blank_record
 from nahtlos.physical.storage.daemon import Job
+from nahtlos.physical.storage.departures import left_behind
 from nahtlos.physical.storage.record import Layer, Mode, SnapshotRecord, VolumeRecord
-from nahtlos.physical.storage.relocation import Outcome, blank_record, left_behind, outcome, progress_of
+from nahtlos.physical.storage.relocation import Outcome, outcome, progress_of
 
 VOLUME = VolumeId("v")
 ONE, OTHER = OperationId("op-1"), OperationId("op-2")

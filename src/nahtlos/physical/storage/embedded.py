@@ -39,9 +39,11 @@ from nahtlos.physical.ports import (
     Unit,
 )
 from nahtlos.physical.settings import AgentSettings
+from nahtlos.physical.storage.arrivals import Arrivals
 from nahtlos.physical.storage.copies import Copies
 from nahtlos.physical.storage.daemon import Daemon
 from nahtlos.physical.storage.definition import SOCKET_FD, UNIT, Definition, arguments
+from nahtlos.physical.storage.departures import Departures
 from nahtlos.physical.storage.encryption import HostKeys
 from nahtlos.physical.storage.graph import Places
 from nahtlos.physical.storage.layers import LayerFiles
@@ -55,7 +57,7 @@ from nahtlos.physical.storage.relocation import Relocations
 from nahtlos.physical.storage.replication import Replication
 from nahtlos.physical.storage.report import volume_statuses
 from nahtlos.physical.storage.serving import Serving
-from nahtlos.physical.storage.snapshot_arrivals import Arrivals
+from nahtlos.physical.storage.snapshot_arrivals import SnapshotArrivals
 from nahtlos.physical.storage.snapshot_offers import Offers
 from nahtlos.physical.storage.snapshots import Snapshots
 from nahtlos.physical.storage.sockets import Patience, bound_descriptor
@@ -76,12 +78,14 @@ class EmbeddedStorage:
         self.merging = Merging(self.serving, self.files)
         self._lifecycle = Lifecycle(self.serving, self.files, self.merging)
         self._offers = Offers(self.serving, self.files, self.merging)
-        self._arrivals = Arrivals(self.serving, settings.pki_dir)
-        self.relocations = Relocations(settings.host, self.serving, self.files, self.merging, self._offers)
+        self._snapshot_arrivals = SnapshotArrivals(self.serving, settings.pki_dir)
+        self.relocations = Relocations(self.serving, self.merging)
+        self._departures = Departures(self.serving, self.files, self._offers, self.relocations)
+        self._arrivals = Arrivals(settings.host, self.serving, self.files)
         self._snapshots = Snapshots(self.serving, self.files, self.merging)
         self.releases = DaemonRelease(settings, supervisor, Bundles(settings.releases_dir), self.daemon)
         self.copies = Copies(settings, supervisor, self.serving, self.releases.bundle)
-        self.replication = Replication(self.serving, self.relocations, self.copies.door)
+        self.replication = Replication(settings.host, self.serving, self.relocations, self.copies.door)
         self._overwriting = Overwriting(self.files.going)
         self._defined: Unit | None = None
         self._swept = False
@@ -112,7 +116,7 @@ class EmbeddedStorage:
             replaced = self.releases.ensure(desired.release, self.serving.define, self.serving.on_step)
             await attempt.several(replaced)
         await attempt.several(self.copies.export(desired.exports))
-        left = self.relocations.left_for_nothing()
+        left = self._departures.left_for_nothing()
         if not (volumes or going or left or _any_snapshot(self.serving.records, desired.removed_snapshots)):
             return
         known = [volume for volume in volumes if volume.id in records]
@@ -134,9 +138,9 @@ class EmbeddedStorage:
         for volume in going:
             if volume not in bare:
                 received = self.serving.records[volume].mode is Mode.RECEIVING
-                undo = self.relocations.give_back if received else self._lifecycle.delete
+                undo = self._arrivals.give_back if received else self._lifecycle.delete
                 await attempt.one(undo(volume))
-        await self.relocations.sweep()
+        await self._departures.sweep()
         await self._settle(desired.pinned, attempt)
         for volume in known:
             if self.serving.usable(volume.id):
@@ -233,13 +237,13 @@ class EmbeddedStorage:
     async def fetch_snapshots(
         self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied
     ) -> None:
-        await self._arrivals.copy(fetch, offer, speed=speed, on_copied=on_copied)
+        await self._snapshot_arrivals.copy(fetch, offer, speed=speed, on_copied=on_copied)
         async with self.serving.changing:
-            await self._arrivals.record(fetch, offer)
+            await self._snapshot_arrivals.record(fetch, offer)
 
     async def forget_fetched(self, fetch: SnapshotFetch) -> None:
         async with self.serving.changing:
-            await self._arrivals.forget(fetch)
+            await self._snapshot_arrivals.forget(fetch)
 
     # --- relocation, replication -------------------------------------------------------------------
 
@@ -273,7 +277,7 @@ class EmbeddedStorage:
 
     async def relocate_finish(self, volume: VolumeId) -> None:
         async with self.serving.changing:
-            await self.relocations.finish(volume)
+            await self._departures.finish(volume)
 
     async def receive(self, volume: VolumeSpec) -> None:
         async with self.serving.changing:
@@ -281,7 +285,7 @@ class EmbeddedStorage:
             await self.serving.define()
             await self.serving.awake()
             await self.replication.forget_steps(volume.id)
-            await self.relocations.receive(volume, await self.releases.bundle())
+            await self._arrivals.receive(volume, await self.releases.bundle())
             self.copies.made_anew(volume.id)
 
     async def rejoin(self, volume: VolumeSpec) -> Changes | None:

@@ -1,4 +1,5 @@
-"""Volumes that leave this host while they are written, and those that arrive.
+"""Volumes that leave this host while they are written. Their end here is in `departures`, their other side in
+`arrivals`.
 
     top ── fair ── layers        until READY: a mirror on `top` copies and writes everything to `target`, too
      `· target ── link ──> there
@@ -23,20 +24,15 @@ import msgspec
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Stale, Unavailable
-from nahtlos.model.ids import HostId, VolumeId
-from nahtlos.model.storage import CopyPhase, CopyProgress, Deletion, ReplicaState, VolumeFormat, VolumeSpec
+from nahtlos.model.ids import VolumeId
+from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
-from nahtlos.physical.hypervisor.bundle import Bundle
-from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
 from nahtlos.physical.storage.daemon import Job, JobStatus
-from nahtlos.physical.storage.encryption import LAYER_FORMAT
 from nahtlos.physical.storage.graph import Options
-from nahtlos.physical.storage.layers import LayerFiles, base_file
 from nahtlos.physical.storage.merging import Merging
-from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord, clones
+from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
-from nahtlos.physical.storage.snapshot_offers import Offers
 from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 
 RECONNECT_SECONDS = 1
@@ -106,21 +102,16 @@ def _target(volume: VolumeId, below: str) -> Options:
 
 
 class Relocations:
-    def __init__(
-        self, host: HostId, serving: Serving, files: LayerFiles, merging: Merging, offers: Offers
-    ) -> None:
-        self._host = host
+    def __init__(self, serving: Serving, merging: Merging) -> None:
         self._serving = serving
         self._daemon = serving.daemon
-        self._files = files
         self._merging = merging
-        self._offers = offers
         self._looked_at = 0.0
 
     # --- copying -----------------------------------------------------------------------------------
 
     async def start(self, volume: VolumeSpec, target: VolumeEndpoint, *, bytes_per_second: int) -> None:
-        record = await self._settled(volume.id)
+        record = await self.settled(volume.id)
         if record.mode is Mode.PROXY:
             return
         _check_leaves(record, volume)
@@ -135,7 +126,7 @@ class Relocations:
 
     async def prepare(self, volume: VolumeSpec, target: VolumeEndpoint) -> None:
         """Nothing else is under way with it, and it is recorded where it is copied to."""
-        record = await self._settled(volume.id)
+        record = await self.settled(volume.id)
         _check_leaves(record, volume)
         await self._stop(record)
         await self._merging.stop(volume.id)
@@ -178,7 +169,7 @@ class Relocations:
         record = self._serving.records.get(volume)
         if record is None or record.mode in (Mode.LEFT, Mode.DELETING):
             return CopyProgress(phase=CopyPhase.NONE)
-        record = await self._settled(volume)
+        record = await self.settled(volume)
         if record.mode is Mode.PROXY:
             return CopyProgress(phase=CopyPhase.DONE)
         if record.endpoint is not None:
@@ -203,7 +194,7 @@ class Relocations:
         record = self._serving.records.get(volume)
         if record is None or record.mode in (Mode.LEFT, Mode.DELETING):
             return
-        record = await self._settled(volume)
+        record = await self.settled(volume)
         if record.mode is Mode.PROXY:
             raise Conflict(f"volume '{volume}' has left already", field="volume")
         await self._stop(record)
@@ -222,7 +213,7 @@ class Relocations:
     # --- the point of no return --------------------------------------------------------------------
 
     async def complete(self, volume: VolumeId) -> None:
-        record = await self._settled(volume)
+        record = await self.settled(volume)
         if record.mode is Mode.PROXY:
             return
         job = (await self._daemon.jobs()).get(job_name(volume))
@@ -282,6 +273,10 @@ class Relocations:
         await self._drop_target(record.volume)
         if record.endpoint is not None:
             await self.bound(record.endpoint)
+        await self.let_go_of_layers(record)
+
+    async def let_go_of_layers(self, record: VolumeRecord) -> None:
+        """The daemon has none of its files open any more."""
         for layer in reversed(record.layers):
             ref = LayerRef(record.volume, layer.number)
             await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
@@ -297,7 +292,7 @@ class Relocations:
         await self._daemon.tolerating("block-job-cancel", {"device": name, "force": False})
         await self._daemon.job_end(name)
 
-    async def _settled(self, volume: VolumeId) -> VolumeRecord:
+    async def settled(self, volume: VolumeId) -> VolumeRecord:
         """The record, after what a crash has left half done was carried on or taken back."""
         record = self._serving.records[volume]
         if record.mode is not Mode.PROXY:
@@ -330,218 +325,9 @@ class Relocations:
         await self._serving.define()
         await self._stop(self._serving.records[record.volume])
 
-    # --- the end at the source ---------------------------------------------------------------------
-
-    async def finish(self, volume: VolumeId) -> None:
-        """A file is gone before its record is: one that no record names would be taken for a volume."""
-        record = self._serving.records.get(volume)
-        if record is not None and record.mode not in (Mode.LEFT, Mode.DELETING):
-            record = await self._withdrawn(volume)
-        await self._serving.define()
-        # A daemon that died since then has come back by the definition of before, and serves it again.
-        await self._shut(volume)
-        await self._drop_filters(volume)
-        if record is not None and record.mode is Mode.DELETING:
-            await self._drop(record, ())
-            await self._serving.on_step("relocate.dropped")
-            await self._serving.keep(removed=(volume,))
-
-    async def _withdrawn(self, volume: VolumeId) -> VolumeRecord:
-        """Nobody comes here any more, and what is left is recorded. Conflict while somebody does."""
-        record = await self._settled(volume)
-        if record.mode is not Mode.PROXY:
-            raise Refused(f"volume '{volume}' has not left this host", field="volume")
-        await self._shut(volume)
-        await self._serving.on_step("relocate.shut")
-        left = left_behind(record, rested_on=self._rested_on(volume))
-        await self._serving.keep(left)
-        await self._serving.on_step("relocate.forgotten")
-        if left.mode is Mode.LEFT:
-            await self._drop(record, left.layers)
-        return left
-
-    async def _drop(self, record: VolumeRecord, kept: tuple[Layer, ...]) -> None:
-        gone = tuple(layer for layer in record.layers if layer not in kept)
-        zero = record.deletion is Deletion.ZERO
-        await asyncio.to_thread(self._files.drop, gone, kept, overwrite=zero)
-
-    async def _drop_filters(self, volume: VolumeId) -> None:
-        names = (graph.top_node(volume), graph.fair_node(volume), graph.remote_node(volume))
-        await self._daemon.remove_nodes(names)
-
-    async def _shut(self, volume: VolumeId) -> None:
-        export = (await self._daemon.exports()).get(volume)
-        if export is None:
-            return
-        try:
-            await self._daemon.withdraw(export.id, mode="safe")
-        except Denied as denied:
-            raise Conflict(f"volume '{volume}' is open here still", field="volume") from denied
-
-    async def sweep(self) -> None:
-        """What is here of volumes that left, for the sake of snapshots that are gone by now. With one of them
-        another may go, on which it rested."""
-        while gone := self.left_for_nothing():
-            for volume in gone:
-                record = self._serving.records[volume]
-                await self._offers.end(volume)
-                for layer in reversed(record.layers):
-                    ref = LayerRef(volume, layer.number)
-                    await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
-                    await self._daemon.remove_nodes((graph.file_node(ref),))
-                await self._drop(record, ())
-                await self._serving.on_step("left.dropped")
-                await self._serving.keep(removed=(volume,))
-
-    def left_for_nothing(self) -> tuple[VolumeId, ...]:
-        """Volumes that left and of which no snapshot is here any more."""
-        return tuple(
-            volume
-            for volume, record in self._serving.records.all().items()
-            if record.mode is Mode.LEFT and not record.snapshots and not self._rested_on(volume)
-        )
-
-    def _rested_on(self, volume: VolumeId) -> bool:
-        return bool(clones(self._serving.records.all(), volume))
-
-    # --- arriving ----------------------------------------------------------------------------------
-
-    async def receive(self, volume: VolumeSpec, bundle: Bundle) -> None:
-        record = self._serving.records.get(volume.id)
-        if record is None or not _received(record, volume):
-            await self._begin_anew(volume, record)
-        record = self._serving.records[volume.id]
-        if record.mode is not Mode.RECEIVING:
-            return  # it has become the volume since
-        await self._blank(record, volume, bundle)
-        await self._serving.on_step("receive.made")
-        if record.epoch != volume.epoch:
-            boot = self._serving.boot_id
-            await self._serving.keep(msgspec.structs.replace(record, epoch=volume.epoch, boot_id=boot))
-        await self._serving.define()
-        await self._serving.on_step("receive.defined")
-        await self._serving.settle((volume.id,))
-
-    async def give_back(self, volume: VolumeId) -> str:
-        """What was received here is gone, what is kept beside it for snapshots stays. Its file goes first:
-        one that no record names would be taken for a volume."""
-        record = self._serving.records[volume]
-        await self._serving.keep(msgspec.structs.replace(record, withdrawn=True))
-        await self._serving.define()
-        await self._serving.withdraw(volume)
-        kept = kept_layers(record)
-        await self._drop(record, kept)
-        await self._serving.on_step("receive.dropped")
-        newest = max(each.layer for each in record.snapshots)
-        left = msgspec.structs.replace(record, mode=Mode.LEFT, layers=kept, active=newest, epoch=0)
-        await self._serving.keep(msgspec.structs.replace(left, withdrawn=False, bitmaps=(), endpoint=None))
-        return f"volume {volume} was not received"
-
-    def check_replaceable(self, record: VolumeRecord, volume: VolumeSpec) -> None:
-        _check_replaceable(record, volume, self._host)
-
-    async def _begin_anew(self, volume: VolumeSpec, record: VolumeRecord | None) -> None:
-        """Recorded, but not served yet, before there is a file: what lies in the folder unrecorded is taken
-        for a volume of a time without records."""
-        if record is not None:
-            self.check_replaceable(record, volume)
-            if record.mode is not Mode.LEFT:
-                await self._serving.withdraw(volume.id)
-        new = blank_record(volume, record)
-        await self._serving.keep(new)
-        await self._serving.on_step("receive.recorded")
-        kept = new.layers
-        if record is not None:
-            gone = tuple(layer for layer in record.layers if layer not in kept)
-            await asyncio.to_thread(self._files.drop, gone, kept, overwrite=False)
-
-    async def _blank(self, record: VolumeRecord, volume: VolumeSpec, bundle: Bundle) -> None:
-        layer = record.active_layer
-        if await asyncio.to_thread(self._files.path(layer).exists):
-            return
-        if layer.encryption_key is not None:
-            await self._files.make_encrypted(bundle, layer, None)
-        elif layer.format is VolumeFormat.RAW:
-            await self._files.make_raw(layer, None)
-        else:
-            ref = LayerRef(record.volume, layer.number)
-            await self._files.make_qcow2(ref, layer, preallocated=volume.preallocated)
-
 
 def _check_leaves(record: VolumeRecord, volume: VolumeSpec) -> None:
     if record.mode is not Mode.SERVING:
         raise Conflict(f"volume '{volume.id}' is {record.mode.value} here", field="volume")
     if record.epoch != volume.epoch:
         raise Stale(f"volume '{volume.id}' is served by epoch {record.epoch}", field="volume")
-
-
-def _received(record: VolumeRecord, volume: VolumeSpec) -> bool:
-    """Said twice, or late: what is there may be all there is."""
-    if record.epoch > volume.epoch and record.mode is not Mode.LEFT:
-        raise Stale(f"volume '{volume.id}' is served by epoch {record.epoch}", field="volume")
-    if record.mode is Mode.RECEIVING:
-        if record.withdrawn:
-            return False  # its host was restarted: what was copied may not all have been on disk
-        same = record.size == volume.size_mib << 20 and (
-            volume.encryption_key is not None or record.format is volume.format
-        )
-        return same and record.epoch in (0, volume.epoch)
-    return record.mode is Mode.SERVING and record.epoch == volume.epoch
-
-
-def _check_replaceable(record: VolumeRecord, volume: VolumeSpec, host: HostId) -> None:
-    """What counts is never overwritten: only an earlier attempt, what has left, and a copy that is recorded
-    as stale."""
-    stale = any(copy.host == host and copy.state is ReplicaState.STALE for copy in volume.copies)
-    if record.mode in (Mode.RECEIVING, Mode.LEFT) or (record.mode is Mode.SERVING and stale):
-        return
-    raise Conflict(f"volume '{volume.id}' is {record.mode.value} here", field="volume")
-
-
-def blank_record(volume: VolumeSpec, before: VolumeRecord | None) -> VolumeRecord:
-    """With a layer of its own, beside those that snapshots name. Not served yet."""
-    kept = kept_layers(before) if before is not None else ()
-    number = before.next_number if before is not None else 0
-    form = LAYER_FORMAT if volume.encryption_key is not None else volume.format
-    layer = Layer(
-        number=number,
-        file=base_file(volume.id, form) if number == 0 else f"{volume.id}.{number}.{form.value}",
-        format=form,
-        size=volume.size_mib << 20,
-        encryption_key=volume.encryption_key,
-    )
-    return VolumeRecord(
-        volume=volume.id,
-        layers=(*kept, layer),
-        active=number,
-        format=form,
-        mode=Mode.RECEIVING,
-        snapshots=before.snapshots if before is not None else (),
-        deletion=volume.deletion,
-        last_number=number,
-    )
-
-
-def kept_layers(record: VolumeRecord) -> tuple[Layer, ...]:
-    """What outlives the volume's data here: what its snapshots rest on; of one that has left, all of it."""
-    if record.mode is Mode.LEFT:
-        return record.layers
-    refs = (LayerRef(record.volume, each.layer) for each in record.snapshots)
-    needed: set[int] = set()
-    for ref in refs:
-        below: LayerRef | None = ref
-        while below is not None and below.volume == record.volume:
-            needed.add(below.number)
-            below = record.layer(below.number).backing
-    return tuple(layer for layer in record.layers if layer.number in needed)
-
-
-def left_behind(record: VolumeRecord, *, rested_on: bool) -> VolumeRecord:
-    """What stays of a volume that has left: its snapshots, and all of it if volumes made from it rest on its
-    layers."""
-    gone = msgspec.structs.replace(record, endpoint=None, epoch=0, bitmaps=(), merge=None)
-    if not record.snapshots:
-        return msgspec.structs.replace(gone, mode=Mode.LEFT if rested_on else Mode.DELETING)
-    newest = max(each.layer for each in record.snapshots)
-    layers = tuple(layer for layer in record.layers if layer.number != record.active)
-    return msgspec.structs.replace(gone, mode=Mode.LEFT, layers=layers, active=newest)

@@ -27,10 +27,11 @@ import msgspec
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Stale, Unavailable
-from nahtlos.model.ids import VolumeId
+from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import Changes, CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import graph
+from nahtlos.physical.storage.arrivals import check_replaceable
 from nahtlos.physical.storage.backup_targets import Range
 from nahtlos.physical.storage.backups import OwnDoor, in_thread, pieces
 from nahtlos.physical.storage.daemon import Job, JobStatus
@@ -137,7 +138,8 @@ def may_rejoin(record: VolumeRecord, volume: VolumeSpec) -> bool:
 
 
 class Replication:
-    def __init__(self, serving: Serving, relocations: Relocations, door: OwnDoor) -> None:
+    def __init__(self, host: HostId, serving: Serving, relocations: Relocations, door: OwnDoor) -> None:
+        self._host = host
         self._serving = serving
         self._daemon = serving.daemon
         self._relocations = relocations
@@ -216,7 +218,7 @@ class Replication:
         record = self._serving.records.get(volume.id)
         if record is None or not may_rejoin(record, volume):
             return None
-        self._relocations.check_replaceable(record, volume)
+        check_replaceable(record, volume, self._host)
         wanted = msgspec.structs.replace(
             record,
             mode=Mode.RECEIVING,

@@ -47,7 +47,7 @@ _FLUSHED_EVERY = 64 << 20
 _Heard = Callable[[int], None]
 
 
-class Arrivals:
+class SnapshotArrivals:
     def __init__(self, serving: Serving, pki_dir: Path) -> None:
         self._serving = serving
         self._folder = serving.places.volumes
