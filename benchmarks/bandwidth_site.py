@@ -26,7 +26,7 @@ from nahtlos.lab import topology
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, UnderlayShares
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortBandwidth
-from nahtlos.physical.network import plan
+from nahtlos.physical.network import device_names
 from nahtlos.physical.network.bandwidth.ports import Shaping
 from nahtlos.physical.network.bandwidth.underlay import Ports, Shares
 from nahtlos.physical.network.netlink import Netlink
@@ -40,7 +40,7 @@ LIMITED, PEER = "10.78.0.1", "10.78.0.2"
 NEAR, FAR = "10.79.0.1", "10.79.0.2"
 PORT = PortId("limited-port")
 PORTS = Ports(control=(7443, 7444, 10809), moves=MIGRATION_PORTS)
-TAP = plan.tap_name(PORT)
+TAP = device_names.tap_name(PORT)
 MAC = "52:54:00:4e:00:01"
 NETWORK = NetworkConfig(
     spec=NetworkSpec(
@@ -138,7 +138,7 @@ class Bridge(Namespaces):
             self.name("host"),
             "link add br0 type bridge forward_delay 0",
             f"link add {TAP} index 101 type veth peer name eth0 index 2 netns {limited}",
-            f"link set {TAP} master br0 up alias {plan.port_alias(PORT, MAC)}",
+            f"link set {TAP} master br0 up alias {device_names.port_alias(PORT, MAC)}",
             f"link add tppeer index 102 type veth peer name eth0 index 2 netns {peer}",
             "link set tppeer master br0 up",
             "link set br0 up",

@@ -17,7 +17,7 @@ from benchmarks.network_hosts import Host, World, server_port
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
-from nahtlos.physical.network import plan, tap
+from nahtlos.physical.network import device_names, tap
 from nahtlos.physical.network.native import NativeNetwork
 
 PORTS = 1000
@@ -142,11 +142,12 @@ def rules(host: Host) -> str:
 def floor(host: Host, placed: list[PortConfig], ruleset: str, *, local: bool) -> float:
     """The same with batch tools, in ms. Names of devices are those of the driver."""
     vni = 100
-    bridge, tunnel, gate = plan.bridge_name(vni), plan.tunnel_name(vni), plan.gate_name(vni)
+    bridge, tunnel = device_names.bridge_name(vni), device_names.tunnel_name(vni)
+    gate = device_names.gate_name(vni)
     before = [
         f"link add {bridge} type bridge forward_delay 0 mcast_snooping 0",
         f"link add {tunnel} type vxlan id {vni} local {host.node.address} dstport 4789 nolearning",
-        f"link add {gate} type veth peer name {plan.gate_port_name(vni)}",
+        f"link add {gate} type veth peer name {device_names.gate_port_name(vni)}",
         f"link set {tunnel} master {bridge} up",
         f"link set {bridge} up",
     ]
@@ -175,10 +176,10 @@ def batches(
     ]
     for port in placed:
         if local:
-            name = plan.tap_name(port.id)
+            name = device_names.tap_name(port.id)
             devices += [
                 f"tuntap add {name} mode tap vnet_hdr",
-                f"link set {name} alias {plan.port_alias(port.id, port.mac)} txqueuelen {tap.QUEUE}"
+                f"link set {name} alias {device_names.port_alias(port.id, port.mac)} txqueuelen {tap.QUEUE}"
                 f" master {bridge} up",
             ]
             entries += [

@@ -25,7 +25,7 @@ from benchmarks.network_hosts import Host, World, run, server_port
 from nahtlos.model.config import PortConfig
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
-from nahtlos.physical.network import plan
+from nahtlos.physical.network import device_names
 
 ROUNDS, LONG_ROUNDS = 5, 15
 SECONDS = 1.5
@@ -214,8 +214,8 @@ async def _plugged(stack: contextlib.ExitStack, world: World, name: str, ports: 
 
 def _replace_tap(host: Host, port: PortConfig, space: str) -> None:
     """A veth in place of the tap, as like it as can be."""
-    tap, mtu = plan.tap_name(port.id), 1500
-    bridge = plan.bridge_name(100)
+    tap, mtu = device_names.tap_name(port.id), 1500
+    bridge = device_names.bridge_name(100)
     far = f"far{os.getpid() % 10000}"
     lines = [
         f"link delete {tap}",

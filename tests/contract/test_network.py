@@ -20,9 +20,9 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, PortId, SecurityGroupId, ServerId
 from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
 from nahtlos.model.nouns import HostRole, Size
+from nahtlos.physical.network.device_names import tracking_zone
 from nahtlos.physical.network.native import NativeNetwork
 from nahtlos.physical.network.netlink import attribute, nested
-from nahtlos.physical.network.plan import tracking_zone
 from nahtlos.physical.network.tracking import conntrack
 from nahtlos.physical.network.tracking.conntrack import Entry, Table
 from nahtlos.physical.ports import MoveRole, Network, NetworkDesired
@@ -30,7 +30,7 @@ from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.faults import Life
 from nahtlos.physical.sim.firewalls import Connection
 from nahtlos.physical.sim.network import SimNetwork
-from nahtlos.physical.sim.paths import Tap
+from nahtlos.physical.sim.taps import Tap
 from nahtlos.physical.sim.world import World as SimulatedWorld
 
 A, B, EDGE = "host-1", "host-2", "edge-1"

@@ -37,7 +37,7 @@ from nahtlos.model.ids import (
 )
 from nahtlos.model.networking import NetworkSpec, RouterInterface, RouterSpec, SecurityGroupSpec, SubnetSpec
 from nahtlos.physical.network import tap
-from nahtlos.physical.network.plan import anycast_mac
+from nahtlos.physical.network.device_names import anycast_mac
 from nahtlos.physical.network.routing.plan import router_mac
 from nahtlos.physical.network.services.addressing import dhcp_hosts, dns_names, link_local, made_of_mac
 from nahtlos.physical.ports import NetworkDesired

@@ -24,9 +24,9 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, NetworkId, PortId, SecurityGroupId, ServerId
 from nahtlos.model.networking import NetworkSpec
+from nahtlos.physical.network.device_names import tracking_zone
 from nahtlos.physical.network.netlink import attribute, attributes, nested
 from nahtlos.physical.network.parts import LocalPort
-from nahtlos.physical.network.plan import tracking_zone
 from nahtlos.physical.network.tracking import conntrack
 from nahtlos.physical.network.tracking.conntrack import Entry, Listener, Table
 from nahtlos.physical.network.tracking.part import HOLD_SECONDS, ConnectionTracking

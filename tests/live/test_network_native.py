@@ -14,7 +14,7 @@ from network_namespaces import Cloud, Guest, Tally, internet_checksum, missing_p
 
 from nahtlos.lab import topology
 from nahtlos.model.errors import Conflict, Unavailable
-from nahtlos.physical.network.plan import anycast_mac
+from nahtlos.physical.network.device_names import anycast_mac
 from nahtlos.physical.ports import MoveRole, NetworkDesired
 
 pytestmark = [

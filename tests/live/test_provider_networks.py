@@ -15,7 +15,7 @@ from outside_network import CLIENT_IP, CLIENT_MAC, INTERFACE, OutsideCloud, tags
 
 from nahtlos.lab import topology
 from nahtlos.model.errors import Unavailable
-from nahtlos.physical.network.plan import anycast_mac
+from nahtlos.physical.network.device_names import anycast_mac
 from nahtlos.physical.network.provider import announcement
 from nahtlos.physical.ports import MoveRole, NetworkDesired
 

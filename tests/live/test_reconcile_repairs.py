@@ -11,7 +11,7 @@ import pytest
 from handover_play import EDGE, A, B, C, Machine, Stage
 from network_namespaces import missing_programs
 
-from nahtlos.physical.network import plan
+from nahtlos.physical.network import device_names
 
 pytestmark = [
     pytest.mark.live,
@@ -123,7 +123,7 @@ async def test_each_break_is_repaired_and_nothing_else(stage: Stage) -> None:
     watching = stage.machine(12, C)
     await stage.opened(here, there, watching)
     assert await stage.reconcile_all() == dict.fromkeys(stage.hosts, ())
-    tap = plan.tap_name(here.port)
+    tap = device_names.tap_name(here.port)
     for number, (where, command, words, limit) in enumerate(BREAKS):
         host, before = stage.hosts[where], picture(stage, where)
         host.command(*command.format(tap=tap).split())

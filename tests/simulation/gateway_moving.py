@@ -21,8 +21,8 @@ from nahtlos.model.ids import HostId, NetworkId, RouterId, SubnetId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.networking import RouterGateway
 from nahtlos.physical.sim.clock import run_virtual
+from nahtlos.physical.sim.facts import SimGateway
 from nahtlos.physical.sim.faults import Act, Call, Moment, Scripted
-from nahtlos.physical.sim.world import SimGateway
 from nahtlos.runtime.controllers.cloud_service import CloudService
 from nahtlos.runtime.controllers.networks import NetworkRequest, RouterChange, RouterRequest
 from nahtlos.wire.memory import Faults

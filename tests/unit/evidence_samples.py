@@ -31,7 +31,7 @@ from nahtlos.runtime.evidence.records import (
     ProbeSummary,
     ServerProbe,
 )
-from nahtlos.runtime.evidence.report import Evidence
+from nahtlos.runtime.evidence.report_contents import Evidence
 
 OLD = ReleaseId("qemu-10.0.2-7c41d90b2e55")
 NEW = ReleaseId("qemu-11.1.3-0f3ab1c2d3e4")

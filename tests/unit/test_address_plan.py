@@ -12,16 +12,9 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import HostId, NetworkId, PortId, ProjectId, RouterId, ServerId, SubnetId, VolumeId
 from nahtlos.model.networking import NetworkSpec, PortSpec, RouterInterface, RouterSpec, SubnetSpec
 from nahtlos.model.nouns import HostRole, ServerSpec, Size
-from nahtlos.physical.network.plan import (
-    Address,
-    Forward,
-    Neighbour,
-    Place,
-    Setting,
-    TunnelEntry,
-    anycast_mac,
-    desired_items,
-)
+from nahtlos.physical.network.device_names import anycast_mac
+from nahtlos.physical.network.items import Address, Forward, Neighbour, Setting, TunnelEntry
+from nahtlos.physical.network.plan import Place, desired_items
 from nahtlos.physical.network.services import addressing, advertiser, dhcp, metadata
 from nahtlos.physical.network.services.metadata_pages import page, pages
 

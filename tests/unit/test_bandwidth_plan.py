@@ -6,7 +6,7 @@ import pytest
 from nahtlos.model.config import NetworkConfig, PortConfig, UnderlayShares
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, PortBandwidth, Rate
-from nahtlos.physical.network import netlink, plan
+from nahtlos.physical.network import device_names, netlink
 from nahtlos.physical.network.bandwidth import ports as shaping
 from nahtlos.physical.network.bandwidth import traffic_control as tc
 from nahtlos.physical.network.bandwidth import underlay as shares
@@ -16,7 +16,7 @@ from nahtlos.physical.network.netlink import Request
 
 MEGABIT = 1_000_000
 PORT = PortId("server-port")
-TAP = plan.tap_name(PORT)
+TAP = device_names.tap_name(PORT)
 BUCKET = tc.Bucket(rate=625_000, burst=6250, limit=70_000)
 OTHER = tc.Bucket(rate=6_250_000, burst=62_500, limit=312_500)
 

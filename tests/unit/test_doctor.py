@@ -8,7 +8,8 @@ import pytest
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import Accelerator
-from nahtlos.ops.doctor import Level, Machine, examine, fit, installed_packages, require_lab, wanted_packages
+from nahtlos.ops.doctor import examine, fit, installed_packages, require_lab, wanted_packages
+from nahtlos.ops.examined import Level, Machine
 
 
 class Described(Machine):

@@ -19,7 +19,8 @@ from nahtlos.runtime.evidence.__main__ import main
 from nahtlos.runtime.evidence.html import render_html
 from nahtlos.runtime.evidence.publish import publish
 from nahtlos.runtime.evidence.records import Arrivals, ProbeRecords, count
-from nahtlos.runtime.evidence.report import Report, build_report, collect, decode, encode, save_evidence
+from nahtlos.runtime.evidence.report import build_report, collect, decode, encode, save_evidence
+from nahtlos.runtime.evidence.report_contents import Report
 from nahtlos.runtime.evidence.text import render_text
 
 

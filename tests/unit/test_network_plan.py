@@ -7,24 +7,19 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId, SubnetId
 from nahtlos.model.networking import NetworkSpec, SubnetSpec
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import netlink, nft, packet, plan
-from nahtlos.physical.network.plan import (
-    DELIVERING,
-    SILENT,
+from nahtlos.physical.network import device_names, netlink, nft, packet, plan
+from nahtlos.physical.network.device_names import tap_name
+from nahtlos.physical.network.items import (
     Address,
-    Change,
     Device,
     Forward,
     Item,
     Neighbour,
-    Place,
     PortFlood,
     Setting,
     TunnelEntry,
-    changes,
-    desired_items,
-    tap_name,
 )
+from nahtlos.physical.network.plan import DELIVERING, SILENT, Change, Place, changes, desired_items
 
 SPEC = NetworkSpec(
     id=NetworkId("tenant"),
@@ -90,7 +85,7 @@ def test_a_bridge_has_an_address_of_its_own_only_where_the_gateway_is() -> None:
         host: next(i.mac for i in items(host) if isinstance(i, Device) and i.kind == "bridge")
         for host in ADDRESSES
     }
-    assert macs["host-1"] == macs["host-2"] == plan.bridge_mac(100) != plan.anycast_mac(100)
+    assert macs["host-1"] == macs["host-2"] == device_names.bridge_mac(100) != device_names.anycast_mac(100)
     assert macs["edge-1"] == SPEC.gateway_mac
     assert [host for host in ADDRESSES if any(isinstance(i, Address) for i in items(host))] == ["edge-1"]
 
@@ -172,9 +167,9 @@ def test_names_fit_the_kernel_whatever_people_choose() -> None:
     long = [PortId("x" * 200), PortId("x" * 201)]
     assert len({tap_name(p) for p in long}) == 2
     assert all(len(tap_name(p)) <= 15 for p in long)
-    assert len(plan.gate_port_name(2**24 - 1)) <= 15
-    assert plan.port_of_alias(plan.port_alias(PORT, MAC)) == (PORT, MAC)
-    assert plan.port_of_alias("somebody's tap") is None
+    assert len(device_names.gate_port_name(2**24 - 1)) <= 15
+    assert device_names.port_of_alias(device_names.port_alias(PORT, MAC)) == (PORT, MAC)
+    assert device_names.port_of_alias("somebody's tap") is None
 
 
 def test_attributes_survive_the_way_there_and_back() -> None:

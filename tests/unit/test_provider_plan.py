@@ -9,10 +9,11 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import HostId, NetworkId, PortId, ServerId
 from nahtlos.model.networking import NetworkSpec, ProviderLink
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import bpf, kernel, links, netlink, nft, plan
+from nahtlos.physical.network import bpf, device_names, kernel, links, netlink, nft, plan
+from nahtlos.physical.network.items import Device, Forward, Item, PortFlood, TunnelEntry
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import ANY_MAC, RTM_DELLINK, RTM_NEWLINK
-from nahtlos.physical.network.plan import Change, Device, Forward, Item, Place, PortFlood, TunnelEntry
+from nahtlos.physical.network.plan import Change, Place
 from nahtlos.physical.network.provider import announcement, tagging
 from nahtlos.physical.network.provider.ways import Interface, Way, obstacle, way_of
 
@@ -84,7 +85,7 @@ def test_devices_of_each_way() -> None:
     assert made(FLAT, Way.FLAT) == {
         Device("eth1", "interface", "nahtlos/provider/office", 0, master="br1001")
     }
-    alias = plan.network_alias(NET)
+    alias = device_names.network_alias(NET)
     assert made(TAGGED, Way.VLAN_DEVICE) == {
         Device("pv1001", "vlan", alias, 1500, master="br1001", lower="eth1", vlan=205)
     }
@@ -140,7 +141,7 @@ def test_a_vlan_device_names_its_interface_and_its_tag() -> None:
 
 
 def test_an_interface_that_was_lent_is_given_back_and_never_deleted() -> None:
-    lent = Device("eth1", "interface", plan.provider_alias(NET), 0, master="br1001")
+    lent = Device("eth1", "interface", device_names.provider_alias(NET), 0, master="br1001")
     link = LinkInfo(7, "eth1", "", True, "02:00:00:00:00:07", 1500, 3, lent.alias, None)
     assert kernel.device_of(link, "br1001") == lent
     (request,) = kernel.requests_of([Change(lent, remove=True)], {"eth1": link})
@@ -150,7 +151,7 @@ def test_an_interface_that_was_lent_is_given_back_and_never_deleted() -> None:
 
 
 def test_an_interface_is_nobodys_device_until_it_is_lent() -> None:
-    lent = Device("eth1", "interface", plan.provider_alias(NET), 0, master="br1001")
+    lent = Device("eth1", "interface", device_names.provider_alias(NET), 0, master="br1001")
     link = LinkInfo(7, "eth1", "", True, "02:00:00:00:00:07", 1500, 0, "", None)
     kernel.refuse_foreign([lent], {"eth1": link})
 
@@ -177,7 +178,7 @@ def test_the_name_of_a_program_tells_what_it_does() -> None:
 
 def test_services_do_not_get_out_and_nobody_outside_takes_their_place() -> None:
     text = nft.compose([nft.FilteredNetwork(1001, (), "pv1001", "10.77.0.2")], ())
-    mac = plan.anycast_mac(1001)
+    mac = device_names.anycast_mac(1001)
     into, out = text.split("chain in1001")[1].split("chain out1001")
     for part in (into, out):
         assert f"ether saddr {mac} drop" in part

@@ -30,8 +30,9 @@ from nahtlos.model.networking import (
     SubnetSpec,
 )
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network.plan import Forward, Place, TunnelEntry
-from nahtlos.physical.network.plan import Neighbour as BridgeNeighbour
+from nahtlos.physical.network.items import Forward, TunnelEntry
+from nahtlos.physical.network.items import Neighbour as BridgeNeighbour
+from nahtlos.physical.network.plan import Place
 from nahtlos.physical.network.routing import announcement, balancer, connections, facts, plan, translation
 from nahtlos.physical.network.routing.facts import Address, Neighbour, Proxy, Setting, Space
 from nahtlos.physical.network.routing.facts import Entry as PortEntry

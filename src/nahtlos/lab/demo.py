@@ -38,7 +38,8 @@ from nahtlos.runtime.controllers.cloud import CampaignView, ServerRequest, Serve
 from nahtlos.runtime.evidence.html import render_html
 from nahtlos.runtime.evidence.machine import observe_machine
 from nahtlos.runtime.evidence.records import SUMMARY_NAME, DiskCheck
-from nahtlos.runtime.evidence.report import Evidence, Report, collect, encode, save_evidence, write_whole
+from nahtlos.runtime.evidence.report import collect, encode, save_evidence, write_whole
+from nahtlos.runtime.evidence.report_contents import Evidence, Report
 from nahtlos.runtime.evidence.text import render_text
 
 SERVER_SIZE = Size(vcpus=1, memory_mib=256)

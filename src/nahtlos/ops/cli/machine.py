@@ -13,7 +13,8 @@ from nahtlos.model.placement import ReserveReport
 from nahtlos.ops.cli import pictures
 from nahtlos.ops.cli.command import REFUSED, Cli, Surroundings, command
 from nahtlos.ops.cli.placement_pictures import reserve_line
-from nahtlos.ops.doctor import Finding, Level, examine, fit
+from nahtlos.ops.doctor import examine, fit
+from nahtlos.ops.examined import Finding, Level
 
 
 def machine_commands(app: typer.Typer, surroundings: Surroundings) -> None:

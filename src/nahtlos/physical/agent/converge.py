@@ -14,7 +14,7 @@ from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationKind, RunState
 from nahtlos.model.power import PowerState
 from nahtlos.model.values import Value
-from nahtlos.physical.agent import gateways
+from nahtlos.physical.agent import gateway_decisions
 from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import has, wanted_compute, with_policy
@@ -231,7 +231,7 @@ class Converger:
 
     async def _network(self, told: HostConfig) -> tuple[str, ...]:
         async with self._context.paths:
-            config = gateways.as_decided(told, self._context.ledger.operations())
+            config = gateway_decisions.as_decided(told, self._context.ledger.operations())
             pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
             return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
 

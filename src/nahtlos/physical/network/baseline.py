@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from nahtlos.physical.network.plan import Item
+from nahtlos.physical.network.items import Item
 
 
 class Applied(msgspec.Struct):

@@ -11,10 +11,11 @@ import socket
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network import kernel, links, netlink, plan, tap
+from nahtlos.physical.network import device_names, kernel, links, netlink, plan, tap
+from nahtlos.physical.network.items import Setting
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Request
-from nahtlos.physical.network.plan import Change, Setting
+from nahtlos.physical.network.plan import Change
 from nahtlos.physical.network.shared import Shared, index_of, local
 
 
@@ -33,7 +34,7 @@ class Endpoints:
     async def create(self, port: PortConfig, network: NetworkConfig, *, deliver: bool) -> None:
         self._shared.touch(port)
         await self._shared.ensure_network(network)
-        name = plan.tap_name(port.id)
+        name = device_names.tap_name(port.id)
         fds = await self.descriptors(port.id)
         there = links.read_link(self._shared.fast(), name)
         if there is not None and not fds:
@@ -59,7 +60,7 @@ class Endpoints:
     async def _new_tap(self, port: PortConfig) -> list[int]:
         """Stored before anything can reach it: from here on it outlives this process. Made for many queues
         also where there is one: the next VMM's descriptor becomes another (see `replacement`)."""
-        name = plan.tap_name(port.id)
+        name = device_names.tap_name(port.id)
         fd = tap.open_tap(name, many_queues=True)
         self._descriptors[port.id] = [fd]
         kernel.write_settings([Change(Setting(f"net/ipv6/conf/{name}/disable_ipv6", "1"))])
@@ -71,14 +72,14 @@ class Endpoints:
         if not tap.takes_queues(fds[0]):
             return
         for number in range(len(fds), port.queues):
-            fds.append(tap.open_tap(plan.tap_name(port.id), many_queues=True))
+            fds.append(tap.open_tap(device_names.tap_name(port.id), many_queues=True))
             await self._shared.supervisor.store_fd(stored_name(port.id, number), fds[number])
 
     def _attach(self, port: PortConfig, network: NetworkConfig, there: LinkInfo | None) -> None:
         """Enslaved and up. Silent from the first moment; what delivers already is left delivering."""
-        name, bridge = plan.tap_name(port.id), index_of(plan.bridge_name(network.spec.vni))
+        name, bridge = device_names.tap_name(port.id), index_of(device_names.bridge_name(network.spec.vni))
         requests: list[Request] = []
-        alias, mtu = plan.port_alias(port.id, port.mac.lower()), network.spec.mtu
+        alias, mtu = device_names.port_alias(port.id, port.mac.lower()), network.spec.mtu
         if there is None or there.alias != alias:
             requests.append(links.configure(name, mtu=mtu, alias=alias, queue=tap.QUEUE))
         if there is None or there.master != bridge:
@@ -90,7 +91,7 @@ class Endpoints:
 
     def _link(self, port: PortConfig) -> LinkInfo:
         """Its tap."""
-        name = plan.tap_name(port.id)
+        name = device_names.tap_name(port.id)
         link = links.read_link(self._shared.fast(), name)
         if link is None:
             raise Unavailable(f"tap {name} of port {port.id} has gone", field="port", remedy="try again")
@@ -98,17 +99,17 @@ class Endpoints:
 
     def _empty_unless_in_use(self, port: PortConfig, network: NetworkConfig, fds: list[int]) -> None:
         """Nothing that an earlier attempt left behind is ever delivered."""
-        sock, name = self._shared.fast(), plan.tap_name(port.id)
+        sock, name = self._shared.fast(), device_names.tap_name(port.id)
         index = index_of(name)
-        if sock.forwarding_of(index_of(plan.bridge_name(network.spec.vni)), port.mac) == index:
+        if sock.forwarding_of(index_of(device_names.bridge_name(network.spec.vni)), port.mac) == index:
             return
         if self._link(port).flood != plan.SILENT:
             sock.change([links.set_flood(index, plan.SILENT, name)])
         tap.empty(fds)
 
     def _deliver(self, port: PortConfig, network: NetworkConfig, *, new: bool) -> None:
-        sock, name = self._shared.fast(), plan.tap_name(port.id)
-        index, bridge = index_of(name), index_of(plan.bridge_name(network.spec.vni))
+        sock, name = self._shared.fast(), device_names.tap_name(port.id)
+        index, bridge = index_of(name), index_of(device_names.bridge_name(network.spec.vni))
         requests: list[Request] = []
         if new or self._link(port).flood != plan.DELIVERING:
             requests.append(links.set_flood(index, plan.DELIVERING, name))
@@ -118,7 +119,7 @@ class Endpoints:
 
     async def delete(self, port: PortId) -> None:
         self._shared.in_motion.add(port)
-        name = plan.tap_name(port)
+        name = device_names.tap_name(port)
         with contextlib.suppress(OSError):
             socket.if_nametoindex(name)
             self._shared.fast().change([links.delete(name)])

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import msgspec
 
 from nahtlos.physical.network import netlink
+from nahtlos.physical.network.items import Address, Forward, Item, Neighbour, TunnelEntry
 from nahtlos.physical.network.netlink import ANY_MAC, Netlink
-from nahtlos.physical.network.plan import Address, Forward, Item, Neighbour, TunnelEntry
 
 HEADER = "BxxxiHBB"
 """struct ndmsg: family, device, state, flags, type"""

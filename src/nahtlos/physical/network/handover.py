@@ -30,7 +30,7 @@ import msgspec
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network import kernel, links, netlink, nft, packet, plan, tap
+from nahtlos.physical.network import device_names, kernel, links, netlink, nft, packet, plan, tap
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.netlink import Request
 from nahtlos.physical.network.packet import Returned
@@ -62,7 +62,7 @@ class Handover:
     ) -> None:
         self._shared.touch(port)
         await self._shared.ensure_network(network)
-        tunnel = index_of(plan.tunnel_name(network.spec.vni))
+        tunnel = index_of(device_names.tunnel_name(network.spec.vni))
         self._shared.fast().change([netlink.tunnel_entry(tunnel, port.mac, vtep)])
         await self._endpoints.descriptors(port.id)
         gate = nft.Gate(network.spec.vni, port.mac.lower(), port.id)
@@ -75,7 +75,7 @@ class Handover:
 
     async def sacrifice(self, port: PortId) -> bool:
         fds = await self._endpoints.required(port)
-        link = links.read_link(self._shared.fast(), plan.tap_name(port))
+        link = links.read_link(self._shared.fast(), device_names.tap_name(port))
         found = kernel.taps_of({link.name: link}).get(port) if link is not None else None
         if found is None:
             raise Unavailable(f"port {port} has no tap on this host", field="port")
@@ -100,13 +100,13 @@ class Handover:
             part.move_switched(local(port, network), role)
 
     def _lead_to_tap(self, port: PortConfig) -> None:
-        index = index_of(plan.tap_name(port.id))
+        index = index_of(device_names.tap_name(port.id))
         self._flip(port, netlink.forward_to_port(index, port.mac), _flooding(index, plan.DELIVERING))
 
     def _lead_to_tunnel(self, port: PortConfig, network: NetworkConfig) -> None:
-        flip = netlink.forward_to_port(index_of(plan.tunnel_name(network.spec.vni)), port.mac)
+        flip = netlink.forward_to_port(index_of(device_names.tunnel_name(network.spec.vni)), port.mac)
         try:
-            index = index_of(plan.tap_name(port.id))
+            index = index_of(device_names.tap_name(port.id))
         except Unavailable:
             self._flip(port, flip)  # the host was restarted, or this is a repetition after the end
             return
@@ -130,7 +130,7 @@ class Handover:
 
     async def drain(self, port: PortId, *, timeout: float) -> bool:
         fds = await self._endpoints.required(port)
-        index = index_of(plan.tap_name(port))
+        index = index_of(device_names.tap_name(port))
         began = time.monotonic()
         self._let_land(port)
         self._release(port)
@@ -154,7 +154,7 @@ class Handover:
 
     def _release(self, port: PortId) -> None:
         for part in self._shared.parts:
-            part.release(port, plan.tap_name(port))
+            part.release(port, device_names.tap_name(port))
 
     # --- after ---------------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class Handover:
         await self._endpoints.delete(port.id)
 
     def _stay(self, port: PortConfig) -> None:
-        sock, name = self._shared.fast(), plan.tap_name(port.id)
+        sock, name = self._shared.fast(), device_names.tap_name(port.id)
         link = links.read_link(sock, name)
         if link is None:
             raise Unavailable(f"port {port.id} has no tap on this host", field="port")
@@ -214,7 +214,7 @@ class Handover:
         held = self._shared.held_frame(port.id)
         if not fds or not (tap.has_frames(fds) or held.exists()):
             return Returned()
-        tunnel, size = plan.tunnel_name(network.spec.vni), tap.header_size(fds[0])
+        tunnel, size = device_names.tunnel_name(network.spec.vni), tap.header_size(fds[0])
         with Parking(held) as parking:
             frames = (parking.left_behind(size), *(parking.frames(fd) for fd in fds))
             return packet.send_again(tunnel, itertools.chain(*frames), size, port.mac)
@@ -224,7 +224,7 @@ class Handover:
         self._release(port.id)
         returned, deadline = self._pass_on(port, network, fds), time.monotonic() + RELEASE_SECONDS
         try:
-            index = index_of(plan.tap_name(port.id))
+            index = index_of(device_names.tap_name(port.id))
         except Unavailable:
             return returned
         while not self._stays_empty(fds, index) and time.monotonic() < deadline:

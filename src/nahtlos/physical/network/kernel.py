@@ -15,13 +15,9 @@ import msgspec
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import PortId
 from nahtlos.physical.network import links, netlink
-from nahtlos.physical.network.links import LinkInfo
-from nahtlos.physical.network.netlink import Netlink, Request
-from nahtlos.physical.network.plan import (
-    OWNED,
-    SILENT,
+from nahtlos.physical.network.device_names import OWNED, far_end, is_lent, port_of_alias
+from nahtlos.physical.network.items import (
     Address,
-    Change,
     Device,
     Forward,
     Item,
@@ -29,10 +25,10 @@ from nahtlos.physical.network.plan import (
     PortFlood,
     Setting,
     TunnelEntry,
-    far_end,
-    is_lent,
-    port_of_alias,
 )
+from nahtlos.physical.network.links import LinkInfo
+from nahtlos.physical.network.netlink import Netlink, Request
+from nahtlos.physical.network.plan import SILENT, Change
 
 SYSCTL = Path("/proc/sys")
 NEIGHBOUR_HEADER = "BxxxiHBB"

@@ -27,16 +27,17 @@ from nahtlos.model.ids import PortId, ReleaseId, RouterId
 from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import doctor, kernel, links, nft, nft_chains, plan
+from nahtlos.physical.network import device_names, doctor, kernel, links, nft, nft_chains, plan
 from nahtlos.physical.network.bandwidth.ports import Shaping
 from nahtlos.physical.network.bandwidth.underlay import Shares, ports_of
 from nahtlos.physical.network.baseline import Applied, Baseline
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.firewall.part import Firewall
 from nahtlos.physical.network.handover import Handover
+from nahtlos.physical.network.items import Device, Forward, Item, PortFlood, Setting
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import Change, Device, Item, Setting
+from nahtlos.physical.network.plan import Change
 from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.provider.part import Provider
 from nahtlos.physical.network.replacement import Replacement
@@ -405,11 +406,11 @@ class NativeNetwork:
     async def _ensure_network(self, network: NetworkConfig) -> None:
         """Builds the network's devices if no reconcile has done so yet; its filter comes with the next."""
         async with self._reconciling:
-            names = (plan.bridge_name(network.spec.vni), plan.tunnel_name(network.spec.vni))
+            names = (device_names.bridge_name(network.spec.vni), device_names.tunnel_name(network.spec.vni))
             if self._is_built(network.spec.vni, names):
                 return
             there = [links.read_link(self._shared.fast(), name) for name in names]
-            if all(link is not None and link.alias.startswith(plan.OWNED) for link in there):
+            if all(link is not None and link.alias.startswith(device_names.OWNED) for link in there):
                 self._built[network.spec.vni] = tuple(link.index for link in there if link is not None)
                 return
             devices = {link.name: link for link in there if link is not None}
@@ -427,7 +428,7 @@ class NativeNetwork:
 
 
 def _is_network(device: links.LinkInfo) -> bool:
-    return device.kind == "bridge" and device.alias.startswith(plan.network_alias(""))
+    return device.kind == "bridge" and device.alias.startswith(device_names.network_alias(""))
 
 
 def _counters(device: links.LinkInfo) -> dict[str, int]:
@@ -473,6 +474,6 @@ def _explained(change: Change, missing: set[str], cut_off: set[str]) -> bool:
         return item.master in missing
     if isinstance(item, Setting):
         return any(f"/{name}/" in item.path for name in missing)
-    if isinstance(item, plan.PortFlood):
+    if isinstance(item, PortFlood):
         return item.device in cut_off
-    return item.device in missing or (isinstance(item, plan.Forward) and item.bridge in missing)
+    return item.device in missing or (isinstance(item, Forward) and item.bridge in missing)

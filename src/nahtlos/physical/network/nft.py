@@ -19,7 +19,7 @@ import msgspec
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network.plan import anycast_mac, bridge_name, gate_name, tunnel_name
+from nahtlos.physical.network.device_names import anycast_mac, bridge_name, gate_name, tunnel_name
 
 TABLE = "nahtlos"
 DEADLINE = 10.0

@@ -11,7 +11,7 @@ import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network.plan import Item
+from nahtlos.physical.network.items import Item
 from nahtlos.physical.ports import MoveRole
 
 

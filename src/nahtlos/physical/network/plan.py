@@ -10,10 +10,8 @@ through a tunnel entry that is there already, and one that came is delivered bef
 """
 
 import functools
-import hashlib
 import socket
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
 
 import msgspec
 
@@ -21,6 +19,29 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
 from nahtlos.model.ids import HostId, NetworkId, PortId
 from nahtlos.model.networking import Family, NetworkSpec, ProviderLink, SubnetSpec
 from nahtlos.model.nouns import HostRole
+from nahtlos.physical.network.device_names import (
+    bridge_mac,
+    bridge_name,
+    gate_name,
+    gate_port_name,
+    network_alias,
+    port_alias,
+    provider_alias,
+    provider_far_name,
+    provider_name,
+    tap_name,
+    tunnel_name,
+)
+from nahtlos.physical.network.items import (
+    Address,
+    Device,
+    Forward,
+    Item,
+    Neighbour,
+    PortFlood,
+    Setting,
+    TunnelEntry,
+)
 from nahtlos.physical.network.links import Flood
 from nahtlos.physical.network.netlink import ANY_MAC
 from nahtlos.physical.network.provider.ways import Way
@@ -28,225 +49,6 @@ from nahtlos.physical.network.tap import QUEUE
 
 REMEMBERED_PORTS = 1 << 15
 NO_WAYS: Mapping[NetworkId, Way] = {}
-OWNED = "nahtlos/"
-"""How the alias of every device of this driver begins: `nahtlos/network/<id>`, `nahtlos/port/<id>/<mac>`."""
-
-
-# --- names -------------------------------------------------------------------------------------------
-
-
-def bridge_name(vni: int) -> str:
-    return f"br{vni}"
-
-
-def tunnel_name(vni: int) -> str:
-    return f"vx{vni}"
-
-
-def gate_name(vni: int) -> str:
-    """Where frames for a port that moves enter the bridge again, so that its entry decides for them."""
-    return f"gm{vni}"
-
-
-def gate_port_name(vni: int) -> str:
-    return f"gb{vni}"
-
-
-def provider_name(vni: int) -> str:
-    """By which a network's bridge reaches a VLAN of the outside."""
-    return f"pv{vni}"
-
-
-def provider_far_name(vni: int) -> str:
-    """The far end of that, where programs do what no VLAN device does."""
-    return f"pw{vni}"
-
-
-def far_end(name: str) -> str:
-    """Of a pair of devices both of which are ours: the one that is in the bridge."""
-    return {"gm": "gb", "pw": "pv"}[name[:2]] + name[2:]
-
-
-def tap_name(port: PortId) -> str:
-    """At most 15 characters whatever the port's name; the alias tells it in full."""
-    return "tp" + hashlib.sha256(port.encode()).hexdigest()[:12]
-
-
-def anycast_mac(vni: int) -> str:
-    """What answers DHCP, names and metadata looks the same on every compute host."""
-    return f"02:6e:6c:{_octets(vni)}"
-
-
-def bridge_mac(vni: int) -> str:
-    """Of the bridge itself where it has no address: nobody sends to it."""
-    return f"02:6e:62:{_octets(vni)}"
-
-
-def _octets(vni: int) -> str:
-    return f"{vni >> 16 & 0xFF:02x}:{vni >> 8 & 0xFF:02x}:{vni & 0xFF:02x}"
-
-
-def tracking_zone(vni: int) -> int:
-    """Connection-tracking zone of a network (1 to 65535): the same on every host, so that what one host
-    remembers of a connection means the same on another."""
-    return 1 + (vni - 1) % 0xFFFF
-
-
-def network_alias(network: str) -> str:
-    return f"{OWNED}network/{network}"
-
-
-def provider_alias(network: str) -> str:
-    """Of an interface that was there before and is lent to a network."""
-    return f"{OWNED}provider/{network}"
-
-
-def is_lent(alias: str) -> bool:
-    return alias.startswith(provider_alias(""))
-
-
-def port_alias(port: PortId, mac: str) -> str:
-    return f"{OWNED}port/{port}/{mac}"
-
-
-def port_of_alias(alias: str) -> tuple[PortId, str] | None:
-    parts = alias.split("/")
-    return (PortId(parts[2]), parts[3]) if alias.startswith(f"{OWNED}port/") and len(parts) == 4 else None
-
-
-# --- items -------------------------------------------------------------------------------------------
-
-
-class Device(msgspec.Struct, frozen=True, cache_hash=True):
-    """A device and its settings. The enslaved end of a pair is listed for itself and born with the other. Of
-    the kind "interface": one of the host's own, which is neither made nor deleted."""
-
-    name: str
-    kind: str
-    alias: str
-    mtu: int
-    """0: as it happens to be."""
-    mac: str = ""
-    """"": likewise."""
-    master: str = ""
-    vni: int = 0
-    local: str = ""
-    up: bool = True
-    snooping: bool = False
-    ring: int = 0
-    """Frames a tap keeps for its server; 0 for what is no tap."""
-    lower: str = ""
-    """Device that a VLAN is on."""
-    vlan: int = 0
-
-    rank: ClassVar[int] = 0
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("device", self.name)
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name}"
-
-
-class PortFlood(msgspec.Struct, frozen=True, cache_hash=True):
-    device: str
-    flood: Flood
-
-    rank: ClassVar[int] = 1
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("flood", self.device)
-
-    def __str__(self) -> str:
-        return f"flooding settings of {self.device}"
-
-
-class Setting(msgspec.Struct, frozen=True, cache_hash=True):
-    """A sysctl below /proc/sys."""
-
-    path: str
-    value: str
-
-    rank: ClassVar[int] = 2
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("setting", self.path)
-
-    def __str__(self) -> str:
-        return f"sysctl {self.path.replace('/', '.')} = {self.value}"
-
-
-class Address(msgspec.Struct, frozen=True, cache_hash=True):
-    device: str
-    cidr: str
-    routed: bool
-
-    rank: ClassVar[int] = 3
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("address", self.device, self.cidr)
-
-    def __str__(self) -> str:
-        return f"address {self.cidr} on {self.device}"
-
-
-class Neighbour(msgspec.Struct, frozen=True, cache_hash=True):
-    device: str
-    ip: str
-    mac: str
-    router: bool = False
-    """IPv6: what answers for it says that it routes; a server would drop its default route otherwise."""
-
-    rank: ClassVar[int] = 4
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("neighbour", self.device, self.ip)
-
-    def __str__(self) -> str:
-        return f"neighbour {self.ip} at {self.mac} on {self.device}"
-
-
-class TunnelEntry(msgspec.Struct, frozen=True, cache_hash=True):
-    """Frames for `mac` that leave by tunnel `device` go to `vtep`; ANY_MAC: broadcasts go there, too."""
-
-    device: str
-    mac: str
-    vtep: str
-
-    rank: ClassVar[int] = 5
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("tunnel", self.device, self.mac, self.vtep if self.mac == ANY_MAC else "")
-
-    def __str__(self) -> str:
-        what = "broadcasts" if self.mac == ANY_MAC else self.mac
-        return f"tunnel entry for {what} to {self.vtep} on {self.device}"
-
-
-class Forward(msgspec.Struct, frozen=True, cache_hash=True):
-    """The one entry that decides: frames for `mac` leave `bridge` by `device`."""
-
-    bridge: str
-    mac: str
-    device: str
-
-    rank: ClassVar[int] = 6
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return ("forward", self.bridge, self.mac)
-
-    def __str__(self) -> str:
-        return f"forwarding of {self.mac} to {self.device} on {self.bridge}"
-
-
-Item = Device | PortFlood | Setting | Address | Neighbour | TunnelEntry | Forward
 
 TUNNEL_FLOOD = Flood(unicast=True, multicast=True, broadcast=True, suppress=True)
 """Unicast too: a server that has just been created is found before every host has been told of it."""

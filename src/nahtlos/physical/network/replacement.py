@@ -35,11 +35,12 @@ import msgspec
 from nahtlos.model.config import PortConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network import bpf, kernel, links, packet, plan, tap
+from nahtlos.physical.network import bpf, device_names, kernel, links, packet, tap
 from nahtlos.physical.network.endpoints import Endpoints
 from nahtlos.physical.network.handover import Handover
+from nahtlos.physical.network.items import Setting
 from nahtlos.physical.network.parking import Parking
-from nahtlos.physical.network.plan import Change, Setting
+from nahtlos.physical.network.plan import Change
 from nahtlos.physical.network.shared import Shared
 
 SACRIFICE_SECONDS = 0.3
@@ -112,11 +113,11 @@ class Replacement:
             _choose(old[0], first=0, count=_used(old))  # before there is more to choose from
             self._shared.fast().change([links.delete(spare_device(port.id))])
             for fd, wanted in zip(new, used, strict=True):
-                tap.join(fd, plan.tap_name(port.id))
+                tap.join(fd, device_names.tap_name(port.id))
                 tap.use(fd, on=wanted)
         for fd in new:
             if not tap.is_attached(fd):  # a call before this one was cut off here
-                tap.join(fd, plan.tap_name(port.id))
+                tap.join(fd, device_names.tap_name(port.id))
         return True
 
     async def _sacrificed(self, port: PortConfig, queues: list[int]) -> bool:
@@ -186,7 +187,7 @@ class Replacement:
 
     def _left_file(self, port: PortId) -> Path:
         """Which of the old queues have ceased to be the tap's."""
-        return self._shared.run_dir / f"{plan.tap_name(port)}.left"
+        return self._shared.run_dir / f"{device_names.tap_name(port)}.left"
 
     # --- descriptors ---------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class Replacement:
 
     def _deliver_again(self, port: PortConfig, queues: list[int]) -> int:
         """Out of the tap itself: to the old queues, which are chosen again."""
-        name = plan.tap_name(port.id)
+        name = device_names.tap_name(port.id)
         size = tap.header_size(queues[0])
         sent = 0
         with Parking(self._shared.held_frame(port.id)) as parking:

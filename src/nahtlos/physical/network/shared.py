@@ -11,7 +11,7 @@ from pathlib import Path
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
-from nahtlos.physical.network import plan
+from nahtlos.physical.network import device_names, plan
 from nahtlos.physical.network.baseline import Baseline
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
@@ -53,11 +53,11 @@ class Shared:
 
     def touch(self, port: PortConfig) -> None:
         self.in_motion.add(port.id)
-        self.baseline.touch((port.mac.lower(), plan.tap_name(port.id)))
+        self.baseline.touch((port.mac.lower(), device_names.tap_name(port.id)))
 
     def held_frame(self, port: PortId) -> Path:
         """Where a frame on its way from a port's ring is held; see `parking`."""
-        return self.run_dir / f"{plan.tap_name(port)}.frame"
+        return self.run_dir / f"{device_names.tap_name(port)}.frame"
 
     def close(self) -> None:
         if self._fast is not None:
@@ -66,7 +66,7 @@ class Shared:
 
 
 def local(port: PortConfig, network: NetworkConfig) -> LocalPort:
-    return LocalPort(port, network, plan.tap_name(port.id))
+    return LocalPort(port, network, device_names.tap_name(port.id))
 
 
 def index_of(name: str) -> int:

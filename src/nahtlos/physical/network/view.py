@@ -13,10 +13,11 @@ from collections.abc import Iterable
 
 from nahtlos.model.errors import Unavailable
 from nahtlos.physical.network import facts, kernel, links, netlink
+from nahtlos.physical.network.device_names import OWNED
+from nahtlos.physical.network.items import Item, PortFlood, Setting
 from nahtlos.physical.network.kernel import Observed
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink
-from nahtlos.physical.network.plan import OWNED, Item, PortFlood, Setting
 
 GROUPS = 0x1 | 0x4 | 0x10 | 0x100
 """Links, neighbours and forwarding entries, IPv4 addresses, IPv6 addresses."""

@@ -4,8 +4,9 @@ does nothing for an agent that is dead."""
 import asyncio
 
 from nahtlos.model.errors import Unavailable
+from nahtlos.physical.sim.facts import SimHost
 from nahtlos.physical.sim.faults import Call, Life, Moment
-from nahtlos.physical.sim.world import SimHost, World
+from nahtlos.physical.sim.world import World
 
 
 class SimDriver:

@@ -16,7 +16,7 @@ from nahtlos.model.ids import HostId, ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import CpuShare, ServerSpec
 from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId
-from nahtlos.physical.sim.paths import Tap
+from nahtlos.physical.sim.taps import Tap
 
 SHORTEST_PASS = 0.001
 """Seconds one pass over the dirty bitmap takes at least; a held source spins."""

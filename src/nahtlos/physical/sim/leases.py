@@ -8,7 +8,8 @@ from nahtlos.physical.ports import VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 
 if TYPE_CHECKING:
-    from nahtlos.physical.sim.world import SimHost, World
+    from nahtlos.physical.sim.facts import SimHost
+    from nahtlos.physical.sim.world import World
 
 
 def clock_of(world: "World", host: "SimHost") -> float:

@@ -15,9 +15,10 @@ from nahtlos.model.ids import PortId, ReleaseId, RouterId
 from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.physical.ports import MoveRole, NetworkCapabilities, NetworkDesired, NetworkObservation
 from nahtlos.physical.sim.driver import SimDriver
+from nahtlos.physical.sim.facts import SimGateway, SimHost
 from nahtlos.physical.sim.faults import Life
-from nahtlos.physical.sim.paths import TO_TUNNEL, Frame, Tap
-from nahtlos.physical.sim.world import SimGateway, SimHost, World
+from nahtlos.physical.sim.taps import TO_TUNNEL, Frame, Tap
+from nahtlos.physical.sim.world import World
 
 POLL_SECONDS = 0.0005
 EMPTY_POLLS = 3

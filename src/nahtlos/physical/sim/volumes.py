@@ -25,7 +25,8 @@ from nahtlos.physical.ports import DiskProblem, DiskTrouble
 from nahtlos.physical.sim.guests import Vmm
 
 if TYPE_CHECKING:
-    from nahtlos.physical.sim.world import SimHost, World
+    from nahtlos.physical.sim.facts import SimHost
+    from nahtlos.physical.sim.world import World
 
 COPY_BYTES_PER_SECOND = 400 << 20
 LONGEST_WAY = 4

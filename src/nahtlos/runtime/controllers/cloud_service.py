@@ -27,8 +27,10 @@ from nahtlos.runtime.controllers import (
     attachment_requests,
     experience,
     guest_requests,
+    move_requests,
     requests,
     server_requests,
+    upgrade_requests,
     views,
     volume_homes,
 )
@@ -299,7 +301,7 @@ class CloudService:
     async def move_server(self, server: ServerId, to: HostId | None) -> ServerView:
         async with self._looks.changing() as tx:
             state, inventory = await self._read(tx)
-            requests.check_move(state, inventory, server, to)
+            move_requests.check_move(state, inventory, server, to)
             await intents.request_move(tx, server, to)
         self._said("server.move", server, f"{server} is to move to {to or 'another host'}")
         return await self.server(server)
@@ -308,7 +310,7 @@ class CloudService:
         async with self._looks.changing() as tx:
             state, inventory = await self._read(tx)
             releases = await intents.releases(tx)
-            release = requests.check_replacement(state, inventory, server, by, releases)
+            release = move_requests.check_replacement(state, inventory, server, by, releases)
             await intents.request_replacement(tx, server, release)
         self._said("server.replace", server, f"{server} is to run {release}, in place")
         return await self.server(server)
@@ -355,8 +357,8 @@ class CloudService:
         release = await self._verified(to)
         async with self._store.reading() as tx:
             state, inventory = await self._read(tx)
-            chosen = requests.upgrade_hosts(state, hosts, component)
-            requests.check_upgrade(state, release, chosen, component, strategy)
+            chosen = upgrade_requests.upgrade_hosts(state, hosts, component)
+            upgrade_requests.check_upgrade(state, release, chosen, component, strategy)
             return await self._forecast(tx, state, inventory, to, chosen, component, strategy)
 
     async def _forecast(
@@ -399,8 +401,8 @@ class CloudService:
         async with self._looks.changing() as tx:
             await campaigns.check_none_open(tx)
             state, inventory = await self._read(tx)
-            chosen = requests.upgrade_hosts(state, hosts, component)
-            requests.check_upgrade(state, release, chosen, component, strategy)
+            chosen = upgrade_requests.upgrade_hosts(state, hosts, component)
+            upgrade_requests.check_upgrade(state, release, chosen, component, strategy)
             predicted = await self._forecast(tx, state, inventory, to, chosen, component, strategy)
             _refuse_blocked(predicted)
             campaign = await campaigns.begin(
@@ -408,7 +410,7 @@ class CloudService:
                 to_release=to,
                 component=component,
                 strategy=strategy,
-                from_releases=requests.releases_in_use(state, chosen, component),
+                from_releases=upgrade_requests.releases_in_use(state, chosen, component),
                 hosts=chosen,
                 moves_forecast=predicted.total_moves,
                 now=self._store.clock(),

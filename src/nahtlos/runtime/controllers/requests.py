@@ -2,31 +2,19 @@
 the remedy."""
 
 import ipaddress
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 from msgspec import UNSET
 
-from nahtlos.model.blueprint import GatewayPlace, HostIntent, Strategy
+from nahtlos.model.blueprint import GatewayPlace, HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
-from nahtlos.model.ids import (
-    HostId,
-    ImageId,
-    ReleaseId,
-    RouterId,
-    ServerGroupId,
-    ServerId,
-    VolumeId,
-    checked_name,
-)
-from nahtlos.model.inventory import Accelerator, Inventory
+from nahtlos.model.ids import HostId, ImageId, RouterId, ServerGroupId, ServerId, VolumeId, checked_name
+from nahtlos.model.inventory import Inventory
 from nahtlos.model.networking import PortSpec, RouterSpec
 from nahtlos.model.nouns import USER_DATA_BYTES, Component, HostRole, HostSpec, Release, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.model.version_pairs import Verdict, Way, pair_for
 from nahtlos.planner.place import room_for
-from nahtlos.planner.replace import reported
-from nahtlos.planner.upgrade import has
 from nahtlos.runtime.controllers.cloud import HostChange, JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.consents import check_post_copy, checked_budget, checked_priority
 from nahtlos.runtime.controllers.state import State
@@ -320,158 +308,7 @@ def words(size: Size) -> str:
     return f"{size.vcpus} vCPU and {size.memory_mib} MiB"
 
 
-def check_move(state: State, inventory: Inventory, server: ServerId, to: HostId | None) -> None:
-    blueprint = state.blueprint
-    row = state.servers[present_server(state, server)]
-    move = next((m for m in (blueprint.moves if blueprint else ()) if m.server == server), None)
-    if move is not None:
-        raise Conflict(
-            f"{server} is moving from {move.source} to {move.destination} ({move.id})",
-            field="server",
-            remedy="wait until it has ended",
-        )
-    if row.move_requested and row.move_to == to:
-        raise Conflict(
-            f"{server} is to move to {to or 'another host'} already",
-            field="server",
-            remedy=f"nahtlos server show {server} says what it waits for",
-        )
-    assignment = blueprint.servers.get(server) if blueprint else None
-    if assignment is None:
-        raise Conflict(f"{server} is on no host yet", field="server", remedy="wait until it runs")
-    if to is not None:
-        compute_host(state, to, "to")
-        if assignment.host == to:
-            raise Refused(f"{server} is on {to}", field="to", remedy="name another host")
-    answer = room_for(state.policy(), inventory, blueprint, row.spec, to)
-    if answer is not None and (to is not None or answer.barred):
-        raise Conflict(answer.reason, field="to", remedy=answer.remedy)
-
-
-def check_replacement(
-    state: State,
-    inventory: Inventory,
-    server: ServerId,
-    by: ReleaseId | None,
-    releases: Mapping[ReleaseId, Release],
-) -> ReleaseId:
-    """The release whose VMM shall take the server over where it is. The one that runs it withdraws an earlier
-    request."""
-    blueprint = state.blueprint
-    row = state.servers[present_server(state, server)]
-    assignment = blueprint.servers.get(server) if blueprint else None
-    seen = inventory.hosts.get(assignment.host) if assignment else None
-    status = next((s for s in (seen.servers if seen else ()) if s.id == server), None)
-    if blueprint is None or assignment is None or seen is None or status is None or status.release is None:
-        raise Conflict(f"{server} does not run yet", field="server", remedy="wait until it runs")
-    release = by or blueprint.hosts[assignment.host].release
-    if release is None or release not in releases:
-        raise NotFound(
-            f"no release '{release}' is registered", field="release", remedy=f"registered: {listed(releases)}"
-        )
-    if status.release == release and row.replace_by is not None:
-        return release
-    if status.release == release:
-        raise Refused(f"{server} runs {release}", field="release", remedy="name another release")
-    if release not in seen.releases:
-        raise Conflict(
-            f"{assignment.host} has no intact copy of {release}",
-            field="release",
-            remedy=f"put it into the releases folder of {assignment.host}",
-        )
-    if row.spec.machine not in releases[release].machine_types:
-        raise Refused(
-            f"{release} cannot run {server}: it lacks the machine type {row.spec.machine}",
-            field="release",
-            remedy="choose a release that has it",
-        )
-    _check_pair(releases, status.release, release, seen.accelerator)
-    return release
-
-
-def _check_pair(
-    releases: Mapping[ReleaseId, Release], old: ReleaseId, new: ReleaseId, accelerator: Accelerator | None
-) -> None:
-    before = releases.get(old)
-    if before is None:
-        raise Conflict(
-            f"it is not known what {old} is",
-            field="release",
-            remedy="nahtlos release list names those that are known",
-        )
-    if accelerator is None:
-        raise Conflict(
-            "the host's accelerator is not known yet", field="server", remedy="try again in a moment"
-        )
-    pair = pair_for(Way.IN_PLACE, before.version, releases[new].version, accelerator.name)
-    if pair.verdict is Verdict.REFUSED:
-        raise Refused(str(pair), field="release", remedy="choose a release that docs/version-pairs.md knows")
-
-
-# --- upgrades ----------------------------------------------------------------------------------------
-
-
-def upgrade_hosts(
-    state: State, hosts: Sequence[HostId] | None, component: Component = Component.HYPERVISOR
-) -> tuple[HostId, ...]:
-    if hosts is None:
-        found = [h for h, row in state.hosts.items() if has(row.spec.role, component)]
-    elif component is Component.NETWORK:
-        found = [known_host(state, host, "hosts") for host in hosts]
-    else:
-        found = [compute_host(state, host, "hosts") for host in hosts]
-    if not found:
-        raise Refused("no host to upgrade", field="hosts", remedy="join compute hosts first")
-    return tuple(sorted(set(found)))
-
-
-def check_upgrade(
-    state: State,
-    release: Release,
-    hosts: Sequence[HostId],
-    component: Component = Component.HYPERVISOR,
-    strategy: Strategy = Strategy.AUTO,
-) -> None:
-    if component is not Component.HYPERVISOR and strategy is not Strategy.AUTO:
-        raise Refused(
-            f"{component} is replaced under servers that stay where they are",
-            field="strategy",
-            remedy="leave --strategy out",
-        )
-    if release.component is not component.released_as:
-        raise Refused(
-            f"{release.id} is a release of {release.component}, which {component} is not taken from",
-            field="to",
-            remedy=f"name one of {component.released_as}: nahtlos release list",
-        )
-    plans = state.blueprint.hosts if state.blueprint else {}
-    if all(host in plans and plans[host].release_of(component) == release.id for host in hosts):
-        raise Refused(
-            f"{listed(hosts)} {'has' if len(hosts) == 1 else 'have'} {release.id} already",
-            field="to",
-            remedy="nothing is left to do",
-        )
-    if component is not Component.HYPERVISOR:
-        return
-    for server, row in sorted(state.servers.items()):
-        if row.removed_at is None and row.spec.machine not in release.machine_types:
-            raise Refused(
-                f"{release.id} cannot run {server}: it lacks the machine type {row.spec.machine}",
-                field="to",
-                remedy=f"choose a release that has it, or delete {server}",
-            )
-
-
-def releases_in_use(
-    state: State, hosts: Sequence[HostId], component: Component = Component.HYPERVISOR
-) -> tuple[ReleaseId, ...]:
-    """As decided; what was never decided, as seen."""
-    plans = state.blueprint.hosts if state.blueprint else {}
-    found = {plans[host].release_of(component) for host in hosts if host in plans}
-    if component is not Component.HYPERVISOR:
-        seen = (state.inventories.get(h) for h in hosts if h in plans and not plans[h].release_of(component))
-        found |= {reported(inventory, component) for inventory in seen if inventory is not None}
-    return tuple(sorted(release for release in found if release is not None))
+# --- capacity ----------------------------------------------------------------------------------------
 
 
 def check_promised(state: State, inventory: Inventory, promised: Size) -> None:

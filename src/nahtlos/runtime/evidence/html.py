@@ -27,7 +27,7 @@ from nahtlos.runtime.evidence.plots import (
     strips,
     timeline,
 )
-from nahtlos.runtime.evidence.report import Report, ServerFigures
+from nahtlos.runtime.evidence.report_contents import Report, ServerFigures
 
 
 def render_html(report: Report) -> str:

@@ -10,14 +10,8 @@ from html import escape
 
 from nahtlos.runtime.evidence.figures import clock, milliseconds, release, signed
 from nahtlos.runtime.evidence.foretold import Foretold, blackout_of
-from nahtlos.runtime.evidence.report import (
-    STRIP_AFTER_SECONDS,
-    STRIP_BEFORE_SECONDS,
-    HostFigures,
-    MoveFigures,
-    Placement,
-    Report,
-)
+from nahtlos.runtime.evidence.report import STRIP_AFTER_SECONDS, STRIP_BEFORE_SECONDS
+from nahtlos.runtime.evidence.report_contents import HostFigures, MoveFigures, Placement, Report
 
 WIDTH = 1080
 LABEL = 132

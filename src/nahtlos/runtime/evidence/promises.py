@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nahtlos.model.values import Value
 
 if TYPE_CHECKING:
-    from nahtlos.runtime.evidence.report import Report, ServerFigures
+    from nahtlos.runtime.evidence.report_contents import Report, ServerFigures
 
 MOVES_PER_SERVER = 1.35
 STARTS_WITHIN_SECONDS = 60.0

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nahtlos.runtime.evidence.html import render_html
-from nahtlos.runtime.evidence.report import REPORT_NAME, Report, encode, write_whole
+from nahtlos.runtime.evidence.report import REPORT_NAME, encode, write_whole
+from nahtlos.runtime.evidence.report_contents import Report
 
 PAGE_NAME = "report.html"
 

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from nahtlos.runtime.evidence.figures import count_of, duration, milliseconds, number, release, within
 from nahtlos.runtime.evidence.foretold import Predictions
-from nahtlos.runtime.evidence.report import Report, ServerFigures
+from nahtlos.runtime.evidence.report_contents import Report, ServerFigures
 
 GOOD, BAD, SOFT = "green", "bold red", "dim"
 

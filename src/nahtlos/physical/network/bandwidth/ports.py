@@ -31,10 +31,12 @@ from nahtlos.physical.network import kernel, links
 from nahtlos.physical.network.bandwidth import probe as shaping_probe
 from nahtlos.physical.network.bandwidth import traffic_control as tc
 from nahtlos.physical.network.bandwidth.watch import Watch
+from nahtlos.physical.network.device_names import OWNED
+from nahtlos.physical.network.items import Setting
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink, Request
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import OWNED, Change, Setting
+from nahtlos.physical.network.plan import Change
 from nahtlos.physical.ports import MoveRole
 
 ALIAS = f"{OWNED}shaper/"

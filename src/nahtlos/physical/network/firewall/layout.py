@@ -37,7 +37,7 @@ import msgspec
 from nahtlos.model.config import HostConfig, PortConfig
 from nahtlos.model.ids import SecurityGroupId
 from nahtlos.model.networking import Direction, Family, SecurityGroupSpec
-from nahtlos.physical.network import plan
+from nahtlos.physical.network import device_names
 from nahtlos.physical.network.firewall import guard, rules
 from nahtlos.physical.network.firewall.tables import (
     BRIDGE,
@@ -159,7 +159,7 @@ def _guarded(local: Iterable[LocalPort]) -> dict[str, Elements]:
 def zones_of(filtered: Iterable[LocalPort], held: Policy) -> dict[str, int]:
     """Bridges whose connections are to be remembered, and the zone in which."""
     vnis = {p.network.spec.vni for p in filtered if is_stateful(p.port, held)}
-    return {plan.bridge_name(vni): plan.tracking_zone(vni) for vni in sorted(vnis)}
+    return {device_names.bridge_name(vni): device_names.tracking_zone(vni) for vni in sorted(vnis)}
 
 
 def _zones(zones: Mapping[str, int]) -> Elements:
@@ -377,7 +377,7 @@ def port_verdicts(local: LocalPort) -> dict[str, dict[str, str]]:
 def move_elements(move: Moving, *, marked: bool) -> dict[str, dict[str, str]]:
     """What is different for a port while it moves."""
     mac = move.port.mac.lower()
-    tunnel, gate = plan.tunnel_name(move.vni), plan.gate_port_name(move.vni)
+    tunnel, gate = device_names.tunnel_name(move.vni), device_names.gate_port_name(move.vni)
     if move.role is MoveRole.SOURCE:
         chain = profile_chain(move.port, PASSED_ON_MARKED if marked else PASSED_ON)
         return {"passed_on": {key(name_part(tunnel), mac): f"goto {chain}"}}
@@ -415,7 +415,7 @@ class Judge:
         self._single: dict[tuple[int, str], list[PortConfig]] = {}
         self._wide: dict[int, list[tuple[str, PortConfig]]] = {}
         for port in filtered:
-            zone = plan.tracking_zone(port.network.spec.vni)
+            zone = device_names.tracking_zone(port.network.spec.vni)
             for cidr in (*rules.sources(port.port), *guard.link_locals(port.port)):
                 address = rules.single(cidr)
                 if address is not None:

@@ -24,7 +24,7 @@ from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.nouns import HostRole
-from nahtlos.physical.network import doctor, nft, nft_chains, plan
+from nahtlos.physical.network import device_names, doctor, nft, nft_chains
 from nahtlos.physical.network.firewall import bridge_hooks
 from nahtlos.physical.network.firewall import flows as firewall_flows
 from nahtlos.physical.network.firewall import layout as firewall
@@ -262,7 +262,7 @@ class Firewall(Part):
         words: list[str] = []
         with Netlink() as netlink:
             for network in networks:
-                bridge = plan.bridge_name(network.spec.vni)
+                bridge = device_names.bridge_name(network.spec.vni)
                 if bridge_hooks.handed_on(netlink, bridge) not in (None, bridge in tracked):
                     netlink.change([bridge_hooks.hand_on(bridge, on=bridge in tracked)])
         return words
@@ -270,7 +270,7 @@ class Firewall(Part):
     async def _judge(self, held: Policy, ports: Mapping[PortId, LocalPort]) -> None:
         """Cuts what is not allowed any more. Not drift: the configuration has asked for it."""
         tracked = {
-            i: (p.port, plan.tracking_zone(p.network.spec.vni))
+            i: (p.port, device_names.tracking_zone(p.network.spec.vni))
             for i, p in ports.items()
             if p.port.security_groups and firewall.is_stateful(p.port, held)
         }
@@ -311,7 +311,7 @@ class Firewall(Part):
         self._hand_on_now(p for p in filtered if firewall.is_stateful(p.port, held))
 
     def _hand_on_now(self, ports: Iterable[LocalPort]) -> None:
-        bridges = {plan.bridge_name(p.network.spec.vni) for p in ports}
+        bridges = {device_names.bridge_name(p.network.spec.vni) for p in ports}
         if self._tracking is Tracking.NETFILTER and bridges:
             with Netlink() as netlink:
                 off = [b for b in sorted(bridges) if bridge_hooks.handed_on(netlink, b) is False]

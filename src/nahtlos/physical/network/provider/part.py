@@ -26,7 +26,7 @@ from nahtlos.model.config import HostConfig, NetworkConfig
 from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import NetworkId, PortId
 from nahtlos.model.networking import NetworkSpec
-from nahtlos.physical.network import kernel, links, namespaces, packet, plan
+from nahtlos.physical.network import device_names, kernel, links, namespaces, packet, plan
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import KernelRefused, Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
@@ -96,7 +96,7 @@ class Provider(Part):
         """Unavailable if no server of the network can be here."""
         if spec.provider is None:
             return
-        names = (spec.provider.interface, plan.bridge_name(spec.vni))
+        names = (spec.provider.interface, device_names.bridge_name(spec.vni))
         asked = (links.read_link(self._socket(), name) for name in names)
         devices = {link.name: link for link in asked if link is not None}
         _raise(spec, self._obstacle(spec, devices, self._addresses()))
@@ -225,7 +225,7 @@ class Provider(Part):
         provider = port.network.spec.provider
         if provider is None:
             return False
-        device = plan.provider_name(port.network.spec.vni) if provider.vlan else provider.interface
+        device = device_names.provider_name(port.network.spec.vni) if provider.vlan else provider.interface
         try:
             packet.send(device, announcement.frames(port.port))
         except OSError as error:
@@ -239,9 +239,10 @@ def _raise(spec: NetworkSpec, why: str) -> None:
 
 
 def _interface(link: LinkInfo, devices: Iterable[LinkInfo], addresses: Mapping[int, list[str]]) -> Interface:
-    lent = link.alias.removeprefix(plan.provider_alias("")) if plan.is_lent(link.alias) else ""
+    prefix = device_names.provider_alias("")
+    lent = link.alias.removeprefix(prefix) if device_names.is_lent(link.alias) else ""
     master = next((d for d in devices if d.index == link.master), None)
-    foreign = link.master and (master is None or not master.alias.startswith(plan.OWNED))
+    foreign = link.master and (master is None or not master.alias.startswith(device_names.OWNED))
     return Interface(
         mtu=link.mtu,
         addresses=tuple(addresses.get(link.index, ())),
@@ -252,7 +253,7 @@ def _interface(link: LinkInfo, devices: Iterable[LinkInfo], addresses: Mapping[i
 
 def _programs(spec: NetworkSpec, devices: Mapping[str, LinkInfo]) -> list[Program]:
     assert spec.provider is not None
-    near, far = devices.get(plan.provider_name(spec.vni)), devices.get(spec.provider.interface)
+    near, far = devices.get(device_names.provider_name(spec.vni)), devices.get(spec.provider.interface)
     if near is None or far is None:
         return []
     vlan = spec.provider.vlan

@@ -24,9 +24,10 @@ from nahtlos.model.errors import Error, NotFound, Unavailable
 from nahtlos.model.ids import LoadBalancerId, PortId, RouterId
 from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.physical.network import kernel, links, nft
+from nahtlos.physical.network.items import Item
 from nahtlos.physical.network.netlink import Netlink
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import Item, Place
+from nahtlos.physical.network.plan import Place
 from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.routing import announcement, translation
 from nahtlos.physical.network.routing import plan as decisions

@@ -26,15 +26,10 @@ import msgspec
 from nahtlos.model.config import HostConfig, LoadBalancerConfig, NetworkConfig, RouterConfig
 from nahtlos.model.ids import NetworkId, PortId, SubnetId
 from nahtlos.model.networking import RouterGateway, RouterInterface, SubnetSpec
-from nahtlos.physical.network.plan import (
-    Forward,
-    Item,
-    Place,
-    TunnelEntry,
-    bridge_name,
-    tunnel_name,
-)
-from nahtlos.physical.network.plan import Neighbour as BridgeNeighbour
+from nahtlos.physical.network.device_names import bridge_name, tunnel_name
+from nahtlos.physical.network.items import Forward, Item, TunnelEntry
+from nahtlos.physical.network.items import Neighbour as BridgeNeighbour
+from nahtlos.physical.network.plan import Place
 from nahtlos.physical.network.routing import ipv6, translation
 from nahtlos.physical.network.routing.facts import (
     REACHABLE,

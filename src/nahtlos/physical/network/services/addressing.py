@@ -15,7 +15,9 @@ import msgspec
 from nahtlos.model.config import NetworkConfig, PortConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.networking import Family, NetworkSpec, SubnetSpec
-from nahtlos.physical.network.plan import REMEMBERED_PORTS, Neighbour, anycast_mac, bridge_name
+from nahtlos.physical.network.device_names import anycast_mac, bridge_name
+from nahtlos.physical.network.items import Neighbour
+from nahtlos.physical.network.plan import REMEMBERED_PORTS
 
 METADATA = "169.254.169.254"
 METADATA_IPV6 = "fe80::a9fe:a9fe"

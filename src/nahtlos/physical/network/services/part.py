@@ -25,8 +25,9 @@ from nahtlos.model.errors import Error, Unavailable
 from nahtlos.model.ids import NetworkId, PortId
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.network import namespaces
+from nahtlos.physical.network.items import Item
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import Item, normal
+from nahtlos.physical.network.plan import normal
 from nahtlos.physical.network.programs import Programs
 from nahtlos.physical.network.services import addressing, dhcp, metadata, metadata_server
 from nahtlos.physical.network.services.wiring import unplug_others, wire

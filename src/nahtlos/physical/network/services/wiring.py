@@ -11,9 +11,11 @@ from nahtlos.model.config import NetworkConfig
 from nahtlos.model.errors import Error, Unavailable
 from nahtlos.model.ids import NetworkId
 from nahtlos.physical.network import kernel, links, namespaces, netlink
+from nahtlos.physical.network.device_names import anycast_mac, bridge_name
+from nahtlos.physical.network.items import Setting
 from nahtlos.physical.network.links import LinkInfo
 from nahtlos.physical.network.netlink import Netlink
-from nahtlos.physical.network.plan import DELIVERING, Change, Setting, anycast_mac, bridge_name
+from nahtlos.physical.network.plan import DELIVERING, Change
 from nahtlos.physical.network.services.addressing import Inside, inside, service_name
 from nahtlos.physical.network.services.dhcp import INTERFACE
 

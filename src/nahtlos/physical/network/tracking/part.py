@@ -26,8 +26,8 @@ import msgspec
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import PortId
+from nahtlos.physical.network.device_names import tracking_zone
 from nahtlos.physical.network.parts import LocalPort, Part
-from nahtlos.physical.network.plan import tracking_zone
 from nahtlos.physical.network.tracking import conntrack
 from nahtlos.physical.network.tracking.conntrack import Entry, Listener, Rejected, Table
 from nahtlos.physical.network.tracking.state import (
