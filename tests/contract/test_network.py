@@ -16,7 +16,7 @@ import pytest
 from network_namespaces import TENANT, Cloud, Guest, Sender, Tally, missing_programs
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig, Uplink
-from nahtlos.model.errors import Refused
+from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import HostId, PortId, SecurityGroupId, ServerId
 from nahtlos.model.networking import Direction, SecurityGroupSpec, SecurityRule
 from nahtlos.model.nouns import HostRole, Size
@@ -379,6 +379,9 @@ def test_frames_reach_a_server_where_it_is(perform: Perform) -> None:
         assert seen.counters[PORT]["tx_packets"] >= 5
         assert seen.counters[PORT]["tx_dropped"] == 0
         assert (await stage.world.on(B).observe()).local_ports == ()
+        assert await stage.world.on(A).frames_from(PORT) >= seen.counters[PORT]["rx_packets"]
+        with pytest.raises(NotFound):
+            await stage.world.on(B).frames_from(PORT)
 
     perform(play)
 

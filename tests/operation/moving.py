@@ -28,7 +28,10 @@ SERVER = ServerId("web-1")
 MAC = server_spec(1).ports[0].mac
 BOUND_SECONDS = 150.0
 """Virtual seconds within which everything must have come to rest after the move was ordered."""
-POLLED = ("console_size", "dirty_rate", "migrate_progress", "observe", "reconcile", "release", "releases")
+POLLED = (
+    *("console_size", "dirty_rate", "frames_from", "migrate_progress"),
+    *("observe", "reconcile", "release", "releases"),
+)
 """Called again and again: the first few of a run stand for all."""
 POLLS_STRUCK = 2
 

@@ -89,6 +89,8 @@ def test_undisturbed_the_release_changes_and_no_packet_is_lost() -> None:
     assert steady[0].delivered > 20
     assert steady[0].reordered == 0
     assert run.world.facts(SERVER).boots == 1
+    times = run.status.times
+    assert times["running"] < times["answered"] < times["done"], "its guest talks, and was heard again"
 
 
 def test_the_steps_of_a_clean_run_are_found() -> None:
@@ -99,6 +101,7 @@ def test_the_steps_of_a_clean_run_are_found() -> None:
         "network.replace_switch",
         "network.replace_leave",
         "network.replace_settle",
+        "network.frames_from",
         "hypervisor.incoming_start",
         "hypervisor.replace_send",
         "hypervisor.pause",

@@ -87,6 +87,19 @@ def test_recalibration_puts_a_steady_error_right() -> None:
     assert few.error_p90_now is None, "two of them teach nothing"
 
 
+def answering(number: int, wake_ms: float) -> OperationRecord:
+    one = operation(number, 20.0)
+    answered = one.times["running"] + wake_ms / 1000
+    return msgspec.structs.replace(one, times={**one.times, "answered": answered})
+
+
+def test_a_guest_that_was_heard_again_says_how_long_its_process_was_cold() -> None:
+    found = predictions([answering(n, 100.0) for n in range(3)], {})
+    assert found.operations[0].wake_ms == pytest.approx(100.0, abs=0.01)
+    assert found.operations[0].error == pytest.approx((63.0 - 120.0) / 120.0, abs=1e-3)
+    assert found.error_p90_now == pytest.approx(0.0, abs=1e-3)
+
+
 def test_a_spread_is_not_put_right() -> None:
     gaps = {f"op-{n}": 40.0 + 40.0 * n for n in range(5)}
     found = predictions([operation(n) for n in range(5)], gaps)

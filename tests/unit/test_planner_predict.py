@@ -9,7 +9,7 @@ from nahtlos.model.blueprint import Forecast, HostIntent
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Size
-from nahtlos.model.prediction import Means, Sample, Workload
+from nahtlos.model.prediction import Experience, Means, Sample, Workload
 from nahtlos.physical.agent import convergence, precopy
 from nahtlos.planner import estimate as estimating
 from nahtlos.planner import ways
@@ -216,6 +216,25 @@ def test_measured_ones_put_the_model_right_for_their_releases_and_their_way() ->
     assert said(OLD) == pytest.approx(raw.pause_ms * 4)
     assert said(ReleaseId("qemu-12")) == pytest.approx(raw.pause_ms * 3)
     assert said(NEW, Means.IN_PLACE) == model(Means.IN_PLACE, work()).pause_ms
+
+
+def test_what_cold_processes_took_lately_is_predicted_whatever_the_way() -> None:
+    def woke(*wakes: float | None) -> list[Sample]:
+        return [msgspec.structs.replace(sample(11.0, means=Means.IN_PLACE), wake_ms=w) for w in wakes]
+
+    def cold(known: Experience) -> list[float]:
+        said = [estimate(means, work(), known) for means in (Means.IN_PLACE, Means.PRE_COPY)]
+        return [one.blackout_ms - one.pause_ms for one in said]
+
+    usual = cold(learn([]))
+    assert cold(learn(woke(90.0, 90.0, None))) == usual
+    assert cold(learn(woke(90.0, 80.0, 70.0))) == pytest.approx([80.0, 80.0])
+    busy_before = woke(*[60.0] * estimating.NEWEST_WAKES, *[200.0] * 30)
+    assert cold(learn(busy_before)) == pytest.approx([60.0, 60.0])
+    assert cold(learn(woke(*[9000.0] * 3))) == pytest.approx([estimating.RATIO_BOUNDS[1] * w for w in usual])
+    steady = woke(*[90.0] * 5)
+    assert error_p90(steady, learn(steady)) == pytest.approx(0.0)
+    assert (error_p90(steady, learn([])) or 0.0) > 0.3
 
 
 def test_too_few_and_absurd_ones_are_not_believed() -> None:

@@ -58,6 +58,9 @@ class Sample(Value, frozen=True, kw_only=True):
     dirty_rate: int | None = None
     link: int = 0
     """Bytes a second that were sent; 0: not measured, or too little was sent to say."""
+    wake_ms: float | None = None
+    """From the run to the first frame of a guest that talks all the time; None: it does not, or nobody
+    listened."""
 
 
 class Calibration(Value, frozen=True, kw_only=True):
@@ -78,6 +81,8 @@ class Experience(Value, frozen=True, kw_only=True):
     dirty_rates: dict[ServerId, int] = {}
     link: int = 0
     """Bytes a second a move gets; 0: the model's own figure."""
+    wake_ms: float | None = None
+    """What a process that was never used took to answer, lately; None: the model's own figure."""
     calibrations: tuple[Calibration, ...] = ()
     parallel: int = 0
     """Moves at once, if not as many as policy says: a dry run decides on more of them in a step."""

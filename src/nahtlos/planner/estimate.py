@@ -50,6 +50,8 @@ STEADY = 0.01
 
 ENOUGH_SAMPLES = 3
 NEWEST_SAMPLES = 50
+NEWEST_WAKES = 10
+"""How busy hosts are decides how soon a guest answers, and changes sooner than what they are."""
 RATIO_BOUNDS = (0.2, 5.0)
 """A median outside of them says that something else was measured."""
 POST_COPY_REFUSED = "post-copy is not offered: a host that dies in the middle of it takes the server with it"
@@ -94,7 +96,14 @@ def estimate(
     releases: tuple[ReleaseId | None, ReleaseId | None] = (None, None),
 ) -> Estimate:
     """Put right by what was measured so far."""
-    raw = model(means, work, link=experience.link, accelerator=accelerator, parallel=parallel)
+    raw = model(
+        means,
+        work,
+        link=experience.link,
+        wake=experience.wake_ms,
+        accelerator=accelerator,
+        parallel=parallel,
+    )
     right = calibration_for(experience, means, releases)
     if right is None:
         return raw
@@ -112,13 +121,20 @@ def estimate(
 
 
 def model(
-    means: Means, work: Workload, *, link: int = 0, accelerator: str = "tcg", parallel: int = 1
+    means: Means,
+    work: Workload,
+    *,
+    link: int = 0,
+    wake: float | None = None,
+    accelerator: str = "tcg",
+    parallel: int = 1,
 ) -> Estimate:
-    """As the benchmarks say, without what this cloud has measured."""
+    """As the benchmarks say, without what this cloud has measured but for `link`, and `wake`: what a process
+    that was never used takes to answer, in milliseconds."""
     memory, link = work.memory_mib * MIB, link or DEFAULT_LINK
     dirty = work.dirty_rate if work.dirty_rate is not None else ASSUMED_DIRTY_RATE
     devices = max(work.devices - USUAL_DEVICES, 0) * DEVICE_MS
-    wake = wake_ms(accelerator)
+    wake = wake_ms(accelerator) if wake is None else wake
     converges, brownout, end = True, 0.0, END_SECONDS
     match means:
         case Means.IN_PLACE:
@@ -160,10 +176,12 @@ def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1
     recent = samples[:NEWEST_SAMPLES]
     links = [s.link for s in recent if s.link > 0]
     link = int(median(links)) if len(links) >= ENOUGH_SAMPLES else 0
+    wakes = [s.wake_ms for s in recent if s.wake_ms is not None][:NEWEST_WAKES]
     rates = {s.server: s.dirty_rate for s in reversed(samples) if s.server and s.dirty_rate is not None}
     return Experience(
         dirty_rates=rates,
         link=link,
+        wake_ms=_wake(wakes, accelerator) if len(wakes) >= ENOUGH_SAMPLES else None,
         calibrations=tuple(_calibrations(recent, link, accelerator, parallel)),
     )
 
@@ -191,6 +209,11 @@ def _calibrations(
             )
 
 
+def _wake(wakes: Sequence[float], accelerator: str) -> float:
+    usual = wake_ms(accelerator)
+    return usual * _ratio([wake / usual for wake in wakes])
+
+
 def _ratio(ratios: Sequence[float]) -> float:
     least, most = RATIO_BOUNDS
     return min(max(median(ratios), least), most)
@@ -211,7 +234,8 @@ def calibration_for(
 
 def error_p90(samples: Sequence[Sample], experience: Experience, accelerator: str = "tcg") -> float | None:
     """The share of the measured blackout by which nine in ten predictions were off at most. What is compared
-    is the pause plus what a cold process takes, which is the same on both sides. None of nothing."""
+    is the pause plus what a cold process took; where nobody listened that is the same on both sides. None of
+    nothing."""
     errors: list[float] = []
     for sample in samples[:NEWEST_SAMPLES]:
         releases = (sample.from_release, sample.to_release)
@@ -223,7 +247,8 @@ def error_p90(samples: Sequence[Sample], experience: Experience, accelerator: st
             parallel=experience.parallel or 1,
             releases=releases,
         )
-        actual = sample.pause_ms + said.blackout_ms - said.pause_ms
+        wake = said.blackout_ms - said.pause_ms if sample.wake_ms is None else sample.wake_ms
+        actual = sample.pause_ms + wake
         errors.append(abs(said.blackout_ms - actual) / actual)
     if not errors:
         return None

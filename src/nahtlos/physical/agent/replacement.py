@@ -15,6 +15,7 @@ frames wait in those of the next VMM.
 """
 
 import asyncio
+import contextlib
 
 import msgspec
 
@@ -33,6 +34,10 @@ DRAIN_SECONDS = 0.5
 ARRIVE_SECONDS = 10.0
 KILL_AFTER_SECONDS = 0.3
 """The old VMM's end takes CPU time from the guest that was just resumed."""
+ANSWER_WITHIN = 1.0
+LISTEN_EVERY = 0.005
+TALKATIVE = 100
+"""Frames a second. When a guest that says less has come back cannot be told by what it says."""
 
 
 class Replacement(Steps):
@@ -46,6 +51,8 @@ class Replacement(Steps):
         self._new = VmmId(order.server.spec.id, order.epoch)
         self._pause_asked = False
         self._cancelled = False
+        self._began = (0.0, 0)
+        self._talks = False
 
     def cancel(self) -> None:
         """Raises Conflict once the path is being switched."""
@@ -74,6 +81,7 @@ class Replacement(Steps):
     async def _prepare(self) -> None:
         drivers, order = self._context.drivers, self._order
         self._check_owned()
+        self._began = (asyncio.get_running_loop().time(), await self._frames())
         self.record("prepare", durable=True)
         await self._context.pass_paths()
         for port in order.ports:
@@ -105,6 +113,7 @@ class Replacement(Steps):
     async def _hand_over(self) -> None:
         await take_turn(self._context, self._order.id, lambda: self._cancelled)
         self._check_cancelled()
+        self._talks = await self._is_talkative()
         self._context.switching.add(self._order.id)
         try:
             await self._switch_and_stop()
@@ -140,9 +149,36 @@ class Replacement(Steps):
         await self.until_done("the new VMM to run the server", self._make_run)
         self._context.switched(self._order.id)
         self._context.changed()
-        await asyncio.sleep(KILL_AFTER_SECONDS)
+        await self._listen()
         await self.until_done("the old VMM to end", self._kill_old)
         self.end(OperationState.DONE)
+
+    async def _listen(self) -> None:
+        """Until the old VMM may end; notes when the guest was first heard again. That is what a client's wait
+        ends with, and what predictions of the next ones are put right by."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if self._talks and "running" in self.journal.times:
+            before = await self._frames()
+            while loop.time() < began + ANSWER_WITHIN:
+                await asyncio.sleep(LISTEN_EVERY)
+                if await self._frames() > before:
+                    self.mark("answered")
+                    break
+        await asyncio.sleep(max(0.0, began + KILL_AFTER_SECONDS - loop.time()))
+
+    async def _is_talkative(self) -> bool:
+        since, before = self._began
+        seconds = asyncio.get_running_loop().time() - since
+        return seconds > 0 and (await self._frames() - before) / seconds >= TALKATIVE
+
+    async def _frames(self) -> int:
+        """That its guest has sent; of a port that cannot be looked at, none."""
+        count = 0
+        for port in self._order.ports:
+            with contextlib.suppress(Error):
+                count += await self._context.drivers.network.frames_from(port.id)
+        return count
 
     async def _make_run(self) -> None:
         """A VMM that died meanwhile is left to convergence, which starts the server again. Nothing is asked

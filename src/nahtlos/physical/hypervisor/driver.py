@@ -27,7 +27,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.nouns import Size
-from nahtlos.physical.hypervisor import console, migration, saving, touching
+from nahtlos.physical.hypervisor import console, head_start, migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
@@ -121,6 +121,9 @@ class QemuHypervisor:
             return VmmStatus(id=identity, state=state, release=release, size=size, compute=compute)
         if word == "running":
             vmm.note_resumed()
+            if vmm.ahead is None:
+                head_start.take_back(unit.pid)
+                vmm.ahead = 0
         record = vmm.record
         waits = bool(record and record.incoming and not record.resumed)
         return VmmStatus(
@@ -244,7 +247,7 @@ class QemuHypervisor:
         vmm = await self._launch(record)
         if await vmm.state() == "inmigrate" and vmm.record is not None and not vmm.record.listening:
             if in_place:
-                await migration.set_capabilities(vmm, migration.DESTINATION | migration.IN_PLACE)
+                await migration.expect_whole(vmm)
                 await self._ready_whole(self._running(VmmId(server.spec.id, server.epoch)))
                 return
             await migration.set_capabilities(vmm, migration.DESTINATION)
@@ -256,6 +259,7 @@ class QemuHypervisor:
         record = found.record
         if record is None or not record.incoming:
             raise Refused(f"{vmm.unit} does not wait for a server", field="vmm")
+        await self._head_start(found)
         for _ in range(LISTEN_ATTEMPTS):
             uri = record.listening or _address_of(found, record, address)
             found.write_record(msgspec.structs.replace(record, listening=uri))
@@ -270,6 +274,12 @@ class QemuHypervisor:
             else:
                 return uri
         raise Unavailable(f"no free port on {address} for the stream")
+
+    async def _head_start(self, vmm: Vmm) -> None:
+        unit = (await self._supervisor.units()).get(vmm.id.unit)
+        if unit is not None and unit.pid is not None:
+            head_start.give(unit.pid)
+            vmm.ahead = unit.pid
 
     async def incoming_wait(self, vmm: VmmId, *, timeout: float) -> None:
         found = self._running(vmm)
@@ -301,6 +311,10 @@ class QemuHypervisor:
             return  # its guest has switched itself off meanwhile: there is nothing to run
         found.last_state, found.leaves = RunState.RUNNING, False
         found.note_resumed()
+        if found.ahead:
+            loop = asyncio.get_running_loop()
+            loop.call_later(head_start.SECONDS, head_start.take_back, found.ahead)
+            found.ahead = 0
 
     async def _let_run(self, found: Vmm) -> None:
         if found.ran_here:

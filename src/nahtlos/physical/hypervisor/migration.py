@@ -28,6 +28,9 @@ IN_PLACE = frozenset({"x-ignore-shared"})
 HELD = "switchover-ack"
 """What keeps a source from switching over by itself; not known before 8.1."""
 NO_TLS: Arguments = {"tls-creds": ""}
+UNANNOUNCED: Arguments = {"announce-rounds": 0}
+"""Of a guest that stays where it is nobody has to be told where it is; it would be made to say so itself, by
+code its new process has to translate before it answers anybody."""
 UNLIMITED = 4 << 30
 """Bytes per second."""
 STARTED_WITHIN = 10.0
@@ -132,6 +135,12 @@ async def ready_whole(monitor: Monitor) -> None:
     """What `send_whole` is to send, said while the guest still runs: nobody waits for it then."""
     await set_capabilities(monitor, frozenset({"events"}) | IN_PLACE)
     await monitor.execute("migrate-set-parameters", {"max-bandwidth": UNLIMITED, **NO_TLS})
+
+
+async def expect_whole(monitor: Monitor) -> None:
+    """The other end of `send_whole`, before it listens."""
+    await set_capabilities(monitor, DESTINATION | IN_PLACE)
+    await monitor.execute("migrate-set-parameters", UNANNOUNCED)
 
 
 async def send_whole(source: Watched, uri: str) -> None:

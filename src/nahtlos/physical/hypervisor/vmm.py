@@ -97,6 +97,9 @@ class Vmm:
         """Its incoming stream is known to be complete."""
         self.ready_whole = False
         """It was told what to send to a VMM of its own host, and nothing else since."""
+        self.ahead: int | None = None
+        """Its process if it was given a head start that was not taken back; 0: it was not; None: nobody has
+        looked since this agent was started."""
         self.stream_word = ""
         """What QEMU last said of its outgoing stream by itself."""
         self.changing_disks = asyncio.Lock()

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from nahtlos.model.config import HostConfig, NetworkConfig, PortConfig
-from nahtlos.model.errors import Unavailable
+from nahtlos.model.errors import NotFound, Unavailable
 from nahtlos.model.ids import PortId, ReleaseId, RouterId
 from nahtlos.model.inventory import LoadBalancerStatus
 from nahtlos.model.networking import NetworkSpec
@@ -368,6 +368,12 @@ class NativeNetwork:
 
     async def replace_prepare(self, port: PortConfig) -> None:
         await self._replacement.prepare(port)
+
+    async def frames_from(self, port: PortId) -> int:
+        device = links.read_link(self._shared.fast(), plan.tap_name(port))
+        if device is None:
+            raise NotFound(f"this host has no tap for {port}", field="port")
+        return device.stats.rx_packets
 
     async def replace_join(self, port: PortConfig) -> bool:
         return await self._replacement.join(port)

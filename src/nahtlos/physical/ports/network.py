@@ -131,6 +131,10 @@ class Network(Protocol):
         stays while the configuration says `reflect`."""
         ...
 
+    async def frames_from(self, port: PortId) -> int:
+        """Frames its server has sent so far, by the count of its tap. NotFound without one."""
+        ...
+
     # the server stays, its VMM is replaced
 
     async def replace_prepare(self, port: PortConfig) -> None:

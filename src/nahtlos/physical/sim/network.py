@@ -108,7 +108,7 @@ class SimNetwork(SimDriver):
                 reflecting=tuple(sorted(t.port for t in board.taps.values() if t.mac in board.gates)),
                 counters={
                     t.port: {
-                        "rx_packets": 0,
+                        "rx_packets": t.sent,
                         "tx_packets": t.received - t.dropped - len(t.ring),
                         "tx_dropped": t.dropped,
                     }
@@ -296,6 +296,15 @@ class SimNetwork(SimDriver):
         return held
 
     # --- replacements ---
+
+    async def frames_from(self, port: PortId) -> int:
+        """Its guests answer each frame."""
+        async with self.verb("frames_from", port):
+            taps = [self._tap(port), self.host.board.spares.get(port)]
+            for tap in taps:
+                if tap is not None:
+                    tap.drain(self.world.now())
+            return sum(tap.sent for tap in taps if tap is not None)
 
     async def replace_prepare(self, port: PortConfig) -> None:
         async with self.verb("replace_prepare", port.id):

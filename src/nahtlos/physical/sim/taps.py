@@ -98,6 +98,8 @@ class Tap:
     running_since: float = 0.0
     dropped: int = 0
     received: int = 0
+    sent: int = 0
+    """Answers to what it was handed."""
 
     @property
     def held(self) -> tuple[Frame, ...]:
@@ -123,6 +125,7 @@ class Tap:
             return
         while self.ring and max(self.ring[0].at, self.running_since) + self.delay <= now:
             frame = self.ring.popleft()
+            self.sent += 1
             if frame.flow:
                 frame.flow.arrived(frame.seq, max(frame.at, self.running_since) + self.delay)
 

@@ -2,10 +2,12 @@
 
 A prediction's error is its share of what was measured: +0.20 said a fifth too much. Blackouts are compared
 with the client's gap, which nothing of the system measured. Where no client watched, what agents measured is
-taken (the pause) with the predicted time a cold process takes added to both sides, as recalibration does.
+taken: the pause, and the time until the guest was heard again. Of a guest that says too little to be heard
+the predicted time a cold process takes stands on both sides, as recalibration has it.
 
 `now` in a summary: what the same predictions would have said with what these operations have taught, that is
-with the pause put right by the median of measured over predicted of their way and releases.
+with the pause put right by the median of measured over predicted of their way and releases, and with the
+median of the times cold processes took.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +36,8 @@ class Foretold(Value, frozen=True, kw_only=True):
     predicted_seconds: float
     pause_ms: float | None
     """From the stop to the run, by the hosts' clocks."""
+    wake_ms: float | None = None
+    """From the run to the guest's first frame, by its host's clock."""
     brownout_seconds: float | None
     seconds: float
     gap_ms: float | None
@@ -95,7 +99,10 @@ def _foretold(record: OperationRecord, gap_ms: float | None) -> Foretold | None:
     pause = (running - stopped) * 1000 if stopped is not None and running is not None else None
     seconds = max(times.values()) - min(times.values())
     sending, switch = times.get("precopy"), times.get("switch")
-    measured = gap_ms if gap_ms is not None else _felt(pause, said.blackout_ms - said.pause_ms)
+    answered = times.get("answered")
+    wake = (answered - running) * 1000 if answered is not None and running is not None else None
+    usual = said.blackout_ms - said.pause_ms
+    measured = gap_ms if gap_ms is not None else _felt(pause, usual if wake is None else wake)
     return Foretold(
         id=record.id,
         server=record.subject,
@@ -106,6 +113,7 @@ def _foretold(record: OperationRecord, gap_ms: float | None) -> Foretold | None:
         predicted_brownout_seconds=round(said.brownout_seconds, 3),
         predicted_seconds=round(said.seconds, 3),
         pause_ms=round(pause, 3) if pause is not None else None,
+        wake_ms=round(wake, 3) if wake is not None else None,
         brownout_seconds=round(switch - sending, 3) if sending is not None and switch is not None else None,
         seconds=round(seconds, 3),
         gap_ms=round(gap_ms, 3) if gap_ms is not None else None,
@@ -125,7 +133,7 @@ def _error(said: float, measured: float | None) -> float | None:
 
 def blackout_of(one: Foretold) -> float | None:
     """In milliseconds, as the prediction is judged by."""
-    wake = one.predicted_blackout_ms - one.predicted_pause_ms
+    wake = one.predicted_blackout_ms - one.predicted_pause_ms if one.wake_ms is None else one.wake_ms
     return one.gap_ms if one.gap_ms is not None else _felt(one.pause_ms, wake)
 
 
@@ -138,12 +146,15 @@ def _put_right(found: Sequence[Foretold]) -> dict[str, float]:
     for one in found:
         groups.setdefault((one.way, one.releases), []).append(one)
     errors: dict[str, float] = {}
+    wakes = [f.wake_ms for f in found if f.wake_ms is not None]
     for group in groups.values():
         ratios = [f.pause_ms / f.predicted_pause_ms for f in group if f.pause_ms and f.predicted_pause_ms]
         if len(ratios) >= ENOUGH_SAMPLES:
             ratio = min(max(median(ratios), RATIO_BOUNDS[0]), RATIO_BOUNDS[1])
             for one in group:
                 wake = one.predicted_blackout_ms - one.predicted_pause_ms
+                if len(wakes) >= ENOUGH_SAMPLES:
+                    wake = median(wakes)
                 error = _error(one.predicted_pause_ms * ratio + wake, blackout_of(one))
                 if error is not None:
                     errors[one.id] = error
