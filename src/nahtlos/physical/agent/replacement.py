@@ -36,7 +36,7 @@ KILL_AFTER_SECONDS = 0.3
 """The old VMM's end takes CPU time from the guest that was just resumed."""
 ANSWER_WITHIN = 1.0
 LISTEN_EVERY = 0.005
-TALKATIVE = 100
+TALKATIVE = 50
 """Frames a second. When a guest that says less has come back cannot be told by what it says."""
 
 

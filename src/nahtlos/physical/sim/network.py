@@ -300,11 +300,9 @@ class SimNetwork(SimDriver):
     async def frames_from(self, port: PortId) -> int:
         """Its guests answer each frame."""
         async with self.verb("frames_from", port):
-            taps = [self._tap(port), self.host.board.spares.get(port)]
-            for tap in taps:
-                if tap is not None:
-                    tap.drain(self.world.now())
-            return sum(tap.sent for tap in taps if tap is not None)
+            tap, spare = self._tap(port), self.host.board.spares.get(port)
+            self.world.paths.touch(tap.mac)
+            return tap.sent + (spare.sent if spare is not None else 0)
 
     async def replace_prepare(self, port: PortConfig) -> None:
         async with self.verb("replace_prepare", port.id):

@@ -236,6 +236,7 @@ class Paths:
         if tap.ring or fetched <= 1 or not (tap.vmm and tap.vmm.running):
             return count
         tap.received += fetched
+        tap.sent += fetched
         flow.arrived(flow.sent + 1, flow.next_at + tap.delay, 1)
         if fetched > 1:
             flow.arrived(flow.sent + 2, flow.next_at + INTERVAL + tap.delay, fetched - 1)
