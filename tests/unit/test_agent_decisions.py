@@ -10,7 +10,17 @@ from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Size
 from nahtlos.physical.agent.converge import Act, pinned_ports, server_steps
 from nahtlos.physical.agent.ledger import Hold, Ownership
-from nahtlos.physical.agent.precopy import Sync, Verdict, fraction, seen, verdict
+from nahtlos.physical.agent.precopy import (
+    LATEST_LOOK,
+    SOONEST_LOOK,
+    Look,
+    Sync,
+    Verdict,
+    fraction,
+    look_again,
+    seen,
+    verdict,
+)
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId, VmmStatus
 
 MB = 1 << 20
@@ -162,3 +172,19 @@ def test_what_is_done_for_a_server(wanted, owned, vmms, busy, expected):
 )
 def test_ports_the_host_knows_better(owned, busy, pinned):
     assert pinned_ports(config(), owned, busy) == (frozenset({PortId("p1")}) if pinned else frozenset())
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "seen_now", "expected"),
+    [
+        (None, 1.0, progress(1, 100 * MB), SOONEST_LOOK),
+        (Look(at=1.0, passes=1, remaining=100 * MB), 1.01, progress(1, 99 * MB), LATEST_LOOK),
+        (Look(at=1.0, passes=1, remaining=3 * MB), 1.01, progress(1, 2 * MB), 0.01),
+        (Look(at=1.0, passes=1, remaining=3 * MB), 1.01, progress(1, 0), SOONEST_LOOK),
+        (Look(at=1.0, passes=1, remaining=MB), 1.01, progress(2, 30 * MB), SOONEST_LOOK),
+        (Look(at=1.0, passes=1, remaining=MB), 1.01, progress(1, MB), SOONEST_LOOK),
+    ],
+    ids=["the first", "far from its end", "nearer", "at its end", "a new pass", "it stands still"],
+)
+def test_a_pre_copy_is_looked_at_more_often_near_the_end_of_a_pass(before, now, seen_now, expected) -> None:
+    assert look_again(before, seen_now, now).again == pytest.approx(expected)

@@ -14,6 +14,8 @@ from nahtlos.physical.agent.switch_turn import (
     USE_SECONDS,
     Stage,
     Standing,
+    ask_after,
+    beside,
     heard,
     order_of,
     passed,
@@ -131,6 +133,61 @@ def test_where_a_move_stands(before, act, now, stage, waited) -> None:
 )
 def test_when_a_pre_copy_is_held(standing: Standing, now: float, expected: bool) -> None:
     assert shall_be_slow(standing, now) is expected
+
+
+HUSHED = Standing(stage=Stage.HUSHED, since=10.0, waited=3.0, slow=True)
+WEARIED = 7.0 + LONGEST_WAIT
+
+
+@pytest.mark.parametrize(
+    ("before", "another", "now", "expected"),
+    [
+        (Standing(), True, 10.0, Standing(stage=Stage.HUSHED, since=10.0)),
+        (Standing(), False, 10.0, Standing()),
+        (HUSHED, True, 12.0, HUSHED),
+        (HUSHED, False, 12.0, Standing(since=12.0, waited=5.0, slow=True)),
+        (
+            HUSHED,
+            True,
+            7.0 + LONGEST_WAIT,
+            Standing(since=WEARIED, waited=LONGEST_WAIT, slow=True),
+        ),
+        (Standing(waited=LONGEST_WAIT), True, 10.0, Standing(waited=LONGEST_WAIT)),
+        (WAITS, True, 11.0, WAITS),
+        (READY, True, 11.0, READY),
+    ],
+    ids=[
+        "held at once",
+        "nobody is switched",
+        "still",
+        "on it goes, and the time does not count against it",
+        "but not for ever",
+        "never again after that",
+        "who waits in the line is held by that",
+        "whose turn it is goes on",
+    ],
+)
+def test_a_pre_copy_is_held_while_another_is_switched_here(before, another, now, expected) -> None:
+    assert beside(before, another, now) == expected
+    assert shall_be_slow(HUSHED, 10.0)
+
+
+def test_a_turn_that_nobody_asks_for_any_more_holds_nobody_back() -> None:
+    turns = Turns()
+    turns.ask(A, 0.0)
+    assert (turns.is_anothers(A, 0.1), turns.is_anothers(B, 0.1), turns.is_anothers(B, LATE)) == (
+        False,
+        True,
+        False,
+    )
+
+
+def test_who_is_far_back_in_the_line_asks_seldom_but_keeps_its_place() -> None:
+    turns = Turns()
+    for operation in (A, B, C):
+        turns.ask(operation, 0.0)
+    assert [turns.ahead(operation) for operation in (A, B, C)] == [0, 0, 1]
+    assert ask_after(0) < ask_after(1) < ask_after(1000) < LEASE_SECONDS / 2
 
 
 def test_both_hosts_are_asked_in_one_order_whoever_sends() -> None:

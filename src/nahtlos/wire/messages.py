@@ -288,6 +288,8 @@ class MoveTurnSaid(Message, frozen=True, kw_only=True):
 
     id: OperationId
     granted: bool
+    ahead: int = 0
+    """Others that wait before it: who is far back need not ask so often."""
 
 
 class MoveTurnBack(Message, frozen=True, kw_only=True):

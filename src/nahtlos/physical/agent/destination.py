@@ -171,8 +171,9 @@ class DestinationMove:
                     return Done()
             case MoveTurn():
                 self._check_undecided()
-                granted = self._context.turns.ask(self._order.id, asyncio.get_running_loop().time())
-                return MoveTurnSaid(id=self._order.id, granted=granted)
+                turns, id_ = self._context.turns, self._order.id
+                granted = turns.ask(id_, asyncio.get_running_loop().time())
+                return MoveTurnSaid(id=id_, granted=granted, ahead=turns.ahead(id_))
             case MoveTurnBack():
                 self._context.turns.give_back(self._order.id)
                 return Done()
@@ -219,6 +220,7 @@ class DestinationMove:
                 port, network, MoveRole.DESTINATION, order.source_address, marked=body.marks
             )
         server = with_vcpus(order.server, body.vcpus)
+        await self._context.calm()  # a process that starts takes a core for itself
         await drivers.hypervisor.incoming_start(server, order.epoch, release)
         uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
         for port in order.ports:

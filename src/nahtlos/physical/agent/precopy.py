@@ -21,6 +21,7 @@ from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 MIN_PASSES = 2
 FRESH_SECONDS = 0.012
+SOONEST_LOOK, LATEST_LOOK = 0.002, 0.02
 NEAR_BYTES = 4 << 20
 NEAR_AT_SYNC_BYTES = 8 << 20
 SETTLE_SECONDS = 8.0
@@ -119,6 +120,26 @@ def _affordable(
     speed = link_speed(course, progress, elapsed)
     pause = FORCED_PAUSE_SECONDS if permitted.pause is None else permitted.pause
     return speed > 0 and progress.remaining / speed <= pause
+
+
+class Look(Value, frozen=True, kw_only=True):
+    """At a pre-copy, and how soon to look again."""
+
+    at: float
+    passes: int
+    remaining: int
+    again: float = SOONEST_LOOK
+
+
+def look_again(before: Look | None, progress: MigrationProgress, now: float) -> Look:
+    """In half of the time in which this pass will have ended, as fast as it went since the last look: each
+    look costs processor time that guests need, and only a sync must not be missed."""
+    again = SOONEST_LOOK
+    if before is not None and before.passes == progress.passes and now > before.at:
+        speed = (before.remaining - progress.remaining) / (now - before.at)
+        left = progress.remaining / speed if speed > 0 else 0.0
+        again = min(max(left / 2, SOONEST_LOOK), LATEST_LOOK)
+    return Look(at=now, passes=progress.passes, remaining=progress.remaining, again=again)
 
 
 def fraction(progress: MigrationProgress) -> float:

@@ -45,11 +45,13 @@ from nahtlos.physical.agent.peers import Peer
 from nahtlos.physical.agent.precopy import (
     FRESH_SECONDS,
     NOT_CONVERGED,
+    Look,
     Sync,
     Verdict,
     dirty_rate,
     fraction,
     link_rate,
+    look_again,
     seen,
     verdict,
 )
@@ -71,8 +73,7 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.volumes import PeerAddress
 
-POLL_SECONDS = 0.002
-WAITING_POLL_SECONDS = 0.01
+WAITING_POLL_SECONDS = 0.02
 """While it waits for its turn: looking costs CPU time that others' guests need."""
 DRAIN_SECONDS = 0.5
 KILL_AFTER_SECONDS = 0.3
@@ -220,6 +221,7 @@ class SourceMove:
         started, sync = loop.time(), Sync()
         course, permitted = Course(since=started), self._permitted()
         told = carried = started
+        look: Look | None = None
         while True:
             if self._cancelled.is_set():
                 raise Refused("cancelled by an operator", field="operation")
@@ -234,7 +236,7 @@ class SourceMove:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
             now = loop.time()
             slow = self._turn.is_held
-            sync = seen(sync, progress, now)
+            sync, look = seen(sync, progress, now), look_again(look, progress, now)
             course = held(course, progress, now) if slow else followed(course, progress, now)
             self._context.progress[self._order.id] = fraction(progress)
             began = started + self._turn.waited(now)
@@ -260,7 +262,7 @@ class SourceMove:
                         remedy=remedy_of(permitted),
                     )
                 case Verdict.WAIT | Verdict.SWITCH:
-                    await asyncio.sleep(WAITING_POLL_SECONDS if self._turn.waits else POLL_SECONDS)
+                    await asyncio.sleep(WAITING_POLL_SECONDS if self._turn.waits else look.again)
 
     def _permitted(self) -> Permitted:
         """By the server's owner, and by whoever divides the links."""

@@ -1,13 +1,17 @@
 """One move's turn to be switched, at both of its hosts, and how its pre-copy is held until it comes.
 
     free --near enough to be switched--> waiting --both turns--> returning --settled--> ready
-                                            ^                                            |
-                                            `------ not switched within USE_SECONDS -----'
+     ^ |                                    ^                                            |
+     | `--another is switched here--.       `------ not switched within USE_SECONDS -----'
+     `------------ it has been --- hushed
 
 Turns are asked for in the order of the hosts' names, whichever is the source: two hosts that move servers to
 each other cannot wait for one another. While it waits, the pre-copy is held with little bandwidth, which
 costs neither the guest nor the link much; its own bandwidth is given back some moments before the switch. No
 move waits for longer than LONGEST_WAIT: it is then switched beside the others.
+
+Who is not near yet is held likewise while another is switched at its host: what a pre-copy takes of
+processors and link at that moment, the other's guest waits for.
 
 Decides when to ask and when to switch; what is switched is not known here.
 """
@@ -25,6 +29,7 @@ from nahtlos.physical.agent.turns import LEASE_SECONDS
 from nahtlos.wire.messages import MoveTurn, MoveTurnBack, MoveTurnSaid
 
 ASK_EVERY = 0.02
+"""By the next in the line; those behind it ask so much more seldom as there are others before them."""
 ASK_SECONDS = 5.0
 HELD_BYTES = 4 << 20
 """Bytes a second while waiting: unthrottled, a held pre-copy spins, and its `stop` takes long."""
@@ -41,6 +46,7 @@ assert USE_SECONDS < LEASE_SECONDS
 
 class Stage(StrEnum):
     FREE = "free"
+    HUSHED = "hushed"
     WAITING = "waiting"
     RETURNING = "returning"
     READY = "ready"
@@ -57,12 +63,24 @@ class Standing(Value, frozen=True, kw_only=True):
     slow: bool = False
 
     def waited_by(self, now: float) -> float:
-        return self.waited + (now - self.since if self.stage is Stage.WAITING else 0.0)
+        held_up = self.stage in (Stage.WAITING, Stage.HUSHED)
+        return self.waited + (now - self.since if held_up else 0.0)
 
 
 def wanted(standing: Standing, now: float) -> Standing:
     """It could be switched now."""
-    return standing if standing.stage is not Stage.FREE else _at(standing, Stage.WAITING, now)
+    may_ask = standing.stage in (Stage.FREE, Stage.HUSHED)
+    return _at(standing, Stage.WAITING, now) if may_ask else standing
+
+
+def beside(standing: Standing, another: bool, now: float) -> Standing:
+    """Whether `another` is switched here; it is hushed for LONGEST_WAIT at most, of all its waits."""
+    if standing.stage is Stage.FREE and another and standing.waited < LONGEST_WAIT:
+        return _at(standing, Stage.HUSHED, now)
+    over = not another or standing.waited_by(now) >= LONGEST_WAIT
+    if standing.stage is Stage.HUSHED and over:
+        return _at(standing, Stage.FREE, now)
+    return standing
 
 
 def heard(standing: Standing, granted: bool, now: float) -> Standing:
@@ -87,7 +105,13 @@ def passed(standing: Standing, now: float) -> Standing:
 
 def shall_be_slow(standing: Standing, now: float) -> bool:
     waits = standing.stage is Stage.WAITING
-    return waits and (standing.slow or now - standing.since > PATIENCE_SECONDS)
+    patient = standing.slow or now - standing.since > PATIENCE_SECONDS
+    return standing.stage is Stage.HUSHED or (waits and patient)
+
+
+def ask_after(ahead: int) -> float:
+    """Seconds from one time it asks to the next, with so many before it in the line."""
+    return min(ASK_EVERY * (1 + 4 * ahead), LEASE_SECONDS / 4)
 
 
 def _at(standing: Standing, stage: Stage, now: float) -> Standing:
@@ -117,6 +141,8 @@ class SwitchTurn:
         self._pace = pace
         self._standing = Standing()
         self._asked_at = float("-inf")
+        self._ahead = 0
+        """Others that are before it in the line, where it was last asked for."""
         self._alone = False
         """The other agent knows of no turns."""
 
@@ -131,14 +157,16 @@ class SwitchTurn:
 
     @property
     def waits(self) -> bool:
-        return self._standing.stage is Stage.WAITING
+        return self._standing.stage in (Stage.WAITING, Stage.HUSHED)
 
     async def step(self, now: float, *, near: bool) -> bool:
         """Whether to switch now. `near`: it would cost little. To be called again and again from then on,
         whatever is said of `near`."""
+        another = self._context.turns.is_anothers(self._operation, now)
+        self._standing = beside(self._standing, another, now)
         if near:
             self._standing = wanted(self._standing, now)
-        if self._standing.stage is Stage.WAITING and now - self._asked_at >= ASK_EVERY:
+        if self._standing.stage is Stage.WAITING and now - self._asked_at >= ask_after(self._ahead):
             self._asked_at = now
             self._standing = heard(self._standing, await self._ask(now), now)
             self._say(now)
@@ -160,22 +188,28 @@ class SwitchTurn:
         """Of the second host only with the turn of the first; asking keeps what was given."""
         for host in self._order:
             mine = host == self._context.settings.host
-            granted = self._context.turns.ask(self._operation, now) if mine else await self._ask_other()
-            if not granted:
+            said = self._ask_here(now) if mine else await self._ask_there()
+            self._ahead = said.ahead
+            if not said.granted:
                 return False
         return True
 
-    async def _ask_other(self) -> bool:
+    def _ask_here(self, now: float) -> MoveTurnSaid:
+        turns = self._context.turns
+        granted = turns.ask(self._operation, now)
+        return MoveTurnSaid(id=self._operation, granted=granted, ahead=turns.ahead(self._operation))
+
+    async def _ask_there(self) -> MoveTurnSaid:
+        granted = MoveTurnSaid(id=self._operation, granted=True)
         if self._alone:
-            return True
+            return granted
         try:
-            said = await self._peer.ask(MoveTurn(id=self._operation), MoveTurnSaid, ASK_SECONDS)
+            return await self._peer.ask(MoveTurn(id=self._operation), MoveTurnSaid, ASK_SECONDS)
         except Refused as refused:
             if refused.field != "message":
                 raise
             self._alone = True  # an older agent: only what this host does is done one after another
-            return True
-        return said.granted
+            return granted
 
     def _say(self, now: float) -> None:
         """Whom an operator sees it wait for."""

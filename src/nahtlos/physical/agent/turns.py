@@ -57,6 +57,12 @@ def given_back(line: Line, operation: OperationId) -> Line:
     )
 
 
+def ahead(line: Line, operation: OperationId) -> int:
+    """How many in the line come before `operation`, without who has the turn."""
+    before = [place.operation for place in line.waiting]
+    return before.index(operation) if operation in before else 0
+
+
 def without_lapsed(line: Line, now: float) -> Line:
     since = now - LEASE_SECONDS
     holder = line.holder
@@ -82,6 +88,14 @@ class Turns:
     def give_back(self, operation: OperationId) -> None:
         """Whether it held it, waited for it, or neither."""
         self._line = given_back(self._line, operation)
+
+    def ahead(self, operation: OperationId) -> int:
+        return ahead(self._line, operation)
+
+    def is_anothers(self, operation: OperationId, now: float) -> bool:
+        """Whether somebody else than `operation` has the turn."""
+        holder = without_lapsed(self._line, now).holder
+        return holder is not None and holder.operation != operation
 
     @property
     def holder(self) -> OperationId | None:
