@@ -54,7 +54,7 @@ async def test_convergence_takes_no_step_while_a_path_is_switched(monkeypatch: p
     class Driver:
         async def reconcile(self, *_: object) -> tuple[str, ...]:
             taken.append("reconcile")
-            ctx.switching.add(MOVE)  # the path is switched while this step is under way
+            ctx.switches(MOVE)  # the path is switched while this step is under way
             return ()
 
         async def observe(self) -> tuple[object, ...]:
@@ -132,7 +132,7 @@ async def test_an_orchestrator_that_stays_away_does_not_drown_what_happened_mean
 async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "QUIET_SECONDS", 0.02)
     ctx = context()
-    ctx.switching.add(MOVE)
+    ctx.switches(MOVE)
     async with asyncio.timeout(1.0):
         await ctx.calm()
 
@@ -140,7 +140,7 @@ async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch:
 async def test_a_guest_that_was_just_resumed_gets_a_breath(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BREATH_SECONDS", 0.02)
     ctx = context()
-    ctx.switching.add(MOVE)
+    ctx.switches(MOVE)
     ctx.switched(MOVE)
     waiting = asyncio.create_task(ctx.calm())
     await asyncio.sleep(0.005)
@@ -165,3 +165,8 @@ def test_a_peer_that_closes_at_once_is_no_surprise() -> None:
     closed.close()
     transport = SimpleNamespace(get_extra_info=lambda _: closed)
     websocket._no_delay(cast("Any", SimpleNamespace(transport=transport)))
+
+
+@pytest.mark.parametrize(("pause", "breath"), [(0.02, 0.25), (0.2, 0.6), (5.0, 0.75)])
+def test_the_breath_is_longer_on_a_host_that_took_longer_for_the_switch(pause: float, breath: float) -> None:
+    assert module.breath_after(pause) == pytest.approx(breath)

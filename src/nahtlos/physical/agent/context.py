@@ -21,6 +21,8 @@ QUIET_SECONDS = 1.0
 BREATH_SECONDS = 0.25
 """A guest that was resumed a moment ago has its memory and its code to find again: what agents have to tell
 and to put right would take the CPUs from it just then."""
+BREATHS_OF_PAUSE, LONGEST_BREATH = 3.0, 0.75
+"""A busy host takes longer for a switch, and its guest longer for its breath: so many times as long."""
 
 CONSOLE_RATE = 1 << 20
 CONSOLE_BURST = 512 << 10
@@ -36,6 +38,11 @@ class Freeze:
     """Its guest ran, and stands still for this."""
     broken: bool = False
     """Its guest was not held still all the time."""
+
+
+def breath_after(pause: float) -> float:
+    """Seconds, after a switch that took `pause` seconds."""
+    return min(max(BREATH_SECONDS, BREATHS_OF_PAUSE * pause), LONGEST_BREATH)
 
 
 def _nowhere(work: Coroutine[None, None, None]) -> None:
@@ -93,22 +100,28 @@ class Context:
 
     console_pace: Pace = field(default_factory=lambda: Pace(CONSOLE_RATE, CONSOLE_BURST))
 
-    switching: set[OperationId] = field(default_factory=set[OperationId])
-    """Operations between the switch of the path and a breath after the end of the blackout."""
+    switching: dict[OperationId, float] = field(default_factory=dict[OperationId, float])
+    """Operations between the switch of the path and a breath after the end of the blackout, and since when."""
     turns: Turns = field(default_factory=Turns)
     """Of the moves of this host one at a time is switched."""
     _calmed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def switches(self, operation: OperationId) -> None:
+        """The path of its server is switched from here on."""
+        self.switching[operation] = asyncio.get_running_loop().time()
 
     def switched(self, operation: OperationId) -> None:
         """No frame of `operation` waits any more. Its guest gets a breath before other work is taken up, and
         before the next one is switched."""
         if operation in self.switching:
-            asyncio.get_running_loop().call_later(BREATH_SECONDS, self._breathed, operation)
+            loop = asyncio.get_running_loop()
+            breath = breath_after(loop.time() - self.switching[operation])
+            loop.call_later(breath, self._breathed, operation)
         else:
             self.turns.give_back(operation)
 
     def _breathed(self, operation: OperationId) -> None:
-        self.switching.discard(operation)
+        self.switching.pop(operation, None)
         self.turns.give_back(operation)
         self._calmed.set()
 

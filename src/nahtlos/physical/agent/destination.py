@@ -257,7 +257,7 @@ class DestinationMove:
     async def _switch(self, body: MoveSwitch) -> Message:
         self._check_prepared()
         await self._take_up(body.states)
-        self._context.switching.add(self._order.id)
+        self._context.switches(self._order.id)
         for port in self._order.ports:
             await self._context.drivers.network.move_switch(
                 port, self._context.network_of(port), MoveRole.DESTINATION

@@ -114,7 +114,7 @@ class Replacement(Steps):
         await take_turn(self._context, self._order.id, lambda: self._cancelled)
         self._check_cancelled()
         self._talks = await self._is_talkative()
-        self._context.switching.add(self._order.id)
+        self._context.switches(self._order.id)
         try:
             await self._switch_and_stop()
         finally:

@@ -319,7 +319,7 @@ class SourceMove:
             raise Unavailable(f"{self._order.destination} gave the move up")
 
     async def _hand_over(self) -> MoveOutcome:
-        self._context.switching.add(self._order.id)
+        self._context.switches(self._order.id)
         try:
             return await self._switch_and_stop()
         finally:
