@@ -48,7 +48,7 @@ def begin_nothing(_: Journal) -> None:
 
 
 async def test_convergence_takes_no_step_while_a_path_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BREATH_SECONDS", 0.0)
+    monkeypatch.setattr(module, "breath_after", lambda _: 0.0)
     taken: list[str] = []
 
     class Driver:
@@ -138,7 +138,7 @@ async def test_a_switch_that_does_not_end_holds_nothing_up_for_long(monkeypatch:
 
 
 async def test_a_guest_that_was_just_resumed_gets_a_breath(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BREATH_SECONDS", 0.02)
+    monkeypatch.setattr(module, "breath_after", lambda _: 0.02)
     ctx = context()
     ctx.switches(MOVE)
     ctx.switched(MOVE)

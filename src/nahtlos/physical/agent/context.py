@@ -101,7 +101,7 @@ class Context:
     console_pace: Pace = field(default_factory=lambda: Pace(CONSOLE_RATE, CONSOLE_BURST))
 
     switching: dict[OperationId, float] = field(default_factory=dict[OperationId, float])
-    """Operations between the switch of the path and a breath after the end of the blackout, and since when."""
+    """Operations from the switch of the path to a breath after the end of the blackout, and since when."""
     turns: Turns = field(default_factory=Turns)
     """Of the moves of this host one at a time is switched."""
     _calmed: asyncio.Event = field(default_factory=asyncio.Event)
