@@ -1,25 +1,22 @@
 """One volume that goes from one host to another while a server on a third one writes to it, run in the
 simulated world with something going wrong; if asked for, the server moves at the same time.
 
-`Run` and `Strike` are those of `moving`: the moments are taken from the trace of a clean run.
+The frame is that of `crash_plays`.
 """
 
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
-from moving import BOUND_SECONDS, POLLED, POLLS_STRUCK, Run, Strike, StruckFrame
+from crash_plays import BOUND_SECONDS, EDGE, POLLED, Play, Strike, moments
 
 from nahtlos.model.config import HostConfig, ServerConfig, VolumeEndpoint
 from nahtlos.model.errors import Error, Stale
 from nahtlos.model.ids import HostId, OperationId, ServerId, VolumeId
-from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.physical.sim.agents import AgentProcess
 from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
-from nahtlos.physical.sim.faults import Scripted
 from nahtlos.physical.sim.volumes import hosts_with
 from nahtlos.wire.messages import Acknowledge, BeginMove, Configure, Message, MoveOrder
 from nahtlos.wire.session import Session
@@ -31,7 +28,7 @@ from nahtlos.wire.volumes import (
     VolumeTask,
 )
 
-HOME, CLIENT, TARGET, EDGE = HostId("host-1"), HostId("host-2"), HostId("host-3"), HostId("edge-1")
+HOME, CLIENT, TARGET = HostId("host-1"), HostId("host-2"), HostId("host-3")
 SERVER = ServerId("web-1")
 VOLUME = VolumeId("web-1-v")
 PORT = 10809
@@ -156,7 +153,7 @@ class VolumeConductor(Conductor):
 
 
 @dataclass
-class Relocating(Run):
+class Relocating(Play):
     """`moves`: the server goes from host-2 to host-1 meanwhile, so many seconds after the order."""
 
     moves: float | None = None
@@ -165,44 +162,23 @@ class Relocating(Run):
     left: list[str] = field(default_factory=list[str])
     """Copies that nobody could be told to forget."""
 
-    async def _play(self, folder: Path) -> None:
-        self.cloudlet = Cloudlet.build(
-            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
-        )
-        self.conductor = VolumeConductor(self.cloudlet, storage_host=HOME)
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
-        self.conductor.place(server_spec(1), CLIENT)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(a.run()) for a in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
-        self._judge_volume()
+    def _conducted(self) -> VolumeConductor:
+        conductor = VolumeConductor(self.cloudlet, storage_host=HOME)
+        conductor.place(server_spec(1), CLIENT)
+        return conductor
 
     async def _go(self) -> None:
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, VolumeConductor)
-        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
-        self._since = {}
-        if isinstance(self.faults, StruckFrame):
-            self.faults.armed = True
+        await self._booted(SERVER)
+        self.begin()
         order = conductor.relocate(
             SERVER, TARGET, bytes_per_second=self.bytes_per_second, deadline=self.deadline
         )
         if self.moves is not None:
             self.later(self.moves, self._begin_move)
-        bound = BOUND_SECONDS
-        await world.until(lambda: self._ended(order) is not None, timeout=bound, what="the end")
-        self.status = self._ended(order)
-        await world.until(self._settled, timeout=bound, what="convergence")
+        await self._ends(order.id, order.coordinator)
+        await world.until(self._settled, timeout=BOUND_SECONDS, what="convergence")
         before = world.disks.acknowledged[VOLUME]
         await asyncio.sleep(0.5)
         world.disks.touch(VOLUME)
@@ -211,9 +187,6 @@ class Relocating(Run):
 
     def _begin_move(self) -> None:
         self.conductor.move(SERVER, HOME)
-
-    def _ended(self, order: RelocateOrder) -> OperationStatus | None:
-        return self.conductor.ended.get((order.id, order.coordinator))
 
     def _settled(self) -> bool:
         conductor = self.conductor
@@ -224,16 +197,12 @@ class Relocating(Run):
             return False
         return moved and conductor.converged() and len(self.world.running(SERVER)) == 1
 
-    def _judge_volume(self) -> None:
+    def _judge(self) -> None:
+        super()._judge()
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, VolumeConductor)
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
         if self.status is None:
             return
-        if self.status.state is OperationState.STUCK:
-            self.problems.append(f"stuck: {self.status.error}")
         home, epoch = (TARGET, 2) if self.status.state is OperationState.DONE else (HOME, 1)
         if conductor.home(VOLUME) != (home, epoch):
             self.problems.append(f"{self.status.state}, and it is told to be at {conductor.home(VOLUME)}")
@@ -254,11 +223,4 @@ class Relocating(Run):
 
 def strikes(*, moves: float | None = None) -> Iterator[Strike]:
     """Every moment of a clean run, from the order to its end."""
-    clean = Relocating(moves=moves).play()
-    assert not clean.problems, clean.problems
-    seen: set[Strike] = set()
-    for strike in clean.seen:
-        often = strike.verb in OFTEN and strike.occurrence > POLLS_STRUCK
-        if strike not in seen and not often and strike.host != EDGE:
-            seen.add(strike)
-            yield strike
+    return moments(Relocating(moves=moves), often=OFTEN)

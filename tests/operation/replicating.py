@@ -4,27 +4,24 @@ in the simulated world with something going wrong.
     its rebuild is ordered --ended--> recorded, both written to --the copy's host loses power--> recorded,
     goes on
 
-`Run` and `Strike` are those of `moving`. The record is as short as it can be: which copies are current, by
+The frame is that of `crash_plays`. The record is as short as it can be: which copies are current, by
 which epochs, and how often one was lost.
 """
 
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
-from moving import BOUND_SECONDS, POLLS_STRUCK, Strike, StruckFrame
-from relocating import CLIENT, EDGE, HOME, OFTEN, SERVER, TARGET, VOLUME, Relocating, VolumeConductor
+from crash_plays import BOUND_SECONDS, Play, Strike, moments
+from relocating import CLIENT, HOME, OFTEN, SERVER, TARGET, VOLUME, Relocating, VolumeConductor
 
 from nahtlos.model.config import HostConfig, ServerConfig, VolumeEndpoint
 from nahtlos.model.ids import HostId, OperationId, PortId, ServerId, VolumeId
-from nahtlos.model.inventory import OperationState, OperationStatus
+from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
 from nahtlos.physical.agent.volumes.replicas import reached_by_copies
-from nahtlos.physical.sim.agents import AgentProcess
 from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
-from nahtlos.physical.sim.faults import Scripted
 from nahtlos.physical.sim.volumes import hosts_with
 from nahtlos.wire.messages import Hello, Message, Report, Welcome
 from nahtlos.wire.session import Session
@@ -160,42 +157,22 @@ class Replicating(Relocating):
     anew: bool = False
     """The copy is made anew by an operator's wish, while its server writes to it."""
 
-    async def _play(self, folder: Path) -> None:
-        self.cloudlet = Cloudlet.build(
-            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
-        )
-        self.conductor = ReplicaConductor(self.cloudlet, storage_host=HOME)
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
-        self.conductor.place(server_spec(1), CLIENT)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(a.run()) for a in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
-        self._judge_copies()
+    def _conducted(self) -> ReplicaConductor:
+        conductor = ReplicaConductor(self.cloudlet, storage_host=HOME)
+        conductor.place(server_spec(1), CLIENT)
+        return conductor
 
     async def _go(self) -> None:
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, ReplicaConductor)
-        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+        await self._booted(SERVER)
         conductor.pin()
         await asyncio.sleep(0.1)
         await world.until(conductor.converged, timeout=60, what="everybody knows what is pinned")
-        self._since = {}
-        if isinstance(self.faults, StruckFrame):
-            self.faults.armed = True
+        self.begin()
         order = conductor.rebuild(SERVER)
         bound = BOUND_SECONDS
-        await world.until(lambda: self._status(order) is not None, timeout=bound, what="the end")
-        self.status = self._status(order)
+        await self._ends(order.id, order.coordinator)
         await world.until(self._quiet, timeout=bound, what="convergence")
         await self._writes_on()
         if self.anew and TARGET in conductor.current:
@@ -229,8 +206,7 @@ class Replicating(Relocating):
         conductor.give_up_copy()
         await world.until(conductor.converged, timeout=BOUND_SECONDS, what="the copy's being stale is known")
         order = conductor.rebuild(SERVER)
-        await world.until(lambda: self._status(order) is not None, timeout=BOUND_SECONDS, what="the end")
-        self.status = self._status(order)
+        await self._ends(order.id, order.coordinator)
         await world.until(self._quiet, timeout=BOUND_SECONDS, what="convergence")
         await self._writes_on()
 
@@ -248,9 +224,6 @@ class Replicating(Relocating):
         if len(conductor.current) > 1 and any(held[host].in_doubt for host in conductor.current):
             self.problems.append("several copies count that may differ")
 
-    def _status(self, order: RebuildOrder) -> OperationStatus | None:
-        return self.conductor.ended.get((order.id, order.coordinator))
-
     def _quiet(self) -> bool:
         conductor = self.conductor
         assert isinstance(conductor, ReplicaConductor)
@@ -266,14 +239,10 @@ class Replicating(Relocating):
 
         await self.world.until(more, timeout=BOUND_SECONDS, what="further writes")
 
-    def _judge_copies(self) -> None:
+    def _judge(self) -> None:
+        Play._judge(self)
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, ReplicaConductor)
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
-        if self.status is not None and self.status.state is OperationState.STUCK:
-            self.problems.append(f"stuck: {self.status.error}")
         held = hosts_with(world, VOLUME)
         for host in conductor.current:
             if host not in held or held[host].writes != world.disks.acknowledged[VOLUME]:
@@ -287,11 +256,4 @@ class Replicating(Relocating):
 
 def strikes(clean: Replicating | None = None) -> Iterator[Strike]:
     """Every moment of a clean run."""
-    clean = (clean or Replicating()).play()
-    assert not clean.problems, clean.problems
-    seen: set[Strike] = set()
-    for strike in clean.seen:
-        often = strike.verb in OFTEN and strike.occurrence > POLLS_STRUCK
-        if strike not in seen and not often and strike.host != EDGE:
-            seen.add(strike)
-            yield strike
+    return moments(clean or Replicating(), often=OFTEN)

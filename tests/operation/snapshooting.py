@@ -1,21 +1,17 @@
 """A group of snapshots over two servers' volumes on two hosts, ordered at a third one, in the simulated world
 with something going wrong. What was taken must be of one moment, or nothing may be left of it."""
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
-from moving import BOUND_SECONDS, POLLED, POLLS_STRUCK, Run, Strike, StruckFrame
-from relocating import EDGE, VolumeConductor
+from crash_plays import BOUND_SECONDS, Play, Strike, moments
+from relocating import VolumeConductor
 
 from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import Consistency, SnapshotSpec
-from nahtlos.physical.sim.agents import AgentProcess
-from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
-from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.cloudlet import server_spec
 from nahtlos.physical.sim.guests import Guest
 from nahtlos.wire.volumes import SnapshotOrder
 
@@ -26,7 +22,7 @@ PLACES = {VOLUMES[0]: FIRST, VOLUMES[1]: SECOND}
 
 
 @dataclass
-class Snapshooting(Run):
+class Snapshooting(Play):
     """`moves`: the first server goes to host-1 meanwhile. `one_host`: both volumes are at the first host."""
 
     moves: float | None = None
@@ -38,44 +34,22 @@ class Snapshooting(Run):
     without_agent: bool = False
     """So is the guest of the first server."""
 
-    async def _play(self, folder: Path) -> None:
-        self.cloudlet = Cloudlet.build(
-            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
-        )
-        self.conductor = VolumeConductor(self.cloudlet, storage_host=FIRST)
+    def _conducted(self) -> VolumeConductor:
+        conductor = VolumeConductor(self.cloudlet, storage_host=FIRST)
         if not self.one_host:
-            self.conductor.homes[VOLUMES[1]] = (SECOND, 1)
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
+            conductor.homes[VOLUMES[1]] = (SECOND, 1)
         agents = self.consistency is not Consistency.CRASH
         for number, place in ((1, THIRD), (2, SECOND)):
-            spec = msgspec.structs.replace(server_spec(number), guest_agent=agents)
-            self.conductor.place(spec, place)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(a.run()) for a in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
-        self._judge_group()
+            conductor.place(msgspec.structs.replace(server_spec(number), guest_agent=agents), place)
+        return conductor
 
     async def _go(self) -> None:
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, VolumeConductor)
-        await world.until(
-            lambda: all(world.facts(s).up for s in SERVERS) and conductor.converged(), timeout=60, what="boot"
-        )
+        await self._booted(*SERVERS)
         world.silent |= {SERVERS[0]} if self.silent else set()
         world.without_agent |= {SERVERS[0]} if self.without_agent else set()
-        self._since = {}
-        if isinstance(self.faults, StruckFrame):
-            self.faults.armed = True
+        self.begin()
         order = SnapshotOrder(
             id=OperationId("op-group"),
             coordinator=FIRST,
@@ -95,9 +69,7 @@ class Snapshooting(Run):
         conductor.order(order)
         if self.moves is not None:
             self.later(self.moves, lambda: conductor.move(SERVERS[0], FIRST))
-        key = (order.id, FIRST)
-        await world.until(lambda: key in conductor.ended, timeout=BOUND_SECONDS, what="the end")
-        self.status = conductor.ended[key]
+        await self._ends(order.id, FIRST)
         await world.until(self._settled, timeout=BOUND_SECONDS, what="every server to run")
 
     def _home(self, volume: VolumeId) -> HostId:
@@ -118,15 +90,13 @@ class Snapshooting(Run):
         """Snapshots that are said to be of frozen file systems."""
         return self.status.result.get("filesystem", "").split() if self.status else []
 
-    def _judge_group(self) -> None:
+    def _judge(self) -> None:
+        super()._judge()
         world = self.world
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
         taken = [s for host in world.hosts.values() for s in host.snapshots.values()]
         if self.status is None or self.status.state is OperationState.STUCK:
-            self.problems.append(f"not ended: {self.status}")
-        elif self.status.state is OperationState.DONE:
+            return
+        if self.status.state is OperationState.DONE:
             if len(taken) != len(VOLUMES):
                 self.problems.append(f"only {[s.spec.id for s in taken]} were taken")
             elif torn := world.disks.torn(taken):
@@ -147,11 +117,4 @@ class Snapshooting(Run):
 
 
 def strikes(consistency: Consistency = Consistency.CRASH) -> Iterator[Strike]:
-    clean = Snapshooting(consistency=consistency).play()
-    assert not clean.problems, clean.problems
-    seen: set[Strike] = set()
-    for strike in clean.seen:
-        often = strike.verb in POLLED and strike.occurrence > POLLS_STRUCK
-        if strike not in seen and not often and strike.host != EDGE:
-            seen.add(strike)
-            yield strike
+    return moments(Snapshooting(consistency=consistency))

@@ -1,25 +1,21 @@
 """Two snapshots of a volume that go from one host to another while a server on a third one writes to the
 volume, run in the simulated world with something going wrong. If they came, their source is told to let go.
 
-`Run` and `Strike` are those of `moving`: the moments are taken from the trace of a clean run.
+The frame is that of `crash_plays`.
 """
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
-from moving import BOUND_SECONDS, Run, Strike, StruckFrame
+from crash_plays import BOUND_SECONDS, Play, Strike, moments
 from relocating import CLIENT, HOME, PORT, SERVER, TARGET, VOLUME, VolumeConductor
 
 from nahtlos.model.config import HostConfig, VolumeEndpoint
 from nahtlos.model.ids import HostId, OperationId, SnapshotId
 from nahtlos.model.inventory import OperationState, OperationStatus
 from nahtlos.model.storage import SnapshotSpec
-from nahtlos.physical.sim.agents import AgentProcess
-from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
-from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.cloudlet import server_spec
 from nahtlos.physical.sim.volumes import Snapshot
 from nahtlos.wire.volumes import MoveSnapshotsOrder
 
@@ -40,43 +36,24 @@ class SnapshotConductor(VolumeConductor):
 
 
 @dataclass
-class SnapshotMoving(Run):
+class SnapshotMoving(Play):
     bytes_per_second: int = 0
     gone: list[str] = field(default_factory=list[str])
     """Snapshots that were nowhere for a moment."""
 
-    async def _play(self, folder: Path) -> None:
-        self.cloudlet = Cloudlet.build(
-            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
-        )
-        self.conductor = SnapshotConductor(self.cloudlet, storage_host=HOME)
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
-        self.conductor.place(server_spec(1), CLIENT)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(a.run()) for a in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
-        self._judge_snapshots()
+    def _conducted(self) -> SnapshotConductor:
+        conductor = SnapshotConductor(self.cloudlet, storage_host=HOME)
+        conductor.place(server_spec(1), CLIENT)
+        return conductor
 
     async def _go(self) -> None:
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, SnapshotConductor)
-        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+        await self._booted(SERVER)
         for name, writes in SNAPSHOTS.items():
             spec = SnapshotSpec(id=name, volume=VOLUME, size_mib=40)
             world.hosts[HOME].snapshots[name] = Snapshot(spec, writes)
-        self._since = {}
-        if isinstance(self.faults, StruckFrame):
-            self.faults.armed = True
+        self.begin()
         at = self.cloudlet.spec(HOME)
         conductor.order(
             MoveSnapshotsOrder(
@@ -116,14 +93,11 @@ class SnapshotMoving(Run):
         done = self.status is not None and self.status.state is OperationState.DONE
         return self.conductor.converged() and not (done and hosts[HOME].snapshots)
 
-    def _judge_snapshots(self) -> None:
+    def _judge(self) -> None:
+        super()._judge()
         world = self.world
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
         self.problems += self.gone[:1]
         if self.status is None or self.status.state is OperationState.STUCK:
-            self.problems.append(f"not ended: {self.status}")
             return
         here, other = (TARGET, HOME) if self.status.state is OperationState.DONE else (HOME, TARGET)
         if world.hosts[here].snapshots.keys() != SNAPSHOTS.keys() or world.hosts[other].snapshots:
@@ -135,12 +109,10 @@ class SnapshotMoving(Run):
 
 def strikes() -> Iterator[Strike]:
     """Every moment of a clean run that is the operation's own, from the order to its end."""
-    clean = SnapshotMoving().play()
-    assert not clean.problems, clean.problems
-    seen: set[Strike] = set()
-    for strike in clean.seen:
+
+    def own(strike: Strike) -> bool:
         journal = strike.driver == "ledger" and strike.verb in ("begin", "work", "end")
-        own = journal or "offer" in strike.verb or "fetch" in strike.verb
-        if strike not in seen and own and strike.host in (HOME, TARGET):
-            seen.add(strike)
-            yield strike
+        moves = journal or "offer" in strike.verb or "fetch" in strike.verb
+        return moves and strike.host in (HOME, TARGET)
+
+    return moments(SnapshotMoving(), often=(), counts=own)

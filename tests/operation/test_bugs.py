@@ -3,7 +3,8 @@ twice, and the agent lives. Where even that fails the operation is stuck, its se
 starting the agent again takes it up."""
 
 import pytest
-from moving import DESTINATION, SERVER, SOURCE, Run, Strike, strikes
+from crash_plays import Strike
+from moving import DESTINATION, SERVER, SOURCE, Run, strikes
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.agent.source import SourceMove

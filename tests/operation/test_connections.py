@@ -3,7 +3,8 @@ move to a host that cannot take it up. That it survives every fault is in `test_
 a strict firewall, too."""
 
 import msgspec
-from moving import DESTINATION, MAC, SERVER, SOURCE, Run, Strike, frames
+from crash_plays import Strike
+from moving import DESTINATION, MAC, SERVER, SOURCE, Run, frames
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment

@@ -3,10 +3,9 @@ of frozen file systems is, every guest is thawed, and one whose agent does not a
 asked."""
 
 import os
-from collections.abc import Iterable
 
 import pytest
-from moving import hold_down
+from crash_plays import failures, hold_down
 from snapshooting import FIRST, SECOND, THIRD, Snapshooting, strikes
 
 from nahtlos.model.ids import HostId
@@ -18,15 +17,6 @@ STRICT, SOFT = Consistency.FILESYSTEM, Consistency.PREFERRED
 STRIKES = list(strikes(STRICT))
 STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 THOROUGH = bool(os.environ.get("NAHTLOS_THOROUGH"))
-
-
-def failures(runs: Iterable[tuple[str, Snapshooting]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
 
 
 @pytest.mark.parametrize("one_host", [False, True])

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from moving import BOUND_SECONDS, DESTINATION, SERVER, SOURCE, Event, Run, Strike, kill_agents
+from crash_plays import BOUND_SECONDS, Event, Strike, kill_agents
+from moving import DESTINATION, SERVER, SOURCE, Run
 
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import HostId, ServerId
@@ -32,9 +33,9 @@ class Talking(Run):
     read: list[ConsoleOutput] = field(default_factory=list[ConsoleOutput])
     ways: tuple[str, ...] = ("move",)
 
-    async def _move(self) -> None:
-        world, conductor = self.world, self.conductor
-        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
+    async def _go(self) -> None:
+        world = self.world
+        await self._booted(SERVER)
         self.said += world.hosts[SOURCE].consoles[world.running(SERVER)[0].id]
         async with asyncio.TaskGroup() as tasks:
             others = [tasks.create_task(self._talk()), tasks.create_task(self._follow())]

@@ -3,7 +3,8 @@ end within the server's budget by what its owner permits, or are undone long bef
 
 import msgspec
 import pytest
-from moving import SERVER, SOURCE, Run, Strike
+from crash_plays import Strike
+from moving import SERVER, SOURCE, Run
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.prediction import Means

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from moving import DESTINATION, SERVER, SOURCE, Run, Strike
+from crash_plays import Strike
+from moving import DESTINATION, SERVER, SOURCE, Run
 
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import ComputeStatus, OperationState
@@ -22,7 +23,7 @@ class Giving(Run):
     in_place = False
     clings = False
 
-    async def _move(self) -> None:
+    async def _go(self) -> None:
         self.want(vcpus=1, memory_mib=64, max_vcpus=4, boot_memory_mib=64, max_memory_mib=256)
         await self.rests()
         self.begin()

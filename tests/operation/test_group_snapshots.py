@@ -2,13 +2,11 @@
 on."""
 
 import os
-from collections.abc import Iterable
 
 import pytest
-from moving import Event, StruckFrame, hold_down, kill_agents, partition
+from crash_plays import Event, failures, failures_of_frames, hold_down, kill_agents, kill_storage, partition
 from snapshooting import FIRST, SECOND, SERVERS, THIRD, Snapshooting, strikes
 
-from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
 from nahtlos.wire.memory import Fate
@@ -17,19 +15,6 @@ STRIKES = list(strikes())
 STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 THOROUGH = bool(os.environ.get("NAHTLOS_THOROUGH"))
 A, B, C = f"host/{FIRST}", f"host/{SECOND}", f"host/{THIRD}"
-
-
-def failures(runs: Iterable[tuple[str, Snapshooting]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
-
-
-def kill_storage(host: HostId) -> Event:
-    return lambda run: run.world.kill_storage(host)
 
 
 def test_undisturbed_it_is_of_one_moment_and_the_stop_is_short() -> None:
@@ -94,17 +79,8 @@ def test_something_happens_at_a_step(event: Event) -> None:
     ],
 )
 def test_a_message_meets_its_fate(fate: Fate) -> None:
-    found: list[str] = []
-    for sender, receiver in ((A, B), (B, A), (A, C), (C, A)):
-        counter = StruckFrame(sender, receiver, 0, Fate())
-        assert not Snapshooting(faults=counter).play().problems
-        found += failures(
-            (
-                f"{number}. from {sender} to {receiver}",
-                Snapshooting(faults=StruckFrame(sender, receiver, number, fate)),
-            )
-            for number in range(1, counter.count + 1)
-        )
+    lines = ((A, B), (B, A), (A, C), (C, A))
+    found = failures_of_frames(lambda faults: Snapshooting(faults=faults), lines, fate)
     assert not found, "\n".join(found)
 
 

@@ -4,7 +4,8 @@ destination knows whose the server is.
 """
 
 import pytest
-from moving import DESTINATION, SERVER, SOURCE, Event, Run, Strike, kill_agents, partition
+from crash_plays import Event, Strike, kill_agents, partition
+from moving import DESTINATION, SERVER, SOURCE, Run
 
 from nahtlos.physical.sim.faults import Moment
 

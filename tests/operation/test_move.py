@@ -8,27 +8,18 @@ copy, no packet lost unless its path itself was struck, the operation ended on b
 import os
 
 import pytest
-from moving import (
-    DESTINATION,
-    SERVER,
-    SOURCE,
+from crash_plays import (
     Event,
-    Run,
-    StruckFrame,
-    break_lines,
-    cut_stream,
     failures,
-    frames,
+    failures_of_frames,
     hold_down,
     kill_agents,
     kill_orchestrator,
     kill_storage,
-    kill_vmm,
     lose_power,
     partition,
-    stall_stream,
-    strikes,
 )
+from moving import DESTINATION, SERVER, SOURCE, Run, break_lines, cut_stream, kill_vmm, stall_stream, strikes
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
@@ -91,7 +82,7 @@ def test_a_verb_keeps_failing_for_a_while() -> None:
         pytest.param(kill_vmm(DESTINATION), id="destination-vmm-killed"),
         pytest.param(lose_power(SOURCE), id="source-host-without-power"),
         pytest.param(lose_power(DESTINATION), id="destination-host-without-power"),
-        pytest.param(kill_storage, id="storage-daemon-killed"),
+        pytest.param(kill_storage(SOURCE), id="storage-daemon-killed"),
         pytest.param(break_lines, id="peers-line-breaks"),
         pytest.param(partition(A, B, 5.0), id="peers-parted-for-5s"),
         pytest.param(cut_stream, id="stream-cut"),
@@ -129,15 +120,8 @@ def test_something_lasts_long_from_a_step_on(event: Event) -> None:
     ],
 )
 def test_a_message_meets_its_fate(fate: Fate) -> None:
-    found: list[str] = []
-    for sender, receiver in ((A, B), (B, A), (ORCHESTRATOR, A), (ORCHESTRATOR, B)):
-        found += failures(
-            (
-                f"{number}. from {sender} to {receiver}",
-                Run(faults=StruckFrame(sender, receiver, number, fate)),
-            )
-            for number in range(1, frames(sender, receiver) + 1)
-        )
+    lines = ((A, B), (B, A), (ORCHESTRATOR, A), (ORCHESTRATOR, B))
+    found = failures_of_frames(lambda faults: Run(faults=faults), lines, fate)
     assert not found, "\n".join(found)
 
 

@@ -7,7 +7,8 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
-from moving import DESTINATION, SERVER, SOURCE, Run, Strike, strikes
+from crash_plays import Strike
+from moving import DESTINATION, SERVER, SOURCE, Run, strikes
 
 from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import OperationState
@@ -31,9 +32,9 @@ class Cancelled(Run):
     """From the order to cancel to the end."""
     second: OperationState | None = None
 
-    async def _move(self) -> None:
-        self.does = Cancelled._begin_to_end  # type: ignore[assignment]
-        await super()._move()
+    async def _go(self) -> None:
+        self.does = Cancelled._begin_to_end
+        await super()._go()
         if self.again and self.status is not None and self.status.state is OperationState.UNDONE:
             self.world.stall_link(SOURCE, DESTINATION, on=False)
             order = self.conductor.move(SERVER, DESTINATION, 2)

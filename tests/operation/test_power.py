@@ -5,7 +5,8 @@ import functools
 
 import msgspec
 import pytest
-from moving import DESTINATION, SERVER, SOURCE, Run, Strike
+from crash_plays import Strike
+from moving import DESTINATION, SERVER, SOURCE, Run
 
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import RunState, ServerStatus

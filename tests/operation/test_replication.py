@@ -8,15 +8,13 @@ go on.
 """
 
 import os
-from collections.abc import Iterable
 
 import pytest
-from moving import Event, Run, hold_down, kill_agents, kill_orchestrator, partition
+from crash_plays import Event, failures, hold_down, kill_agents, kill_orchestrator, kill_storage, partition
 from relocating import CLIENT, HOME, SERVER, TARGET
 from replicating import ReplicaConductor, Replicating, strikes
 
 from nahtlos.model.config import ServerConfig
-from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.agent import converge
 from nahtlos.physical.agent.context import Context
@@ -25,23 +23,6 @@ from nahtlos.physical.sim.faults import Act, Moment
 STRIKES = list(strikes())
 STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 SOME_STEPS = STEPS if os.environ.get("NAHTLOS_THOROUGH") else STEPS[::4]
-
-
-def failures(runs: Iterable[tuple[str, Replicating]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
-
-
-def kill_storage(*hosts: HostId) -> Event:
-    def does(run: Run) -> None:
-        for host in hosts:
-            run.world.kill_storage(host)
-
-    return does
 
 
 def test_undisturbed_the_copy_comes_and_its_loss_is_recorded_before_the_server_goes_on() -> None:

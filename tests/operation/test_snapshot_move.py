@@ -1,14 +1,11 @@
 """Snapshots that go to another host under single faults: they come whole or not at all, they are somewhere at
 every moment, and nothing of them is left where they are not kept."""
 
-from collections.abc import Iterable
-
 import pytest
-from moving import Event, StruckFrame, hold_down, kill_agents, partition
+from crash_plays import Event, failures, failures_of_frames, hold_down, kill_agents, kill_storage, partition
 from relocating import HOME, TARGET
-from snapshot_moving import OPERATION, SnapshotMoving, strikes
+from snapshot_moving import OPERATION, SnapshotConductor, SnapshotMoving, strikes
 
-from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
 from nahtlos.wire.memory import Fate
@@ -19,24 +16,13 @@ STEPS = [s for s in STRIKES if s.moment is Moment.AFTER]
 A, B = f"host/{HOME}", f"host/{TARGET}"
 
 
-def failures(runs: Iterable[tuple[str, SnapshotMoving]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
-
-
-def kill_storage(host: HostId) -> Event:
-    return lambda run: run.world.kill_storage(host)
-
-
 def told(message: CancelOperation | SetCopySpeed, seconds: float) -> Event:
     def does(run: SnapshotMoving) -> None:
-        run.later(seconds, lambda: run.conductor.say(TARGET, message))  # type: ignore[attr-defined]
+        assert isinstance(run.conductor, SnapshotConductor)
+        conductor = run.conductor
+        run.later(seconds, lambda: conductor.say(TARGET, message))
 
-    return does  # type: ignore[return-value]
+    return does
 
 
 def test_undisturbed_they_come_and_their_source_lets_go() -> None:
@@ -80,17 +66,8 @@ def test_something_happens_at_a_step(event: Event) -> None:
 
 
 def test_a_message_is_lost() -> None:
-    fate, found = Fate(copies=0), list[str]()
-    for sender, receiver in ((A, B), (B, A)):
-        counter = StruckFrame(sender, receiver, 0, Fate())
-        assert not SnapshotMoving(faults=counter).play().problems
-        found += failures(
-            (
-                f"{number}. from {sender} to {receiver}",
-                SnapshotMoving(faults=StruckFrame(sender, receiver, number, fate)),
-            )
-            for number in range(1, counter.count + 1)
-        )
+    lines = ((A, B), (B, A))
+    found = failures_of_frames(lambda faults: SnapshotMoving(faults=faults), lines, Fate(copies=0))
     assert not found, "\n".join(found)
 
 

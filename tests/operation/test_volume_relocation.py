@@ -6,13 +6,24 @@ from what is read, never are there two homes, the operation ends, and the server
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
-from moving import Event, Run, Strike, StruckFrame, hold_down, kill_agents, kill_orchestrator, partition
+from crash_plays import (
+    Event,
+    Strike,
+    all_at_once,
+    failures,
+    failures_of_frames,
+    hold_down,
+    kill_agents,
+    kill_orchestrator,
+    kill_storage,
+    lose_power,
+    partition,
+)
 from relocating import CLIENT, HOME, SERVER, TARGET, VOLUME, Relocating, VolumeConductor, strikes
 
-from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
 from nahtlos.wire.memory import Fate
@@ -24,40 +35,6 @@ STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 THOROUGH = bool(os.environ.get("NAHTLOS_THOROUGH"))
 SOME_STEPS = STEPS if THOROUGH else STEPS[::4]
 A, B, C, ORCHESTRATOR = f"host/{HOME}", f"host/{TARGET}", f"host/{CLIENT}", "orchestrator"
-
-
-def failures(runs: Iterable[tuple[str, Relocating]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
-
-
-def kill_storage(*hosts: HostId) -> Event:
-    def does(run: Run) -> None:
-        for host in hosts:
-            run.world.kill_storage(host)
-
-    return does
-
-
-def lose_power(host: HostId) -> Event:
-    def does(run: Run) -> None:
-        run.world.power_off(host)
-        run.later(0, lambda: run.agents[host].kill("power"))
-        run.later(5.0, lambda: run.world.power_on(host))
-
-    return does
-
-
-def all_at_once(*events: Event) -> Event:
-    def does(run: Run) -> None:
-        for event in events:
-            event(run)
-
-    return does
 
 
 def test_undisturbed_the_volume_goes_and_its_server_writes_on() -> None:
@@ -148,17 +125,8 @@ def test_something_lasts_long_from_a_step_on(event: Event) -> None:
     ],
 )
 def test_a_message_meets_its_fate(fate: Fate) -> None:
-    found: list[str] = []
-    for sender, receiver in ((A, B), (B, A), (A, C), (C, A), (ORCHESTRATOR, A)):
-        counter = StruckFrame(sender, receiver, 0, Fate())
-        assert not Relocating(faults=counter).play().problems
-        found += failures(
-            (
-                f"{number}. from {sender} to {receiver}",
-                Relocating(faults=StruckFrame(sender, receiver, number, fate)),
-            )
-            for number in range(1, counter.count + 1)
-        )
+    lines = ((A, B), (B, A), (A, C), (C, A), (ORCHESTRATOR, A))
+    found = failures_of_frames(lambda faults: Relocating(faults=faults), lines, fate)
     assert not found, "\n".join(found)
 
 
@@ -186,7 +154,7 @@ def test_the_server_moves_meanwhile_and_a_verb_fails(act: Act) -> None:
 def told(message: CancelOperation | SetCopySpeed, seconds: float) -> Event:
     """The orchestrator says it to the coordinator so long after the order."""
 
-    def does(run: Run) -> None:
+    def does(run: Relocating) -> None:
         assert isinstance(run.conductor, VolumeConductor)
         run.later(seconds, lambda: run.conductor.say(HOME, message))
 

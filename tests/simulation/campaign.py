@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crash_plays import memory
 from other_release import newer
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, SimulatedCloud
 
 from nahtlos.model.blueprint import CampaignState, WaitKind
 from nahtlos.model.errors import Conflict

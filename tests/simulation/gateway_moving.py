@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moving import POLLED, POLLS_STRUCK, Strike
+from crash_plays import POLLED, POLLS_STRUCK, Strike, memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, SimulatedCloud
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.ids import HostId, NetworkId, RouterId, SubnetId

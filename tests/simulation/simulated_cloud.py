@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from crash_plays import memory
+
 from nahtlos.model.blueprint import HostPhase
 from nahtlos.model.errors import NotFound
 from nahtlos.model.ids import HostId, ImageId, ReleaseId, ServerId
@@ -286,7 +288,3 @@ def _template(edges: int) -> Path:
 
     run_virtual(make(), seed=0, limit_seconds=60)
     return folder / DATABASE
-
-
-def memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None

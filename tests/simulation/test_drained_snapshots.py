@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, IMAGE, SimulatedCloud
 
 from nahtlos.model.blueprint import HostIntent, HostPhase
 from nahtlos.model.ids import HostId, ServerId, SnapshotId, VolumeId

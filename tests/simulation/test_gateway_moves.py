@@ -3,8 +3,8 @@ every verb, drivers that fail, hosts parted, an orchestrator killed: nobody lose
 out."""
 
 import pytest
+from crash_plays import Strike
 from gateway_moving import DESTINATION, SOURCE, GatewayRun, strikes
-from moving import Strike
 
 from nahtlos.physical.sim.faults import Act
 from nahtlos.wire.memory import Faults

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, SimulatedCloud
 
 from nahtlos.model.errors import Conflict, Error
 from nahtlos.model.ids import ServerId

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, SimulatedCloud
 
 from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.blueprint import HostPhase

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from simulated_cloud import memory
+from crash_plays import agents_of, conducted, memory
 
 from nahtlos.model.ids import HostId, OperationId, ServerId
 from nahtlos.model.inventory import OperationState
@@ -63,21 +63,10 @@ class Crossing:
     async def _play(self, folder: Path) -> None:
         self.cloudlet = cloudlet = Cloudlet.build(folder, hosts=len(HOSTS), seed=self.seed)
         self.conductor = Conductor(cloudlet, storage_host=HOSTS[0])
-        for spec in cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                cloudlet.world, cloudlet.network, cloudlet.settings(spec.id), dress=self.dress.get(spec.id)
-            )
+        self.agents = agents_of(cloudlet, self.dress)
         for number in range(1, 1 + SERVERS):
             self.conductor.place(server_spec(number), HOSTS[number % len(HOSTS)])
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(agent.run()) for agent in self.agents.values()]
-            try:
-                await self._cross()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            for task in running:
-                task.cancel()
+        self.problems += await conducted(self.conductor, self.agents, self._cross)
         self._judge()
 
     async def _cross(self) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, memory
+from simulated_cloud import DATABASE, IMAGE, SimulatedCloud
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from campaign import Campaign, Plan, Verdict
+from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, memory
+from simulated_cloud import DATABASE
 
 from nahtlos.model import version_pairs
 from nahtlos.model.blueprint import Strategy

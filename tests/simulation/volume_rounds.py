@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from relocating import EDGE, VolumeConductor
-from simulated_cloud import memory
+from crash_plays import EDGE, agents_of, complaints, conducted, memory
+from relocating import VolumeConductor
 
 from nahtlos.model.ids import HostId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationState
@@ -73,22 +73,10 @@ class Rounds:
             folder, hosts=3, seed=self.seed, troubles=self.troubles, faults=self.faults
         )
         self.conductor = VolumeConductor(self.cloudlet, storage_host=HOSTS[0])
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.cloudlet.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
+        self.agents = agents_of(self.cloudlet)
         for number in range(self.servers):
             self.conductor.place(server_spec(number + 1), self.chance.choice(HOSTS))
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(agent.run()) for agent in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
+        self.problems += await conducted(self.conductor, self.agents, self._go)
         self._judge()
 
     async def _go(self) -> None:
@@ -194,9 +182,7 @@ class Rounds:
 
     def _judge(self) -> None:
         world, conductor = self.cloudlet.world, self.conductor
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {bug!r}" for bug in agent.bugs]
+        self.problems += complaints(world, self.agents)
         for order in self._relocations:
             ended = conductor.ended.get((order.id, order.coordinator))
             self.relocated += ended is not None and ended.state is OperationState.DONE
