@@ -25,8 +25,8 @@ class Powering(Run):
     deaf = False
     hard = False
 
-    async def _move(self) -> None:
-        await self._booted()
+    async def _go(self) -> None:
+        await self._booted(SERVER)
         self.begin()
         if self.deaf:
             self.world.deaf.add(SERVER)
@@ -40,10 +40,6 @@ class Powering(Run):
         await self.ask(msgspec.structs.replace(ANEW, hard=self.hard), RunState.RUNNING, DESTINATION)
         assert self.world.facts(SERVER).boots == 3
         await self.world.until(self._tidy, timeout=WITHIN, what="nothing left over")
-
-    async def _booted(self) -> None:
-        world, conductor = self.world, self.conductor
-        await world.until(lambda: world.facts(SERVER).up and conductor.converged(), timeout=60, what="boot")
 
     async def ask(self, power: Power, state: RunState, host: HostId = SOURCE) -> None:
         if power.state is PowerState.OFF or power.boot == ANEW.boot:
@@ -127,8 +123,8 @@ def test_agents_that_die_or_drivers_that_fail_at_any_step_of_it(driver: str, act
 class SwitchedOff(Powering):
     """By its guest, while nobody asked; then it is started."""
 
-    async def _move(self) -> None:
-        await self._booted()
+    async def _go(self) -> None:
+        await self._booted(SERVER)
         (vmm,) = self.world.vmms_of(SERVER)
         self.begin()
         self.world.switch_off(vmm)

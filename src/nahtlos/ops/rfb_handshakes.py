@@ -7,6 +7,7 @@ bytes out.
 
 import hmac
 import warnings
+from collections.abc import Callable
 
 from nahtlos.model.errors import Refused
 from nahtlos.ops.rfb import NONE, VERSION, VNC_AUTHENTICATION, Init, init_of
@@ -14,21 +15,24 @@ from nahtlos.ops.rfb import NONE, VERSION, VNC_AUTHENTICATION, Init, init_of
 CHALLENGE_BYTES = 16
 PASSWORD_BYTES = 8
 """More are not looked at: so it is in the protocol."""
+Step = Callable[[], bytes | None]
 
 
-class WithServer:
-    """`feed` returns what is to be answered; `init` is set once all of it is done, `rest` came after it."""
+class _Handshake:
+    """Bytes are fed in as they come, one step after the other takes what it needs of them. A step returns None
+    as long as that has not come."""
 
-    def __init__(self) -> None:
-        self.init: Init | None = None
+    def __init__(self, *steps: Step) -> None:
         self._held = bytearray()
-        self._steps = [self._version, self._security, self._result, self._init]
+        self._steps = list(steps)
 
     @property
     def rest(self) -> bytes:
+        """What came after the last step."""
         return bytes(self._held)
 
     def feed(self, data: bytes) -> bytes:
+        """Returns what is to be answered."""
         self._held += data
         answers = b""
         while self._steps and (answer := self._steps[0]()) is not None:
@@ -42,6 +46,14 @@ class WithServer:
         taken = bytes(self._held[:count])
         del self._held[:count]
         return taken
+
+
+class WithServer(_Handshake):
+    """`init` is set once all of it is done."""
+
+    def __init__(self) -> None:
+        super().__init__(self._version, self._security, self._result, self._init)
+        self.init: Init | None = None
 
     def _version(self) -> bytes | None:
         said = self._take(12)
@@ -72,7 +84,7 @@ class WithServer:
         return b""
 
 
-class WithViewer:
+class WithViewer(_Handshake):
     """`begin` is said first. `done` once the viewer waits for ServerInit; `refused` once it was told that its
     password is wrong."""
 
@@ -80,35 +92,15 @@ class WithViewer:
 
     def __init__(self, password: str | None, challenge: bytes) -> None:
         assert len(challenge) == CHALLENGE_BYTES
+        super().__init__(self._version, self._init)
         self._password = password
         self._challenge = challenge
-        self._held = bytearray()
         self._minor = 8
-        self._steps = [self._version, self._init]
         self.refused = False
 
     @property
     def done(self) -> bool:
-        return not self._steps
-
-    @property
-    def rest(self) -> bytes:
-        return bytes(self._held)
-
-    def feed(self, data: bytes) -> bytes:
-        self._held += data
-        answers = b""
-        while self._steps and not self.refused and (answer := self._steps[0]()) is not None:
-            self._steps.pop(0)
-            answers += answer
-        return answers
-
-    def _take(self, count: int) -> bytes | None:
-        if len(self._held) < count:
-            return None
-        taken = bytes(self._held[:count])
-        del self._held[:count]
-        return taken
+        return not self._steps and not self.refused
 
     def _version(self) -> bytes | None:
         said = self._take(12)
@@ -141,6 +133,7 @@ class WithViewer:
         if hmac.compare_digest(proof, proof_of(self._password, self._challenge)):
             return b"\0\0\0\0"
         self.refused = True
+        del self._steps[1:]
         why = b"wrong password"
         return b"\0\0\0\1" + (len(why).to_bytes(4, "big") + why if self._minor == 8 else b"")
 

@@ -18,20 +18,23 @@ can tell what was missed: the server leaves the copy, which is made anew.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 import msgspec
 
 from nahtlos.model.config import VolumeAttachment
-from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
+from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import Changes, CopyPhase, CopyProgress, ReplicaState, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
-from nahtlos.physical.agent.volumes.copying import Pace, fraction, told
-from nahtlos.physical.agent.volumes.hosts import Hosts
+from nahtlos.physical.agent.volumes.copy_operation import (
+    ASK_AGAIN_SECONDS,
+    RECEIVE_SECONDS,
+    SILENCE_SECONDS,
+    CopyOperation,
+)
+from nahtlos.physical.agent.volumes.copying import Pace
 from nahtlos.physical.agent.volumes.replicas import reached_by_copies
 from nahtlos.wire.message import Message
 from nahtlos.wire.volumes import (
@@ -44,64 +47,26 @@ from nahtlos.wire.volumes import (
     VolumeRejoined,
 )
 
-A = TypeVar("A", bound=Message)
-
-POLL_SECONDS = 0.05
-ASK_AGAIN_SECONDS = 0.25
-RECEIVE_SECONDS = 60.0
 ATTACH_SECONDS = 20.0
 FORGET_SECONDS = 3.0
 ATTEMPTS = 5
 REJOIN_ATTEMPTS = 2
-SILENCE_SECONDS = 60.0
-"""A copy that has not come forward for so long is given up."""
 OWNERLESS_SECONDS = 60.0
 """After so long a server that no host owns is taken for gone."""
 _DECIDED = ("joined", "done")
 
 
-class Rebuild:
-    """`run` may be called again after a restart of the agent."""
+class Rebuild(CopyOperation[RebuildOrder]):
+    too_late = _DECIDED
+    why_too_late = "the copy is complete already"
 
     def __init__(self, context: Context, journal: Journal) -> None:
         assert isinstance(journal.task, RebuildOrder), f"operation {journal.id} rebuilds nothing"
-        self._context = context
-        self._journal = journal
-        self._order = journal.task
-        self._storage = context.drivers.storage
-        self._hosts = Hosts(context, self._order.hosts)
-        self._speed = int(journal.notes.get("speed", self._order.bytes_per_second))
-        self._cancelled = False
-        self._wake = asyncio.Event()
-        self._pace = Pace()
+        super().__init__(context, journal, journal.task)
 
     @property
-    def journal(self) -> Journal:
-        return self._journal
-
-    def cancel(self) -> None:
-        if self._journal.step in _DECIDED:
-            raise Conflict("the copy is complete already", field="operation")
-        self._cancelled = True
-        self._wake.set()
-
-    def set_speed(self, bytes_per_second: int) -> None:
-        """From now on, also after a restart."""
-        if bytes_per_second == self._speed:
-            return
-        self._speed = bytes_per_second
-        self._note("speed", str(bytes_per_second))
-        self._journal = self._context.ledger.note(self._journal)
-        self._wake.set()
-
-    async def run(self, *, recovering: bool) -> Journal:
-        try:
-            await self._carry_out()
-        finally:
-            await self._hosts.close()
-            self._context.waits.pop(self._order.id, None)
-            self._context.progress.pop(self._order.id, None)
-        return self._journal
+    def _to(self) -> HostId:
+        return self._order.target.host
 
     async def _carry_out(self) -> None:
         if self._journal.step not in _DECIDED:
@@ -167,10 +132,9 @@ class Rebuild:
             await self._lead_to(self._before, for_ever=False)
         self._note("attempts", str(attempt))
         self._record("receive", durable=True)
-        order = self._order
         changes = await self._rejoined(attempt)
         if changes is None:
-            await self._reach(VolumeReceive(id=order.id, volume=self._coming), Message)
+            await self._reach(self._make_room)
         self._record("copy")
         self._pace = Pace()
         try:
@@ -179,8 +143,12 @@ class Rebuild:
             if changes is None:
                 raise
             self._say_full(conflict.message)
-            await self._reach(VolumeReceive(id=order.id, volume=self._coming), Message)
+            await self._reach(self._make_room)
             await self._start()
+
+    async def _make_room(self) -> None:
+        body = VolumeReceive(id=self._order.id, volume=self._coming)
+        await self._hosts.request(self._to, body, Message, RECEIVE_SECONDS)
 
     # --- only what differs ---
 
@@ -192,7 +160,9 @@ class Rebuild:
             return self._say_full(f"it broke off {REJOIN_ATTEMPTS} times")
         try:
             body = VolumeRejoin(id=self._order.id, volume=self._coming)
-            answer = await self._reach(body, VolumeRejoined)
+            answer = await self._reach(
+                lambda: self._hosts.request(self._to, body, VolumeRejoined, RECEIVE_SECONDS)
+            )
             changes = answer.changes
             if changes is None:
                 return self._say_full(f"the copy on {self._order.target.host} is nothing to begin from")
@@ -221,19 +191,7 @@ class Rebuild:
         text = f"everything is copied to {self._order.target.host}: {why}"
         self._context.say("volume.rebuild", self._order.volume.id, text, id=self._order.id)
 
-    async def _reach(self, body: VolumeReceive | VolumeRejoin, answer: type[A]) -> A:
-        since = self._context.now()
-        while True:
-            try:
-                return await self._hosts.request(self._order.target.host, body, answer, RECEIVE_SECONDS)
-            except Unavailable as error:
-                if self._cancelled or self._context.now() - since > SILENCE_SECONDS:
-                    raise
-                self._say_wait(f"{self._order.target.host} to make room ({error.message})")
-                await self._sleep(ASK_AGAIN_SECONDS)
-
     async def _start(self, changes: Changes | None = None) -> None:
-        """An error here is followed by a look at what came of it."""
         order = self._order
         try:
             await self._storage.relocate_start(
@@ -245,21 +203,6 @@ class Rebuild:
         except Unavailable as error:
             self._say_wait(f"the storage to begin copying ({error.message})")
             await self._sleep(ASK_AGAIN_SECONDS)
-
-    async def _wait(self, progress: CopyProgress) -> None:
-        now = self._context.now()
-        self._pace = self._pace.seen(now, progress)
-        self._context.progress[self._order.id] = fraction(progress)
-        self._say_wait(told(progress, self._pace, self._order.target.host))
-        if now - self._pace.moved_at > SILENCE_SECONDS:
-            raise Unavailable(
-                f"the copy has not come forward for {SILENCE_SECONDS:g} s: {progress.error or 'no reason'}",
-                remedy=f"look at the storage of {self._order.target.host}",
-            )
-        if self._wake.is_set() and not self._cancelled:
-            self._wake.clear()
-            await self._start()
-        await self._sleep(POLL_SECONDS)
 
     async def _join(self) -> bool:
         """False if the copying fell out of step before the copy was written to."""
@@ -292,17 +235,6 @@ class Rebuild:
                     f"{status.id} is open by {status.clients}, of whom the order says nothing",
                     remedy="it is planned again",
                 )
-
-    async def _observed(self) -> CopyProgress:
-        """What the driver says; nothing is decided before it has said something."""
-        while True:
-            try:
-                return await self._storage.relocate_progress(self._order.volume.id)
-            except NotFound:
-                raise
-            except Exception as error:
-                self._say_wait(f"the storage to say how far it is ({self._context.error_of(error).message})")
-                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     # --- who has it open ---
 
@@ -383,48 +315,3 @@ class Rebuild:
         except Exception as error:
             why = self._context.error_of(error)
             self._context.say("volume.rebuild", self._order.volume.id, f"not taken back: {why}")
-
-    # --- record ---
-
-    async def _until_done(self, what: str, act: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await act()
-            except Exception as error:
-                self._say_wait(f"{what} ({self._context.error_of(error).message})")
-                await asyncio.sleep(ASK_AGAIN_SECONDS)
-            else:
-                self._context.waits.pop(self._order.id, None)
-                return
-
-    async def _sleep(self, seconds: float) -> None:
-        """Or until it is cancelled or given another speed."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-
-    def _say_wait(self, text: str) -> None:
-        self._context.waits[self._order.id] = text
-
-    def _note(self, name: str, value: str) -> None:
-        notes = {**self._journal.notes, name: value}
-        self._journal = msgspec.structs.replace(self._journal, notes=notes)
-
-    def _record(self, step: str, *, durable: bool = False) -> None:
-        times = {**self._journal.times, step: self._context.now()}
-        self._journal = msgspec.structs.replace(self._journal, step=step, times=times)
-        if durable:
-            self._journal = self._context.ledger.note(self._journal, step)
-        self._context.say("volume.step", self._order.volume.id, step, id=self._order.id)
-        self._context.changed()
-
-    def _end(self, state: OperationState, error: Error | None) -> None:
-        record = ErrorRecord.of(error) if error else None
-        self._journal = msgspec.structs.replace(self._journal, state=state, error=record)
-        times = {**self._journal.times, "done": self._context.now()}
-        self._journal = msgspec.structs.replace(self._journal, step="done", times=times)
-        self._context.ledger.note(self._journal, "end")
-        self._context.say("volume.step", self._order.volume.id, state, id=self._order.id)
-        self._context.changed()

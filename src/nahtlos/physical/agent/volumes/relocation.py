@@ -11,79 +11,44 @@ nobody comes here any more.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-
-import msgspec
 
 from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
-from nahtlos.model.errors import Conflict, Error, ErrorRecord, NotFound, Refused, Stale, Unavailable
+from nahtlos.model.errors import Conflict, Error, NotFound, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import CopyPhase, CopyProgress, StorageBackend
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes import holds
-from nahtlos.physical.agent.volumes.copying import Act, Pace, fraction, next_act, told
-from nahtlos.physical.agent.volumes.hosts import Hosts
+from nahtlos.physical.agent.volumes.copy_operation import (
+    ASK_AGAIN_SECONDS,
+    RECEIVE_SECONDS,
+    CopyOperation,
+)
+from nahtlos.physical.agent.volumes.copying import Act, Pace, next_act
 from nahtlos.wire.volumes import RelocateOrder, VolumeAttach, VolumeForget, VolumeKeep, VolumeReceive
 
-POLL_SECONDS = 0.05
-ASK_AGAIN_SECONDS = 0.25
-RECEIVE_SECONDS = 60.0
 ATTACH_SECONDS = 20.0
 FORGET_SECONDS = 3.0
 ATTEMPTS = 5
 """So often a copy that broke off is begun again."""
-SILENCE_SECONDS = 60.0
-"""A destination that cannot be reached for so long, or a copy that has not come forward, is given up."""
 OWNERLESS_SECONDS = 60.0
 """After so long a server that no host owns is taken for gone; who still had the volume open would be noticed
 by the driver."""
 
 
-class Relocation:
-    """`run` may be called again after a restart of the agent."""
+class Relocation(CopyOperation[RelocateOrder]):
+    too_late = ("complete", "pivot", "finish")
+    why_too_late = "the relocation is past the point where it can be undone"
 
     def __init__(self, context: Context, journal: Journal) -> None:
         assert isinstance(journal.task, RelocateOrder), f"operation {journal.id} is no relocation"
-        self._context = context
-        self._journal = journal
-        self._order = journal.task
-        self._storage = context.drivers.storage
-        self._hosts = Hosts(context, self._order.hosts)
-        self._speed = int(journal.notes.get("speed", self._order.bytes_per_second))
-        self._cancelled = False
-        self._wake = asyncio.Event()
-        self._pace = Pace()
+        super().__init__(context, journal, journal.task)
         self._ownerless_since: float | None = None
 
     @property
-    def journal(self) -> Journal:
-        return self._journal
-
-    def cancel(self) -> None:
-        if self._journal.step in ("complete", "pivot", "finish"):
-            raise Conflict("the relocation is past the point where it can be undone", field="operation")
-        self._cancelled = True
-        self._wake.set()
-
-    def set_speed(self, bytes_per_second: int) -> None:
-        """From now on, also after a restart."""
-        if bytes_per_second == self._speed:
-            return
-        self._speed = bytes_per_second
-        notes = {**self._journal.notes, "speed": str(bytes_per_second), "speed_set": ""}
-        self._journal = self._context.ledger.note(msgspec.structs.replace(self._journal, notes=notes))
-        self._wake.set()
-
-    async def run(self, *, recovering: bool) -> Journal:
-        try:
-            await self._carry_out()
-        finally:
-            await self._hosts.close()
-            self._context.waits.pop(self._order.id, None)
-            self._context.progress.pop(self._order.id, None)
-        return self._journal
+    def _to(self) -> HostId:
+        return self._order.destination.host
 
     async def _carry_out(self) -> None:
         if self._journal.step not in ("pivot", "finish"):
@@ -137,31 +102,16 @@ class Relocation:
             raise Unavailable(
                 f"the copy broke off {ATTEMPTS} times, at last: {progress.error or 'no reason'}"
             )
-        notes = {**self._journal.notes, "attempts": str(attempt)}
-        self._journal = msgspec.structs.replace(self._journal, notes=notes)
-        self._record("receive")
+        self._note("attempts", str(attempt))
+        self._record("receive", durable=True)
         order = self._order
-        await self._reach(VolumeReceive(id=order.id, volume=order.destination))
+        body = VolumeReceive(id=order.id, volume=order.destination)
+        await self._reach(lambda: self._hosts.ask(self._to, body, RECEIVE_SECONDS))
         self._record("copy")
         self._pace = Pace()
         await self._start()
 
-    async def _reach(self, body: VolumeReceive) -> None:
-        """Asks the destination again and again for a while; a refusal is its last word."""
-        since = self._context.now()
-        while True:
-            try:
-                await self._hosts.ask(self._order.destination.host, body, RECEIVE_SECONDS)
-            except Unavailable as error:
-                if self._cancelled or self._context.now() - since > SILENCE_SECONDS:
-                    raise
-                self._say_wait(f"{self._order.destination.host} to make room ({error.message})")
-                await self._sleep(ASK_AGAIN_SECONDS)
-            else:
-                return
-
     async def _start(self) -> None:
-        """An error here is followed by a look at what came of it."""
         order = self._order
         try:
             await self._come_through_here()
@@ -184,21 +134,6 @@ class Relocation:
         order = self._order
         return order.volume.backend is not embedded and order.destination.backend is embedded
 
-    async def _wait(self, progress: CopyProgress) -> None:
-        now = self._context.now()
-        self._pace = self._pace.seen(now, progress)
-        self._context.progress[self._order.id] = fraction(progress)
-        self._say_wait(told(progress, self._pace, self._order.destination.host))
-        if now - self._pace.moved_at > SILENCE_SECONDS:
-            raise Unavailable(
-                f"the copy has not come forward for {SILENCE_SECONDS:g} s: {progress.error or 'no reason'}",
-                remedy=f"look at the storage of {self._order.destination.host}",
-            )
-        if self._wake.is_set() and not self._cancelled:
-            self._wake.clear()
-            await self._start()
-        await self._sleep(POLL_SECONDS)
-
     async def _complete(self) -> None:
         """Whether an error came before or after it was done, only a look can tell."""
         self._record("complete", durable=True)
@@ -210,17 +145,6 @@ class Relocation:
             if (await self._observed()).phase not in (CopyPhase.DONE, CopyPhase.READY):
                 self._record("copy", durable=True)
             await asyncio.sleep(ASK_AGAIN_SECONDS)
-
-    async def _observed(self) -> CopyProgress:
-        """What the driver says; nothing is decided before it has said something."""
-        while True:
-            try:
-                return await self._storage.relocate_progress(self._order.volume.id)
-            except NotFound:
-                raise
-            except Exception as error:
-                self._say_wait(f"the storage to say how far it is ({self._context.error_of(error).message})")
-                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     # --- back ---
 
@@ -347,49 +271,6 @@ class Relocation:
         elif now - self._ownerless_since > OWNERLESS_SECONDS:
             return
         raise Unavailable(f"no host says that it owns {self._order.client and self._order.client.server}")
-
-    # --- record ---
-
-    async def _until_done(self, what: str, act: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await act()
-            except Exception as error:
-                self._say_wait(f"{what} ({self._context.error_of(error).message})")
-                await asyncio.sleep(ASK_AGAIN_SECONDS)
-            else:
-                self._context.waits.pop(self._order.id, None)
-                return
-
-    async def _sleep(self, seconds: float) -> None:
-        """Or until it is cancelled or given another speed."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-
-    def _say_wait(self, text: str) -> None:
-        self._context.waits[self._order.id] = text
-
-    def _mark(self, step: str) -> None:
-        times = {**self._journal.times, step: self._context.now()}
-        self._journal = msgspec.structs.replace(self._journal, step=step, times=times)
-
-    def _record(self, step: str, *, durable: bool = False) -> None:
-        self._mark(step)
-        if durable or step == "receive":
-            self._journal = self._context.ledger.note(self._journal, step)
-        self._context.say("volume.step", self._order.volume.id, step, id=self._order.id)
-        self._context.changed()
-
-    def _end(self, state: OperationState, error: Error | None) -> None:
-        self._mark("done")
-        record = ErrorRecord.of(error) if error else None
-        self._journal = msgspec.structs.replace(self._journal, state=state, error=record)
-        self._context.ledger.note(self._journal, "end")
-        self._context.say("volume.step", self._order.volume.id, state, id=self._order.id)
-        self._context.changed()
 
 
 _NOT_MINE = "not mine"
