@@ -19,8 +19,8 @@ Step = Callable[[], bytes | None]
 
 
 class _Handshake:
-    """Bytes are fed in as they come, one step after the other takes what it needs of them. A step returns None
-    as long as that has not come."""
+    """Bytes are fed in as they come, one step after the other takes what it needs of them. A step returns
+    None as long as that has not come."""
 
     def __init__(self, *steps: Step) -> None:
         self._held = bytearray()
