@@ -16,13 +16,13 @@ from nahtlos.model.ids import HostId, ProjectId, ServerId, VolumeId
 from nahtlos.model.inventory import ComputeStatus
 from nahtlos.model.networking import DEFAULT_PROJECT, PortBandwidth, Rate
 from nahtlos.model.nouns import CpuShare, Size
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.model.storage import DiskLimits
 from nahtlos.ops.cli.amounts import per_cent
 from nahtlos.ops.cli.volume_amounts import count
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
 from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.volumes import VolumeChange
-from nahtlos.runtime.store.projects import ProjectLimits
 
 H1, WEB = HostId("host-1"), ServerId("web")
 MADE = ServerRequest(name=WEB, memory_mib=256, max_vcpus=3, max_memory_mib=768, host=H1)

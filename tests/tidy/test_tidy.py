@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,12 @@ def test_functions_can_be_read_at_a_glance():
     assert lengths[len(lengths) // 2] <= 10
     assert lengths[len(lengths) * 9 // 10] <= 34
     assert sum(n > 70 for n in lengths) / len(lengths) < 0.02
+
+
+def test_the_command_line_begins_without_what_only_the_orchestrator_needs():
+    """Every call of `nahtlos` pays for what it imports."""
+    ask = (
+        "import sys, nahtlos.entry.cli; print(*{'sqlalchemy', 'cryptography', 'fastapi'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == ""

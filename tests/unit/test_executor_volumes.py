@@ -7,12 +7,13 @@ from volume_world import Site, host, server, volume
 from nahtlos.model.ids import SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import DiskLimits, ReplicaState, SnapshotSpec, StorageBackend
+from nahtlos.model.volume_settings import CephPlace
 from nahtlos.model.volume_work import Relocation, VolumeWish
 from nahtlos.runtime.controllers.volume_records import fenced, rehomed, relocated, reverted, without_copy
 from nahtlos.runtime.executor.attachments import attachment
 from nahtlos.runtime.executor.decide import HostOrders, Orders, decide
 from nahtlos.runtime.executor.world import World
-from nahtlos.runtime.store.volumes import CephPlace, with_state
+from nahtlos.runtime.store.volumes import with_state
 from nahtlos.wire.volumes import BeginVolumeTask, RelocateOrder
 
 A = VolumeId("a")

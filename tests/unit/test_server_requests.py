@@ -15,6 +15,7 @@ from nahtlos.model.inventory import Accelerator, ComputeStatus, Inventory
 from nahtlos.model.networking import DEFAULT_PROJECT, NetworkSpec, PortSpec, Rate
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
 from nahtlos.model.prediction import Experience
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.model.storage import DiskLimits
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
@@ -28,7 +29,6 @@ from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.server_requests import changed_server, with_hardware
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
-from nahtlos.runtime.store.projects import ProjectLimits
 
 WEB, DB, WEB_DISK, WEB_DATA = ServerId("web"), ServerId("db"), VolumeId("web-disk"), VolumeId("web-data")
 BLUE = NetworkId("blue")

@@ -13,12 +13,12 @@ from volume_world import host, server, volume
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, SnapshotId, VolumeId
 from nahtlos.model.storage import BackupSpec, SnapshotExport, SnapshotSpec
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.model.volume_work import Relocation
 from nahtlos.runtime.store import intent, schema, volumes
 from nahtlos.runtime.store.documents import text_of
 from nahtlos.runtime.store.migrate import configuration
 from nahtlos.runtime.store.store import Store
-from nahtlos.runtime.store.volumes import VolumeSettings
 
 A = VolumeId("a")
 

@@ -235,3 +235,14 @@ class LoadBalancerSpec(Value, frozen=True, kw_only=True):
     """The host that carries it."""
     members: tuple[Member, ...] = ()
     health: HealthCheck = HealthCheck()
+
+
+def number_text(rule: SecurityRule) -> str:
+    """Its ports, or ICMP type and code; empty: all."""
+    if rule.port_min is None:
+        return ""
+    if rule.protocol == "icmp":
+        return str(rule.port_min) if rule.port_max is None else f"{rule.port_min}/{rule.port_max}"
+    return (
+        str(rule.port_min) if rule.port_max in (None, rule.port_min) else f"{rule.port_min}-{rule.port_max}"
+    )

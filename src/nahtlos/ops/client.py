@@ -21,6 +21,7 @@ from nahtlos.model.blueprint import Campaign, Forecast, HostIntent, Strategy
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import CampaignId, HostId, ImageId, ReleaseId, ServerId
 from nahtlos.model.nouns import Component, HostRole, Release, Size
+from nahtlos.model.operators import Listed
 from nahtlos.ops.availability_client import AvailabilityClient
 from nahtlos.ops.bodies import (
     NEWEST,
@@ -57,7 +58,6 @@ from nahtlos.runtime.controllers.cloud import (
     Status,
 )
 from nahtlos.runtime.controllers.consoles import ConsoleOutput
-from nahtlos.runtime.identity.operators import Listed
 from nahtlos.wire.tls import ORCHESTRATOR, orchestrator_client_context
 
 TIMEOUT = 30.0

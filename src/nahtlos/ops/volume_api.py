@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from nahtlos.model.ids import BackupId, ImageId, SnapshotId, VolumeId
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.ops.network_api import Answer, Body
 from nahtlos.runtime.controllers.volumes import (
     Attaching,
@@ -26,7 +27,6 @@ from nahtlos.runtime.controllers.volumes import (
     VolumeRequest,
     Volumes,
 )
-from nahtlos.runtime.store.volumes import VolumeSettings
 
 
 class VolumeRoutes:

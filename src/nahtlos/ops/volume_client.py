@@ -1,6 +1,7 @@
 """Volumes through the operator API: the methods of `runtime.controllers.volumes.Volumes`."""
 
 from nahtlos.model.ids import BackupId, ImageId, SnapshotId, VolumeId
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.ops.network_client import Ask
 from nahtlos.ops.volume_care_client import VolumeCareClient
 from nahtlos.runtime.controllers.volumes import (
@@ -23,7 +24,6 @@ from nahtlos.runtime.controllers.volumes import (
     VolumeRequest,
     VolumeView,
 )
-from nahtlos.runtime.store.volumes import VolumeSettings
 
 
 class VolumeClient:

@@ -6,7 +6,7 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Member, Rate, RouterSpec
+from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Member, Rate, RouterSpec, number_text
 from nahtlos.model.topology import Underlay
 from nahtlos.ops.cli.amounts import rate_text
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, facts, table
@@ -21,7 +21,6 @@ from nahtlos.runtime.controllers.networks import (
     Trace,
     TraceStep,
 )
-from nahtlos.runtime.controllers.security_requests import number_text
 
 
 def _list(names: Sequence[str]) -> str:

@@ -20,12 +20,12 @@ from nahtlos.model.blueprint import (
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import HostInventory, OperationState, RunState
 from nahtlos.model.nouns import Component, Release, Size
+from nahtlos.model.operators import Listed
 from nahtlos.ops.cli import placement_pictures, upgrade_pictures
 from nahtlos.runtime.controllers.cloud import CampaignView, HostView, ServerView, Status
 from nahtlos.runtime.evidence.figures import count_of
 from nahtlos.runtime.evidence.foretold import predictions
 from nahtlos.runtime.evidence.text import exactness
-from nahtlos.runtime.identity.operators import Listed
 
 GOOD, WARN, BAD, SOFT = "green", "yellow", "bold red", "dim"
 NOTHING = "–"

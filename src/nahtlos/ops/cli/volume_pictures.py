@@ -8,6 +8,7 @@ from rich.text import Text
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.storage import Consistency, DiskLimits, ReplicaState, StorageBackend
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.ops.cli.copying import standing
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, WARN, facts, table
 from nahtlos.ops.cli.volume_amounts import LIMITS
@@ -23,7 +24,6 @@ from nahtlos.runtime.controllers.volumes import (
     TaskView,
     VolumeView,
 )
-from nahtlos.runtime.store.volumes import VolumeSettings
 
 MIB = 1 << 20
 

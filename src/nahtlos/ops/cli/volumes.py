@@ -12,6 +12,7 @@ from rich.text import Text
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import HostId, ImageId, ProjectId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.storage import Deletion, StorageBackend, VolumeFormat
+from nahtlos.model.volume_settings import CephPlace, VolumeSettings
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
@@ -28,7 +29,6 @@ from nahtlos.runtime.controllers.volumes import (
     VolumeRequest,
     VolumeView,
 )
-from nahtlos.runtime.store.volumes import CephPlace, VolumeSettings
 
 Volume = Annotated[str, typer.Argument(metavar="VOLUME")]
 Limit = Annotated[

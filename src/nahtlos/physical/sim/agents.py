@@ -5,11 +5,15 @@ in-memory transport; its ledger is a file that survives it.
 """
 
 import asyncio
+import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from nahtlos.model.errors import Error
 from nahtlos.physical.agent.agent import Agent
+from nahtlos.physical.agent.ledger import Ledger
 from nahtlos.physical.ports import Crash
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.sim.clock import virtual_loop
@@ -85,11 +89,14 @@ class AgentProcess:
             self._look_at(task)
 
     def _agent(self, life: Life) -> Agent:
+        ledger = self.world.state_dir / self.settings.host / "ledger.sqlite"
+        if not ledger.exists():
+            ledger.write_bytes(_new_ledger())
         return Agent(
             self.settings,
             drivers_of(self.world, self.settings.host, life),
             self._dress(LivingTransport(self.network.transport(self.party), life)),
-            self.world.state_dir / self.settings.host / "ledger.sqlite",
+            ledger,
             boot_id=self.host.boot_id,
             now=virtual_loop().wall,
             on_write=lambda text: self.world.crash_point(self.settings.host, text, life),
@@ -110,6 +117,16 @@ class AgentProcess:
                 self.bugs.append(AssertionError("the agent returned"))
             elif not only_crashes(error):
                 self.bugs.append(error)
+
+
+@functools.cache
+def _new_ledger() -> bytes:
+    """What a ledger's file is before anything was written to it. Copied, since simulated hosts come up by the
+    thousand and making the tables takes longer than many a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.sqlite"
+        Ledger(path).close()
+        return path.read_bytes()
 
 
 def only_crashes(error: BaseException) -> bool:

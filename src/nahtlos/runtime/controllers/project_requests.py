@@ -10,11 +10,11 @@ from msgspec import UNSET
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import ProjectId, ServerId, VolumeId
 from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.model.storage import DiskLimits, VolumeSpec
 from nahtlos.runtime.controllers.projects import ProjectChange, ProjectView
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.store.projects import ProjectLimits
 
 NAMES = {
     "vcpus": "vCPUs",

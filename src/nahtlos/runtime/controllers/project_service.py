@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from nahtlos.model import project_limits
 from nahtlos.model.ids import ProjectId
 from nahtlos.runtime.controllers import project_requests
 from nahtlos.runtime.controllers.look import Looks
@@ -38,5 +39,5 @@ class ProjectService:
             state = await self._looks.state(tx)
         self._said("project.changed", name, f"what {name} may have in all has changed")
         if name not in project_requests.known_projects(state):
-            return ProjectView(id=name, servers=0, limits=limits, used=rows.ProjectLimits())
+            return ProjectView(id=name, servers=0, limits=limits, used=project_limits.ProjectLimits())
         return project_requests.project_view(state, name)

@@ -9,8 +9,8 @@ from typing import Protocol
 from msgspec import UNSET, UnsetType
 
 from nahtlos.model.ids import ProjectId
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.model.values import Value
-from nahtlos.runtime.store.projects import ProjectLimits
 
 
 class ProjectChange(Value, frozen=True, kw_only=True):

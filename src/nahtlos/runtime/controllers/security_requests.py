@@ -5,7 +5,7 @@ import msgspec
 
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import SecurityGroupId, checked_name
-from nahtlos.model.networking import Direction, Family, SecurityGroupSpec, SecurityRule
+from nahtlos.model.networking import Direction, Family, SecurityGroupSpec, SecurityRule, number_text
 from nahtlos.model.topology import Topology, family_of
 from nahtlos.runtime.controllers.addresses import checked_prefix
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use, same_project
@@ -182,14 +182,3 @@ def rule_text(rule: SecurityRule) -> str:
     other = f"group {rule.remote_group}" if rule.remote_group is not None else rule.remote_cidr or "anywhere"
     parts = (rule.direction, rule.family, rule.protocol or "any", number_text(rule), side, other)
     return " ".join(part for part in parts if part)
-
-
-def number_text(rule: SecurityRule) -> str:
-    """Its ports, or ICMP type and code; empty: all."""
-    if rule.port_min is None:
-        return ""
-    if rule.protocol == "icmp":
-        return str(rule.port_min) if rule.port_max is None else f"{rule.port_min}/{rule.port_max}"
-    return (
-        str(rule.port_min) if rule.port_max in (None, rule.port_min) else f"{rule.port_min}-{rule.port_max}"
-    )

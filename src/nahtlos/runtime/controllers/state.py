@@ -21,6 +21,7 @@ from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Component, HostRole, Size
 from nahtlos.model.placement import ServerGroup
 from nahtlos.model.prediction import Experience
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.model.topology import Topology
 from nahtlos.model.volume_work import VolumeEnd, kind_of, volumes_of
@@ -42,7 +43,6 @@ from nahtlos.runtime.store import (
 from nahtlos.runtime.store.availability import Availability, silent_for
 from nahtlos.runtime.store.campaigns import CampaignRow
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
-from nahtlos.runtime.store.projects import ProjectLimits
 from nahtlos.runtime.store.volumes import Volumes
 
 

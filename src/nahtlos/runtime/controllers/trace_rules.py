@@ -3,11 +3,11 @@
 import ipaddress
 
 from nahtlos.model.ids import SecurityGroupId
-from nahtlos.model.networking import Direction, PortSpec, SecurityGroupSpec, SecurityRule
+from nahtlos.model.networking import Direction, PortSpec, SecurityGroupSpec, SecurityRule, number_text
 from nahtlos.model.topology import Topology, family_of, same_address
 from nahtlos.model.values import Value
 from nahtlos.runtime.controllers.networks import Outcome, TraceStep
-from nahtlos.runtime.controllers.security_requests import number_text, rule_text
+from nahtlos.runtime.controllers.security_requests import rule_text
 
 
 class Packet(Value, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from nahtlos.model.ids import BackupId, HostId, ImageId, KeyId, SnapshotId, Volu
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import VolumeSpec
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.model.volume_work import VolumeWork, words
 from nahtlos.runtime.controllers import (
     attachment_requests,
@@ -58,7 +59,6 @@ from nahtlos.runtime.controllers.volumes import (
 )
 from nahtlos.runtime.store import volumes as rows
 from nahtlos.runtime.store.store import AsyncConnection
-from nahtlos.runtime.store.volumes import VolumeSettings
 
 OPERATIONS_SHOWN = 20
 Said = Callable[[str, str, str], None]

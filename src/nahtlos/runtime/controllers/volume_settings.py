@@ -3,7 +3,7 @@ the field and the remedy."""
 
 from nahtlos.model.errors import Refused
 from nahtlos.model.storage import DiskLimits
-from nahtlos.runtime.store.volumes import VolumeSettings
+from nahtlos.model.volume_settings import VolumeSettings
 
 MAX_PARALLEL = 64
 MIN_ELSEWHERE = 30.0

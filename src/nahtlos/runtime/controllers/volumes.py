@@ -32,7 +32,7 @@ from nahtlos.model.storage import (
     VolumeSpec,
 )
 from nahtlos.model.values import Value
-from nahtlos.runtime.store.volumes import VolumeSettings
+from nahtlos.model.volume_settings import VolumeSettings
 
 # --- requests ----------------------------------------------------------------------------------------
 

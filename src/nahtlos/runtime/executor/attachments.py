@@ -6,7 +6,7 @@ from nahtlos.model.config import RbdEndpoint, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.ids import HostId
 from nahtlos.model.nouns import HostSpec
 from nahtlos.model.storage import StorageBackend, VolumeSpec
-from nahtlos.runtime.store.volumes import CephPlace
+from nahtlos.model.volume_settings import CephPlace
 
 NBD_PORT = 10809
 CEPH_NBD_PORT = 10810

@@ -11,8 +11,8 @@ from nahtlos.model.networking import NetworkSpec, RouterSpec
 from nahtlos.model.nouns import HostRole, HostSpec
 from nahtlos.model.storage import DiskBudget, SnapshotExport, SnapshotSpec, VolumeSpec
 from nahtlos.model.topology import Topology
+from nahtlos.model.volume_settings import CephPlace
 from nahtlos.runtime.executor.gateways import Gateways
-from nahtlos.runtime.store.volumes import CephPlace
 
 
 @dataclass(frozen=True, kw_only=True)

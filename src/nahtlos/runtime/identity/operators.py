@@ -13,6 +13,7 @@ import msgspec
 
 from nahtlos.model.errors import NotFound, Refused
 from nahtlos.model.ids import checked_name
+from nahtlos.model.operators import Listed
 from nahtlos.runtime.identity.tokens import matches, new_token, token_digest
 from nahtlos.wire.credentials import write_file
 from nahtlos.wire.tls import operator_of
@@ -32,13 +33,6 @@ class Presented(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         bearer = "shown" if self.bearer else None
         return f"Presented(peer_uid={self.peer_uid}, party={self.party}, bearer={bearer})"
-
-
-class Listed(msgspec.Struct, frozen=True, kw_only=True):
-    """An operator, and by how many tokens it can prove itself. Tokens are not kept, only their digests."""
-
-    name: str
-    tokens: int
 
 
 class _Operator(msgspec.Struct, frozen=True, kw_only=True):

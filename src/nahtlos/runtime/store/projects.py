@@ -5,20 +5,9 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.ids import ProjectId
-from nahtlos.model.values import Value
+from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
-
-
-class ProjectLimits(Value, frozen=True, kw_only=True):
-    """On the sum of a project's servers. 0: no limit."""
-
-    vcpus: int = 0
-    memory_mib: int = 0
-    iops: int = 0
-    """Of the disks of its servers, as they are limited."""
-    bytes_per_second: int = 0
-    """As above."""
 
 
 async def limits(tx: AsyncConnection) -> dict[ProjectId, ProjectLimits]:

@@ -18,7 +18,6 @@ from nahtlos.model.ids import BackupId, HostId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.storage import (
     BackupSpec,
-    DiskBudget,
     Replica,
     ReplicaState,
     SnapshotExport,
@@ -26,7 +25,7 @@ from nahtlos.model.storage import (
     StorageBackend,
     VolumeSpec,
 )
-from nahtlos.model.values import Value
+from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.model.volume_work import VolumeWish, VolumeWork
 from nahtlos.runtime.store import schema, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
@@ -34,27 +33,6 @@ from nahtlos.runtime.store.settings import set_setting, setting_of
 
 SETTINGS = "volumes"
 WISH = "wish-"
-
-
-class CephPlace(Value, frozen=True, kw_only=True):
-    """Where images of volumes are. The user's key is on every host, where the configuration says."""
-
-    pool: str
-    user: str = "nahtlos"
-    configuration: str = "/etc/ceph/ceph.conf"
-
-
-class VolumeSettings(Value, frozen=True, kw_only=True):
-    parallel: int = 4
-    """Operations of volumes at the same time, in all."""
-    parallel_per_host: int = 2
-    rebuild_bytes_per_second: int = 0
-    """Of one copy that is rebuilt, or leaves a host that is drained; 0: no limit."""
-    elsewhere_seconds: float = 600.0
-    """After a host was away for so long, its copies are made on others."""
-    ceph: CephPlace | None = None
-    budget: DiskBudget = DiskBudget()
-    """Of every host's disks."""
 
 
 class Wished(msgspec.Struct, frozen=True):
