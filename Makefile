@@ -4,6 +4,8 @@ PYTHON := .venv/bin/python
 UV := build/bootstrap/bin/uv
 TRACKS := 7.2 10.0 11.1 network-12 network-13
 CODE := src tests benchmarks packaging
+# A lab is a dozen processes of Python, and each would compile all it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast test-live check format lock releases image image-debian clean distclean

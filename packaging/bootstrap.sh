@@ -87,7 +87,7 @@ make_environment() {
     rm -f "$STAMP"
     .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         { rm -rf .venv && "$uv" venv -q --python "$python" .venv; }
-    timeout 1200 "$uv" pip sync -q --require-hashes "$LOCK" ||
+    timeout 1200 "$uv" pip sync -q --compile-bytecode --require-hashes "$LOCK" ||
         fail "the Python packages could not be fetched" "check the network, then run it again"
     timeout 300 "$uv" pip install -q --no-deps --no-build-isolation -e . ||
         fail "the project could not be installed into .venv" "see above"
