@@ -1,10 +1,11 @@
-"""Seeds of `volume_rounds`. NAHTLOS_SEEDS asks for more of them, NAHTLOS_FIRST_SEED for others."""
+"""Seeds of `volume_rounds`: 12, or 30 with NAHTLOS_THOROUGH. NAHTLOS_SEEDS asks for another number of them,
+NAHTLOS_FIRST_SEED for others."""
 
 import os
 
 from volume_rounds import Rounds
 
-SEEDS = int(os.environ.get("NAHTLOS_SEEDS", "30"))
+SEEDS = int(os.environ.get("NAHTLOS_SEEDS", "30" if os.environ.get("NAHTLOS_THOROUGH") else "12"))
 FROM = int(os.environ.get("NAHTLOS_FIRST_SEED", "0"))
 
 
