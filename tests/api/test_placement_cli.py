@@ -128,3 +128,16 @@ async def test_the_reserve_from_its_setting_to_what_it_refuses(run: Run, scripte
     free = await told(run, "host drain host-1 --dry-run")
     assert [move["server"] for move in free["moves"]] == ["a"]
     assert (await scripted.cloud.host(HostId("host-1"))).intent == "active"
+
+
+async def test_how_many_moves_run_at_once_is_asked_and_set(run: Run, scripted: ScriptedCloud) -> None:
+    assert (await told(run, "moves"))["at_once"] == 1
+    made = await told(run, "moves --at-once 8 --per-host 3")
+    assert (made["at_once"], made["per_host"], made["bytes_per_second"]) == (8, 3, 0)
+    await told(run, "moves --per-host 2")
+    shown = (await run("moves")).stdout
+    assert "8" in shown and "2" in shown and "not divided" in shown
+    for asked, field in (("--at-once 0", "at_once"), ("--per-host 65", "per_host")):
+        error = await refused(run, f"moves {asked}")
+        assert error["field"] == field and "give 1 to 64" in error["remedy"]
+    assert (await told(run, "moves"))["per_host"] == 2

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nahtlos.model.errors import Refused, Unavailable
@@ -314,3 +315,17 @@ async def test_units_without_supervisor_run_on(host: Host) -> None:
     host.crash()
     assert status.pid is not None
     assert alive(status.pid)
+
+
+async def test_a_lease_runs_out_without_a_supervisor_too(host: Host) -> None:
+    await host.client.arm(host.client.clock() + 600, {})
+    leased = msgspec.structs.replace(host.unit("vmm", "sleep", "600"), leased=True)
+    vmm = await host.client.start(leased)
+    free = await host.client.start(host.unit("daemon", "sleep", "600"))
+    await host.client.arm(host.client.clock() + 1.0, {})
+    host.crash()
+    assert vmm.pid is not None and free.pid is not None
+    async with asyncio.timeout(10):
+        while alive(vmm.pid):
+            await asyncio.sleep(0.01)
+    assert alive(free.pid)

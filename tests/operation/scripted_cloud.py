@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from nahtlos import __version__
 from nahtlos.model.config import HostConfig
 from nahtlos.model.errors import Conflict, ErrorRecord, NotFound, Refused, Stale
 from nahtlos.model.ids import HostId, ImageId, NetworkId, OperationId, ReleaseId, ServerId, VolumeId
@@ -157,6 +158,7 @@ class ScriptedAgent:
         self.hosts = hosts
         self.party = f"host/{host}"
         self.protocols = (1, 1)
+        self.version = __version__
         self.epoch = 0
         self.config: HostConfig | None = None
         self.converges = True
@@ -221,7 +223,7 @@ class ScriptedAgent:
             role=self.role,
             protocol_min=self.protocols[0],
             protocol_max=self.protocols[1],
-            agent_version="1",
+            agent_version=self.version,
             capabilities=("move", "data-places"),
             boot_id="boot",
             orchestrator_epoch=self.epoch,
@@ -412,7 +414,7 @@ class ScriptedAgent:
             host=self.host,
             role=self.role,
             boot_id="boot",
-            agent_version="1",
+            agent_version=self.version,
             taken_at=asyncio.get_running_loop().time(),
             generation=self.generation,
             target_generation=self.config.generation if self.config else 0,

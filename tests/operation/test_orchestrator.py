@@ -99,6 +99,22 @@ async def test_an_agent_of_another_protocol_is_refused(cloud: ScriptedCloud) -> 
     assert "no common protocol" in str(await refusal_of(cloud, cloud.agents[H1]))
 
 
+async def test_an_agent_newer_than_its_orchestrator_is_taken_and_told_of(cloud: ScriptedCloud) -> None:
+    """Refused it would count as lost, and its servers be started elsewhere."""
+    await cloud.join(H1, 11)
+    cloud.agents[H1].version = "9.9.9"
+    cloud.dial_in(H1)
+
+    async def told() -> bool:
+        return "agent.newer" in await kinds(cloud)
+
+    await cloud.until(told)
+    (view,) = await cloud.cloud.hosts()
+    assert view.connected
+    (event,) = [e for e in await cloud.cloud.events(0, 1000) if e.kind == "agent.newer"]
+    assert "9.9.9" in event.text and "orchestrators" in event.text and "before agents" in event.text
+
+
 async def test_an_agent_that_obeyed_a_newer_orchestrator_is_refused(cloud: ScriptedCloud) -> None:
     await cloud.join(H1, 11)
     cloud.agents[H1].epoch = 99

@@ -308,8 +308,8 @@ class Campaign:
         verdict.problems += [f"{v.kind}: {v.subject} {v.text} (at {v.at:.3f})" for v in world.violations]
         verdict.problems += cloud.problems
         for host, agent in cloud.agents.items():
-            verdict.problems += [f"bug in the agent of {host}: {_worded(b)}" for b in agent.bugs]
-        verdict.problems += [f"bug in the orchestrator: {_worded(b)}" for b in cloud.orchestrator.bugs]
+            verdict.problems += [f"bug in the agent of {host}: {worded(b)}" for b in agent.bugs]
+        verdict.problems += [f"bug in the orchestrator: {worded(b)}" for b in cloud.orchestrator.bugs]
         self._judge_packets()
         verdict.trace = [str(s) for s in world.trace]
         verdict.events = [str(s) for s in world.trace if s.what in ("EVENT", "faults end", "agent dies")]
@@ -339,13 +339,13 @@ def _mac_of(world: object, name: ServerId) -> str:
     return running[0].server.spec.ports[0].mac if running else ""
 
 
-def _worded(error: BaseException) -> str:
+def worded(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _leaves(error: BaseException) -> list[BaseException]:
+def leaves(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
     return [error]
 
 
@@ -392,9 +392,9 @@ def simulate(seed: int) -> Verdict:
         try:
             run_virtual(campaign.cloud.run(campaign.play), seed=seed, limit_seconds=5000)
         except BaseExceptionGroup as group:
-            campaign.verdict.problems += [str(e) or _worded(e) for e in _leaves(group)]
+            campaign.verdict.problems += [str(e) or worded(e) for e in leaves(group)]
         except AssertionError as error:
-            campaign.verdict.problems.append(str(error) or _worded(error))
+            campaign.verdict.problems.append(str(error) or worded(error))
         verdict = campaign.judge()
         verdict.problems += bugs
     random.setstate(random_state)
@@ -419,7 +419,7 @@ class _bugs_logged(logging.Handler):  # noqa: N801 - used as a context
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and "bug" in record.getMessage():
-            self._found.append(f"{record.getMessage()}: {_worded(record.exc_info[1])}")  # type: ignore[arg-type]
+            self._found.append(f"{record.getMessage()}: {worded(record.exc_info[1])}")  # type: ignore[arg-type]
 
 
 def replay_command(seed: int) -> str:

@@ -1,8 +1,10 @@
 """One host, the members of its lease and an orchestrator, in steps of a tenth of a second under a seed.
 
 Messages are late or lost, links are cut in one direction, agents freeze and are killed, the host loses power
-and returns, clocks run at different rates. Decisions are those of the product (`model.availability`,
-`planner.failure`); what is simple here is the world.
+and returns, its supervisor dies with the link alive or cut, orchestrators follow each other and what the last
+one has said still arrives, clocks run at different rates. Decisions are those of the product
+(`model.availability`, `planner.failure`); what is simple here is the world. Whole clouds, with moves and
+replacements on their way, are played by `failure_storms`.
 
     python tests/simulation/lease_rounds.py FIRST..LAST
 """
@@ -50,6 +52,8 @@ class Party:
     """Durable."""
     denies_since: float | None = None
     """By its clock, of this process."""
+    obeys: tuple[int, int] = (0, 0)
+    """Durable: the orchestrator's epoch and the generation of the configuration it holds."""
 
     def works(self, now: float) -> bool:
         return self.alive and now >= self.frozen_until
@@ -60,6 +64,8 @@ class Round:
     seed: int
     impatient: bool = False
     """The orchestrator takes a denial for ripe at once: what must be found out."""
+    kept: bool = True
+    """False: a supervisor that is dead has no keeper beside it. Likewise."""
     violations: list[str] = field(default_factory=list[str])
     restarted_at: float | None = None
 
@@ -84,6 +90,9 @@ class Round:
         self.said: dict[HostId, tuple[DenialStatus, ...]] = {}
         self.heard_at = dict.fromkeys(self.members, 0.0)
         self.next_ask = self.next_report = 0.0
+        self.supervised_from = 0.0
+        """The host's supervisor is dead until then."""
+        self.epoch = self.generation = 1
 
     def clock(self, name: str, now: float) -> float:
         return now * self.parties[name].rate
@@ -129,11 +138,24 @@ class Round:
             party.denies_since = None  # its agent is started again
             if party.name == HOST:
                 self.granted.clear()
+        if chance.random() < 0.004:
+            self.supervised_from = until = now + chance.choice((2.0, 10.0, 40.0))
+            if chance.random() < 0.5:
+                for other in self.parties:
+                    self.cuts[HOST, other] = self.cuts[other, HOST] = until
+        if chance.random() < 0.006:
+            self.next_orchestrator(now)
         if chance.random() < 0.002:
             host = self.parties[HOST]
             host.alive, host.wakes_at = False, now + chance.uniform(2.0, 40.0)
             self.runs, self.deadline, self.killed_by = False, 0.0, None
             self.granted.clear()
+
+    def next_orchestrator(self, now: float) -> None:
+        """It knows what is stored, and nobody has reported to it yet."""
+        self.epoch += 1
+        self.said.clear()
+        self.heard_at = dict.fromkeys(self.members, now)
 
     def deliver(self, now: float) -> None:
         due = [m for m in self.mail if m[0] <= now and self.parties[m[1]].works(now)]
@@ -149,7 +171,8 @@ class Round:
         if not host.alive:
             host.alive = now >= host.wakes_at
             return
-        if self.runs and clock >= self.deadline:  # the supervisor, which no agent holds up, within a second
+        supervised = now >= self.supervised_from
+        if self.runs and clock >= self.deadline and (supervised or self.kept):  # by either, within a second
             self.killed_by = self.killed_by or now + self.chance.uniform(0.0, 1.0)
             if now >= self.killed_by:
                 self.runs, self.killed_by = False, None
@@ -160,9 +183,9 @@ class Round:
             for member in self.members[1:]:
                 self.send(now, HOST, member, lambda at, m=member, asked=clock: self.asked(at, m, asked))
         until = lease_until(self.terms, self.granted)
-        if until != -math.inf:
+        if until != -math.inf and supervised:
             self.deadline = max(self.deadline, until)
-        if clock < self.deadline:
+        if clock < self.deadline and supervised:
             self.killed_by = None
             self.runs = self.runs or not self.passed
 
@@ -192,12 +215,14 @@ class Round:
                 denial=denial,
                 denial_terms=1,
             )
+            self.generation += 1
         if (
             lost
             and self.restarted_at is None
             and proof(Policy(hosts={}, intents={}, servers={}), self.inventory(), HOST, self.plan)
         ):
             self.restarted_at = now
+            self.generation += 1
 
     def report(self, now: float, member: HostId) -> None:
         party = self.parties[member]
@@ -210,12 +235,15 @@ class Round:
             )
             ripe = self.clock(member, now) >= party.denies_since + party.denies.seconds
             said = (DenialStatus(host=HOST, term=party.denies.term, ripe=ripe or self.impatient),)
-        knows = self.passed
+        knows, epoch = self.passed, self.epoch
 
         def take(at: float) -> None:
+            if epoch != self.epoch:
+                return  # it was said to the one before
             self.said[member] = said
             self.heard_at[member] = at
-            if member == HOST and self.restarted_at is not None and knows:
+            if member == HOST and self.restarted_at is not None and knows and self.plan.denial is not None:
+                self.generation += 1
                 self.plan = HostPlan(
                     phase=HostPhase.SERVING, release=None, lease=self.terms, lease_kept=self.terms
                 )
@@ -225,15 +253,16 @@ class Round:
     def tell(self, now: float) -> None:
         """Each its whole configuration, again and again; an agent takes no older one than it has."""
         denial, passed = self.plan.denial, self.restarted_at is not None
+        told = (self.epoch, self.generation)
         for member in self.members:
 
             def accept(_: float, m: HostId = member) -> None:
                 party = self.parties[m]
-                lifted = denial is None and passed
-                if denial is not None and not (party.denies is None and self.plan.denial is None):
-                    party.denies = denial
-                elif lifted:
-                    party.denies = party.denies_since = None
+                if told < party.obeys or told[1] < party.obeys[1]:
+                    return
+                party.obeys, party.denies = told, denial
+                if denial is None:
+                    party.denies_since = None
                 if m == HOST and passed:
                     self.passed = True
 

@@ -18,12 +18,26 @@ from typing import Any
 import aiosqlite.core
 import pytest
 
-from nahtlos.runtime.store import blueprints, campaigns, intent, inventories, networking, operations, projects
+from nahtlos.runtime.store import (
+    availability,
+    blueprints,
+    campaigns,
+    intent,
+    inventories,
+    networking,
+    operations,
+    placement,
+    projects,
+    volumes,
+)
 
 WRITES = re.compile(r"(?:insert(?: or \w+)? into|replace into|update|delete from)\s+(\w+)", re.IGNORECASE)
 READS = re.compile(r"(?:from|join)\s+(\w+)", re.IGNORECASE)
 LOOKS = (
-    (intent, ("hosts", "servers", "volumes", "promised", "setting_of", "releases")),
+    (intent, ("hosts", "servers", "volumes", "promised", "setting", "setting_of", "releases")),
+    (volumes, ("read",)),
+    (availability, ("read",)),
+    (placement, ("groups",)),
     (networking, ("networks", "functions")),
     (inventories, ("all_of", "received")),
     (campaigns, ("current",)),

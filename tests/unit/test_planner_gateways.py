@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from planner_world import REFUSED, Cloud, host_id, running_cloud
 
+from nahtlos.model.availability import Off
 from nahtlos.model.blueprint import GatewayPlace, HostIntent, HostPhase
 from nahtlos.model.ids import RouterId
 from nahtlos.model.inventory import Inventory, OperationKind, OperationState, OperationStatus
@@ -137,3 +138,42 @@ def test_a_place_that_changes_without_a_move_is_unsafe() -> None:
     )
     found = violations(cloud.policy, cloud.world.look(), cloud.now, child)
     assert any("without a move" in words for words in found)
+
+
+# --- its host fails ------------------------------------------------------------------------------------
+
+
+def fail(cloud: Cloud, number: int, *, by: str = "an operator vouches for it") -> None:
+    """The host is away, and somebody vouches for its having no power."""
+    cloud.world.away.add(host_id(number))
+    cloud.want(lost=frozenset({host_id(number)}), off={host_id(number): Off(by=by)} if by else {})
+    cloud.settle()
+
+
+def test_a_way_out_is_placed_anew_when_its_host_has_failed_and_returns_once_it_is_back() -> None:
+    cloud = edges(ways={"wan": 2})
+    before = cloud.now.gateways[WAN]
+    fail(cloud, 2)
+    assert cloud.now.hosts[host_id(2)].fenced
+    place = cloud.now.gateways[WAN]
+    assert place.host == host_id(3) and place.epoch > before.epoch and cloud.now.gateway_moves == ()
+    cloud.world.away.clear()
+    cloud.want(lost=frozenset(), off={})
+    cloud.settle()
+    assert cloud.now.hosts[host_id(2)].fenced == ""
+    assert [(m.source, m.destination) for m in cloud.now.gateway_moves] == [(host_id(3), host_id(2))]
+
+
+def test_a_way_out_of_a_host_that_nobody_knows_to_be_off_waits_and_says_what_to_do() -> None:
+    cloud = edges(ways={"wan": 2})
+    fail(cloud, 2, by="")
+    assert cloud.now.gateways[WAN].host == host_id(2)
+    (told,) = [w for w in cloud.report.waiting if w.subject == host_id(2)]
+    assert "wan" in told.reason and "nahtlos host fence" in told.remedy
+
+
+def test_the_only_way_out_waits_for_another_edge_host() -> None:
+    cloud = edges(ways={"wan": 2}, outside=(2,))
+    fail(cloud, 2)
+    assert cloud.now.gateways[WAN].host == host_id(2)
+    assert [w for w in cloud.report.waiting if w.subject == WAN]

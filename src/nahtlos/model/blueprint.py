@@ -74,6 +74,17 @@ class Campaign(Value, frozen=True, kw_only=True):
     from_releases: tuple[ReleaseId, ...] = ()
     created_at: float = 0.0
     ended_at: float | None = None
+    no_way_back: bool = False
+    """Its operator does not ask that servers can return."""
+    committed: bool = False
+    """It is past its point of no return; its end is that, too."""
+    rolled_back: bool = False
+    """`to_release` is what its hosts came from: it goes back there."""
+
+    @property
+    def returns(self) -> bool:
+        """Whether everything has to be able to go back."""
+        return not (self.no_way_back or self.committed or self.rolled_back)
 
 
 class Policy(Value, frozen=True, kw_only=True):
@@ -344,6 +355,8 @@ class ObstacleKind(StrEnum):
     """No other host has its machine type, or its CPU model."""
     ROOM = "room"
     BUDGET = "budget"
+    WAY_BACK = "way-back"
+    """It could not return to what a campaign comes from, which is not final yet."""
     STATE = "state"
     """It does not run, or something else is done with it."""
 
@@ -428,6 +441,8 @@ class Forecast(Value, frozen=True, kw_only=True):
     """Per server, as the cloud stands now. Those with no way around them are in the way of the campaign."""
     reserve: ReserveReport | None = None
     """As it stands at the worst step; None: none is asked for."""
+    returns: bool = False
+    """Until its point of no return the campaign can be rolled back."""
     ways_back: tuple[str, ...] = ()
     """Rows of the table of version pairs by which servers that have come to the release could return to one
     that is in use now."""

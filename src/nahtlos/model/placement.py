@@ -51,3 +51,15 @@ class ReserveReport(Value, frozen=True, kw_only=True):
     """On all others together."""
     pinned: tuple[ServerId, ...] = ()
     """For these nothing is kept: they could be started nowhere else."""
+
+
+class MoveLimits(Value, frozen=True, kw_only=True):
+    """How many moves may run beside each other. Of one host one at a time is switched, whatever runs."""
+
+    at_once: int
+    """In the whole cloud."""
+    per_host: int
+    """From one host; and, counted apart, to one host."""
+    bytes_per_second: int
+    """Of a host's link, for moves; 0: the link is not divided, and moves are only counted."""
+    running: int

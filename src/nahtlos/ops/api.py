@@ -242,12 +242,14 @@ def _upgrades(routes: APIRouter, cloud: Cloud) -> None:
     @routes.post("/upgrades/plan")
     async def plan(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await _body(request, UpgradeRequest)
-        return _json(await cloud.plan_upgrade(asked.to, asked.hosts, asked.component, asked.strategy))
+        how = (asked.component, asked.strategy, asked.no_way_back)
+        return _json(await cloud.plan_upgrade(asked.to, asked.hosts, *how))
 
     @routes.post("/upgrades")
     async def start(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         asked = await _body(request, UpgradeRequest)
-        view = await cloud.start_upgrade(asked.to, asked.hosts, asked.component, asked.strategy)
+        how = (asked.component, asked.strategy, asked.no_way_back)
+        view = await cloud.start_upgrade(asked.to, asked.hosts, *how)
         return _json(view, status=201)
 
     @routes.post("/upgrades/pause")
@@ -261,6 +263,14 @@ def _upgrades(routes: APIRouter, cloud: Cloud) -> None:
     @routes.post("/upgrades/cancel")
     async def cancel() -> Response:  # pyright: ignore[reportUnusedFunction]
         return _json(await cloud.cancel_upgrade())
+
+    @routes.post("/upgrades/commit")
+    async def commit_upgrade() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.commit_upgrade())
+
+    @routes.post("/upgrades/rollback")
+    async def rollback_upgrade() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _json(await cloud.rollback_upgrade())
 
     @routes.get("/campaigns")
     async def campaigns() -> Response:  # pyright: ignore[reportUnusedFunction]

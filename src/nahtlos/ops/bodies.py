@@ -80,6 +80,7 @@ class UpgradeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """None: all hosts that have the component."""
     component: Component = Component.HYPERVISOR
     strategy: Strategy = Strategy.AUTO
+    no_way_back: bool = False
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -247,8 +247,11 @@ class OperatorClient:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> Forecast:
-        asked = UpgradeRequest(to=to, hosts=hosts, component=component, strategy=strategy)
+        asked = UpgradeRequest(
+            to=to, hosts=hosts, component=component, strategy=strategy, no_way_back=no_way_back
+        )
         return await self._ask("POST", "upgrades/plan", asked, Forecast)
 
     async def start_upgrade(
@@ -257,8 +260,11 @@ class OperatorClient:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> CampaignView:
-        asked = UpgradeRequest(to=to, hosts=hosts, component=component, strategy=strategy)
+        asked = UpgradeRequest(
+            to=to, hosts=hosts, component=component, strategy=strategy, no_way_back=no_way_back
+        )
         return await self._ask("POST", "upgrades", asked, CampaignView)
 
     async def campaigns(self) -> tuple[Campaign, ...]:
@@ -275,6 +281,12 @@ class OperatorClient:
 
     async def cancel_upgrade(self) -> CampaignView:
         return await self._ask("POST", "upgrades/cancel", None, CampaignView)
+
+    async def commit_upgrade(self) -> CampaignView:
+        return await self._ask("POST", "upgrades/commit", None, CampaignView)
+
+    async def rollback_upgrade(self) -> CampaignView:
+        return await self._ask("POST", "upgrades/rollback", None, CampaignView)
 
     # --- events
 

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from nahtlos.model.ids import HostId, ServerGroupId
 from nahtlos.ops.bodies import ReserveChange
 from nahtlos.ops.network_api import Answer, Body
-from nahtlos.runtime.controllers.placement import Placement, ServerGroupRequest
+from nahtlos.runtime.controllers.placement import MoveLimitsChange, Placement, ServerGroupRequest
 
 
 def placement_routes(routes: APIRouter, of: Callable[[], Placement], body: Body, answer: Answer) -> None:
@@ -39,6 +39,14 @@ def placement_routes(routes: APIRouter, of: Callable[[], Placement], body: Body,
     @routes.put("/reserve")
     async def set_reserve(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         return answer(await of().set_reserve((await body(request, ReserveChange)).hosts))
+
+    @routes.get("/moves")
+    async def move_limits() -> Response:  # pyright: ignore[reportUnusedFunction]
+        return answer(await of().move_limits())
+
+    @routes.put("/moves")
+    async def limit_moves(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return answer(await of().limit_moves(await body(request, MoveLimitsChange)))
 
     @routes.get("/hosts/{host}/drain-plan")
     async def plan_drain(host: str) -> Response:  # pyright: ignore[reportUnusedFunction]

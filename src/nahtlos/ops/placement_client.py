@@ -3,10 +3,10 @@ Sending is `ops.client`'s."""
 
 from nahtlos.model.blueprint import DrainForecast
 from nahtlos.model.ids import HostId, ServerGroupId
-from nahtlos.model.placement import ReserveReport
+from nahtlos.model.placement import MoveLimits, ReserveReport
 from nahtlos.ops.bodies import ReserveChange
 from nahtlos.ops.network_client import Ask
-from nahtlos.runtime.controllers.placement import ServerGroupRequest, ServerGroupView
+from nahtlos.runtime.controllers.placement import MoveLimitsChange, ServerGroupRequest, ServerGroupView
 
 
 class PlacementClient:
@@ -33,3 +33,9 @@ class PlacementClient:
 
     async def plan_drain(self, host: HostId) -> DrainForecast:
         return await self._ask("GET", ("hosts", host, "drain-plan"), None, DrainForecast)
+
+    async def move_limits(self) -> MoveLimits:
+        return await self._ask("GET", ("moves",), None, MoveLimits)
+
+    async def limit_moves(self, change: MoveLimitsChange) -> MoveLimits:
+        return await self._ask("PUT", ("moves",), change, MoveLimits)

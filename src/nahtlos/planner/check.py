@@ -222,7 +222,7 @@ def _one_at_a_time(policy: Policy, child: Blueprint) -> Iterator[str]:
 
 
 def _gateways(observed: Observed, before: Blueprint, child: Blueprint) -> Iterator[str]:
-    """A way out changes its place by a move that is seen to be done, and by nothing else."""
+    """A way out changes its place by a move that is seen to be done, or because its host is fenced."""
     routers = [move.router for move in child.gateway_moves]
     if len(routers) != len(set(routers)):
         yield f"ways out move twice at once: {routers}"
@@ -242,6 +242,8 @@ def _gateways(observed: Observed, before: Blueprint, child: Blueprint) -> Iterat
     for router, place in child.gateways.items():
         old = before.gateways.get(router)
         if old is None or old == place or old.host not in child.hosts:
+            continue
+        if child.hosts[old.host].fenced and old.epoch < place.epoch:
             continue
         if (router, place.host, place.epoch) not in done:
             yield f"the way out of {router} goes from {old.host} to {place.host} without a move"

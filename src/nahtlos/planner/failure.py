@@ -85,7 +85,7 @@ def proof(policy: Policy, inventory: Inventory, host: HostId, plan: HostPlan) ->
 def review_failures(draft: Draft) -> None:
     able = _able_to_lease(draft)
     for host in sorted(draft.hosts):
-        if not draft.is_compute(host):
+        if not _is_watched(draft, host):
             continue
         if draft.passed_over.get(host) and draft.hosts[host].denial is None:
             _deny(draft, host)  # it had left the cloud, and has joined again
@@ -94,6 +94,17 @@ def review_failures(draft: Draft) -> None:
             _follow_lease(draft, host, able)
         elif host in draft.policy.lost:
             _look_into(draft, host)
+
+
+def _is_watched(draft: Draft, host: HostId) -> bool:
+    """Also an edge host by which routers lead out."""
+    ways_out = any(place.host == host for place in draft.gateways.values())
+    return draft.is_compute(host) or (host in draft.policy.hosts and (ways_out or _is_denied(draft, host)))
+
+
+def _is_denied(draft: Draft, host: HostId) -> bool:
+    plan = draft.hosts[host]
+    return plan.denial is not None or bool(plan.fenced) or plan.lease is not None
 
 
 def _follow_lease(draft: Draft, host: HostId, able: list[HostId]) -> None:
@@ -111,15 +122,20 @@ def _follow_lease(draft: Draft, host: HostId, able: list[HostId]) -> None:
 
 
 def _able_to_lease(draft: Draft) -> list[HostId]:
-    """Hosts whose agents know of leases; none where no server shall be restarted."""
-    servers = draft.policy.servers.values()
-    if all(spec.on_host_failure is not OnHostFailure.RESTART for spec in servers):
+    """Hosts whose agents know of leases; none where there is nothing that needs one."""
+    if not draft.gateways and not _restarts(draft):
         return []
     return [h for h in sorted(draft.hosts) if (s := draft.observed.host(h)) and s.standing is not None]
 
 
+def _restarts(draft: Draft) -> bool:
+    return any(s.on_host_failure is OnHostFailure.RESTART for s in draft.policy.servers.values())
+
+
 def _wanted_terms(draft: Draft, host: HostId, able: list[HostId]) -> LeaseTerms | None:
     if len(able) < FEWEST_MEMBERS or host not in able:
+        return None
+    if draft.is_compute(host) and not _restarts(draft):
         return None
     before = draft.hosts[host].lease
     members = before.members if before is not None else ()
@@ -160,12 +176,13 @@ def _take_back(draft: Draft, host: HostId) -> None:
 def _look_into(draft: Draft, host: HostId) -> None:
     plan, off = draft.hosts[host], draft.policy.off.get(host)
     concerned = _to_restart(draft, host)
-    if plan.fenced or (not concerned and off is None):
+    ways_out = sorted(router for router, place in draft.gateways.items() if place.host == host)
+    if plan.fenced or (not concerned and not ways_out and off is None):
         return
     terms = may_keep(plan)
     if off is None and not terms and host not in draft.policy.power:
         remedy = f"see to it that {host} is off, then say so: nahtlos host fence {host}"
-        draft.wait(host, WaitKind.OPERATOR, _unprovable(host, concerned), remedy)
+        draft.wait(host, WaitKind.OPERATOR, _unprovable(host, [*concerned, *ways_out]), remedy)
         return
     if plan.denial is None:
         if off is None and (heard := _still_heard(draft, host, terms)):
@@ -179,8 +196,9 @@ def _look_into(draft: Draft, host: HostId) -> None:
     draft.wait(host, WaitKind.HOST, _pending(draft, host, plan))
 
 
-def _unprovable(host: HostId, concerned: list[ServerId]) -> str:
-    return f"{host} is lost, and nothing but its power tells whether {', '.join(concerned)} still runs there"
+def _unprovable(host: HostId, concerned: list[str]) -> str:
+    named = ", ".join(concerned)
+    return f"{host} is lost, and nothing but its power tells whether {named} still runs there"
 
 
 def _still_heard(draft: Draft, host: HostId, terms: Iterable[LeaseTerms]) -> str:
@@ -243,6 +261,8 @@ def restart_failed(draft: Draft) -> None:
     waiting.sort(key=lambda server: -draft.policy.servers[server].restart_priority)
     for server in waiting:
         host = draft.servers[server].host
+        if draft.parent is None or draft.parent.servers.get(server) != draft.servers[server]:
+            continue  # it has just been seen to have come there: one step after the other
         if why := _why_not(draft, server, host):
             draft.waiting.append(why)
             continue

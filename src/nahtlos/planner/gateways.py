@@ -3,9 +3,11 @@
     nowhere --asked for--> at its place --asked elsewhere, or drained--> moving --done--> at the new place
                                ^                                            |
                                '------------------ undone ------------------'
+                              at its place --its host is fenced--> at another one, connections lost
 
-A way out that has a place changes it by a move alone, because connections live there. Where an operator wants
-it is policy; a drain sends it to another host with an interface to the outside, and it stays there.
+A way out that has a place changes it by a move, because connections live there, unless its host has failed.
+Where an operator wants it is policy; a drain sends it to another host with an interface to the outside, and
+it stays there. From a host that has failed it returns by a move once that is back.
 """
 
 from nahtlos.model.blueprint import Failure, GatewayPlace, HostIntent, PlannedGatewayMove, WaitKind
@@ -24,6 +26,7 @@ def plan_gateways(draft: Draft) -> None:
     for move in tuple(draft.gateway_moves.values()):
         _absorb(draft, move)
     _follow_policy(draft)
+    _leave_failed_hosts(draft)
     for router in sorted(draft.gateways):
         if router not in draft.moving_gateways:
             _settle(draft, router)
@@ -86,6 +89,23 @@ def _follow_policy(draft: Draft) -> None:
             _put(draft, router, draft.policy.gateways[router])
 
 
+def _leave_failed_hosts(draft: Draft) -> None:
+    """Its connections went with the host: there is nothing to be carried over. One whose move to or from that
+    host was just being decided waits for the other side's word."""
+    for router, place in sorted(draft.gateways.items()):
+        if router in draft.moving_gateways or not _has_failed(draft, place.host):
+            continue
+        elsewhere = _another(draft, router, place.host)
+        if elsewhere is not None:
+            _put(draft, router, elsewhere)
+            draft.change(f"the way out of {router} is placed anew, as {place.host} has failed")
+
+
+def _has_failed(draft: Draft, host: HostId) -> bool:
+    plan = draft.hosts.get(host)
+    return plan is not None and bool(plan.fenced) and not draft.observed.connected(host)
+
+
 def _put(draft: Draft, router: RouterId, host: HostId) -> None:
     draft.counter += 1  # epochs rise with the numbers of operations, so that none is used twice
     draft.gateways[router] = GatewayPlace(host=host, epoch=draft.counter)
@@ -98,6 +118,8 @@ def _put(draft: Draft, router: RouterId, host: HostId) -> None:
 def _settle(draft: Draft, router: RouterId) -> None:
     host, asked = draft.gateways[router].host, draft.policy.gateways.get(router)
     if asked is None:
+        return
+    if asked != host and _has_failed(draft, asked):
         return
     if asked != host and draft.intent(asked) is not HostIntent.DRAINED:
         _move(draft, router, asked, ASKED)

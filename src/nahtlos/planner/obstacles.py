@@ -35,6 +35,7 @@ KINDS = {
     Bar.MACHINE: ObstacleKind.MACHINE,
     Bar.CPU: ObstacleKind.MACHINE,
     Bar.PAIR: ObstacleKind.VERSION_PAIR,
+    Bar.WAY_BACK: ObstacleKind.WAY_BACK,
     Bar.PIN: ObstacleKind.PIN,
     Bar.GROUP: ObstacleKind.GROUP,
 }

@@ -44,6 +44,7 @@ from nahtlos.planner.obstacles import of_campaign
 from nahtlos.planner.plan import plan
 from nahtlos.planner.rooms import amount
 from nahtlos.planner.upgrade import campaign_over, has, to_upgrade
+from nahtlos.planner.way_back import refused_ways_back
 
 ASSUMED_VERIFY_SECONDS = 5.0
 STAYING_NOTE = (
@@ -68,6 +69,7 @@ def forecast(
     verify_seconds: float | None = None,
     component: Component = Component.HYPERVISOR,
     strategy: Strategy = Strategy.AUTO,
+    no_way_back: bool = False,
 ) -> Forecast:
     """What a campaign to `to_release` would do from here. `hosts` None: every one that has the component.
     `samples`: of what was carried over before, newest first. Verifying takes `verify_seconds` where that was
@@ -77,7 +79,10 @@ def forecast(
     known = msgspec.structs.replace(known, parallel=policy.parallel_moves)
     policy = msgspec.structs.replace(policy, experience=known)
     chosen = hosts if hosts is not None else _hosts_with(policy, component)
-    trial = _with_campaign(policy, to_release, chosen, component, strategy)
+    trial = _with_campaign(policy, to_release, chosen, component, strategy, _releases(parent, chosen))
+    assert trial.campaign is not None, "a forecast without a campaign"
+    asked = msgspec.structs.replace(trial.campaign, no_way_back=no_way_back)
+    trial = msgspec.structs.replace(trial, campaign=asked)
     run = _dry_run(trial, inventory, parent)
     ending = _ending_seconds(component, verify_seconds)
     steps = tuple(_host_forecast(policy, run, host, to_release, ending) for host in run.order)
@@ -91,16 +96,23 @@ def forecast(
         seconds=sum(step.seconds for step in steps),
         gap_ms_p50=median(move.gap_ms for move in moves) if moves else 0.0,
         capacity_floor=run.floor,
-        blockers=_blockers(trial, inventory, run),
+        blockers=_blockers(trial, inventory, run, parent),
         basis=_basis(samples, verify_seconds, component),
         strategy=strategy,
         obstacles=_obstacles(trial, inventory, parent) if component is Component.HYPERVISOR else (),
         reserve=run.reserve,
+        returns=component is Component.HYPERVISOR and not no_way_back,
         ways_back=tuple(str(row) for row in ways_back(policy, inventory, parent, to_release))
         if component is Component.HYPERVISOR
         else (),
         error_p90=error_p90(samples, policy.experience, accelerator) if samples else None,
     )
+
+
+def _releases(parent: Blueprint | None, hosts: Sequence[HostId]) -> tuple[ReleaseId, ...]:
+    """Hypervisors that `hosts` have now."""
+    plans = parent.hosts if parent is not None else {}
+    return tuple(sorted({r for h in hosts if h in plans and (r := plans[h].release) is not None}))
 
 
 def _accelerator(inventory: Inventory) -> str:
@@ -117,6 +129,7 @@ def _with_campaign(
     hosts: tuple[HostId, ...],
     component: Component,
     strategy: Strategy,
+    from_releases: tuple[ReleaseId, ...],
 ) -> Policy:
     """A campaign that runs already is forecast as itself, from where it is."""
     going = policy.campaign
@@ -128,6 +141,7 @@ def _with_campaign(
         state=CampaignState.RUNNING,
         component=component,
         strategy=strategy,
+        from_releases=from_releases,
     )
     return msgspec.structs.replace(
         policy,
@@ -319,13 +333,16 @@ def _basis(samples: Sequence[Sample], verify_seconds: float | None, component: C
 # --- blockers ----------------------------------------------------------------------------------------
 
 
-def _blockers(policy: Policy, inventory: Inventory, run: _Run) -> tuple[Waiting, ...]:
+def _blockers(
+    policy: Policy, inventory: Inventory, run: _Run, parent: Blueprint | None
+) -> tuple[Waiting, ...]:
     """What is in the way: seen beforehand, or what the dry run ended at."""
     campaign = policy.campaign
     assert campaign is not None, "a forecast without a campaign"
     found = _unknown_hosts(policy, campaign)
     moving = campaign.component is Component.HYPERVISOR
     if moving:
+        found += refused_ways_back(Draft(policy, inventory, parent), campaign)
         found += [*_accelerators(policy, inventory, campaign), *_machine_types(policy, run, campaign)]
     if not run.over and run.last is not None:
         found += [*(_too_big(policy, inventory, run) if moving else ()), *run.last.waiting]

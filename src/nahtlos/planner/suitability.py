@@ -7,6 +7,7 @@ from typing import NamedTuple
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.groups import Neighbours
+from nahtlos.planner.way_back import why_no_return
 
 ADD_A_HOST = "add or activate a host, or delete a member of its group"
 
@@ -17,8 +18,9 @@ class Bar(IntEnum):
     MACHINE = 1
     CPU = 2
     PAIR = 3
-    PIN = 4
-    GROUP = 5
+    WAY_BACK = 4
+    PIN = 5
+    GROUP = 6
 
 
 class Unsuited(NamedTuple):
@@ -35,6 +37,9 @@ def why_unsuited(draft: Draft, server: ServerId, host: HostId, neighbours: Neigh
         return Unsuited(Bar.MACHINE, text, "choose a host with another release")
     if lacking := _no_cpu_model(draft, server, host):
         return lacking
+    if stays := why_no_return(draft, server, host):
+        commit = "make the campaign final: nahtlos upgrade commit"
+        return Unsuited(Bar.WAY_BACK, f"{stays}, and the campaign to it is not final yet", commit)
     if refused := draft.refused_move(server, release):
         in_place = f"replace it in place first: nahtlos server replace-vmm {server}"
         return Unsuited(Bar.PAIR, f"{refused}; {in_place}", in_place)

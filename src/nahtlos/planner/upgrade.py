@@ -5,7 +5,7 @@ taken over by a process of the release where it is: then the host counts as empt
     serving --choose--> emptying --empty--> switching --verified--> serving (or as its operator wants it)
                            |                    |
                            | no room any more,  | cancelled and not verified:
-                           | or cancelled       | back to the release it had, verified again
+                           | or cancelled       | back to the release it had, verified again (or rolled back)
                            v                    v
                         serving              serving
 
@@ -152,9 +152,11 @@ def _is_out_of_reach(draft: Draft, release: ReleaseId, host: HostId) -> bool:
 
 def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId) -> None:
     """A host that can no longer be emptied goes back to service: it must not be withdrawn for nothing."""
+    if campaign.rolled_back and draft.hosts[host].previous == campaign.to_release:
+        _undo_switch(draft, host)
     if draft.hosts[host].phase is not HostPhase.EMPTYING:
         return
-    if host not in campaign.hosts or draft.hosts[host].release == campaign.to_release:
+    if host not in campaign.hosts or _has_all_of(draft, campaign, host):
         _give_back(draft, host, "the campaign does not need it")
         return
     if why := draft.hosts[host].fenced:
@@ -166,6 +168,14 @@ def _keep_or_give_back(draft: Draft, campaign: Campaign, host: HostId) -> None:
     shortage = shortage_without(draft, host, servers, as_if_connected=True)
     if shortage is not None:
         _give_back(draft, host, shortage)
+
+
+def _has_all_of(draft: Draft, campaign: Campaign, host: HostId) -> bool:
+    """It has the release; of a campaign that is rolled back servers may have been taken over already."""
+    if draft.hosts[host].release != campaign.to_release:
+        return False
+    here = draft.by_host().get(host, []) if campaign.rolled_back else []
+    return all(runs(draft, server, campaign.to_release) for server in here)
 
 
 def _give_back(draft: Draft, host: HostId, why: str) -> None:
@@ -231,10 +241,16 @@ def _wind_up(draft: Draft) -> None:
     host = draft.upgrading
     if host is None:
         return
-    plan = draft.hosts[host]
-    if plan.phase is HostPhase.EMPTYING:
+    if draft.hosts[host].phase is HostPhase.EMPTYING:
         _give_back(draft, host, "the campaign was cancelled")
-    elif plan.previous is not None and not draft.verify_of(host):
+    else:
+        _undo_switch(draft, host)
+
+
+def _undo_switch(draft: Draft, host: HostId) -> None:
+    """To the release it had, by which it is verified again; not before a verify that runs has ended."""
+    plan = draft.hosts[host]
+    if plan.previous is not None and not draft.verify_of(host):
         draft.hosts[host] = msgspec.structs.replace(plan, release=plan.previous, previous=None)
         draft.failed_verifies.pop(host, None)
         draft.change(f"{host} is put back to {plan.previous}")

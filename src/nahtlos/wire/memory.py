@@ -13,6 +13,7 @@ direction never overtake each other, as on TCP, so a late frame makes those behi
     break       the channel breaks at it; it may have arrived
     partition   two parties cannot reach each other: frames wait, new channels do not come about, and a
                 channel partitioned for longer than `patience` breaks at both ends
+    cut         the same in one direction only: what the other one sends still arrives
 """
 
 import asyncio
@@ -258,7 +259,7 @@ class MemoryTransport:
     async def dial(self, address: str, port: int, *, expect: str, timeout: float) -> Channel:
         where = f"{address}:{port}"
         listener = self._network.listeners.get((address, port))
-        if self._network.partitioned(self.party, listener.party if listener else expect):
+        if self._network.parted(self.party, listener.party if listener else expect):
             await asyncio.sleep(timeout)
             raise Unavailable(f"{expect} at {where} did not answer within {timeout:g} s")
         await asyncio.sleep(0)
@@ -297,37 +298,47 @@ class MemoryNetwork:
         self.listeners: dict[tuple[str, int], MemoryListener] = {}
         self.links: dict[_Link, None] = {}
         self._on_failure = on_failure
-        self._partitions: dict[frozenset[str], int] = {}
-        self._partition_count = 0
+        self._cuts: dict[tuple[str, str], int] = {}
+        """Sender and receiver, numbered."""
+        self._cut_count = 0
         self._next_port = FIRST_FREE_PORT
 
     def transport(self, party: str) -> MemoryTransport:
         return MemoryTransport(self, party)
 
-    def partitioned(self, one: str, other: str) -> bool:
-        return frozenset((one, other)) in self._partitions
+    def partitioned(self, sender: str, receiver: str) -> bool:
+        """Whether what `sender` sends does not arrive."""
+        return (sender, receiver) in self._cuts
+
+    def parted(self, one: str, other: str) -> bool:
+        """Whether they cannot talk to each other."""
+        return self.partitioned(one, other) or self.partitioned(other, one)
 
     def partition(self, one: str, other: str) -> None:
         """Cut `one` from `other` until `heal`."""
-        pair = frozenset((one, other))
-        if pair in self._partitions:
+        self.cut(one, other)
+        self.cut(other, one)
+
+    def cut(self, sender: str, receiver: str) -> None:
+        """In this direction only, until `heal`."""
+        if (sender, receiver) in self._cuts:
             return
-        self._partition_count += 1
-        self._partitions[pair] = self._partition_count
-        for link in self._links_of(pair):
+        self._cut_count += 1
+        self._cuts[sender, receiver] = self._cut_count
+        for link in self._links_of(frozenset((sender, receiver))):
             asyncio.get_running_loop().call_later(
-                self.patience, self._break_if_cut, link, pair, self._partition_count
+                self.patience, self._break_if_cut, link, (sender, receiver), self._cut_count
             )
 
     def heal(self, one: str, other: str) -> None:
-        pair = frozenset((one, other))
-        self._partitions.pop(pair, None)
-        for link in self._links_of(pair):
+        self._cuts.pop((one, other), None)
+        self._cuts.pop((other, one), None)
+        for link in self._links_of(frozenset((one, other))):
             link.heal()
 
     def heal_all(self) -> None:
-        for pair in tuple(self._partitions):
-            self.heal(*pair)
+        for sender, receiver in tuple(self._cuts):
+            self.heal(sender, receiver)
 
     def break_channels(self, one: str, other: str) -> int:
         """Break every channel between the two; returns how many there were."""
@@ -374,6 +385,6 @@ class MemoryNetwork:
     def _links_of(self, pair: frozenset[str]) -> list[_Link]:
         return [link for link in self.links if frozenset(link.parties) == pair]
 
-    def _break_if_cut(self, link: _Link, pair: frozenset[str], partition: int) -> None:
-        if self._partitions.get(pair) == partition:
+    def _break_if_cut(self, link: _Link, direction: tuple[str, str], cut: int) -> None:
+        if self._cuts.get(direction) == cut:
             link.breaks()

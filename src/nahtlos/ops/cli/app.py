@@ -8,6 +8,7 @@ from nahtlos.ops.cli.command import Surroundings, shared_options
 from nahtlos.ops.cli.hosts import host_commands
 from nahtlos.ops.cli.images import image_commands
 from nahtlos.ops.cli.machine import machine_commands
+from nahtlos.ops.cli.move_limits import moves_command
 from nahtlos.ops.cli.networks import network_commands, subnet_commands
 from nahtlos.ops.cli.operations import operation_commands
 from nahtlos.ops.cli.operators import operator_commands
@@ -52,5 +53,6 @@ def build_app(surroundings: Surroundings) -> typer.Typer:
     app.add_typer(operation_commands(surroundings), name="operation")
     app.add_typer(operator_commands(surroundings), name="operator")
     reserve_command(app, surroundings)
+    moves_command(app, surroundings)
     machine_commands(app, surroundings)
     return app

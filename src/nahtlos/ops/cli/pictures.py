@@ -252,6 +252,8 @@ def forecast(plan: Forecast) -> RenderableType:
     ]
     if servers := upgrade_pictures.ways(plan):
         parts += [Text(), servers]
+    if plan.component is Component.HYPERVISOR:
+        parts += [Text(upgrade_pictures.point_of_no_return(plan), style=SOFT)]
     if plan.ways_back:
         parts += [Text(f"the way back: {'; '.join(plan.ways_back)}", style=SOFT)]
     if plan.reserve is not None:
@@ -318,6 +320,7 @@ def campaign(view: CampaignView) -> RenderableType:
                 ("state", Text.assemble((value.state, _CAMPAIGN_STYLE.get(value.state, "")), took)),
                 ("from", ", ".join(short(r) for r in value.from_releases) or NOTHING),
                 ("to", value.to_release),
+                ("way back", upgrade_pictures.way_back(value) or NOTHING),
                 ("hosts", f"{view.hosts_upgraded} of {view.hosts_total} upgraded"),
                 ("moves", _moves(view)),
                 ("capacity", _capacity(view.capacity, view.capacity_floor)),

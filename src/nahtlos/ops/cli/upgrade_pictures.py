@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from nahtlos.model.blueprint import Forecast, ForecastHost, ForecastMove
+from nahtlos.model.blueprint import Campaign, CampaignState, Forecast, ForecastHost, ForecastMove
+from nahtlos.model.nouns import Component
 from nahtlos.model.prediction import Estimate, Means
 
 SOFT = "dim"
@@ -53,3 +54,25 @@ def exactness(plan: Forecast) -> str:
     if plan.error_p90 is None:
         return ""
     return f"; 9 in 10 measured blackouts within {plan.error_p90:.0%} of the prediction"
+
+
+# --- the way back --------------------------------------------------------------------------------------
+
+
+def point_of_no_return(plan: Forecast) -> str:
+    if not plan.returns:
+        return "no way back: it could not be rolled back"
+    return "until its end, or `nahtlos upgrade commit`, it can be rolled back: nahtlos upgrade rollback"
+
+
+def way_back(campaign: Campaign) -> str:
+    if campaign.component is not Component.HYPERVISOR:
+        return ""
+    if campaign.rolled_back:
+        return "it is rolled back"
+    if campaign.no_way_back:
+        return "none, as was asked for"
+    over = campaign.ended_at is not None or campaign.state is CampaignState.CANCELLED
+    if campaign.committed or over:
+        return "past the point of no return" if campaign.committed else "none: it is over"
+    return "until its end, or nahtlos upgrade commit: nahtlos upgrade rollback"

@@ -41,6 +41,14 @@ How = Annotated[
         "are), auto (moved where that is proven, fits and keeps their budget, else in place).",
     ),
 ]
+NoWayBack = Annotated[
+    bool,
+    typer.Option(
+        "--no-way-back",
+        help="Also where servers could not return to the release their hosts come from. It cannot be rolled "
+        "back then.",
+    ),
+]
 Hosts = Annotated[list[str] | None, typer.Option("--host", help="Only this host; repeatable. Otherwise all.")]
 
 
@@ -55,13 +63,16 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         component: Which = Component.HYPERVISOR,
         strategy: How = Strategy.AUTO,
         host: Hosts = None,
+        no_way_back: NoWayBack = False,
     ) -> int:
         """A dry run: order, each server's way and what decides it, predicted times and gaps, blockers with
         remedies. Changes nothing.
 
         Exit code 2 if something blocks it."""
         async with cli.client() as client:
-            forecast = await client.plan_upgrade(_target(release, to), _hosts(host), component, strategy)
+            forecast = await client.plan_upgrade(
+                _target(release, to), _hosts(host), component, strategy, no_way_back
+            )
         cli.show(forecast, pictures.forecast(forecast))
         return REFUSED if forecast.blockers else 0
 
@@ -73,6 +84,7 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         component: Which = Component.HYPERVISOR,
         strategy: How = Strategy.AUTO,
         host: Hosts = None,
+        no_way_back: NoWayBack = False,
         follow: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
     ) -> int:
         """Bring hosts to RELEASE, one after the other.
@@ -81,7 +93,9 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         switched, verified, taken back. The storage daemon
         and the network functions are replaced under their servers."""
         async with cli.client() as client:
-            view = await client.start_upgrade(_target(release, to), _hosts(host), component, strategy)
+            view = await client.start_upgrade(
+                _target(release, to), _hosts(host), component, strategy, no_way_back
+            )
             if follow:
                 return await _watch(cli, client, view.campaign.id)
         cli.show(view, pictures.campaign(view))
@@ -114,6 +128,22 @@ def upgrade_commands(surroundings: Surroundings) -> typer.Typer:
         async with cli.client() as client:
             view = await client.cancel_upgrade()
         cli.show(view, pictures.campaign(view))
+
+    @command(app, "commit", surroundings)
+    async def commit(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Make the campaign final before its end: nothing has to be able to return any more."""
+        async with cli.client() as client:
+            view = await client.commit_upgrade()
+        cli.show(view, pictures.campaign(view))
+
+    @command(app, "rollback", surroundings)
+    async def rollback(cli: Cli) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Bring the campaign's hosts back to the release they came from, servers running throughout. Until it
+        is committed, or has ended."""
+        async with cli.client() as client:
+            view = await client.rollback_upgrade()
+        cli.show(view, pictures.campaign(view))
+        cli.say("`nahtlos upgrade watch` shows it as it goes on")
 
     @command(app, "report", surroundings)
     async def report(  # pyright: ignore[reportUnusedFunction]

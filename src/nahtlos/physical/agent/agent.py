@@ -135,6 +135,7 @@ class Agent:
         )
         self._leases = Leases(self._context, boot_id)
         self._converger = Converger(self._context, self._begin, self._leases)
+        self._leases.on_lapse = self._converger.bring_network
         self._gateways = Gateways(self._context, self._converger.bring_network)
         self._displays = Displays(self._context)
         self._boot_id = boot_id

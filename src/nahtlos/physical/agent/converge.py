@@ -232,6 +232,8 @@ class Converger:
     async def _network(self, told: HostConfig) -> tuple[str, ...]:
         async with self._context.paths:
             config = gateway_decisions.as_decided(told, self._context.ledger.operations())
+            if self._leases.lapsed:
+                config = gateway_decisions.silent(config)
             pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
             return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
 

@@ -28,6 +28,17 @@ def as_decided(config: HostConfig, journals: Iterable[Journal]) -> HostConfig:
     return msgspec.structs.replace(config, routers=tuple(routers.values()))
 
 
+def silent(config: HostConfig) -> HostConfig:
+    """`config` with its ways out answering to nobody outside: another host may do so by now."""
+    routers = (
+        msgspec.structs.replace(r, passing=True)
+        if r.spec.gateway is not None and r.spec.gateway.host == config.host
+        else r
+        for r in config.routers
+    )
+    return msgspec.structs.replace(config, routers=tuple(routers))
+
+
 def _moved(held: RouterConfig, order: GatewayOrder, *, passing: bool) -> RouterConfig:
     """As told by the configuration, but with the way out at the destination of `order`."""
     new = order.router

@@ -3,14 +3,17 @@
     ask every member, again and again --granted--> a majority's asking time + seconds --> supervisor
 
 The supervisor ends what runs under the lease when the deadline passes, whether or not this process is still
-there to see it. Without terms (too few hosts) there is no deadline, but what needs a lease is started only
-after the orchestrator has been heard since the host was booted: it may have been passed over meanwhile.
+there to see it, and its keeper does if the supervisor is not there either. An edge host keeps a lease, too:
+without it, its ways out do not answer. Without terms (too few hosts) there is no deadline, but what needs a
+lease is started only after the orchestrator has been heard since the host was booted: it may have been passed
+over meanwhile.
 Never decides that another host has failed: it only stops granting when the configuration says so, which is
 durable, and says for how long it has.
 """
 
 import asyncio
 import math
+from collections.abc import Awaitable, Callable
 
 from nahtlos.model.availability import (
     DenialStatus,
@@ -21,7 +24,7 @@ from nahtlos.model.availability import (
 )
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import HostId
-from nahtlos.model.nouns import HostRole, ServerSpec
+from nahtlos.model.nouns import ServerSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold
 from nahtlos.physical.agent.peers import Peer
@@ -52,6 +55,10 @@ class Leases:
         """Until when each counts as heard."""
         self._denied_since: dict[tuple[HostId, int], float] = {}
         self._said = ""
+        self._began: float | None = None
+        """When this process first asked under the terms it has."""
+        self.on_lapse: Callable[[], Awaitable[None]] = _nothing
+        """What is done when `lapsed` changes."""
 
     # --- what others ask ---
 
@@ -62,6 +69,14 @@ class Leases:
     @property
     def held(self) -> bool:
         return self._clock() < self._until
+
+    @property
+    def lapsed(self) -> bool:
+        """There are terms and no lease, and an agent that was just started has had time to get one."""
+        terms = self._terms()
+        if terms is None or self._began is None:
+            return False
+        return self._clock() >= max(self._until, self._began + terms.seconds)
 
     def check(self, spec: ServerSpec) -> None:
         """Unavailable while `spec` must not be started here."""
@@ -115,39 +130,33 @@ class Leases:
 
     async def adopt_policy(self, server: ServerSpec, epoch: int) -> None:
         """Its VMM needs a lease from here on, or none any more."""
-        await self._arm({VmmId(server.id, epoch).unit: server.on_host_failure is OnHostFailure.RESTART})
+        needs = server.on_host_failure is OnHostFailure.RESTART
+        await self._arm(self._until, {VmmId(server.id, epoch).unit: needs})
 
     # --- one's own ---
 
     async def run(self) -> None:
         """Until cancelled."""
-        if self._context.settings.role is not HostRole.COMPUTE:
-            return
         while True:
             config = self._context.ledger.config()
             terms = config.lease if config else None
-            try:
-                if terms is None:
-                    await self._keep_none()
-                else:
-                    await self._keep(terms)
-                self._said = ""
-            except Error as error:
-                self._enforced = False
-                host = self._context.settings.host
-                self._said = self._context.say_anew("lease.trouble", host, str(error), last=self._said)
-                await asyncio.sleep(LONGEST_ROUND)
+            if terms is None:
+                await self._keep_none()
+            else:
+                await self._keep(terms)
 
     async def _keep_none(self) -> None:
         """While there are no terms."""
         while (config := self._context.ledger.config()) is None or config.lease is None:
             if self._context.ledger.facts(TOLD).get(TOLD) == self._boot_id.encode():
-                await self._hold(None, math.inf)
+                await self._try_to_hold(None, math.inf)
             await self._wait(LONGEST_ROUND)
 
     async def _keep(self, terms: LeaseTerms) -> None:
         """While these are the terms."""
         self._granted.clear()
+        self._began = self._clock() if self._began is None else self._began
+        lapsed = self.lapsed
         async with asyncio.TaskGroup() as tasks:
             others = [m for m in terms.members if m != self._context.settings.host]
             asking = [tasks.create_task(self._ask(member, terms)) for member in others]
@@ -155,7 +164,10 @@ class Leases:
                 while self._terms() == terms:
                     until = lease_until(terms, self._granted)
                     if until > self._clock() and (until > self._until or self._kept != terms):
-                        await self._hold(terms, until)
+                        await self._try_to_hold(terms, until)
+                    if lapsed != self.lapsed:
+                        lapsed = self.lapsed
+                        await self._tell_of_lapse()
                     await self._wait(_round(terms))
             finally:
                 for task in asking:
@@ -165,6 +177,24 @@ class Leases:
         config = self._context.ledger.config()
         return config.lease if config else None
 
+    async def _tell_of_lapse(self) -> None:
+        """What fails now is done again when the host converges."""
+        try:
+            await self.on_lapse()
+        except Exception as raised:
+            error = self._context.error_of(raised)
+            self._context.say("lease.trouble", self._context.settings.host, str(error))
+
+    async def _try_to_hold(self, terms: LeaseTerms | None, until: float) -> None:
+        """A supervisor that does not answer is asked again in the next round."""
+        try:
+            await self._hold(terms, until)
+            self._said = ""
+        except Error as error:
+            self._enforced = False
+            host = self._context.settings.host
+            self._said = self._context.say_anew("lease.trouble", host, str(error), last=self._said)
+
     async def _hold(self, terms: LeaseTerms | None, until: float) -> None:
         """Told only once it is enforced."""
         before = self.held
@@ -173,14 +203,14 @@ class Leases:
             for server, held in self._context.ledger.ownership().items()
             if held.hold is Hold.OWNED
         }
+        await self._arm(until, leased)
         self._until = until
-        await self._arm(leased)
         self._kept, self._enforced = terms, True
         if not before:
             self._context.changed()
 
-    async def _arm(self, leased: dict[str, bool]) -> None:
-        deadline = None if self._until == math.inf else max(self._until, 0.0)
+    async def _arm(self, until: float, leased: dict[str, bool]) -> None:
+        deadline = None if until == math.inf else max(until, 0.0)
         await self._context.drivers.supervisor.arm(deadline, leased)
 
     async def _ask(self, member: HostId, terms: LeaseTerms) -> None:
@@ -229,6 +259,10 @@ class Leases:
 
     def _clock(self) -> float:
         return self._context.drivers.supervisor.clock()
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _round(terms: LeaseTerms) -> float:

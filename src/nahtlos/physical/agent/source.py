@@ -313,8 +313,13 @@ class SourceMove:
         await self._context.drivers.hypervisor.migrate_pace(self._vmm, bandwidth)
 
     async def _keep_destination(self) -> None:
-        """It gives up a source that is silent for long."""
-        outcome = await self._peer.ask(MoveQuery(id=self._order.id), MoveOutcome, 10.0)
+        """It gives up a source that is silent for long. While its turn is waited for, it may be away."""
+        try:
+            outcome = await self._peer.ask(MoveQuery(id=self._order.id), MoveOutcome, 10.0)
+        except Unavailable:
+            if self._turn.waits:
+                return
+            raise
         if outcome.decision is Decision.ABANDONED:
             raise Unavailable(f"{self._order.destination} gave the move up")
 

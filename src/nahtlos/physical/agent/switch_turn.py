@@ -8,7 +8,8 @@
 Turns are asked for in the order of the hosts' names, whichever is the source: two hosts that move servers to
 each other cannot wait for one another. While it waits, the pre-copy is held with little bandwidth, which
 costs neither the guest nor the link much; its own bandwidth is given back some moments before the switch. No
-move waits for longer than LONGEST_WAIT: it is then switched beside the others.
+move waits for longer than LONGEST_WAIT: it is then switched beside the others. An agent that is away for a
+moment is asked again, while the pre-copy is held; away for AWAY_SECONDS, it ends the move.
 
 Who is not near yet is held likewise while another is switched at its host: what a pre-copy takes of
 processors and link at that moment, the other's guest waits for.
@@ -20,7 +21,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 
-from nahtlos.model.errors import Refused
+from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.values import Value
 from nahtlos.physical.agent.context import Context
@@ -30,7 +31,10 @@ from nahtlos.wire.messages import MoveTurn, MoveTurnBack, MoveTurnSaid
 
 ASK_EVERY = 0.02
 """By the next in the line; those behind it ask so much more seldom as there are others before them."""
-ASK_SECONDS = 5.0
+ASK_SECONDS = 1.0
+AWAY_SECONDS = 25.0
+"""The other agent is waited for so long. Less than what it waits for a source that says nothing
+(`destination.SILENCE_SECONDS`): later it has given the move up in any case."""
 HELD_BYTES = 4 << 20
 """Bytes a second while waiting: unthrottled, a held pre-copy spins, and its `stop` takes long."""
 PATIENCE_SECONDS = 0.05
@@ -145,6 +149,8 @@ class SwitchTurn:
         """Others that are before it in the line, where it was last asked for."""
         self._alone = False
         """The other agent knows of no turns."""
+        self._away_since: float | None = None
+        """The other agent has not answered since."""
 
     def waited(self, now: float) -> float:
         """Seconds that a pre-copy spent on nothing but waiting."""
@@ -188,7 +194,7 @@ class SwitchTurn:
         """Of the second host only with the turn of the first; asking keeps what was given."""
         for host in self._order:
             mine = host == self._context.settings.host
-            said = self._ask_here(now) if mine else await self._ask_there()
+            said = self._ask_here(now) if mine else await self._ask_there(now)
             self._ahead = said.ahead
             if not said.granted:
                 return False
@@ -199,22 +205,43 @@ class SwitchTurn:
         granted = turns.ask(self._operation, now)
         return MoveTurnSaid(id=self._operation, granted=granted, ahead=turns.ahead(self._operation))
 
-    async def _ask_there(self) -> MoveTurnSaid:
+    async def _ask_there(self, now: float) -> MoveTurnSaid:
+        """Not granted while it is away."""
         granted = MoveTurnSaid(id=self._operation, granted=True)
         if self._alone:
             return granted
         try:
-            return await self._peer.ask(MoveTurn(id=self._operation), MoveTurnSaid, ASK_SECONDS)
+            said = await self._peer.ask(MoveTurn(id=self._operation), MoveTurnSaid, ASK_SECONDS)
         except Refused as refused:
             if refused.field != "message":
                 raise
             self._alone = True  # an older agent: only what this host does is done one after another
             return granted
+        except Unavailable as away:
+            self._stay_away(now, away)
+            return MoveTurnSaid(id=self._operation, granted=False)
+        self._away_since = None
+        return said
+
+    def _stay_away(self, now: float, away: Unavailable) -> None:
+        self._away_since = now if self._away_since is None else self._away_since
+        if now - self._away_since >= AWAY_SECONDS:
+            raise Unavailable(
+                f"{self._other} has not answered for {now - self._away_since:.0f} s: {away.message}",
+                field="destination",
+                remedy=f"see that the agent of {self._other} runs and can be reached",
+            ) from away
+
+    @property
+    def _other(self) -> HostId:
+        return next(host for host in self._order if host != self._context.settings.host)
 
     def _say(self, now: float) -> None:
         """Whom an operator sees it wait for."""
         holder = self._context.turns.holder
-        if self._standing.stage is Stage.WAITING and now - self._standing.since > PATIENCE_SECONDS:
+        if self._standing.stage is Stage.WAITING and self._away_since is not None:
+            self._context.waits[self._operation] = f"{self._other}, which does not answer"
+        elif self._standing.stage is Stage.WAITING and now - self._standing.since > PATIENCE_SECONDS:
             whom = f" ({holder} is switched here)" if holder not in (None, self._operation) else ""
             self._context.waits[self._operation] = f"its turn to be switched{whom}"
         else:

@@ -61,6 +61,14 @@ class AgentProcess:
         if self._life:
             self._life.end(cause)
 
+    def freeze(self) -> None:
+        if self._life:
+            self._life.freeze()
+
+    def thaw(self) -> None:
+        if self._life:
+            self._life.thaw()
+
     async def run(self) -> None:
         """Until cancelled."""
         while True:
@@ -144,7 +152,9 @@ class LivingTransport:
 
     async def dial(self, address: str, port: int, *, expect: str, timeout: float) -> Channel:
         self._life.check()
+        await self._life.thawed()
         channel = await self._inner.dial(address, port, expect=expect, timeout=timeout)
+        await self._life.thawed()
         self._life.check()
         return _LivingChannel(channel, self._life)
 
@@ -152,6 +162,7 @@ class LivingTransport:
         self._life.check()
 
         async def on_living(channel: Channel) -> None:
+            await self._life.thawed()
             self._life.check()
             await on_channel(_LivingChannel(channel, self._life))
 
@@ -168,12 +179,14 @@ class _LivingChannel:
         return self._inner.peer
 
     async def send(self, frame: bytes) -> None:
+        await self._life.thawed()
         self._life.check()
         await self._inner.send(frame)
 
     async def receive(self) -> bytes:
         self._life.check()
         frame = await self._inner.receive()
+        await self._life.thawed()
         self._life.check()
         return frame
 

@@ -110,6 +110,9 @@ class SimHost:
     """Of its clock, which is 0 at the beginning of time."""
     lease: float | None = 0.0
     """The supervisor's: until when, by that clock, leased VMMs run; None: for ever."""
+    supervisor_up: bool = True
+    keeper_up: bool = True
+    """Ends what is leased, too, if its supervisor does not."""
 
     @property
     def boot_id(self) -> str:

@@ -5,6 +5,7 @@ Every verb of every simulated driver is a `Call`. Before and after it takes effe
 world; given a seed or a script, always answers the same.
 """
 
+import asyncio
 import random
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -142,6 +143,22 @@ class Life:
         self.alive = True
         self.cause = ""
         self._on_end: list[Callable[[], None]] = []
+        self._thaw: asyncio.Event | None = None
+
+    def freeze(self) -> None:
+        """SIGSTOP: from here on it does nothing that others could notice, until it is thawed or ended."""
+        if self.alive and self._thaw is None:
+            self._thaw = asyncio.Event()
+
+    def thaw(self) -> None:
+        if self._thaw is not None:
+            self._thaw.set()
+            self._thaw = None
+
+    async def thawed(self) -> None:
+        """Returns once it is not frozen, or has ended."""
+        while self._thaw is not None:
+            await self._thaw.wait()
 
     def check(self) -> None:
         if not self.alive:
@@ -155,6 +172,7 @@ class Life:
         if self.alive:
             self.alive = False
             self.cause = cause
+            self.thaw()
             for act in self._on_end:
                 act()
 

@@ -1,5 +1,5 @@
-"""What a supervisor does about leases, in the simulated world: ends what is leased when the deadline passes,
-by its host's own clock, whatever has become of the agent."""
+"""What a supervisor and its keeper do about leases, in the simulated world: each ends what is leased when the
+deadline passes, by its host's own clock, whatever has become of the agent and of the other one."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,9 @@ from nahtlos.physical.sim.clock import virtual_loop
 if TYPE_CHECKING:
     from nahtlos.physical.sim.facts import SimHost
     from nahtlos.physical.sim.world import World
+
+KEEPER_SECONDS = 1.0
+"""Within which a keeper looks again."""
 
 
 def clock_of(world: "World", host: "SimHost") -> float:
@@ -35,8 +38,23 @@ def arm(world: "World", host: "SimHost", deadline: float | None, leased: dict[st
 
 
 def _passed(world: "World", host: "SimHost", deadline: float) -> None:
-    if host.lease == deadline:
+    if host.lease != deadline:
+        return
+    if host.supervisor_up:
         _end(world, host)
+    elif host.keeper_up:
+        virtual_loop().call_later(world.random.uniform(0.0, KEEPER_SECONDS), _passed_still, world, host)
+
+
+def _passed_still(world: "World", host: "SimHost") -> None:
+    if host.powered and host.lease is not None and clock_of(world, host) >= host.lease:
+        _end(world, host)
+
+
+def supervisor_back(world: "World", host: "SimHost") -> None:
+    """It reads in its journal until when what runs may run, and sees to it that there is a keeper."""
+    host.supervisor_up = host.keeper_up = True
+    _passed_still(world, host)
 
 
 def _end(world: "World", host: "SimHost") -> None:

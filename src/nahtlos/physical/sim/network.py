@@ -252,9 +252,11 @@ class SimNetwork(SimDriver):
             now = held.get(number)
             if here or (router.passing and now is not None):
                 state = now or held.setdefault(number, SimGateway())
-                if state.answers != here:
-                    self.world.note(self.host.id, "way out" if here else "way out passes on", router.spec.id)
-                state.answers, state.passes, state.prepared = here, router.passing and not here, False
+                answers = here and not router.passing
+                if state.answers != answers:
+                    what = "way out" if answers else "way out passes on"
+                    self.world.note(self.host.id, what, router.spec.id)
+                state.answers, state.passes, state.prepared = answers, router.passing, False
         wanted = {
             r.spec.number
             for r in config.routers

@@ -33,7 +33,7 @@ from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.facts import ServerFacts, SimHost, Step, Violation
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
 from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm, why_not_loaded
-from nahtlos.physical.sim.leases import check_lease
+from nahtlos.physical.sim.leases import check_lease, supervisor_back
 from nahtlos.physical.sim.paths import Paths
 from nahtlos.physical.sim.taps import Flow, Switchboard, Tap, lost
 from nahtlos.physical.sim.volumes import Disks
@@ -173,13 +173,26 @@ class World:
         here.units.clear()
         here.lease = 0.0
         here.powered = here.storage_up = False
+        here.supervisor_up = here.keeper_up = False
 
     def power_on(self, host: HostId) -> None:
         here = self.hosts[host]
         self.note(host, "power on", host)
         here.boots += 1
         here.powered = here.storage_up = True
+        here.supervisor_up = here.keeper_up = True
         self.paths.power(host, on=True)
+
+    def kill_supervisor(self, host: HostId) -> None:
+        """What it has started runs on; nothing is started or ended by it until it is started again."""
+        self.note(host, "supervisor killed", host)
+        self.hosts[host].supervisor_up = False
+
+    def start_supervisor(self, host: HostId) -> None:
+        here = self.hosts[host]
+        if here.powered and not here.supervisor_up:
+            self.note(host, "supervisor starts", host)
+            supervisor_back(self, here)
 
     def kill_storage(self, host: HostId) -> None:
         """kill -9 of the storage daemon; its supervisor starts it again on the same socket."""

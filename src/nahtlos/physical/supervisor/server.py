@@ -14,6 +14,7 @@ from pathlib import Path
 from nahtlos.model.errors import Conflict, Error, ErrorRecord
 from nahtlos.physical.supervisor.descriptors import DescriptorStore
 from nahtlos.physical.supervisor.journal import Journal
+from nahtlos.physical.supervisor.keeper import KeeperProcess
 from nahtlos.physical.supervisor.protocol import (
     Arm,
     Call,
@@ -45,6 +46,7 @@ class SupervisorServer:
         self._path = path
         self._store = DescriptorStore(journal)
         self._units = UnitTable(journal, self._store, str(state_dir.resolve()))
+        self._keeper = KeeperProcess(state_dir)
 
     async def serve(self) -> None:
         """Adopt what runs, then answer until cancelled. Units run on when it ends."""
@@ -104,6 +106,8 @@ class SupervisorServer:
             case Stop(name, grace):
                 await self._units.stop(name, grace)
             case Arm(deadline, leased):
+                if deadline is not None:
+                    await self._keeper.ensure()
                 self._units.arm(deadline, leased)
             case ListUnits():
                 return Reply(id=number, units=self._units.statuses()), ()

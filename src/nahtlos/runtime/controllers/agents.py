@@ -9,11 +9,13 @@ servers: orders come from the planning loop (`post`), reports go to the store.
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from nahtlos import __version__
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, KeyId, OperationId
 from nahtlos.model.inventory import HostInventory
@@ -46,6 +48,8 @@ PONG_SECONDS = 8.0
 busy with emulated guests may keep its agent from running."""
 STORE_SECONDS = 2.0
 """A report that says nothing new is written down that often."""
+
+UPGRADE_FIRST = f"orchestrators (this one is {__version__}) are upgraded before agents"
 
 _log = logging.getLogger("nahtlos.runtime.agents")
 
@@ -168,7 +172,11 @@ class Agents:
         except* _Over:
             pass
         except* msgspec.MsgspecError as group:
-            _log.warning("%s sent what is no message: %s", connection.session.peer, group.exceptions[0])
+            why, hello = group.exceptions[0], connection.hello
+            _log.warning("%s sent what is no message: %s", connection.session.peer, why)
+            if hello is not None:
+                version = f"what agent {hello.agent_version} says cannot be read here"
+                self._say("agent.unreadable", hello.host, f"{version} ({why}): {UPGRADE_FIRST}")
 
     async def _watch(self, connection: _Connection) -> None:
         """Returns when the agent has fallen silent, or never says who it is."""
@@ -224,6 +232,10 @@ class Agents:
         self._connections[hello.host] = connection
         connection.greeted.set()
         self._say("agent.connected", hello.host, f"agent {hello.agent_version} is connected")
+        if is_newer(hello.agent_version, __version__):
+            self._say(
+                "agent.newer", hello.host, f"{hello.agent_version} of its agent is newer: {UPGRADE_FIRST}"
+            )
         return Welcome(protocol=protocol, orchestrator_epoch=epoch)
 
     async def _check_hello(self, connection: _Connection, hello: Hello, epoch: int) -> int:
@@ -325,6 +337,15 @@ async def _no_keyring(host: HostId, key: KeyId) -> bytes:
     raise Refused(
         "this orchestrator has no keyring", field="key", remedy="start it with one, beside its authority"
     )
+
+
+def is_newer(version: str, than: str) -> bool:
+    """By the numbers in both; what has none is no newer."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", text)]
+
+    return numbers(version) > numbers(than)
 
 
 def _essence(inventory: HostInventory) -> HostInventory:

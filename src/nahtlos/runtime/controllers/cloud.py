@@ -349,6 +349,7 @@ class Cloud(Protocol):
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> Forecast: ...
     async def start_upgrade(
         self,
@@ -356,6 +357,7 @@ class Cloud(Protocol):
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> CampaignView: ...
     async def campaigns(self) -> tuple[Campaign, ...]: ...
     async def campaign(self, campaign: CampaignId | None) -> CampaignView:
@@ -365,6 +367,13 @@ class Cloud(Protocol):
     async def pause_upgrade(self) -> CampaignView: ...
     async def resume_upgrade(self) -> CampaignView: ...
     async def cancel_upgrade(self) -> CampaignView: ...
+    async def commit_upgrade(self) -> CampaignView:
+        """Nothing has to be able to return any more; Conflict without a campaign."""
+        ...
+
+    async def rollback_upgrade(self) -> CampaignView:
+        """Its hosts go back to the release they came from; Conflict past the point of no return."""
+        ...
 
     async def set_promised(self, promised: Size) -> None:
         """What customers were promised in total; Refused if the hosts could not hold it."""

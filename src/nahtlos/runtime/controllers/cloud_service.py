@@ -30,6 +30,7 @@ from nahtlos.runtime.controllers import (
     move_requests,
     requests,
     server_requests,
+    turning,
     upgrade_requests,
     views,
     volume_homes,
@@ -353,13 +354,14 @@ class CloudService:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> Forecast:
         release = await self._verified(to)
         async with self._store.reading() as tx:
             state, inventory = await self._read(tx)
             chosen = upgrade_requests.upgrade_hosts(state, hosts, component)
             upgrade_requests.check_upgrade(state, release, chosen, component, strategy)
-            return await self._forecast(tx, state, inventory, to, chosen, component, strategy)
+            return await self._forecast(tx, state, inventory, to, chosen, component, strategy, no_way_back)
 
     async def _forecast(
         self,
@@ -370,6 +372,7 @@ class CloudService:
         hosts: tuple[HostId, ...],
         component: Component,
         strategy: Strategy,
+        no_way_back: bool,
     ) -> Forecast:
         samples = await experience.measured(tx, state.servers)
         verify_seconds = await self._verify_seconds(tx)
@@ -383,6 +386,7 @@ class CloudService:
             verify_seconds=verify_seconds,
             component=component,
             strategy=strategy,
+            no_way_back=no_way_back,
         )
 
     async def _verify_seconds(self, tx: AsyncConnection) -> float | None:
@@ -396,6 +400,7 @@ class CloudService:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> CampaignView:
         release = await self._verified(to)
         async with self._looks.changing() as tx:
@@ -403,13 +408,16 @@ class CloudService:
             state, inventory = await self._read(tx)
             chosen = upgrade_requests.upgrade_hosts(state, hosts, component)
             upgrade_requests.check_upgrade(state, release, chosen, component, strategy)
-            predicted = await self._forecast(tx, state, inventory, to, chosen, component, strategy)
+            predicted = await self._forecast(
+                tx, state, inventory, to, chosen, component, strategy, no_way_back
+            )
             _refuse_blocked(predicted)
             campaign = await campaigns.begin(
                 tx,
                 to_release=to,
                 component=component,
                 strategy=strategy,
+                no_way_back=no_way_back,
                 from_releases=upgrade_requests.releases_in_use(state, chosen, component),
                 hosts=chosen,
                 moves_forecast=predicted.total_moves,
@@ -447,13 +455,28 @@ class CloudService:
     async def cancel_upgrade(self) -> CampaignView:
         return await self._steer(CampaignState.CANCELLED, (CampaignState.RUNNING, CampaignState.PAUSED))
 
+    async def commit_upgrade(self) -> CampaignView:
+        async with self._looks.changing() as tx:
+            committed = turning.committed(turning.open_one(await campaigns.current(tx)))
+            await campaigns.put(tx, committed)
+        self._said("campaign.committed", committed.id, f"{committed.id} does not go back any more")
+        return await self.campaign(committed.id)
+
+    async def rollback_upgrade(self) -> CampaignView:
+        async with self._store.reading() as tx:
+            back = turning.rolled_back(await campaigns.newest(tx))
+        await self._verified(back.to_release)
+        async with self._looks.changing() as tx:
+            back = turning.rolled_back(await campaigns.newest(tx))
+            await campaigns.put(tx, back)
+        self._said("campaign.rolled-back", back.id, f"{back.id} goes back to {back.to_release}")
+        return await self.campaign(back.id)
+
     async def _steer(self, state: CampaignState, of: tuple[CampaignState, ...]) -> CampaignView:
         async with self._looks.changing() as tx:
             row = await campaigns.current(tx)
-            if row is None:
-                raise Conflict(
-                    "no campaign is going on", field="campaign", remedy="nahtlos upgrade start RELEASE"
-                )
+            turning.open_one(row)
+            assert row is not None
             if row.campaign.state not in of:
                 raise Conflict(
                     f"{row.campaign.id} is {row.campaign.state}",

@@ -5,10 +5,12 @@ As in `cloud`: every method answers at once from the store or writes intent and 
 
 from typing import Protocol
 
+from msgspec import UNSET, UnsetType
+
 from nahtlos.model.blueprint import DrainForecast
 from nahtlos.model.ids import HostId, ProjectId, ServerGroupId, ServerId
 from nahtlos.model.networking import DEFAULT_PROJECT
-from nahtlos.model.placement import GroupPolicy, ReserveReport
+from nahtlos.model.placement import GroupPolicy, MoveLimits, ReserveReport
 from nahtlos.model.values import Value
 
 
@@ -29,6 +31,13 @@ class ServerGroupView(Value, frozen=True, kw_only=True):
     since the world has put them so."""
 
 
+class MoveLimitsChange(Value, frozen=True, kw_only=True):
+    """What is left out stays as it is."""
+
+    at_once: int | UnsetType = UNSET
+    per_host: int | UnsetType = UNSET
+
+
 class Placement(Protocol):
     async def server_groups(self) -> tuple[ServerGroupView, ...]: ...
     async def server_group(self, group: ServerGroupId) -> ServerGroupView: ...
@@ -44,4 +53,9 @@ class Placement(Protocol):
     async def reserve(self) -> ReserveReport: ...
     async def set_reserve(self, hosts: int) -> ReserveReport:
         """Conflict, with figures, if it could not be kept as the cloud is."""
+        ...
+
+    async def move_limits(self) -> MoveLimits: ...
+    async def limit_moves(self, change: MoveLimitsChange) -> MoveLimits:
+        """Moves that run already go on."""
         ...

@@ -1,19 +1,28 @@
 """Whether what is asked for of groups and pins can be granted, and how groups look. Pure; every refusal names
 the field and the remedy."""
 
+import msgspec
+from msgspec import UNSET
+
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ProjectId, ServerGroupId, ServerId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole
-from nahtlos.model.placement import ReserveReport, ServerGroup
+from nahtlos.model.placement import MoveLimits, ReserveReport, ServerGroup
 from nahtlos.planner.capacity import reserve_of, why_withdrawal_breaks
 from nahtlos.planner.groups import broken
 from nahtlos.planner.reserve import KEEP, in_words
 from nahtlos.runtime.controllers.network_requests import checked_project
-from nahtlos.runtime.controllers.placement import ServerGroupRequest, ServerGroupView
+from nahtlos.runtime.controllers.placement import (
+    MoveLimitsChange,
+    ServerGroupRequest,
+    ServerGroupView,
+)
 from nahtlos.runtime.controllers.requests import compute_host, listed
 from nahtlos.runtime.controllers.state import State
+
+MOST_MOVES = 64
 
 
 def known_group(state: State, group: ServerGroupId, field: str = "group") -> ServerGroup:
@@ -133,3 +142,26 @@ def group_view(state: State, group: ServerGroupId) -> ServerGroupView:
         members=members,
         violation=broken(spec.policy, [host for host in members.values() if host is not None]),
     )
+
+
+# --- moves beside each other -----------------------------------------------------------------------------
+
+
+def move_limits(state: State) -> MoveLimits:
+    return MoveLimits(
+        at_once=state.parallel_moves,
+        per_host=state.parallel_moves_per_host,
+        bytes_per_second=state.policy().move_bytes_per_second,
+        running=len(state.blueprint.moves) if state.blueprint else 0,
+    )
+
+
+def changed_limits(before: MoveLimits, change: MoveLimitsChange) -> MoveLimits:
+    if change == MoveLimitsChange():
+        raise Refused("nothing to change", field="at_once", remedy="give --at-once or --per-host")
+    at_once = before.at_once if change.at_once is UNSET else change.at_once
+    per_host = before.per_host if change.per_host is UNSET else change.per_host
+    for field, value in (("at_once", at_once), ("per_host", per_host)):
+        if not 1 <= value <= MOST_MOVES:
+            raise Refused(f"{value} moves at once", field=field, remedy=f"give 1 to {MOST_MOVES}")
+    return msgspec.structs.replace(before, at_once=at_once, per_host=per_host)

@@ -2,11 +2,11 @@
 
 from nahtlos.model.blueprint import DrainForecast
 from nahtlos.model.ids import HostId, ServerGroupId
-from nahtlos.model.placement import ReserveReport
+from nahtlos.model.placement import MoveLimits, ReserveReport
 from nahtlos.planner.obstacles import drain_forecast
 from nahtlos.runtime.controllers import placement_requests
 from nahtlos.runtime.controllers.look import Looks
-from nahtlos.runtime.controllers.placement import ServerGroupRequest, ServerGroupView
+from nahtlos.runtime.controllers.placement import MoveLimitsChange, ServerGroupRequest, ServerGroupView
 from nahtlos.runtime.controllers.project_service import Said
 from nahtlos.runtime.controllers.requests import compute_host
 from nahtlos.runtime.store import intent as intents
@@ -59,3 +59,17 @@ class PlacementService:
             await intents.set_setting(tx, rows.RESERVE, hosts)
         self._said("reserve", "cloud", f"capacity is kept for the failure of {hosts} hosts")
         return await self.reserve()
+
+    async def move_limits(self) -> MoveLimits:
+        look = await self._looks.now()
+        return placement_requests.move_limits(look.state)
+
+    async def limit_moves(self, change: MoveLimitsChange) -> MoveLimits:
+        async with self._looks.changing() as tx:
+            state = await self._looks.state(tx)
+            limits = placement_requests.changed_limits(placement_requests.move_limits(state), change)
+            await intents.set_setting(tx, intents.PARALLEL_MOVES, limits.at_once)
+            await intents.set_setting(tx, intents.PARALLEL_MOVES_PER_HOST, limits.per_host)
+        text = f"{limits.at_once} moves may run at once, {limits.per_host} from and to a host"
+        self._said("moves", "cloud", text)
+        return await self.move_limits()

@@ -33,6 +33,7 @@ async def begin(
     now: float,
     component: Component = Component.HYPERVISOR,
     strategy: Strategy = Strategy.AUTO,
+    no_way_back: bool = False,
 ) -> Campaign:
     """Conflict while another is not over."""
     await check_none_open(tx)
@@ -46,6 +47,7 @@ async def begin(
         created_at=now,
         component=component,
         strategy=strategy,
+        no_way_back=no_way_back,
     )
     await tx.execute(
         insert(schema.campaigns).values(
@@ -94,13 +96,20 @@ async def history(tx: AsyncConnection) -> tuple[CampaignRow, ...]:
 async def set_state(
     tx: AsyncConnection, campaign: Campaign, state: CampaignState, ended_at: float | None = None
 ) -> Campaign:
-    changed = msgspec.structs.replace(campaign, state=state, ended_at=ended_at)
+    """Its end, unless it is cancelled, is its point of no return."""
+    committed = campaign.committed or state is CampaignState.DONE
+    changed = msgspec.structs.replace(campaign, state=state, ended_at=ended_at, committed=committed)
+    await put(tx, changed)
+    return changed
+
+
+async def put(tx: AsyncConnection, campaign: Campaign) -> None:
+    """What has become of one that was begun."""
     await tx.execute(
         update(schema.campaigns)
         .where(schema.campaigns.c.id == campaign.id)
-        .values(state=state, document=text_of(changed), ended_at=ended_at)
+        .values(state=campaign.state, document=text_of(campaign), ended_at=campaign.ended_at)
     )
-    return changed
 
 
 async def put_progress(tx: AsyncConnection, row: CampaignRow) -> None:
