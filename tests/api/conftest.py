@@ -123,6 +123,8 @@ class FakeCloud:
         self.state: CampaignState | None = None
         self.component = Component.HYPERVISOR
         self.strategy = Strategy.AUTO
+        self.turned: dict[str, bool] = {}
+        """Of the campaign, whether it has a way back."""
         self.promised: Size | None = None
         self.tokens: list[str] = []
         self.log: list[CloudEvent] = []
@@ -281,6 +283,7 @@ class FakeCloud:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> Forecast:
         await self.release(to)
         move = ForecastMove(
@@ -313,6 +316,7 @@ class FakeCloud:
             if hosts == (HostId("host-2"),)
             else (),
             basis="measured",
+            returns=component is Component.HYPERVISOR and not no_way_back,
         )
 
     async def start_upgrade(
@@ -321,9 +325,10 @@ class FakeCloud:
         hosts: tuple[HostId, ...] | None,
         component: Component = Component.HYPERVISOR,
         strategy: Strategy = Strategy.AUTO,
+        no_way_back: bool = False,
     ) -> CampaignView:
         await self.release(to)
-        self.component, self.strategy = component, strategy
+        self.component, self.strategy, self.turned = component, strategy, {"no_way_back": no_way_back}
         if self.state == CampaignState.RUNNING:
             raise Conflict("campaign c-1 runs", field="campaign", remedy="cancel it or wait for its end")
         return self._become(CampaignState.RUNNING)
@@ -342,6 +347,7 @@ class FakeCloud:
             state=self.state,
             component=self.component,
             strategy=self.strategy,
+            **self.turned,
         )
         return CampaignView(
             campaign=campaign,
@@ -373,6 +379,16 @@ class FakeCloud:
     async def resume_upgrade(self) -> CampaignView:
         self._campaign()
         return self._become(CampaignState.RUNNING)
+
+    async def commit_upgrade(self) -> CampaignView:
+        self.turned = {"committed": True}
+        return self._campaign()
+
+    async def rollback_upgrade(self) -> CampaignView:
+        if self.turned.get("committed") or self.turned.get("no_way_back"):
+            raise Conflict("c-1 is past its point of no return", field="campaign", remedy="start another one")
+        self.turned = {"rolled_back": True}
+        return self._campaign()
 
     async def cancel_upgrade(self) -> CampaignView:
         self._campaign()

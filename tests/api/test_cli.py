@@ -111,6 +111,16 @@ async def test_lists_are_json_arrays(run: Run, arguments: tuple[str, ...]) -> No
     assert isinstance(json.loads(before.stdout), list)
 
 
+async def test_a_campaign_shows_where_its_way_back_ends(run: Run, reachable: Any) -> None:
+    assert "it can be rolled back" in " ".join((await run("upgrade", "plan", NEW)).stdout.split())
+    assert "no way back" in (await run("upgrade", "plan", NEW, "--no-way-back")).stdout
+    assert "upgrade rollback" in (await run("upgrade", "start", NEW)).stdout
+    assert "it is rolled back" in (await run("upgrade", "rollback")).stdout
+    assert "past the point of no return" in (await run("upgrade", "commit")).stdout
+    refused = await run("upgrade", "rollback")
+    assert refused.exit_code == 2 and "point of no return" in refused.stderr
+
+
 async def test_an_upgrade_from_plan_to_report(run: Run, reachable: Any) -> None:
     assert (await run("upgrade", "start", NEW, "--host", "host-1")).exit_code == 0
     assert "paused" in (await run("upgrade", "pause")).stdout

@@ -102,6 +102,18 @@ async def test_upgrades(reachable: Any) -> None:
         assert [c.id for c in await client.campaigns()] == ["c-1"]
 
 
+async def test_a_campaign_goes_back_until_it_is_committed(reachable: Any) -> None:
+    async with reachable.unix() as client:
+        assert (await client.plan_upgrade(NEW, None)).returns
+        assert not (await client.plan_upgrade(NEW, None, no_way_back=True)).returns
+        assert (await client.start_upgrade(NEW, None)).campaign.returns
+        assert (await client.rollback_upgrade()).campaign.rolled_back
+        assert (await client.commit_upgrade()).campaign.committed
+        with pytest.raises(Conflict, match="point of no return") as refusal:
+            await client.rollback_upgrade()
+        assert refusal.value.field == "campaign" and refusal.value.remedy
+
+
 # --- events ------------------------------------------------------------------------------------------
 
 

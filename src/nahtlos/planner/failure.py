@@ -99,12 +99,9 @@ def review_failures(draft: Draft) -> None:
 def _is_watched(draft: Draft, host: HostId) -> bool:
     """Also an edge host by which routers lead out."""
     ways_out = any(place.host == host for place in draft.gateways.values())
-    return draft.is_compute(host) or (host in draft.policy.hosts and (ways_out or _is_denied(draft, host)))
-
-
-def _is_denied(draft: Draft, host: HostId) -> bool:
     plan = draft.hosts[host]
-    return plan.denial is not None or bool(plan.fenced) or plan.lease is not None
+    begun = plan.lease is not None or plan.denial is not None
+    return draft.is_compute(host) or (host in draft.policy.hosts and (ways_out or begun))
 
 
 def _follow_lease(draft: Draft, host: HostId, able: list[HostId]) -> None:

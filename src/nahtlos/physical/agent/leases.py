@@ -24,7 +24,7 @@ from nahtlos.model.availability import (
 )
 from nahtlos.model.errors import Error, Refused, Unavailable
 from nahtlos.model.ids import HostId
-from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.nouns import HostRole, ServerSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold
 from nahtlos.physical.agent.peers import Peer
@@ -140,10 +140,12 @@ class Leases:
         while True:
             config = self._context.ledger.config()
             terms = config.lease if config else None
-            if terms is None:
+            if terms is not None:
+                await self._keep(terms)
+            elif self._context.settings.role is HostRole.COMPUTE:
                 await self._keep_none()
             else:
-                await self._keep(terms)
+                await self._wait(LONGEST_ROUND)
 
     async def _keep_none(self) -> None:
         """While there are no terms."""
