@@ -6,6 +6,7 @@ figures are made of; what all of them share is in `storage_site`.
 
 import argparse
 import asyncio
+import functools
 import os
 import signal
 import sys
@@ -62,13 +63,19 @@ def main() -> int:
     parser.add_argument(
         "--only", choices=sorted(SUBJECTS), action="append", help="may be given several times"
     )
+    parser.add_argument("--rounds", metavar="FIRST-LAST", help="of the torture: those of these seeds")
     arguments = parser.parse_args()
+    subjects = dict(SUBJECTS)
+    if arguments.rounds is not None:
+        first, _, last = arguments.rounds.partition("-")
+        rounds = range(int(first), int(last or first) + 1)
+        subjects["torture"] = functools.partial(storage_torture.measure, rounds=rounds)
     if os.geteuid() != 0:
         print("needs root", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _ended)
     figures = Told()
-    for name, measure in SUBJECTS.items():
+    for name, measure in subjects.items():
         if arguments.only is None or name in arguments.only:
             print(f"measuring {name}", file=sys.stderr)
             asyncio.run(measure(figures, long=arguments.long))

@@ -9,7 +9,7 @@ that takes `EPOCH_WRITE` seconds to be written.
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +38,8 @@ COPY_WITHIN = 30.0
 BY_DELTA = 2
 """Attempts to copy only what differs, before everything is."""
 POLL = 0.005
+CLUSTER = 65536
+"""What is told at once of copies that differ."""
 STILL_AFTER = (0.001, 0.003, 0.01, 0.03)
 """When it is looked whether a writer stands still whose write was refused."""
 
@@ -126,6 +128,7 @@ class Copies:
         self.size_mib = size_mib
         self.current = [host.settings.host for host in hosts]
         self.said: list[str] = []
+        self.on_said: Callable[[str], None] = str
         self.stale_since = 0.0
         """When a copy was last recorded as not current any more."""
         self._epochs = dict.fromkeys(self.hosts, 1)
@@ -235,11 +238,15 @@ class Copies:
             ledger=self._ledger,
             transport=None,  # pyright: ignore[reportArgumentType]
             now=time.time,
-            emit=lambda event: self.said.append(f"{event.kind}: {event.text}"),
+            emit=lambda event: self._say(f"{event.kind}: {event.text}"),
             changed=lambda: None,
             on_bug=_raised,
             ask=self._ask,
         )
+
+    def _say(self, text: str) -> None:
+        self.said.append(text)
+        self.on_said(text)
 
     async def _ask(self, body: Message, timeout: float) -> Message:
         """As the orchestrator answers."""
@@ -370,7 +377,18 @@ class Copies:
             for host in self.current
         }
         first = digests[self.current[0]]
-        return tuple(host for host, digest in digests.items() if digest != first)
+        differing = tuple(host for host, digest in digests.items() if digest != first)
+        for host in differing:
+            self._say(f"{host} differs from {self.current[0]} at {await self._differing_at(host)}")
+        return differing
+
+    async def _differing_at(self, host: HostId) -> str:
+        sides = self.hosts[self.current[0]], self.hosts[host]
+        found: list[str] = []
+        for offset in range(0, self.size_mib << 20, CLUSTER):
+            here, there = [await side.storage.digest(self.volume, offset, CLUSTER) for side in sides]
+            found += [f"{offset:#x}"] if here != there else []
+        return " ".join(found)
 
     async def recorded(self, host: HostId, *, within: float = 10.0) -> None:
         """Returns when this copy does not count any more."""

@@ -28,8 +28,8 @@ async def copied(source: Host, target: Host, volume: VolumeSpec) -> VolumeSpec:
     await source.storage.relocate_start(volume, target.endpoint(there), bytes_per_second=0)
     async with asyncio.timeout(COPY_WITHIN):
         while (progress := await source.storage.relocate_progress(volume.id)).phase is not CopyPhase.READY:
-            if progress.phase is CopyPhase.FAILED:
-                raise Unavailable(progress.error)
+            if progress.phase in (CopyPhase.FAILED, CopyPhase.NONE):
+                raise Unavailable(progress.error or "nothing copies any more")
             await asyncio.sleep(0.005)
     return there
 

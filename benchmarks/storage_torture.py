@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from itertools import count
 
 import msgspec
 
@@ -61,9 +62,15 @@ class Strikes:
         self.told: Callable[[], str] = str
         """What the agents have said last."""
         self.at = Counter[str]()
+        self.story: list[str] = []
+        """What happened, and when: told of a round that went badly."""
+        self._began = time.monotonic()
         self._ahead: int | None = None
         for host in hosts:
             host.hear(lambda name, host=host: self._stepped(host, name))
+
+    def note(self, what: str) -> None:
+        self.story.append(f"{time.monotonic() - self._began:7.3f} {what}")
 
     async def around(self, attempt: "asyncio.Future[None]") -> None:
         """Once, while this is tried."""
@@ -80,6 +87,7 @@ class Strikes:
                 await self._kill(self._chance.choice(self._there()))
             if agent:
                 self.kills += 1
+                self.note("the agent is killed")
                 attempt.cancel()
                 await asyncio.wait((attempt,))
 
@@ -91,6 +99,7 @@ class Strikes:
         return [host for host in self._hosts if host not in self.away]
 
     async def _stepped(self, host: Host, name: str) -> None:
+        self.note(f"{host.settings.host}: {name}")
         if self._ahead is None:
             return
         self._ahead -= 1
@@ -103,10 +112,12 @@ class Strikes:
             await self._kill(host if self._chance.random() < 0.6 else self._chance.choice(self._there()))
         if agent:
             self.kills += 1
+            self.note("the agent is killed")
             raise Died
 
     async def _kill(self, host: Host) -> None:
         self.kills += 1
+        self.note(f"the daemon of {host.settings.host} is killed")
         await host.kill(UNIT)
 
     async def until_done(
@@ -115,12 +126,14 @@ class Strikes:
         """Whoever is killed meanwhile. `again`: what agents do before they try it once more, and whether
         they were killed."""
         until = time.monotonic() + DONE_WITHIN
+        self.note(what)
         attempt = asyncio.ensure_future(act())
         try:
             await self.around(attempt)
             while True:
                 await asyncio.wait((attempt,), timeout=DONE_WITHIN)
                 error = _end_of(attempt)
+                self.note(f"{what}: {'done' if error is None else repr(error)}")
                 if error is None:
                     return
                 if time.monotonic() > until:
@@ -217,6 +230,7 @@ class Replicated:
         self.strikes = Strikes(self._hosts, self._chance)
         self._copies = Copies(self._hosts, f"torture-{seed}", size_mib=SIZE_MIB)
         self.strikes.told = lambda: "; ".join(self._copies.said[-5:])
+        self._copies.on_said = self.strikes.note
 
     async def run(self) -> tuple[Load, int]:
         async with self._copies as copies:
@@ -257,12 +271,14 @@ class Replicated:
         name = host.settings.host
         self.strikes.away.add(host)
         self.strikes.kills += 1
+        self.strikes.note(f"{name} loses power")
         await host.lose_power()
         try:
             await self._surely("a copy is lost", lambda: self._copies.recorded(name))
             await asyncio.sleep(self._chance.random() * SOON)
         finally:
             await host.come_back()
+            self.strikes.note(f"{name} is back")
             self.strikes.away.discard(host)
         await self._all_back()
 
@@ -289,8 +305,10 @@ class Replicated:
         pid = await host.pid(UNIT)
         if pid is None:
             return
+        self.strikes.note(f"the daemon of {host.settings.host} hangs")
         os.kill(pid, signal.SIGSTOP)
         await asyncio.sleep(HUNG_SECONDS)
+        self.strikes.note("it goes on")
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
         await self._all_back()
@@ -329,9 +347,15 @@ async def one_round(site: Site, seed: int, total: Total) -> None:
     """Of one kind or the other, by turns."""
     began = time.monotonic()
     round_ = (Replicated if seed % 2 else Alone)(site, seed)
-    load, differ = await round_.run()
+    try:
+        load, differ = await round_.run()
+    except BaseException:
+        _tell(seed, round_)
+        raise
     total.add(round_, load, differ)
     bad = load.errors + load.lost + load.wrong + differ
+    if bad:
+        _tell(seed, round_)
     print(
         f"  round {seed} ({type(round_).__name__.lower()}, {time.monotonic() - began:.0f} s): "
         f"{load.operations} writes, {round_.strikes.kills} kills, longest wait {load.longest:.2f} s"
@@ -340,12 +364,18 @@ async def one_round(site: Site, seed: int, total: Total) -> None:
     )
 
 
-async def measure(figures: Figures, *, long: bool) -> None:
+def _tell(seed: int, round_: Alone | Replicated) -> None:
+    print(f"  round {seed}:", *round_.strikes.story, sep="\n    ", file=sys.stderr)
+
+
+async def measure(figures: Figures, *, long: bool, rounds: Iterable[int] | None = None) -> None:
+    """`rounds`: their seeds; else as many as there is time for."""
     total = Total()
     until = time.monotonic() + QUICK_SECONDS
+    seeds = rounds or (range(LONG_ROUNDS) if long else count())
     async with Site(HOSTS) as site:
-        seed = 0
-        while seed < LONG_ROUNDS if long else time.monotonic() < until:
+        for seed in seeds:
+            if rounds is None and not long and time.monotonic() > until:
+                break
             await one_round(site, seed, total)
-            seed += 1
     total.report(figures)

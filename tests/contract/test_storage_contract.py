@@ -110,6 +110,8 @@ def test_a_group_of_snapshots_is_taken_whole_or_not_at_all(stage: Stage) -> None
         one, two = hosts.volume("one"), hosts.volume("two")
         await storage.reconcile(StorageDesired(volumes=(one, two)))
         both = (taken("s-one", one, "g"), taken("s-two", two, "g"))
+        await storage.snapshot_prepare(both)
+        assert await storage.snapshots() == ()
         for _ in range(2):
             await storage.snapshot(both)
             found = {s.id: (s.volume, s.group, s.size_mib) for s in await storage.snapshots()}

@@ -198,6 +198,10 @@ async def test_snapshots_are_whole_or_not_there_whoever_is_killed_between_two_st
         name = f"{step.partition('.')[2]}-{who}"
         before = scene.writer.acknowledged
         wanted = (snapshot(name),)
+        prepare = scene.host.storage.snapshot_prepare
+        assert await scene.interrupted("snapshot.prepared", who, lambda s=wanted: prepare(s))
+        if who != "agent":
+            await scene.host.storage.snapshot_prepare(wanted)
         assert await scene.interrupted(step, who, lambda s=wanted: scene.host.storage.snapshot(s))
         await scene.reconcile()
         taken = {each.id for each in await scene.host.storage.snapshots()}
@@ -364,6 +368,13 @@ async def test_a_volume_is_enlarged_while_it_is_written_and_never_becomes_smalle
         assert (status.size_mib, status.served) == (size, True)
         image = (await scene.host.storage.daemon.images())[graph.top_node(DATA)]["image"]
         assert cast("dict[str, int]", image)["virtual-size"] == size << 20
+        assert await scene.host.storage.daemon.unflushed() == frozenset()
+    file = scene.host.storage.serving.file_node(LayerRef(DATA, 0))
+    left = {"options": [{**file, "cache": {"no-flush": True}}]}
+    await scene.host.storage.daemon.execute("blockdev-reopen", left)
+    await scene.host.restart_drivers()
+    await scene.reconcile()
+    assert await scene.host.storage.daemon.unflushed() == frozenset(), "as an agent that ended has left it"
     scene.spec = msgspec.structs.replace(scene.spec, size_mib=8)
     with pytest.raises(Refused) as refusal:
         await scene.reconcile()

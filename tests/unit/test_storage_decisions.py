@@ -271,6 +271,11 @@ def test_a_daemon_is_brought_to_what_is_recorded(seen: tuple[str, ...] | None, s
     assert decisions.catch_up(decisions.expected_chains({V: LONG}, V), seen) is step
 
 
+def test_a_volume_received_anew_is_not_put_onto_what_it_was() -> None:
+    anew = volume(layer(3))
+    assert decisions.catch_up(decisions.expected_chains({V: anew}, V), ()) is CatchUp.REBUILD
+
+
 def test_while_layers_merge_both_are_right() -> None:
     merging = msgspec.structs.replace(LONG, merge=Merge(layer=1, into=0))
     for seen in (("layer2-v", "layer1-v", "raw-v"), ("layer2-v", "raw-v")):

@@ -59,6 +59,7 @@ from nahtlos.wire.volumes import (
     VolumeRejoin,
     VolumeRejoined,
     VolumeSnapshot,
+    VolumeSnapshotPrepare,
     VolumeStep,
     VolumeThaw,
 )
@@ -411,6 +412,7 @@ ToPeer = (
     | GuestFreeze
     | GuestThaw
     | VolumeSnapshot
+    | VolumeSnapshotPrepare
     | VolumeDigest
     | VolumeMark
     | VolumeRejoin

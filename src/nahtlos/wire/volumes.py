@@ -311,6 +311,14 @@ class VolumeSnapshot(Message, frozen=True, kw_only=True):
     undo: bool = False
 
 
+class VolumeSnapshotPrepare(Message, frozen=True, kw_only=True):
+    """Coordinator to a host that keeps some of a group, before servers stand still for it:
+    `Storage.snapshot_prepare`. An agent of an earlier release refuses it, and takes longer then."""
+
+    id: OperationId
+    snapshots: tuple[SnapshotSpec, ...]
+
+
 class VolumeOffer(Message, frozen=True, kw_only=True):
     """Coordinator to a host with snapshots it shall have: `Storage.offer_snapshots`."""
 

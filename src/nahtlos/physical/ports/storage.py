@@ -127,6 +127,11 @@ class Storage(Protocol):
         """All at one moment. Those that exist are left as they are; all or none of the others are made."""
         ...
 
+    async def snapshot_prepare(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        """Done beforehand of `snapshot` is what servers that stand still need not wait for. Needs no undoing,
+        and binds to nothing. Refused and so on as `snapshot` would be."""
+        ...
+
     async def snapshots(self) -> tuple[SnapshotStatus, ...]: ...
 
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:

@@ -128,6 +128,13 @@ class SimStorage(SimDriver):
                 )
             self.world.disks.touch(*(each.volume for each in new))
 
+    async def snapshot_prepare(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        async with self.verb("snapshot_prepare"):
+            self._check_up()
+            for each in snapshots:
+                if each.id not in self.host.snapshots:
+                    self._own(each.volume)
+
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
         return tuple(
             SnapshotStatus(

@@ -166,21 +166,28 @@ class Backends:
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         """All or none, also over both backends."""
         there = {status.id for status in await self.snapshots()}
-        groups = [
-            (storage, tuple([s for s in snapshots if await self._holder(s.volume) is storage]))
-            for storage in self._all
-        ]
         made: list[tuple[Storage, tuple[SnapshotSpec, ...]]] = []
         try:
-            for storage, part in groups:
-                if part:
-                    await storage.snapshot(part)
-                    made.append((storage, part))
+            for storage, part in await self._by_backend(snapshots):
+                await storage.snapshot(part)
+                made.append((storage, part))
         except Error:
             for storage, part in made:
                 new = tuple(snapshot.id for snapshot in part if snapshot.id not in there)
                 await storage.reconcile(StorageDesired(removed_snapshots=new))
             raise
+
+    async def snapshot_prepare(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        for storage, part in await self._by_backend(snapshots):
+            await storage.snapshot_prepare(part)
+
+    async def _by_backend(
+        self, snapshots: tuple[SnapshotSpec, ...]
+    ) -> list[tuple[Storage, tuple[SnapshotSpec, ...]]]:
+        """Those that have any."""
+        holders = [(await self._holder(each.volume), each) for each in snapshots]
+        groups = [(storage, tuple(s for h, s in holders if h is storage)) for storage in self._all]
+        return [(storage, part) for storage, part in groups if part]
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
         return tuple([status for storage in self._all for status in await storage.snapshots()])

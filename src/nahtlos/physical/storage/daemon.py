@@ -23,6 +23,9 @@ from nahtlos.physical.storage.graph import Export, Options, parsed_export
 MONITOR_WITHIN = 20.0
 JOB_WITHIN = 30.0
 EXPORT_GONE_WITHIN = 5.0
+COPIED_AT_ONCE = 2 << 20
+"""Bytes of a copy that runs beside writes. A write into what is just being copied waits for all of it, and on
+its way to a target any write waits behind it."""
 _POLL = 0.002
 _AS_WANTED_ALREADY = ("duplicate", "not found", "exists", "already", "Cannot find", "Failed to find")
 
@@ -152,6 +155,13 @@ class Daemon:
         """What the daemon says of each node."""
         answer = await self.execute("query-named-block-nodes", {"flat": True})
         return {str(each["node-name"]): each for each in cast("list[Answer]", answer["value"])}
+
+    async def unflushed(self) -> frozenset[str]:
+        """Nodes whose files are not flushed whatever clients ask for."""
+        found = (
+            (name, cast("Answer", said.get("cache", {}))) for name, said in (await self.images()).items()
+        )
+        return frozenset(name for name, cache in found if cache.get("no-flush"))
 
     async def exports(self, within: float = MONITOR_WITHIN) -> dict[VolumeId, Export]:
         """Of volumes, those that are on their way out left out."""

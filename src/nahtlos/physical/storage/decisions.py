@@ -88,7 +88,8 @@ def catch_up(expected: tuple[tuple[str, ...], ...], seen: tuple[str, ...] | None
         return CatchUp.BUILD
     if seen in expected:
         return CatchUp.NOTHING
-    return CatchUp.OVERLAY if expected[0][1:] == seen else CatchUp.REBUILD
+    # Nothing known under it is what a volume was that is received anew: not what a lone layer is put onto.
+    return CatchUp.OVERLAY if seen and expected[0][1:] == seen else CatchUp.REBUILD
 
 
 def stray_nodes(seen: Graph, records: RecordMap) -> tuple[str, ...]:

@@ -123,6 +123,8 @@ class EmbeddedStorage:
         for volume in known:
             await attempt.to(self._lifecycle.adopt(volume))
         await self._up(desired, attempt)
+        await self._lifecycle.flush_again()
+        await self._snapshots.drop_prepared(going)
         bundle = await self.releases.bundle()
         for volume in volumes:
             if volume.id not in records:
@@ -213,6 +215,11 @@ class EmbeddedStorage:
         async with self.serving.changing:
             await self.serving.awake()
             await self._snapshots.take(snapshots, await self.releases.bundle())
+
+    async def snapshot_prepare(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        async with self.serving.changing:
+            await self.serving.awake()
+            await self._snapshots.prepare(snapshots, await self.releases.bundle())
 
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
         return await self._snapshots.list()

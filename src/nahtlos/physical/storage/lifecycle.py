@@ -11,15 +11,18 @@ from nahtlos.model.storage import Deletion, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import decisions, graph
+from nahtlos.physical.storage.daemon import Command
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
+from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.layers import LayerFiles, base_file, overlay_file
 from nahtlos.physical.storage.merging import Merging, job_name
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
 
-GROWN_IN_A_ROW = 2
-"""An export that has let go of its nodes is one round of the daemon away. Each further one takes time, and
-whoever comes back before the export does waits a second."""
+ALL_DONE: Command = ("transaction", {"actions": []})
+"""Answered once no request of any volume is under way. Until then the daemon listens to nobody new."""
+ROUNDS = 2
+"""After so many of them an export that was shut has let go of its nodes."""
 GROWN_AGAIN = 0.05
 """Seconds in which clients do what they could not do meanwhile."""
 GROWN_WITHIN = 10.0
@@ -31,6 +34,7 @@ class Lifecycle:
         self._files = files
         self._merging = merging
         self._booted = False
+        self._flushes = False
 
     # --- made --------------------------------------------------------------------------------------
 
@@ -175,7 +179,9 @@ class Lifecycle:
         return f"volume {spec.id} enlarged to {spec.size_mib} MiB"
 
     async def _resize(self, volume: VolumeId, size: int) -> None:
-        """At one go: clients find the export where it was before they have shaken hands again. Where it did
+        """At one go: clients find the export where it was before they have shaken hands again; who comes
+        before it is back waits a second. What is on its way is waited for while the daemon listens to nobody,
+        and an image is told to grow without its disk being waited for (`_unflushed`). Where the export did
         not let go of its nodes in time, it is there again unchanged, and grows a moment later."""
         daemon, found = self._serving.daemon, (await self._serving.daemon.exports()).get(volume)
         grow = ("block_resize", {"node-name": graph.top_node(volume), "size": size})
@@ -184,20 +190,45 @@ class Lifecycle:
             return
         shut = ("block-export-del", {"id": found.id, "mode": "hard"})
         back = ("block-export-add", found.options)
+        begin, end = self._unflushed(volume)
+        rounds = (ALL_DONE,) * ROUNDS
         until = time.monotonic() + GROWN_WITHIN
         try:
             while True:
                 await self._serving.written_out(volume)
-                _, *grown, _ = await daemon.outcomes(shut, *[grow] * GROWN_IN_A_ROW, back)
+                said = await daemon.outcomes(*begin, shut, *rounds, grow, *end, back)
+                refused = said[len(begin) + 1 + len(rounds)]
                 await self._serving.on_step("resize.grown")
-                if None in grown:
+                if refused is None:
                     break
-                last = grown[-1]
-                if last is not None and (not isinstance(last, Denied) or time.monotonic() > until):
-                    raise last
+                if not isinstance(refused, Denied) or time.monotonic() > until:
+                    raise refused
                 await asyncio.sleep(GROWN_AGAIN)
         finally:
-            await daemon.tolerating(*back)
+            for command in (*end, back):
+                await daemon.tolerating(*command)
+        await self._serving.written_out(volume)
+
+    def _unflushed(self, volume: VolumeId) -> tuple[tuple[Command, ...], tuple[Command, ...]]:
+        """To be said before and after an image grows: its file is not flushed in between. Nobody writes into
+        it then, and before it is recorded how large it is, it is written out."""
+        record = self._serving.records[volume]
+        if record.active_layer.format is VolumeFormat.RAW:
+            return (ALL_DONE,), ()
+        file = self._serving.file_node(LayerRef(volume, record.active))
+        unflushed: Options = {**file, "cache": {"no-flush": True}}
+        return (_reopened(unflushed),), (_reopened(file),)
+
+    async def flush_again(self) -> None:
+        """Once: an agent that ended while an image grew may have left its file unflushed."""
+        if self._flushes:
+            return
+        left = await self._serving.daemon.unflushed()
+        for record in self._serving.records.all().values():
+            ref = LayerRef(record.volume, record.active)
+            if graph.file_node(ref) in left:
+                await self._serving.daemon.execute(*_reopened(self._serving.file_node(ref)))
+        self._flushes = True
 
     # --- deleted -----------------------------------------------------------------------------------
 
@@ -245,3 +276,7 @@ class Lifecycle:
         records = self._serving.records.all()
         found = (decisions.clones_on(records, LayerRef(record.volume, each.number)) for each in record.layers)
         return tuple(sorted({volume for volumes in found for volume in volumes}))
+
+
+def _reopened(node: Options) -> Command:
+    return ("blockdev-reopen", {"options": [node]})

@@ -18,7 +18,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import Deletion
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import Job, JobStatus
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus
 from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import Layer, LayerRef, Merge, VolumeRecord, chain
 from nahtlos.physical.storage.serving import Serving
@@ -245,6 +245,7 @@ class Merging:
             "replaces": graph.format_node(LayerRef(volume, merge.layer)),
             "sync": "top",
             "copy-mode": "write-blocking",
+            "buf-size": COPIED_AT_ONCE,
             "auto-dismiss": False,
         }
         await self._daemon.execute("blockdev-mirror", arguments)

@@ -28,7 +28,12 @@ from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.storage import decisions, graph
+<<<<<<< HEAD
 from nahtlos.physical.storage.daemon import Job, JobStatus
+=======
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus
+from nahtlos.physical.storage.encryption import LAYER_FORMAT
+>>>>>>> 30236e6 (Writers wait less: what is flushed is written out before, copies leave room, images grow unflushed, snapshots are prepared)
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
@@ -154,6 +159,7 @@ class Relocations:
             "copy-mode": "write-blocking",
             "on-target-error": "report",
             "auto-dismiss": False,
+            "buf-size": COPIED_AT_ONCE,
             "speed": speed,
         }
         await self._daemon.execute("blockdev-mirror", mirror)
@@ -259,6 +265,8 @@ class Relocations:
         return found
 
     async def _reopen(self, volume: VolumeId) -> None:
+        """What is left behind is flushed once more by the daemon, and writers wait for that."""
+        await self._serving.written_out(volume)
         records = self._serving.records.all()
         record, data = records[volume], graph.data_nodes(records, volume, self._serving.places)
         # One that was left by an earlier journey leads to an export that is gone.

@@ -49,6 +49,8 @@ from nahtlos.physical.storage.relocation import (
 from nahtlos.physical.storage.serving import Serving
 
 GRANULARITY = 65536
+FILLED_AT_ONCE = 2
+"""Requests of what differs, of 1 MiB at most: writes wait behind them (see `daemon.COPIED_AT_ONCE`)."""
 STEPS_KEPT = 4
 """Of those that copies which are away may still be at."""
 MOST_RANGES = 4096
@@ -353,6 +355,7 @@ class Replication:
             "bitmap-mode": "never",
             "auto-dismiss": False,
             "speed": speed,
+            "x-perf": {"max-workers": FILLED_AT_ONCE},
         }
         try:
             # a copy that goes away again is no matter of the guest's

@@ -154,6 +154,7 @@ class Serving:
     async def regroup(self, volume: VolumeId) -> None:
         """Its filter joins the throttle group its record wants, if the daemon has it."""
         if graph.fair_node(volume) in (await self.daemon.graph()).nodes:
+            await self.written_out(volume)
             data = graph.data_nodes(self.records.all(), volume, self.places)[-1]["node-name"]
             fair, _ = graph.filter_nodes(self.records[volume], str(data))
             await self.daemon.execute("blockdev-reopen", {"options": [fair]})
@@ -209,11 +210,21 @@ class Serving:
             await self._object(wanted)
         await self.daemon.add_nodes(graph.nodes(records, volume, self.places))
 
+    def file_node(self, ref: graph.LayerRef) -> Options:
+        """All options of the node of a layer's file."""
+        return graph.layer_nodes(self.records.all(), ref, self.places, writable=True)[0]
+
     def overlay_nodes(self, volume: VolumeId) -> tuple[Options, ...]:
         """Of the active layer alone, to be put onto what takes writes now."""
         records = self.records.all()
         ref = graph.active_chain(records, volume)[-1]
         return graph.layer_nodes(records, ref, self.places, writable=True)
+
+    async def open_overlay(self, record: VolumeRecord, number: int) -> None:
+        """An overlay nothing is recorded of yet: `record` is as it would be. To be put on by `settle`."""
+        records = {**self.records.all(), record.volume: record}
+        ref = graph.LayerRef(record.volume, number)
+        await self.daemon.add_nodes(graph.layer_nodes(records, ref, self.places, writable=True))
 
     async def _put_on(self, volumes: list[VolumeId]) -> None:
         if volumes:

@@ -3,10 +3,14 @@
 A snapshot freezes the layer that was written into and puts an empty overlay onto it. It is taken once the
 records of all its volumes say so (together or not at all); a daemon that dies then comes back with the
 overlays, one that runs is brought to them in one transaction.
+
+Overlays may be prepared: files no record names, which the daemon has open already, kept in mind here for
+whoever takes the next snapshot of their volume. One that does not fit any more, or nobody came for, goes.
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -22,12 +26,55 @@ from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import Layer, LayerRef, Mode, RecordMap, SnapshotRecord, VolumeRecord
 from nahtlos.physical.storage.serving import Serving
 
+PREPARED_SECONDS = 60.0
+"""So long an overlay is kept for who prepared it."""
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    layer: Layer
+    at: float
+
 
 class Snapshots:
     def __init__(self, serving: Serving, files: LayerFiles, merging: Merging) -> None:
         self._serving = serving
         self._files = files
         self._merging = merging
+        self._prepared: dict[VolumeId, Prepared] = {}
+
+    # --- prepared ----------------------------------------------------------------------------------
+
+    async def prepare(self, wanted: Sequence[SnapshotSpec], bundle: Bundle) -> None:
+        """What clients need not wait for while the snapshots are taken. Changes nothing they would notice
+        later; it may all be in vain."""
+        volumes = [each.volume for each in to_take(self._serving.records.all(), wanted)]
+        for volume in volumes:
+            await self._merging.stop(volume)
+            record = self._serving.records[volume]
+            layer = await self.overlay(record, LayerRef(volume, record.active), bundle)
+            self._prepared[volume] = Prepared(layer, time.monotonic())
+            await self._serving.on_step("snapshot.prepared")
+            await self._serving.open_overlay(record.with_layer(layer), layer.number)
+            await self._serving.written_out(volume)
+            await self._serving.flush_always(volume)
+            await self._serving.written_out(volume)
+
+    async def drop_prepared(self, volumes: Iterable[VolumeId] = ()) -> None:
+        """Of these volumes, and what nobody came for."""
+        old = time.monotonic() - PREPARED_SECONDS
+        given_up = {volume for volume, each in self._prepared.items() if each.at < old}
+        for volume in given_up | (self._prepared.keys() & set(volumes)):
+            await self._unmake({volume: self._prepared.pop(volume).layer})
+
+    def _prepared_for(self, record: VolumeRecord, below: LayerRef) -> Layer | None:
+        """What was prepared is used once, or never."""
+        found = self._prepared.pop(record.volume, None)
+        if found is None:
+            return None
+        fits = msgspec.structs.replace(self._layer(record, below), number=found.layer.number)
+        if found.layer != fits or found.layer.number != record.next_number:
+            return None
+        return found.layer if self._files.path(found.layer).exists() else None
 
     # --- taken -------------------------------------------------------------------------------------
 
@@ -72,21 +119,27 @@ class Snapshots:
 
     async def overlay(self, record: VolumeRecord, below: LayerRef, bundle: Bundle) -> Layer:
         """A new empty layer of `record` over `below`, as large as the volume is. Not recorded yet."""
-        base = self._serving.records[below.volume].layer(below.number)
-        ref = LayerRef(record.volume, record.next_number)
-        layer = Layer(
-            number=ref.number,
-            file=overlay_file(record.volume, ref.number),
-            format=VolumeFormat.QCOW2,
-            size=max(record.size, base.size),
-            backing=below,
-            encryption_key=base.encryption_key,
-        )
+        if (prepared := self._prepared_for(record, below)) is not None:
+            return prepared
+        layer = self._layer(record, below)
+        ref = LayerRef(record.volume, layer.number)
+        await self._files.unmake(ref, layer)  # what was prepared by an agent that ended may still be open
         if layer.encryption_key is not None:
             await self._files.make_encrypted(bundle, layer, None)
         else:
             await self._files.make_qcow2(ref, layer)
         return layer
+
+    def _layer(self, record: VolumeRecord, below: LayerRef) -> Layer:
+        base = self._serving.records[below.volume].layer(below.number)
+        return Layer(
+            number=record.next_number,
+            file=overlay_file(record.volume, record.next_number),
+            format=VolumeFormat.QCOW2,
+            size=max(record.size, base.size),
+            backing=below,
+            encryption_key=base.encryption_key,
+        )
 
     async def _unmake(self, made: dict[VolumeId, Layer]) -> None:
         for volume, layer in made.items():

@@ -32,6 +32,7 @@ from nahtlos.wire.volumes import (
     VolumeRejoin,
     VolumeRejoined,
     VolumeSnapshot,
+    VolumeSnapshotPrepare,
     VolumeStep,
     VolumeThaw,
 )
@@ -46,6 +47,7 @@ ForVolume = (
     | GuestFreeze
     | GuestThaw
     | VolumeSnapshot
+    | VolumeSnapshotPrepare
     | VolumeDigest
     | VolumeMark
     | VolumeRejoin
@@ -85,6 +87,8 @@ async def carry_out(context: Context, body: ForVolume) -> None:
             await _attach(context, body)
         case VolumeSnapshot():
             await _snapshot(context, body)
+        case VolumeSnapshotPrepare():
+            await context.drivers.storage.snapshot_prepare(body.snapshots)
         case VolumeFreeze():
             await freeze(context, body)
         case VolumeThaw():

@@ -121,6 +121,9 @@ class CephStorage:
                     await self._rbd.ask("snapshot_remove", name=each.volume, snapshot=each.id)
                 raise
 
+    async def snapshot_prepare(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
+        """Nothing has to be made beforehand."""
+
     async def snapshots(self) -> tuple[SnapshotStatus, ...]:
         return tuple(status for image in await self._own() for status in images.snapshot_statuses(image))
 
