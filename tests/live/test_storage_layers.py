@@ -198,8 +198,9 @@ async def test_snapshots_are_whole_or_not_there_whoever_is_killed_between_two_st
         name = f"{step.partition('.')[2]}-{who}"
         before = scene.writer.acknowledged
         wanted = (snapshot(name),)
-        prepare = scene.host.storage.snapshot_prepare
-        assert await scene.interrupted("snapshot.prepared", who, lambda s=wanted: prepare(s))
+        assert await scene.interrupted(
+            "snapshot.prepared", who, lambda s=wanted: scene.host.storage.snapshot_prepare(s)
+        )
         if who != "agent":
             await scene.host.storage.snapshot_prepare(wanted)
         assert await scene.interrupted(step, who, lambda s=wanted: scene.host.storage.snapshot(s))

@@ -28,12 +28,7 @@ from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.storage import decisions, graph
-<<<<<<< HEAD
-from nahtlos.physical.storage.daemon import Job, JobStatus
-=======
 from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus
-from nahtlos.physical.storage.encryption import LAYER_FORMAT
->>>>>>> 30236e6 (Writers wait less: what is flushed is written out before, copies leave room, images grow unflushed, snapshots are prepared)
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
