@@ -127,8 +127,10 @@ class Copies:
         self.volume = VolumeId(name)
         self.size_mib = size_mib
         self.current = [host.settings.host for host in hosts]
+        self.rejoined = set(self.current)
+        """Of those the ones of which their hosts know, too."""
         self.said: list[str] = []
-        self.on_said: Callable[[str], None] = str
+        self.on_said: Callable[[str], None] = self.said.append
         self.stale_since = 0.0
         """When a copy was last recorded as not current any more."""
         self._epochs = dict.fromkeys(self.hosts, 1)
@@ -245,7 +247,6 @@ class Copies:
         )
 
     def _say(self, text: str) -> None:
-        self.said.append(text)
         self.on_said(text)
 
     async def _ask(self, body: Message, timeout: float) -> Message:
@@ -259,6 +260,7 @@ class Copies:
             self._last_epoch += 1
             self._epochs[body.lost] = self._last_epoch
             self._copying.pop(body.lost, None)
+            self.rejoined.discard(body.lost)
             self.stale_since = time.monotonic()
         self.current = left
         return ReplicasRecorded(attachment=self._attachment(self.endpoints()))
@@ -327,6 +329,8 @@ class Copies:
             await source.storage.relocate_cancel(self.volume)
         await self.hosts[host].have(self.spec(host))
         await self.reach(self.endpoints())
+        if host in self.current:
+            self.rejoined.add(host)
         return copied
 
     async def _brought_up(self, host: HostId) -> int:

@@ -230,7 +230,11 @@ class Replicated:
         self.strikes = Strikes(self._hosts, self._chance)
         self._copies = Copies(self._hosts, f"torture-{seed}", size_mib=SIZE_MIB)
         self.strikes.told = lambda: "; ".join(self._copies.said[-5:])
-        self._copies.on_said = self.strikes.note
+        self._copies.on_said = self._hear
+
+    def _hear(self, text: str) -> None:
+        self._copies.said.append(text)
+        self.strikes.note(text)
 
     async def run(self) -> tuple[Load, int]:
         async with self._copies as copies:
@@ -287,7 +291,7 @@ class Replicated:
             await self._surely("a copy comes back", lambda host=host: self._comes_back(host))
 
     async def _comes_back(self, host: Host) -> None:
-        if host.settings.host not in self._copies.current:
+        if host.settings.host not in self._copies.rejoined:
             await self._copies.rejoin(host.settings.host)
 
     async def _step(self) -> None:

@@ -325,8 +325,8 @@ class Converger:
                     VmmId(server, held.epoch), new
                 ):
                     self._context.say("server.disk", server, text)
-                if server not in self.busy():
-                    self._context.ledger.adopt(new)
+                if server not in self.busy() and self._context.ledger.owner(server) == held:
+                    self._context.ledger.adopt(new)  # else what was said meanwhile holds, and the rest is due
             except Exception as raised:
                 error = self._context.error_of(raised)
                 problems.append(ErrorRecord.of(error))

@@ -205,8 +205,8 @@ class Lifecycle:
                     raise refused
                 await asyncio.sleep(GROWN_AGAIN)
         finally:
-            for command in (*end, back):
-                await daemon.tolerating(*command)
+            for command, arguments in (*end, back):
+                await daemon.tolerating(command, dict(arguments))
         await self._serving.written_out(volume)
 
     def _unflushed(self, volume: VolumeId) -> tuple[tuple[Command, ...], tuple[Command, ...]]:

@@ -28,7 +28,7 @@ from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, JOB_WITHIN, Job, JobStatus
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
@@ -41,6 +41,8 @@ HOLD_SECONDS = 86400
 SILENT_SECONDS = 1.5
 GREET_SECONDS = 0.5
 LOOK_SECONDS = 0.5
+ENDS_WITHIN = 3.0
+"""A mirror in step; one whose target hangs does not."""
 
 
 class Outcome(StrEnum):
@@ -202,7 +204,7 @@ class Relocations:
 
     async def _stop(self, record: VolumeRecord) -> None:
         """Nothing is copied any more, and nothing of that is left in the daemon."""
-        await self._daemon.job_cancel(job_name(record.volume))
+        await self.give_up_mirror(job_name(record.volume))
         await self._drop_target(record.volume)
         if record.endpoint is not None and record.mode is not Mode.PROXY:
             await self._serving.keep(msgspec.structs.replace(record, endpoint=None))
@@ -247,6 +249,7 @@ class Relocations:
         await self._stays_if_out_of_step(volume)
         await self._serving.define()
         await self._serving.on_step("relocate.defined")
+        await self._serving.written_out(volume)  # the daemon flushes what is left behind, and writers wait
         if await self._stays_if_out_of_step(volume) is Outcome.FORWARD:
             await self._reopen(volume)
         await self._serving.on_step("relocate.passed")
@@ -260,8 +263,6 @@ class Relocations:
         return found
 
     async def _reopen(self, volume: VolumeId) -> None:
-        """What is left behind is flushed once more by the daemon, and writers wait for that."""
-        await self._serving.written_out(volume)
         records = self._serving.records.all()
         record, data = records[volume], graph.data_nodes(records, volume, self._serving.places)
         # One that was left by an earlier journey leads to an export that is gone.
@@ -285,7 +286,14 @@ class Relocations:
             await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
             await self._daemon.remove_nodes((graph.file_node(ref),))
 
-    async def _end_mirror(self, name: str) -> None:
+    async def give_up_mirror(self, name: str) -> None:
+        """Gone on return, whatever its target does."""
+        try:
+            await self._end_mirror(name, within=ENDS_WITHIN)
+        except (Refused, Unavailable):
+            await self._daemon.job_cancel(name)
+
+    async def _end_mirror(self, name: str, *, within: float = JOB_WITHIN) -> None:
         """Without force while both sides are in step: a mirror that is torn off while its connection is being
         made anew has been seen to take the daemon with it, about one time in eight."""
         job = (await self._daemon.jobs()).get(name)
@@ -293,7 +301,7 @@ class Relocations:
             await self._daemon.job_cancel(name)
             return
         await self._daemon.tolerating("block-job-cancel", {"device": name, "force": False})
-        await self._daemon.job_end(name)
+        await self._daemon.job_end(name, within=within)
 
     async def settled(self, volume: VolumeId) -> VolumeRecord:
         """The record, after what a crash has left half done was carried on or taken back."""

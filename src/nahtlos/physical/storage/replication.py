@@ -396,9 +396,10 @@ class Replication:
         jobs = await self._daemon.jobs()
         if theirs_name(volume) in await self._exports():
             await self._daemon.withdraw(theirs_name(volume))
-        for name in (fill_name(volume), mirror_name(volume)):
-            if name in jobs:
-                await self._daemon.job_cancel(name)
+        if fill_name(volume) in jobs:
+            await self._daemon.job_cancel(fill_name(volume))
+        if mirror_name(volume) in jobs:
+            await self._relocations.give_up_mirror(mirror_name(volume))
         await self._daemon.remove_nodes((graph.node_name("fill", volume), theirs_name(volume)))
         if _DIFFERS in await self._bitmaps(volume):
             await self._remove_bitmap(volume, _DIFFERS)

@@ -172,6 +172,7 @@ async def _attach(context: Context, body: VolumeAttach) -> None:
     vmms = await context.drivers.hypervisor.observe()
     status = next((each for each in vmms if each.id == vmm), None)
     if status is not None and status.state is not RunState.CRASHED:
+        server = owned(context, body.server).server  # a copy may be lost since
         await context.drivers.hypervisor.disks_reconcile(vmm, server)
     _still_owned(context, server)
     context.say("volume.attached", body.attachment.volume, f"{body.server} reaches it elsewhere", id=body.id)

@@ -10,6 +10,10 @@ before the guest learns that the write is done. A copy once lost is never reache
 lost with (a fact of the ledger), whatever an older configuration says: it comes back under another epoch.
 
 Nothing is touched while an operation of the server runs or it is frozen: who ends that looks here again.
+
+How a server reaches its volumes is the ledger's: others change that while this here waits for an answer, and
+who would go by what it knew before takes back what they have done. So it is read again after every wait, and
+whoever changes it writes it down before the disks are led there: the last word is the one that is acted on.
 """
 
 import asyncio
@@ -102,10 +106,10 @@ async def record_loss(
     Unavailable while no orchestrator is connected, Conflict if no other copy is current. `by`: `ran_on` if
     the VMM that wrote to it lives."""
     assert problem.replica is not None, problem
-    known = next(each for each in server.all_volumes if each.volume == problem.volume)
-    gone = next((each for each in known.copies if each.host == problem.replica), None)
+    gone = next((e for e in _attached(server, problem.volume).copies if e.host == problem.replica), None)
     if gone is None:
         return server
+    before = context.ledger.owner(server.spec.id)
     asked = ReplicaLost(
         server=server.spec.id,
         epoch=server.epoch,
@@ -118,6 +122,12 @@ async def record_loss(
         raise Refused(f"the orchestrator answered {type(answer).__name__} to a lost copy")
     context.ledger.remember("lost", {f"{PREFIX}{place(gone)}": by})
     lost = lost_exports(context.ledger)
+    held = context.ledger.owner(server.spec.id)
+    if held is not None and held != before and held.epoch == server.epoch:
+        server = held.server  # it is reached otherwise since: a copy has joined, or another one is lost, too
+    if all(each.volume != problem.volume for each in server.all_volumes):
+        return server
+    known = _attached(server, problem.volume)
     recorded = {answer.attachment.export, *(each.export for each in answer.attachment.copies)}
     left = tuple(
         msgspec.structs.replace(each, joining=each.joining and each.export not in recorded)
@@ -138,6 +148,10 @@ async def record_loss(
         f"the copy on {problem.replica} is lost to {server.spec.id}: {problem.text}",
     )
     return after
+
+
+def _attached(server: ServerConfig, volume: VolumeId) -> VolumeAttachment:
+    return next(each for each in server.all_volumes if each.volume == volume)
 
 
 def with_attachment(server: ServerConfig, attachment: VolumeAttachment) -> ServerConfig:
@@ -232,15 +246,22 @@ class DiskKeeper:
             if problem.trouble is DiskTrouble.REPLICA_LOST:
                 server = await record_loss(self._context, server, problem, by=ran_on(server))
         self._say(vmm, self._told(problems, server, attempt))
-        await hypervisor.disks_reconcile(vmm, server)
-        if self._ours(vmm) is None:
+        if not await self._reconciled(vmm):
             return
         await hypervisor.resume(vmm)
         self._count(attempt)
         if server != held.server:
             attempt.number = 0
         self._context.changed()
-        await hypervisor.disks_reconcile(vmm, server)
+        await self._reconciled(vmm)
+
+    async def _reconciled(self, vmm: VmmId) -> bool:
+        """To what the ledger says now. False if it is not ours to touch, any more."""
+        held = self._ours(vmm)
+        if held is None:
+            return False
+        await self._context.drivers.hypervisor.disks_reconcile(vmm, held.server)
+        return self._ours(vmm) is not None
 
     def _count(self, attempt: Attempt) -> None:
         attempt.at = asyncio.get_running_loop().time()
