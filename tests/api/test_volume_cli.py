@@ -306,6 +306,44 @@ async def test_settings_are_kept(run: Run, scripted: ScriptedCloud) -> None:
     assert json.loads((await run("volume settings --json")).stdout)["ceph"] is None
 
 
+IN_CEPH = "volume create x --size 64 --backend ceph"
+REFUSED_IN_CEPH = (
+    (f"{IN_CEPH} --replicas 2", "copies", "ceph osd pool set rbd size 2"),
+    (f"{IN_CEPH} --format qcow2", "format", "leave"),
+    ("volume set big --replicas 3", "copies", "ceph osd pool set rbd size 3"),
+    ("volume create x --snapshot here --backend ceph", "backend", "clone it"),
+    ("volume create x --snapshot there --format qcow2", "format", "leave"),
+    ("snapshot clone there x --replicas 2", "copies", "pool"),
+    ("volume relocate big --to ceph", "to", "name a host"),
+    ("volume rebuild big --copy host-1", "volume", "nothing"),
+    ("volume scrub big --repair", "repair", "leave"),
+    ("snapshot create both --volume big --volume small", "volumes", "two groups"),
+)
+
+
+async def test_what_is_in_ceph_is_asked_for_by_the_same_verbs(run: Run, scripted: ScriptedCloud) -> None:
+    await run("volume settings --ceph-pool rbd")
+    await run("volume create small --size 64")
+    await run("volume create big --size 64 --backend ceph")
+    await run("snapshot create here --volume small")
+    await run("snapshot create there --volume big")
+    for line, field, remedy in REFUSED_IN_CEPH:
+        error = json.loads((await run(f"{line} --json", 2)).stdout)["error"]
+        assert error["field"] == field and remedy in error["remedy"], (line, error)
+    clone = spec(await run("snapshot clone there probe --json"))
+    assert clone["backend"] == StorageBackend.CEPH, "a clone is where its snapshot is"
+    await run("backup create one --volume big --to /srv/b")
+    await run("backup restore one again")
+    await run("backup restore one home --backend embedded --json")
+    await run("backup create two --volume small --to /srv/b")
+    await run("backup restore two moved --backend ceph")
+    restored = [(order.volume.id, order.volume.backend) for order in orders(scripted, RestoreOrder)]
+    assert restored == [("again", "ceph"), ("home", "embedded"), ("moved", "ceph")]
+    await run("volume settings --ceph-pool none")
+    error = json.loads((await run("backup restore two late --backend ceph --json", 2)).stdout)["error"]
+    assert error["field"] == "backend" and "--ceph-pool" in error["remedy"]
+
+
 async def _has_budget(scripted: ScriptedCloud) -> bool:
     return told(scripted, H1).disk_budget.tenants.iops == 9000
 

@@ -28,6 +28,9 @@ LIVE = Path(__file__).parents[1] / "live"
 
 
 class OneHost(Protocol):
+    reads_bytes: bool
+    """A digest is of what was written, whatever volume it was written to."""
+
     @property
     def name(self) -> HostId: ...
     @property
@@ -73,6 +76,8 @@ Stage = Callable[[Play], None]
 
 
 class _SimulatedHost:
+    reads_bytes = False
+
     def __init__(self, cloudlet: Cloudlet, name: HostId) -> None:
         drivers = drivers_of(cloudlet.world, name, Life(name))
         self.name, self.address = name, cloudlet.spec(name).address
@@ -144,6 +149,8 @@ def physical() -> Stage:
         pytest.skip("no release or no guest image is built")
 
     class PhysicalHost:
+        reads_bytes = True
+
         def __init__(self, host: physical_host.Host) -> None:
             self._host = host
             self.name, self.address = host.settings.host, host.settings.address
@@ -213,6 +220,8 @@ def ceph_world() -> Iterator[Stage]:
     with ceph_host.cluster("contract-ceph") as (namespace, cluster):
 
         class CephHost:
+            reads_bytes = True
+
             def __init__(self, host: physical_host.Host) -> None:
                 self._host = host
                 self.name, self.address = host.settings.host, host.settings.address

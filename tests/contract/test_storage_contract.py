@@ -11,9 +11,23 @@ from hypervisor_worlds import STORAGE_WORLDS, Hosts, OneHost, Stage, ceph_world,
 
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, Error, NotFound, Refused
-from nahtlos.model.ids import OperationId, SnapshotId, VolumeId
-from nahtlos.model.storage import CopyPhase, SnapshotSpec, StorageBackend, VolumeSpec
-from nahtlos.physical.ports import SnapshotFetch, Storage, StorageDesired, VmmId
+from nahtlos.model.ids import BackupId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.storage import (
+    BackupSpec,
+    CopyPhase,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeFormat,
+    VolumeSpec,
+)
+from nahtlos.physical.ports import (
+    BackupResult,
+    FileWritten,
+    SnapshotFetch,
+    Storage,
+    StorageDesired,
+    VmmId,
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +190,8 @@ def test_a_volume_is_reverted_to_a_snapshot_of_its_own_only(stage: Stage) -> Non
 def test_snapshots_come_from_another_host_that_keeps_them_until_it_is_told(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         if hosts.backend is StorageBackend.CEPH:
-            return  # there they are on no host
+            await they_are_on_no_host(hosts)
+            return
         here, there = hosts.first.storage, hosts.second.storage
         volume = msgspec.structs.replace(hosts.volume("one"), image=None, size_mib=16)
         await here.reconcile(StorageDesired(volumes=(volume,)))
@@ -211,6 +226,127 @@ def test_snapshots_come_from_another_host_that_keeps_them_until_it_is_told(stage
         assert await here.snapshots() == () and len(await there.snapshots()) == 1
         await there.reconcile(StorageDesired(removed_snapshots=(SnapshotId("then"),)))
         assert await there.snapshots() == ()
+
+    stage(play)
+
+
+async def they_are_on_no_host(hosts: Hosts) -> None:
+    storage, volume = hosts.first.storage, hosts.volume("one")
+    await storage.reconcile(StorageDesired(volumes=(volume,)))
+    await storage.snapshot((taken("then", volume),))
+    with pytest.raises(Refused) as refusal:
+        await storage.offer_snapshots(volume.id, (SnapshotId("then"),))
+    assert refusal.value.field == "backend" and refusal.value.remedy
+    await storage.end_offer(volume.id)
+
+
+# --- backups -----------------------------------------------------------------------------------------
+
+
+def backup_of(volume: VolumeSpec, name: str, folder: Path, base: BackupSpec | None = None) -> BackupSpec:
+    return BackupSpec(
+        id=BackupId(name),
+        volume=volume.id,
+        target=str(folder),
+        base=base.id if base else None,
+        created_at=1.0 if base is None else base.created_at + 1,
+    )
+
+
+def test_a_backup_holds_what_its_volume_did_and_what_it_rests_on_is_needed(
+    stage: Stage, tmp_path: Path
+) -> None:
+    async def play(hosts: Hosts) -> None:
+        storage, volume = hosts.first.storage, hosts.volume("kept")
+        await storage.reconcile(StorageDesired(volumes=(volume,)))
+        before = await storage.digest(volume.id, 0, 1 << 20)
+        first = backup_of(volume, "first", tmp_path)
+        second = backup_of(volume, "second", tmp_path, first)
+        third = backup_of(volume, "third", tmp_path, second)
+
+        async def made(backup: BackupSpec, base: BackupSpec | None) -> BackupResult:
+            moments: list[str] = []
+
+            async def at_once() -> None:
+                moments.append(backup.id)
+
+            return await storage.backup(
+                volume.id,
+                backup,
+                base,
+                bytes_per_second=0,
+                on_copied=lambda done, total: None,
+                on_moment=at_once,
+            )
+
+        assert (await made(first, None)).base is None
+        for _ in range(2):
+            changed = await made(second, first)
+            assert (changed.base, changed.why_full) == (first.id, "")
+        await storage.backup_forget(volume.id, third)
+        missing = backup_of(volume, "missing", tmp_path)
+        whole = await made(third, missing)
+        assert whole.base is None and missing.id in whole.why_full
+
+        back = msgspec.structs.replace(hosts.volume("back"), image=None)
+        await storage.receive(back)
+        with pytest.raises(Error) as refusal:
+            await storage.restore(back, (missing,), on_copied=lambda done, total: None)
+        assert refusal.value.field == "chain"
+        for _ in range(2):
+            await storage.restore(back, (first, second), on_copied=lambda done, total: None)
+        await storage.reconcile(StorageDesired(volumes=(volume, back)))
+        assert await held(hosts) == {"kept": (1, True), "back": (1, True)}
+        if hosts.first.reads_bytes:
+            assert await storage.digest(back.id, 0, 1 << 20) == before
+        for _ in range(2):
+            for backup in (third, second, first):
+                await storage.backup_delete(backup)
+        await storage.receive(gone := msgspec.structs.replace(hosts.volume("never"), image=None))
+        with pytest.raises(Error):
+            await storage.restore(gone, (first,), on_copied=lambda done, total: None)
+
+    stage(play)
+
+
+def test_a_snapshot_becomes_a_file_once(stage: Stage, tmp_path: Path) -> None:
+    async def play(hosts: Hosts) -> None:
+        storage, volume = hosts.first.storage, hosts.volume("filed")
+        await storage.reconcile(StorageDesired(volumes=(volume,)))
+        await storage.snapshot((taken("told", volume),))
+        file = tmp_path / "told.raw"
+
+        async def written(again: bool) -> FileWritten:
+            return await storage.snapshot_file(
+                SnapshotId("told"),
+                file,
+                VolumeFormat.RAW,
+                on_copied=lambda done, total: None,
+                again=again,
+            )
+
+        made = await written(again=False)
+        assert made.bytes == volume.size_mib << 20
+        assert await written(again=True) == made
+        with pytest.raises(NotFound):
+            await storage.snapshot_file(
+                SnapshotId("never"), file, VolumeFormat.RAW, on_copied=lambda done, total: None
+            )
+
+    stage(play)
+
+
+def test_a_server_is_booted_where_nobody_else_may_have_its_volume(stage: Stage) -> None:
+
+    async def play(hosts: Hosts) -> None:
+        server = hosts.server()
+        await hosts.first.storage.reconcile(StorageDesired(volumes=(hosts.volume(server.volume.volume),)))
+        await hosts.first.plug(server)
+        for _ in range(2):
+            await hosts.first.storage.reach_alone((server.volume,))
+        await hosts.first.hypervisor.start(server, hosts.release)
+        assert [v.clients for v in await hosts.first.storage.observe()] == [1]
+        await hosts.first.hypervisor.kill(VmmId(server.spec.id, 1))
 
     stage(play)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 from physical_host import CLONE_NEWNET, Host
 
-from nahtlos.lab.ceph import POOL, USER, CephCluster
+from nahtlos.lab.ceph import CephCluster, way
 from nahtlos.model.storage import StorageBackend, VolumeSpec
-from nahtlos.physical.settings import AgentSettings, CephSettings
+from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.ceph.driver import CephStorage
 
 
@@ -43,8 +43,7 @@ def inside(namespace: str) -> Iterator[None]:
 
 
 def ceph_settings(host: Host, ceph: CephCluster) -> AgentSettings:
-    access = CephSettings(configuration=ceph.configuration, user=USER, pool=POOL)
-    return msgspec.structs.replace(host.settings, ceph=access)
+    return msgspec.structs.replace(host.settings, ceph=way(ceph.configuration))
 
 
 def ceph_storage(host: Host, ceph: CephCluster) -> CephStorage:

@@ -7,17 +7,16 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 import pytest
 from ceph_host import ceph_storage, cluster, in_ceph, inside
-from physical_host import Host, Place, volume_on
-from test_storage import Disk, Writer, block, stand_in
+from ceph_site import Site, relocate, stop_clients
+from physical_host import Place, volume_on
+from test_storage import Writer, block, stand_in
 
 from nahtlos.lab.ceph import GRACE, CephCluster, missing_programs
-from nahtlos.model.config import VolumeEndpoint
+from nahtlos.model.config import VolumeAttachment
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
 from nahtlos.model.ids import KeyId, SnapshotId, VolumeId
 from nahtlos.model.storage import (
@@ -27,11 +26,8 @@ from nahtlos.model.storage import (
     SnapshotExport,
     SnapshotSpec,
     VolumeFormat,
-    VolumeSpec,
 )
-from nahtlos.physical.agent.volumes.copying import Act, next_act
-from nahtlos.physical.hypervisor.bundle import read_bundle
-from nahtlos.physical.ports import Storage, StorageDesired, Unit
+from nahtlos.physical.ports import StorageDesired
 from nahtlos.physical.storage.backends import Backends
 from nahtlos.physical.storage.ceph import doors
 from nahtlos.physical.storage.exports import uri
@@ -50,77 +46,6 @@ def pool() -> Iterator[tuple[str, CephCluster]]:
         yield made
 
 
-class Site:
-    """Two hosts beside the cluster."""
-
-    def __init__(self, place: Place, ceph: CephCluster) -> None:
-        self.ceph = ceph
-        self.hosts = (place.host("host-1"), place.host("host-2"))
-        self.storages = [ceph_storage(host, ceph) for host in self.hosts]
-        self.host, self.other = self.hosts
-        self.storage, self.beside = self.storages
-        self.disks: list[Disk] = []
-
-    def volume(self, name: str, *, size_mib: int = 64, epoch: int = 1) -> VolumeSpec:
-        return in_ceph(volume_on(self.host, name, size_mib=size_mib, epoch=epoch, empty=True))
-
-    async def have(self, *volumes: VolumeSpec) -> None:
-        await self.storage.reconcile(StorageDesired(volumes=volumes))
-
-    async def client(self, volume: str, *, version: str = "", image: str = "") -> Disk:
-        """As a server has it: without the driver."""
-        rbd = self.storage.endpoint(image or volume)
-        node = {
-            "driver": "rbd",
-            "node-name": "volume",
-            "pool": rbd.pool,
-            "image": rbd.image,
-            "user": rbd.user,
-            "conf": rbd.configuration,
-            "cache": {"direct": True},
-        }
-        folders = sorted(self.host.settings.releases_dir.glob(f"qemu-{version}*"))
-        bundle = read_bundle(folders[-1])
-        name = f"client-{volume}-{version or 'any'}-{time.monotonic_ns() % 10_000}"
-        door = self.host.settings.run_dir / f"{name}.nbd"
-        await self.host.supervisor.start(
-            Unit(
-                name=name,
-                argv=(
-                    *bundle.storage_daemon(),
-                    *("--blockdev", msgspec.json.encode(node).decode()),
-                    *("--nbd-server", f"addr.type=unix,addr.path={door}"),
-                    *("--export", "type=nbd,id=e,node-name=volume,name=volume,writable=on"),
-                ),
-                environment=bundle.environment,
-                log=self.host.settings.state_dir / f"{name}.log",
-            )
-        )
-        async with asyncio.timeout(20):
-            while not door.is_socket():
-                await asyncio.sleep(0.01)
-        return self.disk(door)
-
-    def disk(self, door: Path) -> Disk:
-        self.disks.append(Disk(door))
-        return self.disks[-1]
-
-    async def until_gone(self, prefix: str) -> None:
-        """Images under hidden names are swept by passes."""
-        async with asyncio.timeout(20):
-            while any(name.startswith(prefix) for name in self.images()):
-                await self.have()
-                await asyncio.sleep(0.05)
-
-    def images(self) -> list[str]:
-        return self.ceph.run("rbd", "ls", "volumes").split()
-
-    def endpoint(self, host: Host, volume: VolumeSpec, port: int) -> VolumeEndpoint:
-        return VolumeEndpoint(
-            host=host.settings.host, address=host.settings.address, port=port, export=volume.export
-        )
-
-
 @pytest.fixture
 def site(pool: tuple[str, CephCluster]) -> Iterator[Site]:
     """In its own event loop's turn: entering the namespace is the thread's matter, not a task's."""
@@ -135,14 +60,7 @@ async def left_clean(site: Site) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        for disk in site.disks:
-            disk.close()
-        for storage in site.storages:
-            held = tuple(status.id for status in await storage.observe())
-            snapshots = tuple(status.id for status in await storage.snapshots())
-            await storage.reconcile(StorageDesired(removed=held, removed_snapshots=snapshots))
-            await storage.close()
-        await site.host.place.close()
+        await site.close()
 
 
 def taken(name: str, volume: str) -> SnapshotSpec:
@@ -267,6 +185,64 @@ async def test_a_higher_epoch_shuts_out_who_writes(site: Site) -> None:
     assert new.read(0) == block(0)
     new.write(2, block(2))
     assert [v.epoch for v in await site.storage.observe()] == [2]
+
+
+async def test_a_client_that_died_keeps_nobody_waiting(site: Site) -> None:
+    """The cluster itself would take it for alive, and holder of the image's lock, for 30 s."""
+    volume = site.volume("data")
+    await site.have(volume)
+    rbd = VolumeAttachment(volume=volume.id, address="", port=0, export="", rbd=site.storage.endpoint("data"))
+    first = await site.client("data", name="first")
+    first.write(0, block(0))
+    await site.storage.snapshot((taken("then", "data"),))
+    os.kill(await site.host.pid("first"), signal.SIGKILL)
+    with pytest.raises(Unavailable, match="does not answer"):
+        await site.storage.snapshot((taken("late", "data"),))
+    assert [s.id for s in await site.storage.snapshots()] == ["then"]
+    await site.beside.reach_alone((rbd,))
+    assert [status.clients for status in await site.storage.observe()] == [0]
+    second = await site.client("data", name="second")
+    second.write(1, block(1))
+    os.kill(await site.host.pid("second"), signal.SIGKILL)
+    await site.storage.revert(volume, SnapshotId("then"))
+    third = await site.client("data", name="third")
+    third.write(2, block(2))
+    assert (third.read(0), third.read(2)) == (block(0), block(2))
+
+
+async def test_one_that_only_stood_still_writes_no_more_once_another_may(site: Site) -> None:
+    volume = site.volume("data")
+    await site.have(volume)
+    rbd = VolumeAttachment(volume=volume.id, address="", port=0, export="", rbd=site.storage.endpoint("data"))
+    first = await site.client("data", name="first")
+    first.write(0, block(0))
+    pid = await site.host.pid("first")
+    os.kill(pid, signal.SIGSTOP)
+    await site.beside.reach_alone((rbd,))
+    second = await site.client("data", name="second")
+    second.write(1, block(7))
+    os.kill(pid, signal.SIGCONT)
+    with pytest.raises((AssertionError, ConnectionError)):
+        first.write(1, block(1))
+    assert second.read(1) == block(7)
+    elsewhere = msgspec.structs.replace(site.storage.endpoint("data"), pool="other")
+    with pytest.raises(Unavailable):
+        await site.storage.reach_alone((msgspec.structs.replace(rbd, rbd=elsewhere),))
+
+
+async def test_a_host_that_administers_nothing_shuts_out_all_the_same(site: Site) -> None:
+    volume = site.volume("data")
+    await site.have(volume)
+    rbd = VolumeAttachment(volume=volume.id, address="", port=0, export="", rbd=site.storage.endpoint("data"))
+    first = await site.client("data")
+    first.write(0, block(0))
+    backends = Backends(site.other.storage, None)
+    await backends.reach_alone((rbd,))
+    with pytest.raises((AssertionError, ConnectionError)):
+        first.write(0, block(1))
+    second = await site.client("data")
+    assert second.read(0) == block(0)
+    await backends.close()
 
 
 async def test_osd_that_dies_costs_a_writer_time_and_nothing_else(site: Site) -> None:
@@ -463,28 +439,3 @@ async def test_deleted_volume_may_have_to_be_overwritten_first(site: Site) -> No
     await site.storage.reconcile(StorageDesired(removed=(volume.id,)))
     await site.until_gone(".gone.")
     assert site.images() == []
-
-
-async def stop_clients(site: Site) -> None:
-    for name in await site.host.supervisor.units():
-        if name.startswith("client"):
-            await site.host.supervisor.stop(name)
-
-
-async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint) -> None:
-    """As the operation does it: a daemon that ends meanwhile (11.1.3 has been seen to when a mirror begins
-    under writes) is there again at once, and the copy begins anew."""
-    async with asyncio.timeout(30):
-        while True:
-            with suppress(Unavailable):
-                phase = (await storage.relocate_progress(volume.id)).phase
-                match next_act(phase):
-                    case Act.FORWARD:
-                        return
-                    case Act.BEGIN:
-                        await storage.relocate_start(volume, target, bytes_per_second=0)
-                    case Act.COMPLETE:
-                        await storage.relocate_complete(volume.id)
-                    case Act.WAIT:
-                        pass
-            await asyncio.sleep(0.02)

@@ -29,6 +29,7 @@ from nahtlos.model.inventory import (
 )
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Component, HostRole, Release, Size
+from nahtlos.model.storage import StorageBackend
 from nahtlos.runtime.controllers.bootstrap import bootstrap
 from nahtlos.runtime.controllers.cloud import JoinRequest, ServerRequest
 from nahtlos.runtime.controllers.cloud_service import CloudService
@@ -433,12 +434,18 @@ class ScriptedAgent:
                 for v in (self.config.volumes if self.config else ())
             ),
             snapshots=tuple(
-                SnapshotStatus(id=s.id, volume=s.volume, size_mib=s.size_mib)
+                SnapshotStatus(
+                    id=s.id, volume=s.volume, size_mib=s.size_mib, backend=self._backend_of(s.volume)
+                )
                 for s in (self.config.snapshots if self.config else ())
             ),
             operations=tuple(self.operations.values()),
             disk_problems=self.disk_problems,
         )
+
+    def _backend_of(self, volume: VolumeId) -> StorageBackend:
+        specs = self.config.volumes if self.config else ()
+        return next((v.backend for v in specs if v.id == volume), StorageBackend.EMBEDDED)
 
     def _server(self, server: ServerId) -> ServerStatus:
         epoch, _, release = self.owned[server]

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -59,9 +60,11 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
         vcpus: Annotated[int, typer.Option(help="Of every host, for servers.", min=1)] = 4,
         memory_mib: Annotated[int, typer.Option(help="Of every host, for servers.", min=64)] = 1024,
         parallel_moves: Annotated[int, typer.Option(help="Moves at the same time.", min=1)] = 1,
+        ceph_conf: Annotated[Path | None, typer.Option(help="Every host's way to a Ceph cluster.")] = None,
     ) -> None:
         """Open a lab and leave it open: namespaces, an orchestrator, hosts that are in service."""
         # Loaded here: no other command needs all of it.
+        from nahtlos.lab import ceph
         from nahtlos.lab.datacentre import Datacentre, LabShape, promisable
 
         checked_name(cli.lab, "lab")
@@ -76,6 +79,7 @@ def _lab_commands(surroundings: Surroundings, build: BuildPaths) -> typer.Typer:
             capacity=capacity,
             promised=promisable(hosts, capacity),
             parallel_moves=parallel_moves,
+            ceph=ceph.way(ceph_conf) if ceph_conf is not None else None,
         )
         datacentre = Datacentre(cli.lab, shape, build, lasting=True)
         await datacentre.open(cli.say)

@@ -1,7 +1,7 @@
 """A Ceph cluster for a test or a measurement: one monitor and a few OSDs that keep everything in memory, up
 in a few seconds, with cephx. Made by hand from Debian's daemons: no systemd, no manager.
 
-Everything lies in one folder, on a tmpfs, and listens on one address in one network namespace. Its daemons
+Everything lies in one folder, on a tmpfs, and listens on one address of one network namespace. Its daemons
 end with the thread that started the cluster, however that ends: start it from the main one.
 """
 
@@ -14,6 +14,8 @@ import time
 import uuid
 from pathlib import Path
 from typing import Self
+
+from nahtlos.physical.settings import CephSettings
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
 ADDRESS = "127.0.0.1"
@@ -30,11 +32,19 @@ def missing_programs() -> tuple[str, ...]:
     return tuple(name for name in PROGRAMS if shutil.which(name) is None)
 
 
+def way(configuration: Path) -> CephSettings:
+    """By which a host reaches such a cluster, which may come later than it."""
+    return CephSettings(configuration=configuration, user=USER, pool=POOL)
+
+
 class CephCluster:
     """Use it as a context, or call `start` and `close`."""
 
-    def __init__(self, namespace: str, *, osds: int = 2, memory: Path = Path("/dev/shm")) -> None:
+    def __init__(
+        self, namespace: str, *, address: str = ADDRESS, osds: int = 2, memory: Path = Path("/dev/shm")
+    ) -> None:
         self._namespace = namespace
+        self._address = address
         self._osds = osds
         self._memory = memory
         self._folder: Path | None = None
@@ -63,7 +73,7 @@ class CephCluster:
     def start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="nlt-ceph-", dir=self._memory))
         cluster = str(uuid.uuid4())
-        self.configuration.write_text(_configuration(self.folder, cluster, self._osds))
+        self.configuration.write_text(_configuration(self.folder, cluster, self._address, self._osds))
         self._make_keys()
         self._start_monitor(cluster)
         for number in range(self._osds):
@@ -131,7 +141,7 @@ class CephCluster:
             _run("ceph-authtool", *new, str(path), "--gen-key", "-n", name, *rights)
 
     def _start_monitor(self, cluster: str) -> None:
-        where, map_file = f"[v2:{ADDRESS}:{MONITOR_PORT}/0]", str(self.folder / "monmap")
+        where, map_file = f"[v2:{self._address}:{MONITOR_PORT}/0]", str(self.folder / "monmap")
         _run(
             *("monmaptool", "--create", "--addv", "a", where, "--fsid", cluster),
             *("--enable-all-features", map_file),
@@ -181,11 +191,11 @@ class CephCluster:
         return ["nsenter", f"--net=/run/netns/{self._namespace}", *argv]
 
 
-def _configuration(folder: Path, cluster: str, osds: int) -> str:
+def _configuration(folder: Path, cluster: str, address: str, osds: int) -> str:
     settings = {
         "fsid": cluster,
-        "mon host": f"[v2:{ADDRESS}:{MONITOR_PORT}/0]",
-        "public addr": ADDRESS,
+        "mon host": f"[v2:{address}:{MONITOR_PORT}/0]",
+        "public addr": address,
         "keyring": folder / "keyring",
         "run dir": folder,
         "mon data": folder / "mon",

@@ -25,7 +25,7 @@ from nahtlos.model.nouns import HostRole, Size
 from nahtlos.ops.client import OperatorClient
 from nahtlos.physical import settings as agent_settings
 from nahtlos.physical.ports import Unit
-from nahtlos.physical.settings import AgentSettings
+from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.supervisor.client import SupervisorClient
 from nahtlos.physical.supervisor.launch import launch_supervisor
 from nahtlos.runtime import settings as orchestrator_settings
@@ -62,6 +62,8 @@ class LabShape(msgspec.Struct, frozen=True, kw_only=True):
     promised: Size = Size(vcpus=8, memory_mib=2048)
     parallel_moves: int = 1
     parallel_moves_per_host: int = 4
+    ceph: CephSettings | None = None
+    """Every host's way to a cluster, which may come later."""
 
 
 class Datacentre:
@@ -234,6 +236,7 @@ class Datacentre:
             pki_dir=paths.pki,
             supervisor_socket=paths.supervisor,
             capacity=self.shape.capacity if node.role is HostRole.COMPUTE else Size(),
+            ceph=self.shape.ceph,
         )
 
     async def _join(self, topology: Topology, node: Node, paths: NodePaths) -> None:

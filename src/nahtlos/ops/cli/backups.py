@@ -7,7 +7,7 @@ from rich.text import Text
 
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, HostId, ProjectId, VolumeId
-from nahtlos.model.storage import Consistency
+from nahtlos.model.storage import Consistency, StorageBackend
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
@@ -81,12 +81,20 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
         backup: Backup,
         name: Annotated[str, typer.Argument(metavar="VOLUME", help="The new volume.")],
         host: Annotated[str | None, typer.Option(help="Where; chosen if left out.")] = None,
+        backend: Annotated[
+            StorageBackend | None, typer.Option(help="As the volume's that was backed up, if left out.")
+        ] = None,
         project: Project = "default",
         wait: Wait = True,
         deadline: Deadline = COPY_DEADLINE,
     ) -> None:
         """Make a new volume of a backup and all it rests on."""
-        asked = RestoreRequest(name=name, host=HostId(host) if host else None, project=ProjectId(project))
+        asked = RestoreRequest(
+            name=name,
+            host=HostId(host) if host else None,
+            project=ProjectId(project),
+            backend=backend,
+        )
         async with cli.client() as client:
             made = await client.volumes.restore_backup(BackupId(backup), asked)
             if wait:

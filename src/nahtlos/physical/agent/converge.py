@@ -421,6 +421,7 @@ class Converger:
         ledger, fresh = self._context.ledger, never_ran(self._context.ledger, server.spec.id)
         if not fresh:
             server = await on_one_copy(self._context, server)
+        await self._context.drivers.storage.reach_alone(server.all_volumes)
         note_fresh(ledger, server.spec.id, fresh=False)
         try:
             await self._context.drivers.hypervisor.start(server, release)

@@ -175,6 +175,7 @@ class Resume(_Suspension):
             await self._context.drivers.hypervisor.kill(self._vmm)
             server = as_saved(self._wanted, saved)
             pieces: AsyncIterator[bytes] = parts_of(volume, saved.bytes, saved.digest)
+            await self._context.drivers.storage.reach_alone(server.all_volumes)
             await self._context.drivers.hypervisor.restore(server, config.release, pieces)
         finally:
             await volume.close()

@@ -64,6 +64,8 @@ MONITOR_WITHIN = 30.0
 OBSERVE_WITHIN = 4.0
 LISTEN_ATTEMPTS = 5
 CONSOLE_WITHIN = 3.0
+CLOSES_WITHIN = 2.0
+"""Time for a VMM to take its leave of a cluster, which would take it for alive half a minute longer."""
 RESTORED_WITHIN = 60.0
 """After its last byte."""
 
@@ -143,9 +145,10 @@ class QemuHypervisor:
 
     async def kill(self, vmm: VmmId) -> None:
         found = self._vmm(vmm)
-        await self._supervisor.stop(vmm.unit, grace=0)  # ends at once a start that waits under the lock
+        grace = CLOSES_WITHIN if found.record is not None and _has_images(found.record.server) else 0.0
+        await self._supervisor.stop(vmm.unit, grace=grace)  # ends a start, too, that waits under the lock
         async with found.lock:
-            await self._supervisor.stop(vmm.unit, grace=0)
+            await self._supervisor.stop(vmm.unit, grace=grace)
             await found.disconnect()
             await self._compute.ended(found)
             found.remove_files()
@@ -472,6 +475,10 @@ class QemuHypervisor:
             if time.monotonic() > until:
                 raise Unavailable(f"{vmm.id.unit} does not answer within {MONITOR_WITHIN:g} s")
             await asyncio.sleep(0.01)
+
+
+def _has_images(server: ServerConfig) -> bool:
+    return any(volume.rbd is not None for volume in server.all_volumes)
 
 
 def _address_of(vmm: Vmm, record: VmmRecord, address: str) -> str:

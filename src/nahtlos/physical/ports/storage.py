@@ -121,6 +121,12 @@ class Storage(Protocol):
         """A volume of this or another host. Unavailable while it is not served."""
         ...
 
+    async def reach_alone(self, attachments: tuple[VolumeAttachment, ...]) -> None:
+        """Said before a server is booted here: only it may have them open. Whoever else has, dead or alive,
+        writes no more and holds nobody up. Nothing to do for what a storage daemon serves: there, who is shut
+        out has another name for it."""
+        ...
+
     # snapshots
 
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:

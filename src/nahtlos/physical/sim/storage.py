@@ -115,6 +115,9 @@ class SimStorage(SimDriver):
             self.world.disks.check_served((attachment,))
             return _RawVolume(self, attachment)
 
+    async def reach_alone(self, attachments: tuple[VolumeAttachment, ...]) -> None:
+        """In this world every volume is reached by a name with its epoch."""
+
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self.verb("snapshot"):
             self._check_up()
@@ -319,7 +322,13 @@ class SimStorage(SimDriver):
                 self.world.note(self.host.id, "moment", backup.id, str(self._is_clean(volume)))
                 await on_moment()
             on_copied(size, size)
-            return BackupResult(base=base.id if base else None, stored_bytes=size)
+            kept = self.world.disks.backups
+            place = (backup.target, backup.id)
+            if place not in kept:
+                rests = base.id if base is not None and (base.target, base.id) in kept else None
+                why = f"{base.id} is not at {base.target}" if base is not None and rests is None else ""
+                kept[place] = (backup, BackupResult(base=rests, stored_bytes=size, why_full=why))
+            return kept[place][1]
 
     def _is_clean(self, volume: VolumeId) -> bool:
         return self.world.disks.clean(self.host, self._own(volume))
@@ -333,11 +342,14 @@ class SimStorage(SimDriver):
     ) -> None:
         async with self.verb("restore", volume.id):
             self._check_up()
+            for each in chain:
+                if (each.target, each.id) not in self.world.disks.backups:
+                    raise Refused(f"there is no whole backup '{each.id}' at {each.target}", field="chain")
             self._own(volume.id).whole = True
 
     async def backup_delete(self, backup: BackupSpec) -> None:
         async with self.verb("backup_delete"):
-            return
+            self.world.disks.backups.pop((backup.target, backup.id), None)
 
     async def snapshot_file(
         self,

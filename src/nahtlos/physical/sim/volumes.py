@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
-from nahtlos.model.ids import HostId, OperationId, SnapshotId, VolumeId
-from nahtlos.model.storage import CopyPhase, CopyProgress, SnapshotSpec, VolumeSpec
-from nahtlos.physical.ports import DiskProblem, DiskTrouble
+from nahtlos.model.ids import BackupId, HostId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.storage import BackupSpec, CopyPhase, CopyProgress, SnapshotSpec, VolumeSpec
+from nahtlos.physical.ports import BackupResult, DiskProblem, DiskTrouble
 from nahtlos.physical.sim.guests import Vmm
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class Disks:
         """Servers whose last write was not acknowledged."""
         self._written: dict[VolumeId, Written] = {}
         self._told: set[tuple[VolumeId, str]] = set()
+        self.backups: dict[tuple[str, BackupId], tuple[BackupSpec, BackupResult]] = {}
+        """What is whole, by its target: wherever it is read, it is the same place here."""
 
     # --- where a client's requests arrive ---
 

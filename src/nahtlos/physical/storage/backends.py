@@ -38,6 +38,7 @@ from nahtlos.physical.ports import (
     Storage,
     StorageDesired,
 )
+from nahtlos.physical.storage.ceph.clients import Reach
 
 
 class CephBackend(Storage, Protocol):
@@ -48,6 +49,11 @@ class Backends:
     def __init__(self, embedded: Storage, ceph: CephBackend | None) -> None:
         self._embedded = embedded
         self._ceph = ceph
+        self._reach = Reach()
+
+    async def close(self) -> None:
+        """Its backends are closed by who made them."""
+        await self._reach.close()
 
     # --- volumes -----------------------------------------------------------------------------------
 
@@ -57,7 +63,7 @@ class Backends:
         for volume in desired.volumes:
             parts[volume.backend].append(volume)
         if parts[StorageBackend.CEPH] and self._ceph is None:
-            raise _no_ceph(parts[StorageBackend.CEPH][0])
+            raise _no_ceph(parts[StorageBackend.CEPH][0].id)
         acts: list[Callable[[], Awaitable[tuple[str, ...]]]] = [
             partial(self._embedded.reconcile, _part(desired, parts[StorageBackend.EMBEDDED]))
         ]
@@ -104,6 +110,9 @@ class Backends:
     async def open_raw(self, attachment: VolumeAttachment, *, writing: bool) -> RawVolume:
         return await self._embedded.open_raw(attachment, writing=writing)
 
+    async def reach_alone(self, attachments: tuple[VolumeAttachment, ...]) -> None:
+        await self._reach.alone(attachments)
+
     async def serve(self, volume: VolumeSpec) -> None:
         await self._of(volume).serve(volume)
 
@@ -145,7 +154,7 @@ class Backends:
 
     async def backup_delete(self, backup: BackupSpec) -> None:
         """Whosever the volume was: where backups are kept, they are all alike."""
-        await self._embedded.backup_delete(backup)
+        await (await self._holder(backup.volume)).backup_delete(backup)
 
     async def snapshot_file(
         self,
@@ -247,7 +256,7 @@ class Backends:
 
     def _required(self, volume: VolumeSpec) -> CephBackend:
         if self._ceph is None:
-            raise _no_ceph(volume)
+            raise _no_ceph(volume.id)
         return self._ceph
 
     async def _holder(self, volume: VolumeId) -> Storage:
@@ -274,9 +283,9 @@ def _part(desired: StorageDesired, volumes: Iterable[VolumeSpec]) -> StorageDesi
     return msgspec.structs.replace(desired, volumes=tuple(volumes))
 
 
-def _no_ceph(volume: VolumeSpec) -> Refused:
+def _no_ceph(volume: VolumeId) -> Refused:
     return Refused(
-        f"'{volume.id}' is in Ceph, and this host reaches no Ceph cluster",
+        f"'{volume}' is in Ceph, and this host reaches no Ceph cluster",
         field="backend",
         remedy="give its agent the setting 'ceph'",
     )

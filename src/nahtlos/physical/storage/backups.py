@@ -12,10 +12,11 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -104,34 +105,25 @@ class Backups:
         on_copied: OnCopied,
         on_moment: OnMoment | None = None,
     ) -> BackupResult:
-        target = target_of(backup)
-        try:
-            held = await asyncio.to_thread(target.manifest)
-            if held is not None and (held.volume, held.created_at) == (volume, backup.created_at):
-                await self._settle(volume, backup, held)
-                return BackupResult(base=held.base, stored_bytes=held.stored_bytes)
-            below = await self._base_manifest(base, volume)
-            point = await self.open_point(
-                bundle,
-                volume,
-                backup.id,
-                since=base.id if base and below else None,
-                follow=time.time(),
+        async def begin(since: BackupId | None) -> Moment:
+            point = await self.open_point(bundle, volume, backup.id, since=since, follow=time.time())
+            return Moment(
+                export=point.export,
+                size=self._records[volume].size,
+                context=point.changes or ALLOCATION,
+                held=partial(_held, changes=point.changes),
+                since=since if point.changes is not None else None,
+                why=point.why,
             )
-            if on_moment is not None:
-                await on_moment()
-            size = self._records[volume].size
-            manifest = await in_thread(
-                lambda stop: self._copy(
-                    stop, point, size, backup, below, target, Pace(bytes_per_second), on_copied
-                )
-            )
-            await self._settle(volume, backup, manifest)
-        finally:
-            await asyncio.to_thread(target.close)
-        why = point.why or (f"{base.id} is not at {base.target}" if base and not below else "")
-        return BackupResult(
-            base=manifest.base, stored_bytes=manifest.stored_bytes, why_full="" if manifest.base else why
+
+        async def settle(manifest: BackupManifest) -> None:
+            await self._settle(volume, manifest)
+
+        return await make_backup(
+            Making(self._door, begin, settle, on_copied, on_moment),
+            backup,
+            base,
+            Pace(bytes_per_second),
         )
 
     async def forget(self, volume: VolumeId, backup: BackupSpec) -> None:
@@ -140,10 +132,7 @@ class Backups:
         if record is not None and await self._daemon.pid() is not None:
             await self.points.close_point(volume, self._aside(record))
             await self.points.unfollow(volume, backup.id)
-        target = target_of(backup)
-        with suppress(Error):
-            await asyncio.to_thread(target.discard, backup.created_at)
-        await asyncio.to_thread(target.close)
+        await discard_at_target(backup)
 
     async def delete(self, backup: BackupSpec) -> None:
         """It is not at its target any more, and changes since it are followed no longer."""
@@ -151,130 +140,15 @@ class Backups:
         if record is not None and await self._daemon.pid() is not None:
             with suppress(Error):  # it would only be followed for nothing
                 await self.points.unfollow(backup.volume, backup.id)
-        target = target_of(backup)
-        try:
-            await asyncio.to_thread(target.remove, backup.volume)
-        finally:
-            await asyncio.to_thread(target.close)
+        await remove_from_target(backup)
 
-    async def _settle(self, volume: VolumeId, backup: BackupSpec, manifest: BackupManifest) -> None:
+    async def _settle(self, volume: VolumeId, manifest: BackupManifest) -> None:
         await self.close_point(volume)
         if manifest.base is not None:
             await self.points.unfollow(volume, manifest.base)
 
-    async def _base_manifest(self, base: BackupSpec | None, volume: VolumeId) -> BackupManifest | None:
-        """None: it cannot be rested on."""
-        if base is None:
-            return None
-        target = target_of(base)
-        try:
-            found = await asyncio.to_thread(target.manifest)
-        except Error:
-            return None
-        finally:
-            await asyncio.to_thread(target.close)
-        return found if found is not None and (found.backup, found.volume) == (base.id, volume) else None
-
-    def _copy(
-        self,
-        stop: threading.Event,
-        point: Point,
-        size: int,
-        backup: BackupSpec,
-        base: BackupManifest | None,
-        target: Target,
-        pace: "Pace",
-        on_copied: OnCopied,
-    ) -> BackupManifest:
-        context = point.changes or ALLOCATION
-        digest = hashlib.sha256()
-        with self._door.client(point.export, context) as source:
-            text = packed(_held(source, context, whole=point.changes is None), size)
-            ranges = tuple(unpacked(text, size))
-            total = sum(each.length for each in ranges)
-            target.begin(size)
-            done = 0
-            for offset, length in pieces(ranges):
-                if stop.is_set():
-                    raise Ended
-                data = source.read(offset, length)
-                digest.update(data)
-                if any(data):
-                    target.write(offset, data)
-                else:
-                    target.zero(offset, length)
-                done += length
-                on_copied(done, total)
-                pace.wait(length, stop)
-        if stop.is_set():
-            raise Ended
-        rests = base if point.changes is not None else None
-        manifest = BackupManifest(
-            backup=backup.id,
-            volume=backup.volume,
-            base=rests.backup if rests else None,
-            base_sha256=rests.digest() if rests else "",
-            created_at=backup.created_at,
-            size=size,
-            map=text,
-            sha256=digest.hexdigest(),
-            stored_bytes=total,
-        )
-        target.finish(manifest)
-        return manifest
-
-    # --- restores ----------------------------------------------------------------------------------
-
     async def restore(self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], on_copied: OnCopied) -> None:
-        """Into a blank volume that is served by `volume.epoch`. Repeatable. Refused where a chain has a gap,
-        holds something else than it says, or does not fit."""
-        targets = [target_of(each) for each in chain]
-        try:
-            manifests = await asyncio.to_thread(_manifests, chain, targets)
-            ordered = checked_chain(manifests)
-            places = {manifest.backup: target for manifest, target in zip(manifests, targets, strict=True)}
-            needed = ordered[-1].size
-            if needed > volume.size_mib << 20:
-                raise Refused(
-                    f"the backup needs {-(-needed >> 20)} MiB, '{volume.id}' has {volume.size_mib}",
-                    field="size_mib",
-                    remedy="ask for a larger volume",
-                )
-            await in_thread(lambda stop: self._apply(stop, volume, ordered, places, on_copied))
-        finally:
-            for target in targets:
-                await asyncio.to_thread(target.close)
-
-    def _apply(
-        self,
-        stop: threading.Event,
-        volume: VolumeSpec,
-        manifests: tuple[BackupManifest, ...],
-        places: dict[BackupId, Target],
-        on_copied: OnCopied,
-    ) -> None:
-        total, done = sum(manifest.stored_bytes for manifest in manifests), 0
-        with self._door.client(volume.export) as written:
-            for manifest in manifests:
-                digest = hashlib.sha256()
-                for offset, length in pieces(manifest.ranges()):
-                    if stop.is_set():
-                        raise Ended
-                    data = places[manifest.backup].read(offset, length)
-                    digest.update(data)
-                    if any(data):
-                        written.write(offset, data)
-                    else:
-                        written.zero(offset, length)
-                    done += length
-                    on_copied(done, total)
-                if digest.hexdigest() != manifest.sha256:
-                    raise Refused(
-                        f"backup '{manifest.backup}' is damaged: it does not hold what it was made of",
-                        field="backup",
-                        remedy="restore from another backup",
-                    )
-            written.flush()
+        await restore_chain(self._door, volume, chain, on_copied)
 
     # --- what is copied aside ------------------------------------------------------------------------
 
@@ -296,6 +170,190 @@ class Backups:
         else:
             file = self._places.key_file(key)
             await encryption.make_container(bundle, aside.path, record.size, file)
+
+
+# --- what is the same for every kind of volume -------------------------------------------------------
+
+
+class Moment(NamedTuple):
+    """A volume as it was at one moment, served by this host."""
+
+    export: str
+    size: int
+    context: str
+    """Asked for when it is opened."""
+    held: Callable[[NbdClient], Iterable[Range]]
+    """What of it is to be in the backup."""
+    since: BackupId | None
+    """It is only what changed since then; None: everything."""
+    why: str
+    """… although changes were asked for."""
+
+
+class Making(NamedTuple):
+    """How a backup comes about."""
+
+    door: OwnDoor
+    begin: Callable[[BackupId | None], Awaitable[Moment]]
+    """Said again, it is the same moment. Given: what changes are wanted since."""
+    settle: Callable[[BackupManifest], Awaitable[None]]
+    """The backup is whole: its moment is needed no more, and changes are followed from it."""
+    on_copied: OnCopied
+    on_moment: OnMoment | None
+
+
+async def make_backup(
+    making: Making, backup: BackupSpec, base: BackupSpec | None, pace: "Pace"
+) -> BackupResult:
+    target = target_of(backup)
+    try:
+        held = await asyncio.to_thread(target.manifest)
+        if held is not None and (held.volume, held.created_at) == (backup.volume, backup.created_at):
+            await making.settle(held)
+            return BackupResult(base=held.base, stored_bytes=held.stored_bytes)
+        below = await _base_manifest(base, backup.volume)
+        moment = await making.begin(base.id if base and below else None)
+        if making.on_moment is not None:
+            await making.on_moment()
+        rests = below if moment.since is not None else None
+        manifest = await in_thread(lambda stop: _copy(stop, making, moment, backup, rests, target, pace))
+        await making.settle(manifest)
+    finally:
+        await asyncio.to_thread(target.close)
+    why = moment.why or (f"{base.id} is not at {base.target}" if base and not below else "")
+    return BackupResult(
+        base=manifest.base, stored_bytes=manifest.stored_bytes, why_full="" if manifest.base else why
+    )
+
+
+async def _base_manifest(base: BackupSpec | None, volume: VolumeId) -> BackupManifest | None:
+    """None: it cannot be rested on."""
+    if base is None:
+        return None
+    target = target_of(base)
+    try:
+        found = await asyncio.to_thread(target.manifest)
+    except Error:
+        return None
+    finally:
+        await asyncio.to_thread(target.close)
+    return found if found is not None and (found.backup, found.volume) == (base.id, volume) else None
+
+
+def _copy(
+    stop: threading.Event,
+    making: Making,
+    moment: Moment,
+    backup: BackupSpec,
+    base: BackupManifest | None,
+    target: Target,
+    pace: "Pace",
+) -> BackupManifest:
+    digest = hashlib.sha256()
+    with making.door.client(moment.export, moment.context) as source:
+        text = packed(moment.held(source), moment.size)
+        ranges = tuple(unpacked(text, moment.size))
+        total = sum(each.length for each in ranges)
+        target.begin(moment.size)
+        done = 0
+        for offset, length in pieces(ranges):
+            if stop.is_set():
+                raise Ended
+            data = source.read(offset, length)
+            digest.update(data)
+            if any(data):
+                target.write(offset, data)
+            else:
+                target.zero(offset, length)
+            done += length
+            making.on_copied(done, total)
+            pace.wait(length, stop)
+    if stop.is_set():
+        raise Ended
+    manifest = BackupManifest(
+        backup=backup.id,
+        volume=backup.volume,
+        base=base.backup if base else None,
+        base_sha256=base.digest() if base else "",
+        created_at=backup.created_at,
+        size=moment.size,
+        map=text,
+        sha256=digest.hexdigest(),
+        stored_bytes=total,
+    )
+    target.finish(manifest)
+    return manifest
+
+
+async def discard_at_target(backup: BackupSpec) -> None:
+    """As far as it can be reached; what is left counts for nothing."""
+    target = target_of(backup)
+    with suppress(Error):
+        await asyncio.to_thread(target.discard, backup.created_at)
+    await asyncio.to_thread(target.close)
+
+
+async def remove_from_target(backup: BackupSpec) -> None:
+    target = target_of(backup)
+    try:
+        await asyncio.to_thread(target.remove, backup.volume)
+    finally:
+        await asyncio.to_thread(target.close)
+
+
+async def restore_chain(
+    door: OwnDoor, volume: VolumeSpec, chain: tuple[BackupSpec, ...], on_copied: OnCopied
+) -> None:
+    """Into a blank volume that is served at `door` by `volume.epoch`. Repeatable. Refused where a chain has a
+    gap, holds something else than it says, or does not fit."""
+    targets = [target_of(each) for each in chain]
+    try:
+        manifests = await asyncio.to_thread(_manifests, chain, targets)
+        ordered = checked_chain(manifests)
+        places = {manifest.backup: target for manifest, target in zip(manifests, targets, strict=True)}
+        needed = ordered[-1].size
+        if needed > volume.size_mib << 20:
+            raise Refused(
+                f"the backup needs {-(-needed >> 20)} MiB, '{volume.id}' has {volume.size_mib}",
+                field="size_mib",
+                remedy="ask for a larger volume",
+            )
+        await in_thread(lambda stop: _apply(stop, door, volume, ordered, places, on_copied))
+    finally:
+        for target in targets:
+            await asyncio.to_thread(target.close)
+
+
+def _apply(
+    stop: threading.Event,
+    door: OwnDoor,
+    volume: VolumeSpec,
+    manifests: tuple[BackupManifest, ...],
+    places: dict[BackupId, Target],
+    on_copied: OnCopied,
+) -> None:
+    total, done = sum(manifest.stored_bytes for manifest in manifests), 0
+    with door.client(volume.export) as written:
+        for manifest in manifests:
+            digest = hashlib.sha256()
+            for offset, length in pieces(manifest.ranges()):
+                if stop.is_set():
+                    raise Ended
+                data = places[manifest.backup].read(offset, length)
+                digest.update(data)
+                if any(data):
+                    written.write(offset, data)
+                else:
+                    written.zero(offset, length)
+                done += length
+                on_copied(done, total)
+            if digest.hexdigest() != manifest.sha256:
+                raise Refused(
+                    f"backup '{manifest.backup}' is damaged: it does not hold what it was made of",
+                    field="backup",
+                    remedy="restore from another backup",
+                )
+        written.flush()
 
 
 class Pace:
@@ -327,9 +385,9 @@ async def in_thread(work: Callable[[threading.Event], T]) -> T:
         raise
 
 
-def _held(source: NbdClient, context: str, *, whole: bool) -> Iterator[Range]:
-    for extent in source.extents(context):
-        if (not extent.flags & ZERO) if whole else extent.flags & DIRTY:
+def _held(source: NbdClient, *, changes: str | None) -> Iterator[Range]:
+    for extent in source.extents(changes or ALLOCATION):
+        if (not extent.flags & ZERO) if changes is None else extent.flags & DIRTY:
             yield Range(extent.offset, extent.length)
 
 

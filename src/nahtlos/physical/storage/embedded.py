@@ -211,6 +211,9 @@ class EmbeddedStorage:
         await volume.open(writing=writing)
         return volume
 
+    async def reach_alone(self, attachments: tuple[VolumeAttachment, ...]) -> None:
+        """Over NBD, by name."""
+
     async def snapshot(self, snapshots: tuple[SnapshotSpec, ...]) -> None:
         async with self.serving.changing:
             await self.serving.awake()

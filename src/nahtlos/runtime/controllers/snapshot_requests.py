@@ -7,7 +7,14 @@ from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import BackupId, HostId, SnapshotId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
 from nahtlos.model.power import PowerState
-from nahtlos.model.storage import BackupSpec, SnapshotExport, SnapshotSpec, VolumeSpec
+from nahtlos.model.snapshot_places import backend_of
+from nahtlos.model.storage import (
+    BackupSpec,
+    SnapshotExport,
+    SnapshotSpec,
+    StorageBackend,
+    VolumeSpec,
+)
 from nahtlos.model.volume_work import (
     BackingUp,
     DeletingBackup,
@@ -23,7 +30,12 @@ from nahtlos.runtime.controllers.known_volumes import check_idle, check_name_fre
 from nahtlos.runtime.controllers.network_requests import checked_project, in_use
 from nahtlos.runtime.controllers.requests import compute_host, listed
 from nahtlos.runtime.controllers.state import State
-from nahtlos.runtime.controllers.volume_homes import no_place
+from nahtlos.runtime.controllers.volume_homes import (
+    administering,
+    check_ceph,
+    check_ceph_keeps,
+    no_place,
+)
 from nahtlos.runtime.controllers.volume_records import EXPORT_PORTS
 from nahtlos.runtime.controllers.volumes import (
     BackupRequest,
@@ -98,15 +110,23 @@ def check_snapshot_deletable(state: State, snapshot: SnapshotId) -> SnapshotSpec
     return spec
 
 
-def reverting(state: State, volume: VolumeId, snapshot: SnapshotId, *, stop: bool = False) -> Reverting:
+def reverting(
+    state: State, inventory: Inventory, volume: VolumeId, snapshot: SnapshotId, *, stop: bool = False
+) -> Reverting:
     """A server that has it must be stopped, or be stopped for that (`stop`)."""
-    known_volume(state, volume)
+    held = known_volume(state, volume)
     spec = known_snapshot(state, snapshot)
     if spec.volume != volume:
         raise Refused(
             f"{snapshot} is of {spec.volume}, not of {volume}",
             field="snapshot",
             remedy=f"nahtlos snapshot list --volume {volume}",
+        )
+    if backend_of(spec, inventory, held) is not held.backend:
+        raise Conflict(
+            f"{volume} has gone elsewhere since, and left {snapshot} where it was",
+            field="snapshot",
+            remedy=f"clone it: nahtlos snapshot clone {snapshot} NAME",
         )
     holder = holder_of(state, volume)
     power = state.servers[holder].spec.power.state if holder is not None else PowerState.OFF
@@ -314,21 +334,29 @@ def restoring(state: State, inventory: Inventory, backup: BackupId, request: Res
     while chain[0].base is not None:
         chain.insert(0, _lasting(state, chain[0].base))
     parent = state.volumes.get(last.volume)
-    host = _restoring_host(state, inventory, last, request)
+    backend = request.backend or (parent.spec.backend if parent is not None else StorageBackend.EMBEDDED)
+    if backend is StorageBackend.CEPH:
+        check_ceph(state, copies=1)
+    host = _restoring_host(state, inventory, last, request, backend)
     volume = VolumeSpec(
         id=name,
         size_mib=last.size_mib,
         image=None,
         host=host,
+        backend=backend,
         project=checked_project(request.project),
         encryption_key=last.encryption_key or (parent.spec.encryption_key if parent is not None else None),
     )
-    if parent is not None:
+    if parent is not None and backend is StorageBackend.EMBEDDED:
         volume = msgspec.structs.replace(volume, format=parent.spec.format)
+    if backend is StorageBackend.CEPH:
+        check_ceph_keeps(volume)
     return Restoring(volume=volume, chain=tuple(chain))
 
 
-def _restoring_host(state: State, inventory: Inventory, last: BackupSpec, request: RestoreRequest) -> HostId:
+def _restoring_host(
+    state: State, inventory: Inventory, last: BackupSpec, request: RestoreRequest, backend: StorageBackend
+) -> HostId:
     """Where its folder is; what is at an address can be read from everywhere."""
     asked = compute_host(state, request.host) if request.host is not None else None
     bound = last.host if not last.target.startswith(NBD_SCHEME) and last.host in state.hosts else None
@@ -339,6 +367,8 @@ def _restoring_host(state: State, inventory: Inventory, last: BackupSpec, reques
             remedy=f"restore it there, then: nahtlos volume relocate {request.name} --to {asked}",
         )
     host = asked or bound
+    if backend is StorageBackend.CEPH:
+        return host or administering(state, inventory, last.size_mib)
     if host is None:
         found = places(state.policy(), inventory, size_mib=last.size_mib)
         if not found:

@@ -118,23 +118,23 @@ def check_takes(state: State, inventory: Inventory, host: HostId, size_mib: int,
 
 def _in_ceph(state: State, inventory: Inventory, volume: VolumeSpec, request: VolumeRequest) -> VolumeSpec:
     check_ceph(state, request.copies)
-    if volume.snapshot is not None:
-        parent = state.volumes.get(state.kept.snapshots[volume.snapshot].spec.volume)
-        if parent is None or parent.spec.backend is not StorageBackend.CEPH:
-            raise Refused(
-                f"snapshot {volume.snapshot} is not in Ceph",
-                field="backend",
-                remedy="clone it as it is, then relocate the clone: nahtlos volume relocate --to ceph",
-            )
+    check_ceph_keeps(volume)
+    host = request.host or administering(state, inventory, volume.size_mib)
+    return msgspec.structs.replace(volume, host=host)
+
+
+def administering(state: State, inventory: Inventory, size_mib: int) -> HostId:
+    """A host for a new image of Ceph's, which takes no room on it."""
     compute = [h for h in state.hosts if keeps_volumes(state.policy(), h)]
     hosts = [h for h in compute if h in inventory.connected] or compute
     if not hosts:
-        raise no_place(state, inventory, volume.size_mib, "host")
-    return msgspec.structs.replace(volume, host=request.host or hosts[0])
+        raise no_place(state, inventory, size_mib, "host")
+    return hosts[0]
 
 
 def check_ceph(state: State, copies: int) -> None:
-    if state.kept.settings.ceph is None:
+    ceph = state.kept.settings.ceph
+    if ceph is None:
         raise Refused(
             "this cloud has no Ceph cluster",
             field="backend",
@@ -142,7 +142,18 @@ def check_ceph(state: State, copies: int) -> None:
         )
     if copies != 1:
         raise Refused(
-            "Ceph keeps copies by itself", field="copies", remedy="set the size of its pool instead"
+            f"{copies} copies in Ceph, which keeps as many as pool {ceph.pool} is told to",
+            field="copies",
+            remedy=f"leave it out, and set it for the pool: ceph osd pool set {ceph.pool} size {copies}",
+        )
+
+
+def check_ceph_keeps(volume: VolumeSpec) -> None:
+    if volume.encryption_key is not None:
+        raise Refused(
+            f"{volume.id} is encrypted, and images of Ceph's are not",
+            field="encrypted",
+            remedy="keep it on hosts: leave --backend out",
         )
 
 

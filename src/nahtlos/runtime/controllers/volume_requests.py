@@ -9,6 +9,7 @@ from msgspec import UNSET
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, ImageId, KeyId, VolumeId, checked_name
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.snapshot_places import backend_of
 from nahtlos.model.storage import Replica, ReplicaState, StorageBackend, VolumeFormat, VolumeSpec
 from nahtlos.model.volume_work import Relocation
 from nahtlos.planner.volume_places import free_mib, places
@@ -25,6 +26,7 @@ from nahtlos.runtime.controllers.requests import MAX_VOLUME_MIB, compute_host, l
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_homes import (
     check_ceph,
+    check_ceph_keeps,
     check_copies,
     check_takes,
     further_homes,
@@ -55,6 +57,7 @@ def new_volume(
     if parent is not None:
         same_project(project, parent.project, f"snapshot {request.snapshot}", "snapshot")
         key = parent.encryption_key
+    backend = _backend(state, inventory, request)
     volume = VolumeSpec(
         id=name,
         size_mib=size,
@@ -62,8 +65,8 @@ def new_volume(
         snapshot=request.snapshot,
         host=HostId(""),
         project=project,
-        backend=request.backend,
-        format=_format(request),
+        backend=backend,
+        format=_format(backend, request.format),
         limits=checked_limits(request.limits),
         limits_group=_checked_group(request.limits_group),
         encryption_key=key,
@@ -107,10 +110,26 @@ def checked_size(size_mib: int) -> int:
     return size_mib
 
 
-def _format(request: VolumeRequest) -> VolumeFormat:
-    if request.backend is StorageBackend.CEPH and request.format is not VolumeFormat.RAW:
+def _backend(state: State, inventory: Inventory, request: VolumeRequest) -> StorageBackend:
+    """A clone is where its snapshot is."""
+    if request.snapshot is None:
+        return request.backend
+    spec = state.kept.snapshots[request.snapshot].spec
+    volume = state.volumes.get(spec.volume)
+    backend = backend_of(spec, inventory, volume.spec if volume is not None else None)
+    if request.backend is StorageBackend.CEPH and backend is not request.backend:
+        raise Refused(
+            f"snapshot {request.snapshot} is not in Ceph",
+            field="backend",
+            remedy="clone it as it is, then relocate the clone: nahtlos volume relocate --to ceph",
+        )
+    return backend
+
+
+def _format(backend: StorageBackend, asked: VolumeFormat) -> VolumeFormat:
+    if backend is StorageBackend.CEPH and asked is not VolumeFormat.RAW:
         raise Refused("images of Ceph's are raw", field="format", remedy="leave the format out")
-    return request.format
+    return asked
 
 
 def _checked_group(group: str) -> str:
@@ -221,6 +240,7 @@ def relocation(
 
 def _check_to_ceph(state: State, spec: VolumeSpec, request: RelocationRequest) -> None:
     check_ceph(state, len(spec.copies))
+    check_ceph_keeps(spec)
     if spec.backend is StorageBackend.CEPH:
         raise Refused(f"{spec.id} is in Ceph", field="to", remedy="name a host")
     if request.to is not None:

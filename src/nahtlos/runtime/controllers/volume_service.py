@@ -189,7 +189,9 @@ class VolumeService:
 
     async def revert_volume(self, volume: VolumeId, request: RevertRequest) -> VolumeView:
         async with self._changing() as change:
-            work = snapshot_requests.reverting(change.state, volume, request.snapshot, stop=request.stop)
+            work = snapshot_requests.reverting(
+                change.state, change.inventory, volume, request.snapshot, stop=request.stop
+            )
             await self._wish(change, work)
             if request.stop and (holder := known_volumes.holder_of(change.state, volume)):
                 stopped = power_requests.stopped_for_a_while(change.state, change.inventory, holder)

@@ -118,6 +118,8 @@ class RestoreRequest(Value, frozen=True, kw_only=True):
     """Of the new volume."""
     host: HostId | None = None
     project: ProjectId = DEFAULT_PROJECT
+    backend: StorageBackend | None = None
+    """None: as the volume has it that was backed up, embedded if that is gone."""
 
 
 class TargetRequest(Value, frozen=True, kw_only=True):

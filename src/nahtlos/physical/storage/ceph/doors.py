@@ -5,9 +5,9 @@
     hold ── to                                          any more, one that waits for a target that is gone
     there ── fair ── top ── export                      completed: everything is passed on
 
-A door is opened for a relocation, to an image or from one: the other side need not know of Ceph. The nodes of
-an image bypass librbd's cache: it would acknowledge writes that a daemon which is killed forgets, and no
-later flush would say so.
+A door is opened for a relocation, to an image or from one: the other side need not know of Ceph. A view is a
+snapshot that this host itself reads: the moment of a backup. The nodes of an image bypass librbd's cache: it
+would acknowledge writes that a daemon which is killed forgets, and no later flush would say so.
 """
 
 from collections.abc import Iterable, Iterator
@@ -53,6 +53,19 @@ class Door(msgspec.Struct, frozen=True, kw_only=True, order=True):
     @property
     def job(self) -> str:
         return node_name("move", self.volume)
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    volume: VolumeId
+    snapshot: SnapshotId
+
+    @property
+    def export(self) -> str:
+        return f"{self.volume}.past.{self.snapshot}"
+
+
+def view_node(volume: VolumeId) -> str:
+    return node_name("past", volume)
 
 
 def rbd_node(volume: VolumeId) -> str:
@@ -148,6 +161,15 @@ def there(door: Door) -> Options:
     return connection(door, there_node(door.volume), PASS_SECONDS)
 
 
+def view(ceph: CephSettings, of: View) -> Options:
+    return image_node(ceph, view_node(of.volume), of.volume, of.snapshot)
+
+
+def view_export(of: View) -> Options:
+    node = view_node(of.volume)
+    return {"type": "nbd", "id": of.export, "name": of.export, "node-name": node, "writable": False}
+
+
 def export(door: Door) -> Options:
     return {
         "type": "nbd",
@@ -158,7 +180,9 @@ def export(door: Door) -> Options:
     }
 
 
-def arguments(ceph: CephSettings, qmp: Path, pki_dir: Path, doors: Iterable[Door]) -> tuple[str, ...]:
+def arguments(
+    ceph: CephSettings, qmp: Path, pki_dir: Path, doors: Iterable[Door], views: Iterable[View]
+) -> tuple[str, ...]:
     """To follow `Bundle.storage_daemon()`: a daemon that is started again serves all of them at once."""
     listening = f"addr.type=fd,addr.str={{fd:{SOCKET_FD}}},max-connections=0"
     return (
@@ -169,6 +193,7 @@ def arguments(ceph: CephSettings, qmp: Path, pki_dir: Path, doors: Iterable[Door
         *_long(hosts_only_object(HOSTS_ONLY)),
         *("--nbd-server", f"{listening},tls-creds={TLS_SERVER},tls-authz={HOSTS_ONLY}"),
         *(part for door in sorted(doors, key=lambda door: door.volume) for part in _door(ceph, door)),
+        *(part for each in sorted(views) for part in _view(ceph, each)),
     )
 
 
@@ -177,6 +202,11 @@ def _door(ceph: CephSettings, door: Door) -> Iterator[str]:
     for node in nodes(ceph, door):
         yield from ("--blockdev", _json(node))
     yield from ("--export", _json(export(door)))
+
+
+def _view(ceph: CephSettings, of: View) -> Iterator[str]:
+    yield from ("--blockdev", _json(view(ceph, of)))
+    yield from ("--export", _json(view_export(of)))
 
 
 def _long(arguments: tuple[str, str]) -> tuple[str, str]:

@@ -43,16 +43,14 @@ from nahtlos.physical.ports import (
     Supervisor,
 )
 from nahtlos.physical.settings import AgentSettings, CephSettings
-from nahtlos.physical.storage.backups import in_thread
-from nahtlos.physical.storage.ceph import doors, images
+from nahtlos.physical.storage.backups import OwnDoor, in_thread
+from nahtlos.physical.storage.ceph import clients, doors, images
+from nahtlos.physical.storage.ceph.backups import ImageBackups
 from nahtlos.physical.storage.ceph.gateway import Gateway
 from nahtlos.physical.storage.ceph.images import GONE, NEW, Act, ImageFacts
 from nahtlos.physical.storage.ceph.process import Exists, RbdProcess
 from nahtlos.physical.storage.snapshot_file import file_facts, write_node
 from nahtlos.wire.credentials import write_file
-
-BLOCKED_SECONDS = 7 * 24 * 3600
-"""For a client that stood still while it was fenced and writes again when it is let go on."""
 
 
 class CephStorage:
@@ -60,13 +58,19 @@ class CephStorage:
         self._settings = settings
         self._ceph = ceph
         self._rbd = RbdProcess(ceph)
+        self._reach = clients.Reach()
         self._gateway = Gateway(settings, ceph, supervisor)
         self._file = settings.state_dir / "ceph-volumes.json"
         self._lock = asyncio.Lock()
+        door = OwnDoor(
+            host=settings.host, address=settings.address, port=ceph.nbd_port, pki_dir=settings.pki_dir
+        )
+        self._backups = ImageBackups(self._rbd, self._gateway, door, self._image, self._lock)
 
     async def close(self) -> None:
         """Let go of the cluster and of the gateway's monitor. The gateway runs on."""
         await self._rbd.close()
+        await self._reach.close()
         await self._gateway.close_monitor()
 
     # --- the port ----------------------------------------------------------------------------------
@@ -132,12 +136,9 @@ class CephStorage:
             image = await self._owned(volume.id)
             if snapshot not in {each.name for each in image.live_snapshots}:
                 raise NotFound(f"'{volume.id}' has no snapshot '{snapshot}'", field="snapshot")
-            if image.clients:
-                raise Conflict(
-                    f"'{volume.id}' is open at {', '.join(image.clients)}",
-                    field="volume",
-                    remedy="detach it first",
-                )
+            await clients.let_go(self._rbd, image)
+            for moment in image.moments:  # what changes now is not told by them
+                await self._rbd.ask("snapshot_remove", name=volume.id, snapshot=moment)
             await self._rbd.work("rollback", name=volume.id, snapshot=snapshot)
 
     async def relocate_start(
@@ -242,18 +243,26 @@ class CephStorage:
         on_copied: OnCopied,
         on_moment: OnMoment | None = None,
     ) -> BackupResult:
-        raise _lacking("backup")
+        return await self._backups.backup(
+            volume,
+            backup,
+            base,
+            bytes_per_second=bytes_per_second,
+            on_copied=on_copied,
+            on_moment=on_moment,
+        )
 
     async def backup_forget(self, volume: VolumeId, backup: BackupSpec) -> None:
-        """None is ever begun here."""
+        await self._backups.forget(volume, backup)
 
     async def restore(
         self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], *, on_copied: OnCopied
     ) -> None:
-        raise _lacking("restore")
+        images.check(volume)
+        await self._backups.restore(volume, chain, on_copied)
 
     async def backup_delete(self, backup: BackupSpec) -> None:
-        """None is ever made here."""
+        await self._backups.delete(backup)
 
     async def snapshot_file(
         self,
@@ -299,6 +308,9 @@ class CephStorage:
             await self._owned(volume.id)
             await self._gateway.open(volume.id, volume.epoch)
 
+    async def reach_alone(self, attachments: tuple[VolumeAttachment, ...]) -> None:
+        await self._reach.alone(attachments)
+
     # --- beside the port ---------------------------------------------------------------------------
 
     @property
@@ -342,9 +354,7 @@ class CephStorage:
 
     async def _fence(self, volume: VolumeSpec) -> list[str]:
         await self._gateway.close(volume.id)
-        found = msgspec.convert(
-            await self._rbd.ask("fence", name=volume.id, seconds=BLOCKED_SECONDS), type=list[str]
-        )
+        found = await clients.fence(self._rbd, volume.id)
         fenced = [f"volume {volume.id}: {client} shut out" for client in found]
         return [*fenced, f"volume {volume.id} at epoch {volume.epoch}"]
 
@@ -402,6 +412,7 @@ class CephStorage:
 
     async def _delete(self, volume: VolumeId) -> list[str]:
         await self._gateway.close(volume)
+        await self._gateway.hide(volume)
         image = await self._image(volume)
         own = image is not None and image.host == self._settings.host
         if image is not None and own:
@@ -411,7 +422,7 @@ class CephStorage:
 
     async def _put_away(self, image: ImageFacts) -> None:
         """It is no volume from here on. Its snapshots stay."""
-        await self._rbd.ask("fence", name=image.name, seconds=BLOCKED_SECONDS)
+        await clients.fence(self._rbd, image.name)
         await self._rbd.ask("rename", name=image.name, to=images.gone(image))
 
     async def _remove_snapshot(self, snapshot: SnapshotId) -> list[str]:
@@ -425,6 +436,8 @@ class CephStorage:
     async def _sweep(self) -> list[str]:
         """What was deleted and has no snapshot any more: clones of it come to stand alone, then it goes."""
         for image in await self._gone():
+            for moment in image.moments:
+                await self._rbd.ask("snapshot_remove", name=image.name, snapshot=moment)
             if not image.live_snapshots:
                 await self._rbd.go_on(
                     f"bury {image.name}", "bury", name=image.name, zero=images.zeroed(image)
@@ -438,6 +451,7 @@ class CephStorage:
         image = await self._owned(wanted.volume)
         if wanted.id in {each.name for each in image.live_snapshots}:
             return False
+        await clients.check_answers(self._rbd, image)
         await self._note(image, {images.GROUP + wanted.id: wanted.group or None})
         await self._rbd.ask("snapshot", name=image.name, snapshot=wanted.id)
         return True

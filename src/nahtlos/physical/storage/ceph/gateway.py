@@ -1,4 +1,5 @@
-"""The storage daemon that serves images over NBD while they are relocated, and the copying itself.
+"""The storage daemon that serves images over NBD while they are relocated, and the copying itself. While they
+are backed up it serves moments of them.
 
 What it serves stands in one small file, which is durable before anything is done by it; the supervisor's
 definition of the daemon is made from it. A daemon that dies serves the same when it is started again, except
@@ -26,7 +27,7 @@ from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors
-from nahtlos.physical.storage.ceph.doors import SOCKET_FD, UNIT, Door, Options
+from nahtlos.physical.storage.ceph.doors import SOCKET_FD, UNIT, Door, Options, View
 from nahtlos.physical.storage.daemon import Daemon, JobStatus
 from nahtlos.physical.storage.relocation import in_step, progress_of
 from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
@@ -38,6 +39,7 @@ MIN_VERSION = (10,)
 class _Kept(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseId | None = None
     doors: tuple[Door, ...] = ()
+    views: tuple[View, ...] = ()
 
 
 class Gateway:
@@ -80,9 +82,7 @@ class Gateway:
             await self._withdraw(door, "safe")
         others = tuple(kept for kept in self._kept.doors if kept.volume != volume)
         self._write(msgspec.structs.replace(self._kept, doors=others))
-        if not others:
-            await self._daemon.close()
-            await self._supervisor.stop(UNIT)
+        if await self._ended():
             return
         await self._define()
         await self._daemon.job_cancel(door.job)
@@ -91,6 +91,42 @@ class Gateway:
         await self._daemon.remove_nodes(name(volume) for name in names)
         await self._drop_target(door)
         await self._daemon.tolerating("object-del", {"id": doors.limits_group(volume)})
+
+    async def _ended(self) -> bool:
+        """The daemon is, if it has nothing to serve any more."""
+        kept = self._kept
+        if kept.doors or kept.views:
+            return False
+        await self._daemon.close()
+        await self._supervisor.stop(UNIT)
+        return True
+
+    # --- views -------------------------------------------------------------------------------------
+
+    async def show(self, view: View) -> None:
+        """It can be read from now on; another one of its volume no longer. Repeatable."""
+        if view not in self._kept.views:
+            await self.hide(view.volume)
+            self._write(msgspec.structs.replace(self._kept, views=(*self._kept.views, view)))
+        await self._define()
+        if view.export not in await self._daemon.export_nodes():
+            await self._daemon.add_nodes((doors.view(self._ceph, view),))
+            await self._daemon.execute("block-export-add", doors.view_export(view))
+
+    async def hide(self, volume: VolumeId) -> None:
+        """Whatever view of it there is. Repeatable."""
+        gone = [view for view in self._kept.views if view.volume == volume]
+        if not gone:
+            return
+        others = tuple(view for view in self._kept.views if view.volume != volume)
+        self._write(msgspec.structs.replace(self._kept, views=others))
+        if await self._ended():
+            return
+        await self._define()
+        for view in gone:
+            if view.export in await self._daemon.export_nodes():
+                await self._daemon.withdraw(view.export)
+        await self._daemon.remove_nodes((doors.view_node(volume),))
 
     # --- copies ------------------------------------------------------------------------------------
 
@@ -223,7 +259,11 @@ class Gateway:
         self._settings.run_dir.mkdir(parents=True, exist_ok=True)
         await self._supervisor.listen_tcp(SOCKET_FD, self._settings.address, self._ceph.nbd_port)
         arguments = doors.arguments(
-            self._ceph, self._daemon.qmp_path, self._settings.pki_dir, self._kept.doors
+            self._ceph,
+            self._daemon.qmp_path,
+            self._settings.pki_dir,
+            self._kept.doors,
+            self._kept.views,
         )
         await self._supervisor.start(
             Unit(

@@ -7,6 +7,9 @@ not complete yet, or of which only snapshots and clones are left, has a name no 
     .new.<volume>                being made
     .gone.<volume>.e<epoch>      deleted or gone elsewhere, kept for its snapshots and for clones of them
 
+A snapshot `.backup.<backup>` is the moment of a backup: what has changed since is told by it. It is nobody's
+snapshot, and goes with its volume.
+
 Administration passes to another host with a higher epoch, never otherwise: two configurations of which one
 is late cannot take it from each other.
 """
@@ -16,7 +19,7 @@ from enum import StrEnum
 import msgspec
 
 from nahtlos.model.errors import Refused
-from nahtlos.model.ids import HostId, SnapshotId, VolumeId
+from nahtlos.model.ids import BackupId, HostId, SnapshotId, VolumeId
 from nahtlos.model.inventory import SnapshotStatus, VolumeStatus
 from nahtlos.model.storage import Deletion, StorageBackend, VolumeFormat, VolumeSpec
 
@@ -24,6 +27,7 @@ NEW, GONE = ".new.", ".gone."
 HOST, EPOCH, DELETION, RECEIVING, OFFER = "host", "epoch", "deletion", "receiving", "offer"
 GROUP = "group."
 """With a snapshot's name: the group it is of."""
+MOMENT = ".backup."
 
 
 class SnapshotFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +61,12 @@ class ImageFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def live_snapshots(self) -> tuple[SnapshotFacts, ...]:
-        return tuple(snapshot for snapshot in self.snapshots if not snapshot.trashed)
+        return tuple(s for s in self.snapshots if not s.trashed and not s.name.startswith(MOMENT))
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """Names of snapshots that are moments of backups -> bytes of the image then."""
+        return {s.name: s.size for s in self.snapshots if not s.trashed and s.name.startswith(MOMENT)}
 
 
 def facts_of(said: object) -> ImageFacts | None:
@@ -133,6 +142,10 @@ def changed_notes(image: ImageFacts, wanted: dict[str, str | None]) -> dict[str,
 def offer(host: HostId, epoch: int) -> str:
     """That `host` may administer an image from `epoch` on, without its clients being fenced."""
     return f"{epoch} {host}"
+
+
+def moment(backup: BackupId) -> SnapshotId:
+    return SnapshotId(MOMENT + backup)
 
 
 def zeroed(image: ImageFacts) -> bool:

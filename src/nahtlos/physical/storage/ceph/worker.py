@@ -9,12 +9,15 @@ bytes, "total": bytes}. Requests run beside each other. When its input ends it e
 it does: every verb can be repeated.
 """
 
+import base64
 import errno
 import hashlib
 import json
 import os
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import cast
@@ -27,6 +30,11 @@ CONNECT_SECONDS = 5
 WITHIN = {"rados_mon_op_timeout": "8", "rados_osd_op_timeout": "20", "client_mount_timeout": "5"}
 """Of single operations, in seconds: what a cluster does not answer is an error, not a thread for ever."""
 CHUNK = 4 << 20
+GRANULE = 65536
+ANSWER_MS = 2000
+LOOK_ANEW = struct.pack("<BBII", 1, 1, 4, 3).decode()
+"""librbd's own notice that an image's header has changed: its version, the oldest that knows it, the length
+of what follows, the kind."""
 METADATA = "nahtlos."
 TRASHED = 2
 """Namespace of snapshots that were removed and that clones still rest on."""
@@ -200,6 +208,21 @@ class Pool:
         except rbd.ImageNotFound:
             return
 
+    def changes(self, name: str, snapshot: str, since: str | None) -> str:
+        """Which granules of `snapshot` hold anything, or are not as they were at `since`: a bit each, from
+        the lowest, zlib, base64."""
+        with rbd.Image(self._io, name, snapshot=snapshot, read_only=True) as image:
+            size = image.size()
+            bits = bytearray(-(-size // (GRANULE * 8)))
+
+            def note(offset: int, length: int, exists: bool) -> None:
+                if exists or since is not None:
+                    for granule in range(offset // GRANULE, -(-(offset + length) // GRANULE)):
+                        bits[granule >> 3] |= 1 << (granule & 7)
+
+            image.diff_iterate(0, size, since, note)
+            return base64.b64encode(zlib.compress(bytes(bits))).decode()
+
     def rollback(self, name: str, snapshot: str) -> None:
         with rbd.Image(self._io, name) as image:
             image.rollback_to_snap(snapshot)
@@ -224,6 +247,17 @@ class Pool:
                     if str(owner["owner"]) in found:
                         image.lock_break(rbd.RBD_LOCK_MODE_EXCLUSIVE, owner["owner"])
         return found
+
+    def silent(self, name: str) -> bool:
+        """Whether somebody who has the image open does not answer, as one that died: the cluster would wait
+        half a minute for it. Who lives looks at the image anew, which harms nobody."""
+        with rbd.Image(self._io, name, read_only=True) as image:
+            header = f"rbd_header.{image.id()}"
+        try:
+            self._io.notify(header, LOOK_ANEW, ANSWER_MS)
+        except rados.TimedOut:
+            return True
+        return False
 
     def _command(self, command: Json) -> None:
         code, _, said = self._cluster.mon_command(json.dumps(command), b"", timeout=CONNECT_SECONDS)
@@ -277,7 +311,8 @@ class Requests:
         verbs = (
             *(pool.names, pool.facts, pool.create, pool.clone, pool.fill, pool.resize),
             *(pool.rename, pool.bury, pool.note, pool.digest, pool.snapshot),
-            *(pool.snapshot_remove, pool.rollback, pool.fence),
+            *(pool.snapshot_remove, pool.changes, pool.rollback, pool.fence),
+            pool.silent,
         )
         self._verbs: dict[str, Callable[..., object]] = {verb.__name__: verb for verb in verbs}
         self._saying = threading.Lock()
@@ -292,6 +327,10 @@ class Requests:
             self._say({"id": number, "value": verb(**arguments)})
         except Exception as error:  # whoever asked hears of it
             self._say({"id": number, "error": {"kind": _kind(error), "message": f"{verb.__name__}: {error}"}})
+            if getattr(error, "errno", None) == errno.ESHUTDOWN:
+                os._exit(
+                    1
+                )  # another host has shut this process out, too: the next one is known by another name
 
     def _progress(self, number: object) -> Progress:
         said = -1
