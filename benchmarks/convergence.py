@@ -1,18 +1,22 @@
 """`make bench-convergence`: live moves of servers that dirty their memory at 0, 40, 200 and 400 MB/s, over a
 link capped at 128 MiB/s. A part of `make bench-moves`, too.
 
-Two hosts of a lab; the switch between them sends to each at most as fast as the cap. Every server has a
-blackout budget. A move either ends within it, or is refused beforehand, by the rate that was measured and the
-prediction made of it; what was refused is then permitted to be slowed down and moved all the same. The first
-moves of each way teach the model; of all later ones what was predicted as they began is held against what was
-measured: the pause between the stop and the run, and the time from the order to the end.
+Two hosts of a lab; the switch between them sends to each at most as fast as the cap, and the cloud is told so
+(`network underlay set`): a move has a share reserved, and takes all of the link if it would not end by that.
+Every server has a blackout budget. A move either ends within it, or is refused beforehand, by the rate that
+was measured and the prediction made of it; what was refused is then permitted to be slowed down, or its
+memory to follow it, and moved all the same. The first moves of each way teach the model; of all later ones
+what was predicted as they began is held against what was measured: the pause between the stop and the run,
+and the time from the order to the end.
+
+`--undivided` leaves the hosts' interfaces alone: the cap then drops what comes when its queue is full,
+whoever sent it, which a control without moves shows (`--control`).
 """
 
 import argparse
 import asyncio
 import contextlib
 import sqlite3
-import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -20,17 +24,19 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.capped_link import cap_links, dropped, fill
 from benchmarks.client_gaps import Series, Side, merge, probing, read_series
 from benchmarks.figures import Figures, Goal
 from nahtlos.lab.datacentre import Datacentre, LabShape, unique_name
 from nahtlos.lab.outside import Outside
 from nahtlos.lab.paths import BuildPaths
-from nahtlos.lab.topology import SWITCH
 from nahtlos.model.blackout import wake_ms
 from nahtlos.model.blueprint import HostPhase, OperationRecord
+from nahtlos.model.config import UnderlayShares
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Size
 from nahtlos.model.prediction import Means
+from nahtlos.model.topology import Underlay
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
 from nahtlos.runtime.evidence.gaps import Window, percentile
@@ -38,11 +44,14 @@ from nahtlos.runtime.releases import list_releases
 
 CAP = 128 << 20
 """Bytes a second."""
-RATES = (0, 40, 200, 400)
-"""MB a second."""
+CASES = ("0", "40", "200", "400", "200-post-copy", "400-post-copy")
+"""MB a second, and what is permitted if it is refused beforehand: if nothing is named, to slow it down."""
+SHARES = UnderlayShares(bits_per_second=int(CAP * 8 * 0.97), control=10, moves=60, tenants=30)
+"""Of what the cap lets through, so that queues are at the hosts, where they are divided."""
+CONTROL_SECONDS = 10.0
 MEMORY_MIB, DIRTIED_MIB = 256, 64
 BUDGET_MS = 350
-QUICK_MOVES, LONG_MOVES = (5, 5, 3, 3), (20, 20, 10, 10)
+QUICK_MOVES, LONG_MOVES = (5, 5, 4, 4, 4, 4), (20, 20, 10, 10, 10, 10)
 TEACHING = 3
 """The first moves of each way."""
 ERROR_GOAL = Goal(at_most=0.3)
@@ -51,7 +60,6 @@ MOVE_SECONDS = 180.0
 MEASURED_SECONDS = 120.0
 AFTER_SECONDS = 0.6
 REFUSED = "is left where it is"
-DEADLINE = 20.0
 
 
 class Outcome(msgspec.Struct, kw_only=True):
@@ -64,28 +72,39 @@ class Outcome(msgspec.Struct, kw_only=True):
     series: Series
 
 
-def cap_links(datacentre: Datacentre) -> None:
-    """What the switch sends to either host."""
-    assert datacentre.topology is not None
-    namespace = datacentre.topology.node(SWITCH).namespace
-    for host in ("host-1", "host-2"):
-        shaped = f"rate {CAP * 8}bit burst 512kb latency 50ms"
-        command = f"tc -n {namespace} qdisc add dev p-{host} root tbf {shaped}"
-        subprocess.run(command.split(), check=True, timeout=DEADLINE, capture_output=True)
-
-
 class Site:
     """The lab, and one server for each rate."""
 
     def __init__(self, datacentre: Datacentre, client: OperatorClient) -> None:
         assert datacentre.topology is not None
+        self._datacentre = datacentre
+        self._consent = ""
         self._client = client
         self._database = datacentre.paths.node("ctl").state / "runtime.sqlite"
         self._namespace = datacentre.topology.node("client").namespace
         self._outside = Outside(self._namespace)
 
-    async def run(self, rate: int, moves: int, folder: Path) -> Outcome:
-        server, outcome = ServerId(f"vm-{rate}"), Outcome(series=Series())
+    async def control(self, folder: Path) -> Series:
+        """The link is filled by a stream of nobody's, and nothing moves."""
+        server = ServerId("vm-control")
+        view = await self._client.create_server(
+            ServerRequest(name=server, memory_mib=MEMORY_MIB, host=HostId("host-2"))
+        )
+        await self._outside.until_up(view.ip, timeout=UP_SECONDS)
+        side = Side(server, view.ip, self._outside, self._namespace, _nothing)
+        began = time.time()
+        async with probing(side, folder):
+            await fill(self._datacentre, CONTROL_SECONDS)
+            await asyncio.sleep(AFTER_SECONDS)
+        await self._client.delete_server(server)
+        return read_series(folder, [Window(begin=began, end=time.time())])
+
+    def dropped(self) -> dict[str, int]:
+        return dropped(self._datacentre)
+
+    async def run(self, case: str, moves: int, folder: Path) -> Outcome:
+        rate, self._consent = int(case.partition("-")[0]), case.partition("-")[2]
+        server, outcome = ServerId(f"vm-{case}"), Outcome(series=Series())
         request = ServerRequest(name=server, memory_mib=MEMORY_MIB, blackout_budget_ms=BUDGET_MS)
         view = await self._client.create_server(request)
         await self._outside.until_up(view.ip, timeout=UP_SECONDS)
@@ -127,15 +146,23 @@ class Site:
                 view = await self._client.server(server)
                 if view.host == there and view.moving_to is None:
                     break
-                if REFUSED in view.waits_for and not view.allow_slowdown:
+                permitted = view.allow_slowdown or view.allow_post_copy
+                if REFUSED in view.waits_for and not permitted:
                     outcome.refused += 1
                     print(f"  refused beforehand: {view.waits_for}", flush=True)
-                    await self._client.change_server(server, ServerChange(allow_slowdown=True))
+                    await self._client.change_server(server, self._permission())
                 await asyncio.sleep(0.1)
         outcome.ended += 1
         made = [r for r in self._records().values() if r.id not in before and r.subject == server]
         outcome.failed += sum(record.state != "done" for record in made)
         outcome.seconds += [seconds_of(record) for record in made if record.state == "done"]
+        for record in made:
+            print(f"  {told(record)}", flush=True)
+
+    def _permission(self) -> ServerChange:
+        if self._consent:
+            return ServerChange(allow_post_copy=True)
+        return ServerChange(allow_slowdown=True)
 
     def _records(self) -> dict[str, OperationRecord]:
         """Of moves that have ended, oldest first."""
@@ -159,6 +186,15 @@ async def _nothing() -> None:
 
 def seconds_of(record: OperationRecord) -> float:
     return max(record.times.values()) - min(record.times.values())
+
+
+def told(record: OperationRecord) -> str:
+    if record.state != "done":
+        return f"{record.state}: {record.error.message if record.error else ''}"
+    said, times = record.predicted, record.times
+    pause = (times["running"] - times["stopped"]) * 1000
+    foretold = f" (predicted {said.pause_ms:.0f} ms, {said.seconds:.1f} s)" if said else ""
+    return f"{means_of(record)}: pause {pause:.0f} ms, {seconds_of(record):.1f} s{foretold}"
 
 
 def means_of(record: OperationRecord) -> Means:
@@ -189,30 +225,40 @@ def errors(records: list[OperationRecord]) -> tuple[list[float], list[float]]:
 
 
 @contextlib.asynccontextmanager
-async def site() -> AsyncGenerator[Site]:
+async def site(*, divided: bool) -> AsyncGenerator[Site]:
     release = list_releases(BuildPaths.default().releases)[-1]
     shape = LabShape(hosts=2, capacity=Size(vcpus=4, memory_mib=1024), promised=Size(vcpus=1, memory_mib=256))
     datacentre = Datacentre(unique_name("bench"), shape, BuildPaths.default())
     await datacentre.open()
     try:
-        cap_links(datacentre)
+        cap_links(datacentre, CAP)
         async with datacentre.client as client:
             await client.register_release(release.id)
             async with asyncio.timeout(UP_SECONDS):
                 while any(h.phase is not HostPhase.SERVING for h in await client.hosts()):
                     await asyncio.sleep(0.2)
+            if divided:
+                await client.networks.set_underlay(Underlay(shares=SHARES))
             yield Site(datacentre, client)
     finally:
         await datacentre.close()
 
 
-async def run(counts: tuple[int, ...], work: Path, figures: Figures) -> None:
+async def run(
+    counts: dict[str, int], work: Path, figures: Figures, *, divided: bool = True, control: bool = False
+) -> None:
     every = Series()
-    async with site() as lab:
-        for rate, moves in zip(RATES, counts, strict=True):
-            outcome = await lab.run(rate, moves, work / f"capped-{rate}")
-            add_case(figures, rate, outcome)
+    async with site(divided=divided) as lab:
+        if control:
+            before, series = lab.dropped(), await lab.control(work / "capped-control")
+            figures.add("lost, link filled, no move", series.lost, "packets", samples=series.sent)
+            add_drops(figures, "link filled, no move", before, lab.dropped())
+        before = lab.dropped()
+        for case, moves in counts.items():
+            outcome = await lab.run(case, moves, work / f"capped-{case}")
+            add_case(figures, case, outcome)
             merge(every, outcome.series)
+        add_drops(figures, "moves", before, lab.dropped())
         blackouts, totals = errors(lab.done())
     lost = Goal(at_most=0)
     figures.add("lost, capped link, all", every.lost, "packets", goal=lost, samples=every.sent)
@@ -228,8 +274,16 @@ async def run(counts: tuple[int, ...], work: Path, figures: Figures) -> None:
             )
 
 
-def add_case(figures: Figures, rate: int, outcome: Outcome) -> None:
+def add_drops(figures: Figures, what: str, before: dict[str, int], after: dict[str, int]) -> None:
+    """Of all packets, the stream's own too."""
+    for hop, count in after.items():
+        figures.add(f"dropped, {what}, {hop}", max(0, count - before.get(hop, 0)), "packets")
+
+
+def add_case(figures: Figures, name: str, outcome: Outcome) -> None:
+    rate, _, consent = name.partition("-")
     case, series = f"dirtying {rate} MB/s over {CAP >> 20} MiB/s", outcome.series
+    case += f", {consent}" if consent else ""
     print(
         f"{case}: {series.p50:.0f} ms, {series.lost} lost, {outcome.refused} refused beforehand", flush=True
     )
@@ -249,16 +303,33 @@ def add_case(figures: Figures, rate: int, outcome: Outcome) -> None:
     figures.add(f"lost per move, {case}", series.lost / asked, "packets", goal=Goal(at_most=0), samples=asked)
 
 
-async def measure_all(*, long: bool) -> Figures:
+def counts_of(*, long: bool) -> dict[str, int]:
+    """Moves of each case."""
+    return dict(zip(CASES, LONG_MOVES if long else QUICK_MOVES, strict=True))
+
+
+async def measure_all(
+    *, long: bool, only: list[str] | None = None, divided: bool = True, control: bool = False
+) -> Figures:
     figures = Figures()
-    await run(LONG_MOVES if long else QUICK_MOVES, Path("build/bench/convergence"), figures)
+    counts = counts_of(long=long)
+    if only:
+        counts = {case: count for case, count in counts.items() if case in only}
+    work = Path("build/bench/convergence")
+    await run(counts, work, figures, divided=divided, control=control)
     return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.convergence")
     parser.add_argument("--long", action="store_true", help=f"{LONG_MOVES[0]} moves of each kind")
-    figures = asyncio.run(measure_all(long=parser.parse_args().long))
+    parser.add_argument("--only", nargs="*", choices=CASES, help="these cases alone")
+    parser.add_argument("--undivided", action="store_true", help="leave the hosts' interfaces alone")
+    parser.add_argument("--control", action="store_true", help="first fill the link without any move")
+    asked = parser.parse_args()
+    figures = asyncio.run(
+        measure_all(long=asked.long, only=asked.only, divided=not asked.undivided, control=asked.control)
+    )
     return figures.finish("convergence", f"Live moves over a link capped at {CAP >> 20} MiB/s")
 
 

@@ -204,7 +204,7 @@ def add_totals(figures: Figures, got: Series, baseline: Series) -> None:
 async def measure_all(*, long: bool) -> Figures:
     work = Path("build/bench/moves")
     figures = await run(LONG_MOVES if long else QUICK_MOVES, work)
-    await convergence.run(convergence.LONG_MOVES if long else convergence.QUICK_MOVES, work, figures)
+    await convergence.run(convergence.counts_of(long=long), work, figures)
     await in_place.run(in_place.LONG if long else in_place.QUICK, work, figures)
     await evacuation.run(evacuation.LONG_ROUNDS if long else evacuation.QUICK_ROUNDS, work, figures)
     return figures

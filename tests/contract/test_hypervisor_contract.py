@@ -16,7 +16,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
-from nahtlos.physical.ports import DisplayLine, MigrationPhase, StorageDesired, VmmId, VmmStatus
+from nahtlos.physical.ports import DisplayLine, MigrationPhase, Missing, StorageDesired, VmmId, VmmStatus
 
 CONVERGES_WITHIN = 60.0
 CANCELLED_WITHIN = 3.0
@@ -45,19 +45,22 @@ async def booted(hosts: Hosts) -> tuple[ServerConfig, VmmId]:
     return server, VmmId(server.spec.id, server.epoch)
 
 
-async def receiving(hosts: Hosts, server: ServerConfig) -> tuple[VmmId, str]:
+async def receiving(hosts: Hosts, server: ServerConfig, *, channels: int = 1) -> tuple[VmmId, str]:
     arriving = VmmId(server.spec.id, server.epoch + 1)
     await hosts.second.plug(server)
     for _ in range(2):
-        await hosts.second.hypervisor.incoming_start(server, arriving.epoch, hosts.release)
+        await hosts.second.hypervisor.incoming_start(server, arriving.epoch, hosts.release, channels=channels)
     uris = [await hosts.second.hypervisor.incoming_listen(arriving, hosts.second.address) for _ in range(2)]
     assert uris[0] == uris[1]
     return arriving, uris[0]
 
 
-async def sending(hosts: Hosts, vmm: VmmId, uri: str, *, slow_down: bool = False) -> None:
-    hypervisor = hosts.first.hypervisor
-    await hypervisor.migrate_start(vmm, uri, peer=hosts.second.name, bandwidth=4 * GIB, slow_down=slow_down)
+async def sending(hosts: Hosts, vmm: VmmId, uri: str, *, slow_down: bool = False, channels: int = 1) -> None:
+    hypervisor, peer = hosts.first.hypervisor, hosts.second.name
+    await hypervisor.migrate_start(
+        vmm, uri, peer=peer, bandwidth=4 * GIB, slow_down=slow_down, channels=channels
+    )
+    assert await hypervisor.migrate_in_flight(vmm) >= 0
     async with asyncio.timeout(CONVERGES_WITHIN):
         while True:
             progress = await hypervisor.migrate_progress(vmm)
@@ -132,14 +135,14 @@ def test_a_cancelled_move_leaves_the_server_and_can_be_begun_again(stage: Stage)
     stage(play)
 
 
-def test_a_stream_that_flows_is_given_more_bandwidth_and_a_slower_server(stage: Stage) -> None:
+def test_a_stream_by_two_channels_is_given_more_bandwidth_and_a_slower_server(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         server, leaving = await booted(hosts)
         rate = await hosts.first.hypervisor.dirty_rate(leaving)
         assert rate is not None
         assert rate >= 0
-        arriving, uri = await receiving(hosts, server)
-        await sending(hosts, leaving, uri, slow_down=True)
+        arriving, uri = await receiving(hosts, server, channels=2)
+        await sending(hosts, leaving, uri, slow_down=True, channels=2)
         for _ in range(2):
             await hosts.first.hypervisor.migrate_pace(leaving, 512 << 20)
             await hosts.first.hypervisor.migrate_slow_down(leaving)
@@ -149,6 +152,81 @@ def test_a_stream_that_flows_is_given_more_bandwidth_and_a_slower_server(stage: 
         await hosts.second.hypervisor.resume(arriving)
         assert await state(hosts.second, arriving) is RunState.RUNNING
         await hosts.first.hypervisor.kill(leaving)
+
+    stage(play)
+
+
+async def handed_over(hosts: Hosts) -> tuple[VmmId, VmmId]:
+    """By post-copy, with most of its memory still to follow."""
+    server, leaving = await booted(hosts)
+    arriving = VmmId(server.spec.id, server.epoch + 1)
+    first, second = hosts.first.hypervisor, hosts.second.hypervisor
+    await hosts.second.plug(server)
+    await second.incoming_start(server, arriving.epoch, hosts.release, post_copy=True)
+    uri = await second.incoming_listen(arriving, hosts.second.address)
+    await first.migrate_start(leaving, uri, peer=hosts.second.name, bandwidth=8 << 20, post_copy=True)
+    for _ in range(2):
+        await first.migrate_post_copy(leaving)
+    await asyncio.sleep(0.5)
+    assert await state(hosts.first, leaving) is RunState.RUNNING
+    assert (await first.migrate_progress(leaving)).phase is MigrationPhase.ACTIVE
+    with pytest.raises(Refused):
+        await second.incoming_recover(arriving, hosts.second.address)
+    await first.pause(leaving)
+    await second.incoming_wait(arriving, timeout=30.0)
+    arrived = await seen(hosts.second, arriving)
+    assert arrived is not None
+    assert (arrived.state, arrived.migrated, arrived.missing) == (RunState.PAUSED, True, Missing.COMING)
+    await second.resume(arriving)
+    return leaving, arriving
+
+
+def test_a_server_runs_before_its_memory_is_there_and_what_was_cut_is_taken_up(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        if await hosts.second.hypervisor.why_no_post_copy():
+            pytest.skip("no userfaultfd")
+        leaving, arriving = await handed_over(hosts)
+        first, second = hosts.first.hypervisor, hosts.second.hypervisor
+        assert (await first.migrate_progress(leaving)).phase is MigrationPhase.POST_COPY
+        with pytest.raises(Refused):
+            await first.resume(leaving)
+        await first.migrate_cancel(leaving)
+        sent = await seen(hosts.first, leaving)
+        assert sent is not None
+        assert (sent.state, sent.sent) == (RunState.PAUSED, True)
+        for _ in range(2):
+            uri = await second.incoming_recover(arriving, hosts.second.address)
+            await first.migrate_recover(leaving, uri)
+        await first.migrate_pace(leaving, 1 << 30)
+        async with asyncio.timeout(CONVERGES_WITHIN):
+            while (await first.migrate_progress(leaving)).phase is not MigrationPhase.COMPLETED:
+                await asyncio.sleep(0.02)
+            while (running := await seen(hosts.second, arriving)) and running.missing:
+                await asyncio.sleep(0.02)
+        assert running is not None
+        assert running.state is RunState.RUNNING
+        await first.kill(leaving)
+        assert await state(hosts.second, arriving) is RunState.RUNNING
+
+    stage(play)
+
+
+def test_a_source_that_dies_before_all_memory_has_followed_is_told(
+    stage: Stage,
+) -> None:
+    async def play(hosts: Hosts) -> None:
+        if await hosts.second.hypervisor.why_no_post_copy():
+            pytest.skip("no userfaultfd")
+        leaving, arriving = await handed_over(hosts)
+        await hosts.first.kill_vmm(leaving)
+        async with asyncio.timeout(CANCELLED_WITHIN + 5.0):
+            while (left := await seen(hosts.second, arriving)) and left.missing is not Missing.CUT:
+                await asyncio.sleep(0.05)
+        again = await seen(hosts.second, arriving)
+        assert left is not None and again is not None
+        assert again.arrived == left.arrived
+        await hosts.second.hypervisor.kill(arriving)
+        assert await seen(hosts.second, arriving) is None
 
     stage(play)
 

@@ -27,7 +27,7 @@ EDGE = HostId("edge-1")
 BOUND_SECONDS = 150.0
 """Virtual seconds within which everything must have come to rest after the operation was ordered."""
 POLLED = (
-    *("console_size", "dirty_rate", "frames_from", "migrate_progress"),
+    *("console_size", "dirty_rate", "frames_from", "migrate_in_flight", "migrate_progress"),
     *("observe", "reconcile", "release", "releases"),
 )
 """Called again and again: the first few of a run stand for all."""

@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +37,11 @@ class Run(Play):
     """Bytes of memory a second the server touches."""
     bandwidth: int = 4 << 30
     boost: int = 0
+    post_copy: bool = False
+    """It is ordered to end by post-copy."""
     deadline: float = PRECOPY_DEADLINE
+    prepared: Callable[["Run"], None] | None = None
+    """What is done to the world before anything runs in it."""
 
     def vmm(self, host: HostId) -> Vmm | None:
         epoch = 1 if host == SOURCE else 2
@@ -48,6 +52,8 @@ class Run(Play):
 
     def _conducted(self) -> Conductor:
         conductor = Conductor(self.cloudlet, storage_host=SOURCE)
+        if self.prepared:
+            self.prepared(self)
         if self.dirty_rate is not None:
             self.world.dirty_rates[SERVER] = self.dirty_rate
         conductor.place(self.spec or server_spec(1, guarded=self.guarded), SOURCE)
@@ -58,7 +64,12 @@ class Run(Play):
         await self._booted(SERVER)
         self.begin()
         order = conductor.move(
-            SERVER, DESTINATION, bandwidth=self.bandwidth, boost=self.boost, deadline=self.deadline
+            SERVER,
+            DESTINATION,
+            bandwidth=self.bandwidth,
+            boost=self.boost,
+            deadline=self.deadline,
+            post_copy=self.post_copy,
         )
         bound = BOUND_SECONDS
         await world.until(

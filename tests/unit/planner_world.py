@@ -97,6 +97,10 @@ class World:
         self.storage: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities, OLD)
         self.network: dict[HostId, ReleaseId | None] = dict.fromkeys(capacities)
         self.problems: dict[HostId, ErrorRecord] = {}
+        self.knows: tuple[str, ...] = ()
+        """What agents of all hosts can be asked for."""
+        self.no_post_copy: dict[HostId, str] = {}
+        """Why a host's kernel cannot."""
         self.operations: dict[OperationId, Operation] = {}
         self.script: dict[str, list[tuple[OperationState, ErrorRecord | None]]] = {}
         """Outcomes decided beforehand, by server or host; None to let it run."""
@@ -141,6 +145,8 @@ class World:
             storage_release=self.storage.get(host, OLD),
             network_release=self.network.get(host),
             problems=(self.problems[host],) if host in self.problems else (),
+            knows=self.knows,
+            why_no_post_copy=self.no_post_copy.get(host, ""),
             servers=(*servers, *self.extra.get(host, ())),
             operations=tuple(
                 self._status(operation, host)

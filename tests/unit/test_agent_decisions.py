@@ -9,6 +9,7 @@ from nahtlos.model.inventory import RunState
 from nahtlos.model.networking import NetworkSpec
 from nahtlos.model.nouns import Size
 from nahtlos.physical.agent.converge import Act, pinned_ports, server_steps
+from nahtlos.physical.agent.convergence import ENOUGH_PASSES, Course, Pass, Permitted
 from nahtlos.physical.agent.ledger import Hold, Ownership
 from nahtlos.physical.agent.precopy import (
     LATEST_LOOK,
@@ -19,7 +20,9 @@ from nahtlos.physical.agent.precopy import (
     fraction,
     look_again,
     seen,
+    to_send,
     verdict,
+    with_to_come,
 )
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress, VmmId, VmmStatus
 
@@ -188,3 +191,20 @@ def test_ports_the_host_knows_better(owned, busy, pinned):
 )
 def test_a_pre_copy_is_looked_at_more_often_near_the_end_of_a_pass(before, now, seen_now, expected) -> None:
     assert look_again(before, seen_now, now).again == pytest.approx(expected)
+
+
+def test_what_is_on_its_way_and_what_is_still_touched_counts_against_the_budget():
+    """32 MiB left at 100 MiB/s fit 0.35 s; with 6 MiB more between the hosts, or touched, they do not."""
+    course = Course(
+        since=0.0, count=2, at=1.0, passes=(Pass(seconds=1.0, sent=100 * MB, left=32 * MB),) * ENOUGH_PASSES
+    )
+    settled, permitted = progress(9, 32 * MB), Permitted(pause=0.35)
+
+    def said(sync: Sync) -> Verdict:
+        return verdict(sync, settled, now=9.0, started=0.0, deadline=30.0, course=course, permitted=permitted)
+
+    fresh = Sync(passes=9, at=9.0, remaining=32 * MB)
+    assert said(fresh) is Verdict.SWITCH
+    assert said(with_to_come(fresh, 6 * MB, None)) is not Verdict.SWITCH
+    assert said(with_to_come(fresh, 0, 300 * MB)) is not Verdict.SWITCH
+    assert to_send(with_to_come(fresh, 5, 1 << 40), settled) == settled.total + 5

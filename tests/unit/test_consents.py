@@ -6,7 +6,7 @@ from nahtlos.model.errors import Refused
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.nouns import Component, Release
 from nahtlos.ops.version_rows import rows_that_matter
-from nahtlos.runtime.controllers.consents import LONGEST_BUDGET_MS, check_post_copy, checked_budget
+from nahtlos.runtime.controllers.consents import LONGEST_BUDGET_MS, checked_budget
 
 
 @pytest.mark.parametrize("milliseconds", [0, -1, LONGEST_BUDGET_MS + 1])
@@ -20,13 +20,6 @@ def test_what_is_no_budget_is_refused_with_a_remedy(milliseconds: int) -> None:
 def test_a_budget_is_kept_and_none_is_none() -> None:
     assert checked_budget(80) == 80
     assert checked_budget(None) == 0
-
-
-def test_post_copy_is_refused_with_the_reason() -> None:
-    check_post_copy(False)
-    with pytest.raises(Refused, match="takes the server with it") as refused:
-        check_post_copy(True)
-    assert refused.value.field == "allow_post_copy"
 
 
 def release(version: str, component: Component = Component.HYPERVISOR) -> Release:

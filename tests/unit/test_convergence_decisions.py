@@ -24,6 +24,7 @@ MB = 1 << 20
 TICK = 0.002
 DEADLINE = 120.0
 ALL = tuple(Measure)
+HARMLESS = (Measure.BOOST, Measure.SLOW_DOWN)
 
 
 @dataclass
@@ -103,7 +104,7 @@ def test_more_bandwidth_is_the_first_measure_and_enough_where_the_link_has_it() 
 
 
 def test_measures_follow_one_another_each_once_and_given_time() -> None:
-    hopeless = Copy(rate=4000 * MB, boosted=129.0 * MB, permitted=Permitted(measures=ALL))
+    hopeless = Copy(rate=4000 * MB, boosted=129.0 * MB, permitted=Permitted(measures=HARMLESS))
     said, given_up = hopeless.run()
     assert said is Verdict.GIVE_UP
     assert [measure for measure, _ in hopeless.taken] == list(Measure)
@@ -157,9 +158,12 @@ def test_a_first_pass_that_cannot_end_in_time_is_not_waited_for() -> None:
 def test_each_measure_is_taken_once_in_its_order() -> None:
     course, permitted = Course(since=0.0), Permitted(measures=ALL)
     assert next_measure(course, permitted) is Measure.BOOST
+    assert next_measure(course, permitted, late=True) is Measure.POST_COPY
     course = after(course, Measure.BOOST, 1.0)
     assert next_measure(course, permitted) is Measure.SLOW_DOWN
-    assert next_measure(after(course, Measure.SLOW_DOWN, 2.0), permitted) is None
+    course = after(course, Measure.SLOW_DOWN, 2.0)
+    assert next_measure(course, permitted) is Measure.POST_COPY
+    assert next_measure(after(course, Measure.POST_COPY, 3.0), permitted) is None
 
 
 def test_a_budget_leaves_what_is_not_spent_on_the_stop_and_on_waking() -> None:

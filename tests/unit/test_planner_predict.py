@@ -192,10 +192,11 @@ def test_a_small_server_that_writes_all_of_its_memory_is_forced_and_pays_for_it_
     assert forced.pause_ms == pytest.approx(COPY_PAUSE_MS + 250.0)
 
 
-def test_post_copy_is_told_and_refused() -> None:
-    said = model(Means.POST_COPY, work())
-    assert said.blackout_ms > 0
-    assert "takes the server with it" in said.refused
+def test_post_copy_ends_however_fast_is_written_and_costs_more_over_a_slow_link() -> None:
+    said = model(Means.POST_COPY, work(256, 400), link=128 * MIB)
+    assert said.converges and not said.refused
+    assert said.blackout_ms_max > model(Means.POST_COPY, work(256, 400)).blackout_ms_max
+    assert said.seconds > 2 * 256 / 128
 
 
 def test_another_accelerator_wakes_sooner_and_many_at_once_later() -> None:

@@ -292,6 +292,58 @@ def test_with_its_owners_consent_it_is_slowed_down_first() -> None:
     assert [(place, slow) for _, place, slow in begun][:2] == [(False, False), (False, True)]
 
 
+def sent_by(cloud: Cloud) -> list[tuple[bool, bool]]:
+    """Slowed down, by post-copy: of all that were begun."""
+    return [(m.slow_down, m.post_copy) for b in cloud.history for m in b.moves]
+
+
+def hopeless(budget: int = 0, **permitted: bool) -> Cloud:
+    """A server that no pre-copy carries is asked to move to the second host."""
+    cloud = cloud_of(1, 0, size=512)
+    busy(cloud, 1, 400)
+    permit(cloud, 1, blackout_budget_ms=budget, **permitted)
+    cloud.world.knows = ("post-copy",)
+    cloud.request(1, 2)
+    return cloud
+
+
+def test_what_is_predicted_not_to_end_goes_by_post_copy_with_its_owners_consent() -> None:
+    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud.settle()
+    assert cloud.where(1) == host_id(2)
+    assert set(sent_by(cloud)) == {(False, True)}
+
+
+def test_post_copy_too_keeps_the_budget_or_is_not_begun() -> None:
+    cloud = hopeless(budget=100, allow_post_copy=True)
+    cloud.settle()
+    assert cloud.where(1) == host_id(1)
+    assert "post-copy of" in cloud.reasons(server_id(1))
+
+
+def test_of_two_ways_that_were_permitted_the_one_that_risks_nothing_is_taken() -> None:
+    cloud = hopeless(allow_post_copy=True, allow_slowdown=True)
+    cloud.settle()
+    assert cloud.where(1) == host_id(2)
+    assert set(sent_by(cloud)) == {(True, False)}
+
+
+def test_a_host_that_cannot_is_named_and_nothing_is_begun() -> None:
+    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud.world.no_post_copy[host_id(2)] = "no userfaultfd"
+    cloud.settle()
+    assert cloud.where(1) == host_id(1)
+    assert "host-2: no userfaultfd" in cloud.reasons(server_id(1))
+
+
+def test_agents_of_an_older_release_are_not_asked_for_it() -> None:
+    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud.world.knows = ()
+    cloud.settle()
+    assert cloud.where(1) == host_id(1)
+    assert "predicted not to come to its end" in cloud.reasons(server_id(1))
+
+
 def test_without_consent_and_without_another_way_it_is_tried_again_as_before() -> None:
     cloud = cloud_of(1, 0)
     cloud.world.script[server_id(1)] = [(OperationState.UNDONE, STUCK_COPY)] * 2
@@ -316,6 +368,7 @@ def test_every_server_has_its_way_the_row_and_the_alternatives() -> None:
     assert others.keys() == {Means.IN_PLACE, Means.SLOWED, Means.POST_COPY}
     assert others[Means.IN_PLACE] == ""
     assert "not permitted" in others[Means.SLOWED]
+    assert "not permitted" in others[Means.POST_COPY]
 
 
 def test_the_row_that_refuses_a_move_is_the_reason_it_stays() -> None:

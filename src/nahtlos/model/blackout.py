@@ -10,10 +10,33 @@ COPY_PAUSE_MS = 11.0
 WAKE_MS = {"tcg": 43.0}
 """What a process that was never used takes to be as quick as before: emulation translates anew."""
 OTHER_WAKE_MS = 5.0
+POST_COPY_PAUSE_MS = 40.0
+"""By post-copy: devices, and the list of what is to be sent anew."""
+POST_COPY_FIRST_BYTES = 16 << 20
+"""What a server touches first of what follows it: it runs, and answers once that has come."""
+
+
+HANDOVER_SECONDS = 0.02
+"""From the sync of the dirty bitmap that a switch is decided by until the guest stands still: the path is led
+elsewhere, and the guest takes what has come. It writes meanwhile."""
 
 
 def wake_ms(accelerator: str) -> float:
     return WAKE_MS.get(accelerator, OTHER_WAKE_MS)
+
+
+def first_pages_ms(link: float) -> float:
+    """Of a post-copy: from when it runs until it has what it touches first; `link`: bytes a second."""
+    return POST_COPY_FIRST_BYTES / link * 1000
+
+
+def slowest_for_post_copy(budget_ms: int, accelerator: str) -> float:
+    """Bytes a second of the link from which on a post-copy keeps the budget; 0: over any, infinity: over
+    none."""
+    if budget_ms <= 0:
+        return 0.0
+    left = budget_ms - POST_COPY_PAUSE_MS - wake_ms(accelerator)
+    return POST_COPY_FIRST_BYTES * 1000 / left if left > 0 else float("inf")
 
 
 def seconds_to_send(budget_ms: int, accelerator: str) -> float | None:

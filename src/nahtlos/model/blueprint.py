@@ -233,6 +233,8 @@ class PlannedMove(Value, frozen=True, kw_only=True):
     """In place: `source` and `destination` are one host, a VMM of this release takes the server over."""
     slow_down: bool = False
     """The server is slowed down until the move converges."""
+    post_copy: bool = False
+    """The server runs at the destination before the last of its memory is there."""
 
     @property
     def in_place(self) -> bool:

@@ -226,7 +226,10 @@ class HostInventory(Value, frozen=True, kw_only=True):
     problems: tuple[ErrorRecord, ...] = ()
     """What keeps this host from converging."""
     knows: tuple[str, ...] = ()
-    """What its agent can be asked for that older ones cannot: `power`, `suspend`, `guest-agent`."""
+    """What its agent can be asked for that older ones cannot: `power`, `suspend`, `guest-agent`,
+    `post-copy`."""
+    why_no_post_copy: str = ""
+    """Why its kernel cannot take part in a post-copy; empty if it can, or its agent does not know of any."""
     network: dict[str, str] = {}
     """What the network driver uses here and what is missing: subject to words."""
     standing: Standing | None = None

@@ -78,6 +78,9 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     not begun. 0: none was set."""
     allow_slowdown: bool = False
     """Its vCPUs may be slowed down so that a move comes to its end."""
+    allow_post_copy: bool = False
+    """It may run at its new host before all of its memory is there, if a move does not end otherwise: it is
+    lost if the old host, or the way to it, does not come back before the rest has followed."""
     on_host_failure: OnHostFailure = OnHostFailure.EVACUATE_ONLY
     restart_priority: int = 0
     """Of several that are to be restarted, those of higher priority first."""

@@ -14,6 +14,7 @@ class Means(StrEnum):
     SLOWED = "pre-copy, slowed"
     """Its vCPUs get less and less until it converges: with its owner's consent only."""
     POST_COPY = "post-copy"
+    """It runs at its new host first, and what it lacks of its memory follows: likewise."""
 
 
 class Workload(Value, frozen=True, kw_only=True):

@@ -40,6 +40,9 @@ class Underlay(Value, frozen=True, kw_only=True):
 
     mtu: int = 0
     shares: UnderlayShares | None = None
+    move_channels: int = 1
+    """Connections by which a server's memory is sent when it moves: more than one take a processor each, and
+    are worth it where one does not fill the link. A server whose memory may follow it has one."""
 
 
 class Topology(Value, frozen=True, kw_only=True):

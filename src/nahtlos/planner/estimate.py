@@ -10,7 +10,14 @@ from statistics import median
 
 import msgspec
 
-from nahtlos.model.blackout import COPY_PAUSE_MS, seconds_to_send, wake_ms
+from nahtlos.model.blackout import (
+    COPY_PAUSE_MS,
+    HANDOVER_SECONDS,
+    POST_COPY_PAUSE_MS,
+    first_pages_ms,
+    seconds_to_send,
+    wake_ms,
+)
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.prediction import Calibration, Estimate, Experience, Means, Sample, Workload
 
@@ -21,7 +28,6 @@ ASSUMED_DIRTY_RATE = 20 * MIB
 """Of a server nobody has measured yet."""
 PLACE_PAUSE_MS = 18.0
 """In place: from the stop to the run, whatever the size."""
-POST_COPY_PAUSE_MS = 86.0
 DEVICE_MS = 0.5
 """For each device beyond the usual port and disk."""
 USUAL_DEVICES = 2
@@ -54,7 +60,6 @@ NEWEST_WAKES = 10
 """How busy hosts are decides how soon a guest answers, and changes sooner than what they are."""
 RATIO_BOUNDS = (0.2, 5.0)
 """A median outside of them says that something else was measured."""
-POST_COPY_REFUSED = "post-copy is not offered: a host that dies in the middle of it takes the server with it"
 
 ORDER = (Means.IN_PLACE, Means.PRE_COPY, Means.SLOWED, Means.POST_COPY)
 
@@ -140,12 +145,16 @@ def model(
         case Means.IN_PLACE:
             pause, end = PLACE_PAUSE_MS, PLACE_END_SECONDS
         case Means.POST_COPY:
+            # All of it once, and then, while the server runs already, what was touched meanwhile.
             pause, brownout = POST_COPY_PAUSE_MS, memory / link
+            wake += first_pages_ms(link)
+            brownout += min(dirty * brownout, memory) / link
         case Means.PRE_COPY | Means.SLOWED:
             left = seconds_to_send(work.blackout_budget_ms, accelerator)
             copy = _Copy(memory, dirty, link, slowed=means is Means.SLOWED, pause=left)
             converges, brownout = copy.converges, copy.seconds
-            pause = COPY_PAUSE_MS + copy.left / link * 1000
+            touched = min(copy.left + dirty * HANDOVER_SECONDS, memory)
+            pause = COPY_PAUSE_MS + touched / link * 1000
     pause += devices
     crowded = parallel > 1 and means is not Means.IN_PLACE
     factor = PARALLEL_FACTOR if crowded else 1.0
@@ -158,7 +167,6 @@ def model(
         brownout_seconds=brownout,
         seconds=START_SECONDS + brownout + pause / 1000 + end,
         converges=converges,
-        refused=POST_COPY_REFUSED if means is Means.POST_COPY else "",
     )
 
 

@@ -11,14 +11,21 @@ from nahtlos.model.version_pairs import Verdict, Way
 from nahtlos.planner.destinations import open_hosts, pack, why_nowhere
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.estimate import ORDER
-from nahtlos.planner.ways import predicted, row_for, why_not_moved
+from nahtlos.planner.ways import predicted, row_for, why_no_post_copy, why_not_moved
 
-WAYS = {Means.IN_PLACE: Way.IN_PLACE, Means.PRE_COPY: Way.MOVE, Means.SLOWED: Way.MOVE}
+WAYS = {
+    Means.IN_PLACE: Way.IN_PLACE,
+    Means.PRE_COPY: Way.MOVE,
+    Means.SLOWED: Way.MOVE,
+    Means.POST_COPY: Way.MOVE,
+}
 
 
 def means_of(move: PlannedMove) -> Means:
     if move.in_place:
         return Means.IN_PLACE
+    if move.post_copy:
+        return Means.POST_COPY
     return Means.SLOWED if move.slow_down else Means.PRE_COPY
 
 
@@ -75,11 +82,13 @@ def _alternatives(
 
 def _alternative(draft: Draft, server: ServerId, means: Means, release: ReleaseId | None) -> Estimate:
     said, spec = predicted(draft, server, means, release), draft.policy.servers.get(server)
-    if said.refused:
-        return said
     row = row_for(draft, server, WAYS[means], release)
     if row is not None and row.verdict is Verdict.REFUSED:
         return msgspec.structs.replace(said, refused=f"{row.why} ({row.source})")
     if means is Means.SLOWED and not (spec is not None and spec.allow_slowdown):
         return msgspec.structs.replace(said, refused="its owner has not permitted to slow it down")
+    if means is Means.POST_COPY and not (spec is not None and spec.allow_post_copy):
+        return msgspec.structs.replace(said, refused="its owner has not permitted post-copy")
+    if means is Means.POST_COPY and (unable := why_no_post_copy(draft, server)):
+        return msgspec.structs.replace(said, refused=unable)
     return said

@@ -10,7 +10,7 @@ from nahtlos.planner.admission import why_not_admitted
 from nahtlos.planner.draft import Draft
 from nahtlos.planner.reserve import KEEP, why_move_breaks
 from nahtlos.planner.volumes import why_held_by_volumes
-from nahtlos.planner.ways import deferred, means_of_move, why_over_budget
+from nahtlos.planner.ways import deferred, means_of_move, why_no_post_copy, why_over_budget
 
 MAX_ATTEMPTS = 5
 LONGEST_PATIENCE = 60.0
@@ -90,6 +90,9 @@ def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: s
     if over := why_over_budget(draft, server, means, draft.hosts[destination].release):
         draft.waiting.append(deferred(server, over))
         return
+    if means is Means.POST_COPY and (unable := why_no_post_copy(draft, server, destination)):
+        draft.waiting.append(deferred(server, f"it would not end but by post-copy, and {unable}"))
+        return
     if broken := why_move_breaks(draft, server, destination):
         draft.wait(server, WaitKind.CAPACITY, f"{server} is not moved to {destination}: {broken}", KEEP)
         return
@@ -106,6 +109,7 @@ def start_or_wait(draft: Draft, server: ServerId, destination: HostId, reason: s
         reason=reason,
         patience_seconds=min(2.0 ** (failures - 1), LONGEST_PATIENCE) if failures else 0.0,
         slow_down=means is Means.SLOWED,
+        post_copy=means is Means.POST_COPY,
     )
     draft.add_move(move)
     draft.change(f"{server} moves from {owner.host} to {destination}: {reason}")

@@ -86,13 +86,31 @@ def predicted(
 
 
 def means_of_move(draft: Draft, server: ServerId) -> Means:
-    """Slowed down only with its owner's consent, and only if it did not converge otherwise, or is predicted
-    not to."""
+    """Slowed down, or by post-copy, only with its owner's consent, and only if it did not converge otherwise,
+    or is predicted not to. Of the two what keeps its budget; of those the one that risks nothing."""
     spec = draft.policy.servers.get(server)
-    if spec is None or not spec.allow_slowdown:
+    if spec is None or not (spec.allow_slowdown or spec.allow_post_copy):
         return Means.PRE_COPY
-    plain = predicted(draft, server, Means.PRE_COPY, None)
-    return Means.SLOWED if did_not_converge(draft, server) or not plain.converges else Means.PRE_COPY
+    if not did_not_converge(draft, server) and predicted(draft, server, Means.PRE_COPY, None).converges:
+        return Means.PRE_COPY
+    permitted = [Means.SLOWED] if spec.allow_slowdown else []
+    if spec.allow_post_copy and not why_no_post_copy(draft, server):
+        permitted.append(Means.POST_COPY)
+    kept = (means for means in permitted if not why_over_budget(draft, server, means, None))
+    return next(kept, permitted[0] if permitted else Means.PRE_COPY)
+
+
+def why_no_post_copy(draft: Draft, server: ServerId, destination: HostId | None = None) -> str:
+    """Why memory cannot follow it: its host, or `destination`, cannot. Empty if they can."""
+    for host in (draft.servers[server].host, destination):
+        seen = draft.observed.host(host) if host is not None else None
+        if host is None or seen is None:
+            continue
+        if "post-copy" not in seen.knows:
+            return f"the agent of {host} knows of no post-copy"
+        if seen.why_no_post_copy:
+            return f"{host}: {seen.why_no_post_copy}"
+    return ""
 
 
 def did_not_converge(draft: Draft, server: ServerId) -> bool:

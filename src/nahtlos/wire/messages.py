@@ -152,8 +152,13 @@ class MoveOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second the move may use."""
     boost: int = 0
     """Bytes per second it may use if it would not end otherwise; 0: no more than `bandwidth`."""
+    channels: int = 1
+    """Connections its memory is sent by."""
     slow_down: bool = False
     """The server may be given less and less of its vCPUs until the pre-copy converges."""
+    post_copy: bool = False
+    """It is predicted to end by post-copy alone: once all was sent once, it is handed over, and the rest
+    follows. Both hosts can, and the server's owner has permitted it."""
 
     @property
     def epoch(self) -> int:
@@ -259,6 +264,10 @@ class MovePrepare(Message, frozen=True, kw_only=True):
     """The source will mark what its firewall has let in, if the destination says that it believes that."""
     vcpus: int = 0
     """That the server has now, which the destination's machine must have, too; 0: as the order says."""
+    post_copy: bool = False
+    """Memory may follow after the server was handed over, if the destination says that it can."""
+    channels: int = 1
+    """By which its memory is to be sent, if the destination says so, too."""
 
 
 class MoveReady(Message, frozen=True, kw_only=True):
@@ -267,6 +276,11 @@ class MoveReady(Message, frozen=True, kw_only=True):
     uri: str
     believes_marks: bool = False
     """What comes by the tunnel without the source's mark is judged here."""
+    post_copy: bool = False
+    """Memory may follow after the server was handed over."""
+    why_no_post_copy: str = ""
+    channels: int = 1
+    """By which memory is taken."""
 
 
 class MoveState(Message, frozen=True, kw_only=True):
@@ -314,6 +328,9 @@ class MoveCommit(Message, frozen=True, kw_only=True):
     id: OperationId
     states: dict[PortId, bytes] = {}
     """The last changes to what `MoveState` sent; loaded before the guest runs."""
+    post_copy: bool = False
+    """Memory follows, so the server can run nowhere but at the destination: it is given up only if its VMM
+    there has ended."""
 
 
 class MoveAbandon(Message, frozen=True, kw_only=True):
@@ -333,6 +350,20 @@ class MoveOutcome(Message, frozen=True, kw_only=True):
 
 class MoveQuery(Message, frozen=True, kw_only=True):
     id: OperationId
+
+
+class MoveRecover(Message, frozen=True, kw_only=True):
+    """Source to destination, after the commit, once the stream has broken before all memory had followed:
+    wait for it anew. Refused if it is not missed any more, whatever the reason: the source may then end."""
+
+    id: OperationId
+
+
+class MoveRecovers(Message, frozen=True, kw_only=True):
+    """Answer to MoveRecover: the destination's VMM waits at `uri`."""
+
+    id: OperationId
+    uri: str
 
 
 class MoveReturnFrames(Message, frozen=True, kw_only=True):
@@ -400,6 +431,7 @@ ToPeer = (
     | MoveCommit
     | MoveAbandon
     | MoveQuery
+    | MoveRecover
     | MoveReturnFrames
     | MoveConsole
     | MoveFinished
@@ -438,6 +470,7 @@ Answer = (
     | MoveReady
     | MoveTurnSaid
     | MoveOutcome
+    | MoveRecovers
     | GatewayOutcome
     | ReplicasRecorded
     | KeyData

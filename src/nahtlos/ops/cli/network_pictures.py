@@ -93,6 +93,8 @@ def subnets(views: Sequence[SubnetView]) -> RenderableType:
 def underlay(value: Underlay) -> RenderableType:
     shares = value.shares
     rows = [("MTU", str(value.mtu) if value.mtu else "not known")]
+    if value.move_channels > 1:
+        rows.append(("connections of a move", str(value.move_channels)))
     if shares is None:
         return facts([*rows, ("shares", "none: the interface is left alone")])
     rows += [

@@ -120,6 +120,12 @@ def _underlay_commands(surroundings: Surroundings) -> typer.Typer:
         moves: Annotated[int | None, typer.Option(help="Percent for servers that move.")] = None,
         tenants: Annotated[int | None, typer.Option(help="Percent for servers' traffic.")] = None,
         mtu: Annotated[int | None, typer.Option(help="Of the underlay; 0: not known.")] = None,
+        move_channels: Annotated[
+            int | None,
+            typer.Option(
+                help="Connections a server's memory is sent by; more where one does not fill a link."
+            ),
+        ] = None,
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
@@ -128,6 +134,7 @@ def _underlay_commands(surroundings: Surroundings) -> typer.Typer:
             before = await client.networks.underlay()
             after = Underlay(
                 mtu=before.mtu if mtu is None else mtu,
+                move_channels=before.move_channels if move_channels is None else move_channels,
                 shares=_shares(before.shares, rate, control=control, moves=moves, tenants=tenants),
             )
             value = await client.networks.set_underlay(after)

@@ -81,6 +81,13 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
         allow_slowdown: Annotated[
             bool | None, typer.Option(help="Slow it down if a move would not end otherwise.")
         ] = None,
+        allow_post_copy: Annotated[
+            bool | None,
+            typer.Option(
+                help="If a move would not end otherwise, let it run at its new host before all of its "
+                "memory is there: it is lost if the old host fails meanwhile."
+            ),
+        ] = None,
         on_host_failure: Annotated[
             OnHostFailure | None, typer.Option(help="What becomes of it when its host fails or is emptied.")
         ] = None,
@@ -108,6 +115,7 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
             else volume_amounts.octets(bandwidth, "bytes_per_second"),
             blackout_budget_ms=UNSET if blackout_budget is None else _milliseconds(blackout_budget),
             allow_slowdown=UNSET if allow_slowdown is None else allow_slowdown,
+            allow_post_copy=UNSET if allow_post_copy is None else allow_post_copy,
             on_host_failure=UNSET if on_host_failure is None else on_host_failure,
             restart_priority=UNSET if restart_priority is None else restart_priority,
             pin=_pin(pin, unpin=unpin),

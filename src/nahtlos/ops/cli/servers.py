@@ -90,7 +90,12 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
             int, typer.Option(help="Of several that are restarted, the highest first; -100 to 100.")
         ] = 0,
         allow_post_copy: Annotated[
-            bool, typer.Option("--allow-post-copy", help="Not offered; refused with the reason.")
+            bool,
+            typer.Option(
+                "--allow-post-copy",
+                help="If a move would not end otherwise, let it run at its new host before all of its "
+                "memory is there: it is lost if the old host fails meanwhile.",
+            ),
         ] = False,
         display: Annotated[
             bool, typer.Option("--display", help="With a graphics card: `server console --vnc` shows it.")

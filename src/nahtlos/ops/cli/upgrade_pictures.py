@@ -46,8 +46,8 @@ def place(move: ForecastMove) -> str:
     """`web-1 → host-2`, or where it stays."""
     if move.means is Means.IN_PLACE:
         return f"{move.server} in place"
-    slowed = ", slowed down" if move.means is Means.SLOWED else ""
-    return f"{move.server} → {move.destination}{slowed}"
+    hows = {Means.SLOWED: ", slowed down", Means.POST_COPY: ", its memory following it"}
+    return f"{move.server} → {move.destination}{hows.get(move.means, '')}"
 
 
 def exactness(plan: Forecast) -> str:

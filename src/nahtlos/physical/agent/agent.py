@@ -63,6 +63,7 @@ from nahtlos.wire.messages import (
     MoveOrder,
     MovePrepare,
     MoveQuery,
+    MoveRecover,
     MoveReturnFrames,
     MoveState,
     MoveSwitch,
@@ -96,6 +97,7 @@ ForMove = (
     | MoveCommit
     | MoveAbandon
     | MoveQuery
+    | MoveRecover
     | MoveReturnFrames
     | MoveConsole
     | MoveFinished

@@ -167,6 +167,8 @@ class Converger:
         self.drift: tuple[str, ...] = ()
         self.network: dict[str, str] = {}
         """What the network driver uses here, once it has said so."""
+        self.why_no_post_copy: str | None = None
+        """Likewise, of the hypervisor driver: kernels do not learn it while they run."""
 
     async def attempt(self) -> None:
         config = self._context.ledger.config()
@@ -187,6 +189,8 @@ class Converger:
         self.problems = tuple(problems)
         if not self.network:
             self.network = await self._used()
+        if self.why_no_post_copy is None:
+            self.why_no_post_copy = await self._why_no_post_copy()
         running = [j.order for j in self._context.ledger.operations() if j.unended and j.order]
         if not problems and not outdated(config, running):
             self.generation = config.generation
@@ -236,6 +240,13 @@ class Converger:
                 config = gateway_decisions.silent(config)
             pinned = pinned_ports(config, self._context.ledger.ownership(), self.busy())
             return await self._context.drivers.network.reconcile(NetworkDesired(config=config, pinned=pinned))
+
+    async def _why_no_post_copy(self) -> str | None:
+        """Moves find it out by themselves: this is told so that none is planned in vain."""
+        try:
+            return await self._context.drivers.hypervisor.why_no_post_copy()
+        except Exception:
+            return None
 
     async def _used(self) -> dict[str, str]:
         """Only told to people: that it could not be found out keeps nothing from being put right."""

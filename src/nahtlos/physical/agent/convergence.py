@@ -1,6 +1,7 @@
 """Whether a pre-copy that is watched will come to its end, and what is done so that it does. Pure.
 
-    go on -> more bandwidth -> the server slowed down (by consent) -> given up
+    go on -> more bandwidth -> the server slowed down -> handed over, the rest follows -> given up
+                               (both by consent)
 
 It is told by whole passes: each sends what the one before it has left. Once what passes leave becomes no less
 any more, the server touches its memory as fast as it is sent, and waiting for the deadline would only cost
@@ -8,6 +9,8 @@ brownout. What is affordable then is taken, if the server's budget allows it; el
 """
 
 from enum import StrEnum
+
+import msgspec
 
 from nahtlos.model.values import Value
 from nahtlos.physical.ports import MigrationProgress
@@ -30,6 +33,8 @@ class Measure(StrEnum):
 
     BOOST = "more bandwidth"
     SLOW_DOWN = "slowed down"
+    POST_COPY = "handed over, the rest follows"
+    """The last, for what it risks; the others undo nothing."""
 
 
 class Permitted(Value, frozen=True, kw_only=True):
@@ -38,6 +43,10 @@ class Permitted(Value, frozen=True, kw_only=True):
     pause: float | None = None
     """Seconds that sending the rest may take by its blackout budget; None: it has none."""
     measures: tuple[Measure, ...] = ()
+    post_copy_at_once: bool = False
+    """It is known that nothing else ends it: not tried for longer than all is sent once."""
+    post_copy_from: float = 0.0
+    """Bytes a second of the link from which on the budget holds for a post-copy."""
 
 
 class Pass(Value, frozen=True, kw_only=True):
@@ -125,9 +134,26 @@ def never_sent_once(course: Course, progress: MigrationProgress, now: float, unt
     return done <= 0 or progress.remaining * elapsed / done > HOPELESS * (until - now)
 
 
-def next_measure(course: Course, permitted: Permitted) -> Measure | None:
-    """None if all were taken."""
-    return next((m for m in Measure if m in permitted.measures and m not in course.taken), None)
+def next_measure(course: Course, permitted: Permitted, *, late: bool = False) -> Measure | None:
+    """None if all were taken. `late`: only what ends it at once is left."""
+    if Measure.POST_COPY in course.taken:
+        return None
+    order = (Measure.POST_COPY,) if late else tuple(Measure)
+    return next((m for m in order if m in permitted.measures and m not in course.taken), None)
+
+
+def within_budget(permitted: Permitted, speed: float) -> Permitted:
+    """Without a post-copy over a link so slow that the pages a server needs first come too late."""
+    if speed >= permitted.post_copy_from:
+        return permitted
+    measures = tuple(m for m in permitted.measures if m is not Measure.POST_COPY)
+    return msgspec.structs.replace(permitted, measures=measures)
+
+
+def is_due(course: Course, progress: MigrationProgress, permitted: Permitted) -> bool:
+    """A post-copy that was decided on beforehand."""
+    ready = permitted.post_copy_at_once and Measure.POST_COPY in permitted.measures
+    return ready and Measure.POST_COPY not in course.taken and progress.passes > 1
 
 
 def why_given_up(
@@ -155,6 +181,8 @@ def remedy_of(permitted: Permitted) -> str:
     ways = ["give the move more bandwidth", "wait until the server writes less"]
     if Measure.SLOW_DOWN not in permitted.measures:
         ways.append("permit to slow it down (--allow-slowdown)")
+    if Measure.POST_COPY not in permitted.measures:
+        ways.append("permit that its memory follows it (--allow-post-copy)")
     if permitted.pause is not None:
         ways.append("raise its budget (--blackout-budget)")
     return ", or ".join([", ".join(ways[:-1]), ways[-1]])

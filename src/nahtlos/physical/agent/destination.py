@@ -1,11 +1,14 @@
 """The destination's half of a move: it alone decides who owns the server.
 
-    begin -> incoming -> (switched) -> committed -> done
+    begin -> incoming -> (switched) -> committed -> (memory follows) -> done
         \\________\\___________\\
                 abandoned: durable, final; a source that stopped may then resume
 
 Driven by the source's messages. Each is answered the same when it is repeated. A destination that hears
 nothing from its source for SILENCE_SECONDS gives up what it has not committed.
+
+By post-copy a server counts as arrived once it may run, though memory is still to follow (`following`). Its
+source cannot run it any more by then: it is taken even if that asks for it to be given up.
 """
 
 import asyncio
@@ -18,9 +21,18 @@ from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.nouns import HostRole
 from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
+from nahtlos.physical.agent.following import (
+    LOOK_SECONDS,
+    Following,
+    check_missed,
+    ended_by_source,
+    looked,
+    wait_anew,
+)
 from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.ledger import Hold, Journal
-from nahtlos.physical.ports import MoveRole, VmmId, VmmStatus
+from nahtlos.physical.agent.report import RESULT
+from nahtlos.physical.ports import Missing, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
     Done,
@@ -33,6 +45,8 @@ from nahtlos.wire.messages import (
     MovePrepare,
     MoveQuery,
     MoveReady,
+    MoveRecover,
+    MoveRecovers,
     MoveReturnFrames,
     MoveState,
     MoveSwitch,
@@ -66,6 +80,8 @@ class DestinationMove:
         self._path_is_back = False
         """The source has asked for its frames: nothing more is to be waited for before clearing away."""
         self._ready: MoveReady | None = None
+        self._following: Following | None = None
+        """Memory of the server is still to come."""
         self._marks: dict[str, float] = {}
         self._said = ""
 
@@ -114,7 +130,7 @@ class DestinationMove:
     def _patience(self) -> float:
         """Seconds of silence after which this host acts alone."""
         if self.journal.decision is Decision.COMMITTED:
-            return FINISH_GRACE_SECONDS
+            return FINISH_GRACE_SECONDS if self._following is None else LOOK_SECONDS
         if self._path_is_back:
             return CLEAR_AGAIN_SECONDS
         return LOST_SECONDS if self._lost else SILENCE_SECONDS
@@ -123,7 +139,7 @@ class DestinationMove:
         if self._lock.locked():
             return
         if self.journal.decision is Decision.COMMITTED:
-            self._finish()
+            await self._look_at_what_follows() if self._following else self._finish()
         elif await self._arrived():
             await self._take()
         elif self._lost:
@@ -142,6 +158,20 @@ class DestinationMove:
             and vmm.migrated
             and vmm.state is RunState.PAUSED
         )
+
+    async def _look_at_what_follows(self) -> None:
+        assert self._following is not None, "nothing follows"
+        now, vmm = asyncio.get_running_loop().time(), await self._observed()
+        self._following, fate = looked(self._following, vmm, now)
+        if fate.lost:
+            self._context.say("server.lost", self._vmm.server, f"lost: {fate.lost}", id=self._order.id)
+            await self._context.drivers.hypervisor.kill(self._vmm)
+            self._note_lost(fate.lost)
+        if fate.over or fate.lost:
+            ended, self._following = self._following.ending is not None or bool(fate.lost), None
+            if ended:
+                self._finish()
+            self._context.changed()
 
     async def _observed(self) -> VmmStatus | None:
         vmms = await self._context.drivers.hypervisor.observe()
@@ -183,6 +213,8 @@ class DestinationMove:
                 async with self._lock:
                     return await self._commit(body)
             case MoveAbandon():
+                if await self._cannot_go_back():
+                    await self._take()
                 self._abandon(Unavailable(f"given up by {self._order.source}"))
                 return self._outcome()
             case MoveReturnFrames():
@@ -192,8 +224,13 @@ class DestinationMove:
             case MoveConsole():
                 serial.arrived(self._context, self._vmm, body)
                 return Done()
+            case MoveRecover():
+                return await self._wait_anew()
             case MoveFinished():
-                self._finish()
+                if self._following is None:
+                    self._finish()
+                else:
+                    self._following = ended_by_source(self._following, asyncio.get_running_loop().time())
                 return Done()
             case MoveQuery():
                 return self._outcome()
@@ -221,15 +258,48 @@ class DestinationMove:
             )
         server = with_vcpus(order.server, body.vcpus)
         await self._context.calm()  # a process that starts takes a core for itself
-        await drivers.hypervisor.incoming_start(server, order.epoch, release)
+        why = await drivers.hypervisor.why_no_post_copy() if body.post_copy else ""
+        follows = body.post_copy and not why
+        channels = 1 if follows else max(1, body.channels)
+        await drivers.hypervisor.incoming_start(
+            server, order.epoch, release, post_copy=follows, channels=channels
+        )
         uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
         for port in order.ports:
             if not await drivers.network.move_sacrifice(port.id):
                 raise Unavailable(f"the waiting VMM did not take the sacrificial frame at {port.id}")
         self._check_undecided()
         self._step("incoming")
-        self._ready = MoveReady(uri=uri, believes_marks=body.marks)
+        self._ready = MoveReady(
+            uri=uri,
+            believes_marks=body.marks,
+            post_copy=follows,
+            why_no_post_copy=why,
+            channels=channels,
+        )
         return self._ready
+
+    async def _may_follow(self) -> bool:
+        """Its source may have handed it over by post-copy while this agent was away: what arrives is waited
+        for, and given up only after the usual silence. What is not that far `_check_prepared` refuses."""
+        if not self._order.server.spec.allow_post_copy:
+            return False
+        vmm = await self._observed_if_it_answers()
+        return vmm is not None and vmm.state is RunState.INCOMING
+
+    async def _cannot_go_back(self) -> bool:
+        """What may run here, and lacks memory, may run nowhere else any more."""
+        if self.journal.decision is not Decision.UNDECIDED:
+            return False
+        vmm = await self._observed()
+        return vmm is not None and vmm.migrated and vmm.missing is not Missing.NOTHING
+
+    async def _wait_anew(self) -> MoveRecovers:
+        if self.journal.decision is not Decision.COMMITTED:
+            raise Conflict(f"operation {self._order.id} is {self.journal.decision}", field="operation")
+        check_missed(await self._observed())
+        uri = await wait_anew(self._context, self._vmm, self._order.destination_address)
+        return MoveRecovers(id=self._order.id, uri=uri)
 
     def _release(self) -> ReleaseId:
         config = self._context.ledger.config()
@@ -268,18 +338,41 @@ class DestinationMove:
     async def _commit(self, body: MoveCommit) -> MoveOutcome:
         if self.journal.decision is Decision.UNDECIDED:
             try:
-                await self._take_up(body.states)  # while the rest of the guest's memory is on its way
+                await self._take_up_at_last(body)  # while the rest of the guest's memory is on its way
                 await self._context.drivers.hypervisor.incoming_wait(self._vmm, timeout=INCOMING_SECONDS)
                 await self._take()
                 return self._outcome()
             except Conflict:
                 return self._outcome()  # abandoned while we waited
             except Error as error:
-                self._abandon(error)
+                if not (body.post_copy and await self._lives()):
+                    self._abandon(error)
                 return self._outcome()
-        if self.journal.decision is Decision.COMMITTED:
+        if self.journal.decision is Decision.COMMITTED and await self._lives():
             await self._make_run()
         return self._outcome()
+
+    async def _take_up_at_last(self, body: MoveCommit) -> None:
+        """What cannot be taken up costs connections; a server that can run nowhere else is not given up for
+        that."""
+        for last in (False, True):
+            try:
+                await self._take_up(body.states)
+            except Error as error:
+                if not body.post_copy:
+                    raise
+                if last:
+                    self._context.say("move.state", self._vmm.server, f"connections may break: {error}")
+            else:
+                return
+
+    async def _lives(self) -> bool:
+        """Its VMM, unless that is known to have ended."""
+        try:
+            vmm = await self._observed()
+        except Error:
+            return True
+        return vmm is not None and vmm.state is not RunState.CRASHED
 
     def _outcome(self) -> MoveOutcome:
         journal = self.journal
@@ -298,12 +391,25 @@ class DestinationMove:
         while not await self._let_run():
             await asyncio.sleep(RESUME_AGAIN_SECONDS)
         self._context.waits.pop(self._order.id, None)
+        await self._note_what_follows()
         for port in self._order.ports:
             network = self._context.network_of(port)
             if "switch" not in self._marks:  # taken without MoveSwitch, or it was told to an earlier process
                 await self._context.drivers.network.move_switch(port, network, MoveRole.DESTINATION)
             await self._context.drivers.network.move_settle(port, network, MoveRole.DESTINATION)
         self._context.changed()
+
+    async def _note_what_follows(self) -> None:
+        vmm = await self._observed_if_it_answers()
+        if vmm is not None and vmm.missing is not Missing.NOTHING and self._following is None:
+            self._following = Following(since=asyncio.get_running_loop().time())
+            self._heard.set()
+
+    async def _observed_if_it_answers(self) -> VmmStatus | None:
+        try:
+            return await self._observed()
+        except Error:
+            return None
 
     async def _let_run(self) -> bool:
         """False if it has to be tried again."""
@@ -323,7 +429,7 @@ class DestinationMove:
             vmm = await self._observed()
         except Error:
             return False
-        return vmm is None or vmm.state is RunState.CRASHED
+        return vmm is None or vmm.state is RunState.CRASHED or vmm.missing is Missing.CUT
 
     def _abandon(self, error: Error) -> None:
         before = self.journal.decision
@@ -366,7 +472,11 @@ class DestinationMove:
             await self._take()
             return
         journal = self.journal
-        if journal.decision is Decision.UNDECIDED and journal.step != "begin":
+        if (
+            journal.decision is Decision.UNDECIDED
+            and journal.step != "begin"
+            and not await self._may_follow()
+        ):
             self._abandon(Unavailable("the destination's agent was restarted during the move"))
         vmm = await self._observed()
         if journal.decision is Decision.COMMITTED and vmm is not None and vmm.state is not RunState.CRASHED:
@@ -390,6 +500,10 @@ class DestinationMove:
         )
         self._context.ledger.note(journal, step)
         self._context.changed()
+
+    def _note_lost(self, why: str) -> None:
+        notes = {**self.journal.notes, f"{RESULT}lost": why}
+        self._context.ledger.note(msgspec.structs.replace(self.journal, notes=notes), "lost")
 
     def _end(self, state: OperationState) -> None:
         journal = msgspec.structs.replace(

@@ -8,10 +8,15 @@ which it is known that sending the rest would take longer than the server's budg
 
 from enum import StrEnum
 
+import msgspec
+
+from nahtlos.model.blackout import HANDOVER_SECONDS
 from nahtlos.model.values import Value
 from nahtlos.physical.agent.convergence import (
     Course,
+    Measure,
     Permitted,
+    is_due,
     link_speed,
     makes_no_progress,
     never_sent_once,
@@ -28,6 +33,8 @@ SETTLE_SECONDS = 8.0
 """After that, or once there is no progress any more, a switch that costs at most the budget, without one at
 most FORCED_PAUSE_SECONDS, is taken instead of a better one."""
 FORCED_PAUSE_SECONDS = 0.3
+LONGEST_PASS_SECONDS = 2.0
+"""What follows a server is least at the end of a pass; no longer is waited for that."""
 LINK_BYTES = 64 << 20
 NOT_CONVERGED = "convergence"
 """The field of the error of a pre-copy that was given up: planners try another way by it."""
@@ -43,6 +50,10 @@ class Sync(Value, frozen=True, kw_only=True):
     """Bytes that were found to be touched anew by the syncs after the first, each page once per pass."""
     dirtied_since: float = 0.0
     """When the first of the passes began that `dirtied` is of."""
+    in_flight: int = 0
+    """Bytes sent before it that were still on their way."""
+    touched: int = 0
+    """Bytes the server is to touch until it stands still."""
 
 
 class Verdict(StrEnum):
@@ -64,6 +75,19 @@ def seen(sync: Sync, progress: MigrationProgress, now: float) -> Sync:
         dirtied=sync.dirtied + progress.remaining if begun else 0,
         dirtied_since=sync.dirtied_since if begun else now,
     )
+
+
+def with_to_come(sync: Sync, in_flight: int, touched: int | None) -> Sync:
+    """`touched`: bytes a second, as measured while nothing was sent. Passes that last long find less, for a
+    page that is touched twice counts once."""
+    rate = max(touched or 0, dirty_rate(sync) or 0)
+    return msgspec.structs.replace(sync, in_flight=in_flight, touched=int(rate * HANDOVER_SECONDS))
+
+
+def to_send(sync: Sync, progress: MigrationProgress) -> int:
+    """Bytes that the blackout waits for; no page counts twice."""
+    left = progress.remaining + sync.touched
+    return sync.in_flight + (min(left, progress.total) if progress.total else left)
 
 
 def dirty_rate(sync: Sync) -> int | None:
@@ -91,6 +115,9 @@ def verdict(
     """`now` and `started` in seconds of one clock; `deadline` in seconds after the start."""
     course, permitted = course or Course(since=started), permitted or Permitted()
     fresh = now - sync.at <= FRESH_SECONDS
+    if Measure.POST_COPY in course.taken:
+        soon = fresh and progress.passes >= MIN_PASSES
+        return Verdict.SWITCH if soon or now - course.since > LONGEST_PASS_SECONDS else Verdict.WAIT
     if progress.phase is MigrationPhase.ACTIVE and progress.passes >= MIN_PASSES:
         settled = now - started > SETTLE_SECONDS or makes_no_progress(course, now)
         if (
@@ -99,12 +126,14 @@ def verdict(
             and _affordable(sync, progress, permitted, course, now - started)
         ):
             return Verdict.SWITCH
+    if is_due(course, progress, permitted):
+        return Verdict.MEASURE
     late = now - started > deadline
     stuck = fresh and makes_no_progress(course, now)
     stuck = stuck or never_sent_once(course, progress, now, started + deadline)
     if not late and not stuck:
         return Verdict.WAIT
-    return Verdict.GIVE_UP if late or next_measure(course, permitted) is None else Verdict.MEASURE
+    return Verdict.GIVE_UP if next_measure(course, permitted, late=late) is None else Verdict.MEASURE
 
 
 def _near(sync: Sync, progress: MigrationProgress) -> bool:
@@ -119,7 +148,7 @@ def _affordable(
         return True
     speed = link_speed(course, progress, elapsed)
     pause = FORCED_PAUSE_SECONDS if permitted.pause is None else permitted.pause
-    return speed > 0 and progress.remaining / speed <= pause
+    return speed > 0 and to_send(sync, progress) / speed <= pause
 
 
 class Look(Value, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
 
-KNOWS = ("power", "suspend", "guest-agent")
+KNOWS = ("power", "suspend", "guest-agent", "post-copy")
 _NO_VMM = {
     PowerState.ON: RunState.CRASHED,
     PowerState.OFF: RunState.STOPPED,
@@ -159,6 +159,7 @@ async def inventory(
         drift=converger.drift,
         problems=converger.problems,
         knows=KNOWS,
+        why_no_post_copy=converger.why_no_post_copy or "",
         network=converger.network,
         standing=leases.standing(),
     )

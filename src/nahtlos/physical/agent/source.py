@@ -1,6 +1,6 @@
 """The source's half of a move.
 
-    begin -> prepare -> precopy -> switch -> stopped -> committed -> done
+    begin -> prepare -> precopy -> switch -> stopped -> committed -> (memory follows) -> done
       \\________________\\__________/ |          |
                undo locally         undo locally|  only the destination knows: ask it
                                                 |    abandoned -> revert the path, resume
@@ -15,6 +15,10 @@ lost (docs/decisions/0002).
 What firewalls remember of the server's connections goes ahead of it: whole before pre-copy begins, changes
 during it, with the switch, and with the commit. A connection that is opened between the last two is known
 to this host alone until the commit, which is a few milliseconds; its next frame may be dropped meanwhile.
+
+By post-copy (its owner's consent, and both hosts can) nothing of this changes but two things: the stop is not
+the end of the stream, so the old VMM is kept until all memory has followed; and once it was asked for, a
+server that the destination does not take is lost here, too: its hypervisor lets it run nowhere else.
 """
 
 import asyncio
@@ -22,7 +26,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from nahtlos.model.blackout import seconds_to_send
+from nahtlos.model.blackout import seconds_to_send, slowest_for_post_copy
 from nahtlos.model.errors import Conflict, Error, ErrorRecord, Refused, Unavailable
 from nahtlos.model.ids import PortId
 from nahtlos.model.inventory import OperationState, RunState
@@ -36,9 +40,17 @@ from nahtlos.physical.agent.convergence import (
     after,
     followed,
     held,
+    link_speed,
     next_measure,
     remedy_of,
     why_given_up,
+    within_budget,
+)
+from nahtlos.physical.agent.following import (
+    HANDED_OVER,
+    SOURCE_PATIENCE_SECONDS,
+    all_sent,
+    why_not_followed,
 )
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.peers import Peer
@@ -54,12 +66,14 @@ from nahtlos.physical.agent.precopy import (
     look_again,
     seen,
     verdict,
+    with_to_come,
 )
 from nahtlos.physical.agent.report import RESULT
 from nahtlos.physical.agent.switch_turn import HELD_BYTES, SwitchTurn
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
+    Message,
     MoveAbandon,
     MoveCommit,
     MoveFinished,
@@ -84,6 +98,8 @@ CARRY_EVERY_SECONDS = 0.05
 """What firewalls learn during pre-copy is sent so often that little is left for the switch."""
 CARRY_SECONDS = 30.0
 CONSOLE_SECONDS = 3.0
+SETTLING_LOOKS = 200
+"""At a stream of a guest that was stopped a moment ago, until it has ended or gone over to post-copy."""
 
 
 class SourceMove:
@@ -103,9 +119,17 @@ class SourceMove:
             ),
         )
         self._turn = SwitchTurn(
-            context, self._order.id, (self._order.source, self._order.destination), self._peer, self._pace
+            context,
+            self._order.id,
+            (self._order.source, self._order.destination),
+            self._peer,
+            self._pace,
+            sprint=self._sprint if self._order.boost > self._order.bandwidth else None,
         )
         self._bandwidth = self._order.bandwidth
+        self._may_follow = False
+        self._follows = False
+        self._handing_over_since: float | None = None
         self._pause_asked = False
         self._switched = False
         self._carried: list[PortId] = []
@@ -156,8 +180,13 @@ class SourceMove:
             epoch=order.server.epoch,
             marks=True,
             vcpus=vmm.compute.vcpus if vmm else 0,
+            post_copy=await self._may_follow_here(),
+            channels=order.channels,
         )
         ready = await self._peer.ask(prepare, MoveReady, 30.0)
+        self._may_follow = prepare.post_copy and ready.post_copy
+        if order.post_copy and not self._may_follow:
+            raise why_not_followed(order.destination, ready.why_no_post_copy)
         for port in order.ports:
             await context.drivers.network.move_prepare(
                 port,
@@ -174,7 +203,18 @@ class SourceMove:
             peer=order.destination,
             bandwidth=order.bandwidth,
             slow_down=self._may_be_slowed,
+            post_copy=self._may_follow,
+            channels=ready.channels,
         )
+
+    async def _may_follow_here(self) -> bool:
+        """Memory may follow a server whose owner permits that, if this kernel can."""
+        if not self._order.server.spec.allow_post_copy:
+            return False
+        why = await self._context.drivers.hypervisor.why_no_post_copy()
+        if why and self._order.post_copy:
+            raise why_not_followed(self._context.settings.host, why)
+        return not why
 
     async def _begin_to_carry(self) -> None:
         """Before anything is sent: a destination that cannot take connections up says so now."""
@@ -219,7 +259,7 @@ class SourceMove:
         """Returns at a moment at which stopping is cheap; the guest runs on until it is stopped."""
         loop = asyncio.get_running_loop()
         started, sync = loop.time(), Sync()
-        course, permitted = Course(since=started), self._permitted()
+        course = Course(since=started)
         told = carried = started
         look: Look | None = None
         while True:
@@ -236,11 +276,15 @@ class SourceMove:
                 raise Unavailable(f"pre-copy {progress.phase}: {progress.error or 'no reason given'}")
             now = loop.time()
             slow = self._turn.is_held
-            sync, look = seen(sync, progress, now), look_again(look, progress, now)
+            before, sync = sync, seen(sync, progress, now)
+            if sync is not before:
+                sync = await self._with_to_come(sync)
+            look = look_again(look, progress, now)
             course = held(course, progress, now) if slow else followed(course, progress, now)
             self._context.progress[self._order.id] = fraction(progress)
             began = started + self._turn.waited(now)
             deadline = self._order.precopy_deadline
+            permitted = within_budget(self._permitted(), link_speed(course, progress, now - began))
             said = verdict(
                 sync, progress, now=now, started=began, deadline=deadline, course=course, permitted=permitted
             )
@@ -250,7 +294,7 @@ class SourceMove:
                 return
             match said:
                 case Verdict.MEASURE:
-                    measure = next_measure(course, permitted)
+                    measure = next_measure(course, permitted, late=now - began > deadline)
                     assert measure is not None, "no measure is left to take"
                     await self._take_measure(measure)
                     course = after(course, measure, loop.time())
@@ -264,16 +308,24 @@ class SourceMove:
                 case Verdict.WAIT | Verdict.SWITCH:
                     await asyncio.sleep(WAITING_POLL_SECONDS if self._turn.waits else look.again)
 
+    async def _with_to_come(self, sync: Sync) -> Sync:
+        in_flight = await self._context.drivers.hypervisor.migrate_in_flight(self._vmm)
+        return with_to_come(sync, in_flight, self._context.dirty_rates.get(self._vmm.server))
+
     def _permitted(self) -> Permitted:
         """By the server's owner, and by whoever divides the links."""
         spec, accelerator = self._order.server.spec, self._context.ledger.verified()
+        name = accelerator.name if accelerator else "tcg"
         allowed = {
-            Measure.BOOST: self._order.boost > self._order.bandwidth,
-            Measure.SLOW_DOWN: self._may_be_slowed,
+            Measure.BOOST: self._order.boost > self._order.bandwidth and not self._order.post_copy,
+            Measure.SLOW_DOWN: self._may_be_slowed and not self._order.post_copy,
+            Measure.POST_COPY: self._may_follow,
         }
         return Permitted(
-            pause=seconds_to_send(spec.blackout_budget_ms, accelerator.name if accelerator else "tcg"),
+            pause=seconds_to_send(spec.blackout_budget_ms, name),
             measures=tuple(measure for measure, may in allowed.items() if may),
+            post_copy_at_once=self._order.post_copy,
+            post_copy_from=slowest_for_post_copy(spec.blackout_budget_ms, name),
         )
 
     @property
@@ -295,6 +347,10 @@ class SourceMove:
             case Measure.SLOW_DOWN:
                 await hypervisor.migrate_slow_down(self._vmm)
                 self._note("means", Means.SLOWED)
+            case Measure.POST_COPY:
+                await hypervisor.migrate_post_copy(self._vmm)
+                self._follows = True
+                self._note("means", Means.POST_COPY)
 
     def _note(self, name: str, text: str) -> None:
         """For those who predict the next move of this server."""
@@ -311,6 +367,9 @@ class SourceMove:
         """While it waits for its turn to be switched."""
         bandwidth = min(HELD_BYTES, self._bandwidth) if slow else self._bandwidth
         await self._context.drivers.hypervisor.migrate_pace(self._vmm, bandwidth)
+
+    async def _sprint(self) -> None:
+        await self._context.drivers.hypervisor.migrate_pace(self._vmm, self._order.boost)
 
     async def _keep_destination(self) -> None:
         """It gives up a source that is silent for long. While its turn is waited for, it may be away."""
@@ -344,7 +403,7 @@ class SourceMove:
         self._pause_asked = True
         await self._context.drivers.hypervisor.pause(self._vmm)
         self._mark("stopped")
-        commit = MoveCommit(id=order.id, states=await self._changes())
+        commit = MoveCommit(id=order.id, states=await self._changes(), post_copy=self._follows)
         return await self._peer.ask(commit, MoveOutcome, 30.0)
 
     # --- when something failed ---
@@ -425,7 +484,7 @@ class SourceMove:
             )
             self._context.changed()
             try:
-                outcome = await self._peer.ask(MoveAbandon(id=self._order.id), MoveOutcome, 5.0)
+                outcome = await self._peer.ask(await self._last_word(), MoveOutcome, 5.0)
             except Exception as again:
                 text = f"{self._order.destination}: {self._context.error_of(again)}"
                 said = self._context.say_anew("move.waits", self._vmm.server, text, last=said)
@@ -434,6 +493,33 @@ class SourceMove:
                     self._context.waits.pop(self._order.id, None)
                     return msgspec.structs.replace(outcome, error=outcome.error or ErrorRecord.of(error))
             await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    async def _last_word(self) -> Message:
+        """Give it up if you can; but what was handed over by post-copy can only go on there."""
+        abandon = MoveAbandon(id=self._order.id)
+        if not self._order.server.spec.allow_post_copy:
+            return abandon
+        vmm = await self._observed()
+        if vmm is None or vmm.state is RunState.CRASHED:
+            return abandon
+        if await self._settled_phase() in HANDED_OVER and not self._is_hopeless():
+            return MoveCommit(id=self._order.id, states=await self._changes(), post_copy=True)
+        return abandon
+
+    async def _settled_phase(self) -> MigrationPhase:
+        phase = MigrationPhase.ACTIVE
+        for _ in range(SETTLING_LOOKS):
+            phase = (await self._context.drivers.hypervisor.migrate_progress(self._vmm)).phase
+            if phase is not MigrationPhase.ACTIVE:
+                break
+            await asyncio.sleep(WAITING_POLL_SECONDS)
+        return phase
+
+    def _is_hopeless(self) -> bool:
+        """Its server has not arrived for so long after it was handed over that it never will."""
+        now = asyncio.get_running_loop().time()
+        self._handing_over_since = self._handing_over_since or now
+        return now - self._handing_over_since > SOURCE_PATIENCE_SECONDS
 
     async def _conclude(self, outcome: MoveOutcome) -> None:
         if outcome.decision is Decision.COMMITTED:
@@ -464,10 +550,17 @@ class SourceMove:
             )
 
     async def _resume_here(self) -> None:
-        """A VMM that died meanwhile is left to convergence, which starts the server again."""
+        """A VMM that died meanwhile is left to convergence, which starts the server again; likewise one that
+        had begun to hand its server over by post-copy, since its hypervisor runs it no more."""
         vmm = await self._observed()
         if vmm is None or vmm.state is RunState.CRASHED:
             self._context.say("server.crashed", self._vmm.server, "its VMM ended during a move")
+            return
+        progress = await self._context.drivers.hypervisor.migrate_progress(self._vmm)
+        if progress.phase in HANDED_OVER:
+            text = f"lost: {self._order.destination} did not take it after it was handed over by post-copy"
+            self._context.say("server.lost", self._vmm.server, text, id=self._order.id)
+            await self._context.drivers.hypervisor.kill(self._vmm)
             return
         await self._context.drivers.hypervisor.migrate_cancel(self._vmm)
         await self._context.drivers.hypervisor.resume(self._vmm)
@@ -482,6 +575,7 @@ class SourceMove:
             await self._until_done("the ledger to be written", self._yield)
             self._context.changed()
             await asyncio.sleep(KILL_AFTER_SECONDS)
+        await all_sent(self._context, self._order, self._vmm, self._peer)
         await self._until_done("the old VMM to end", self._kill_old)
         await self._send_console()
         await self._until_done("what its console said to be forgotten", self._forget_console)

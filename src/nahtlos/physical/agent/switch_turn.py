@@ -87,13 +87,13 @@ def beside(standing: Standing, another: bool, now: float) -> Standing:
     return standing
 
 
-def heard(standing: Standing, granted: bool, now: float) -> Standing:
-    """After it was asked for."""
+def heard(standing: Standing, granted: bool, now: float, *, sprints: bool = False) -> Standing:
+    """After it was asked for. `sprints`: its own bandwidth is less than the link's."""
     if standing.stage is not Stage.WAITING:
         return standing
     if not granted and standing.waited_by(now) < LONGEST_WAIT:
         return standing
-    return _at(standing, Stage.RETURNING if standing.slow else Stage.READY, now)
+    return _at(standing, Stage.RETURNING if standing.slow or sprints else Stage.READY, now)
 
 
 def passed(standing: Standing, now: float) -> Standing:
@@ -128,7 +128,9 @@ def order_of(source: HostId, destination: HostId) -> tuple[HostId, HostId]:
 
 
 class SwitchTurn:
-    """`pace(slow)` holds the pre-copy, or gives it its own bandwidth back."""
+    """`pace(slow)` holds the pre-copy, or gives it its own bandwidth back. `sprint` gives it all of the link
+    for the moments before the switch, where its own is less: a stream that keeps to a bandwidth rests for up
+    to 100 ms at a time, and would do so in the blackout."""
 
     def __init__(
         self,
@@ -137,12 +139,15 @@ class SwitchTurn:
         hosts: tuple[HostId, HostId],
         peer: Peer,
         pace: Callable[[bool], Awaitable[None]],
+        *,
+        sprint: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._context = context
         self._operation = operation
         self._order = order_of(*hosts)
         self._peer = peer
         self._pace = pace
+        self._sprint = sprint
         self._standing = Standing()
         self._asked_at = float("-inf")
         self._ahead = 0
@@ -174,19 +179,25 @@ class SwitchTurn:
             self._standing = wanted(self._standing, now)
         if self._standing.stage is Stage.WAITING and now - self._asked_at >= ask_after(self._ahead):
             self._asked_at = now
-            self._standing = heard(self._standing, await self._ask(now), now)
+            granted, sprint = await self._ask(now), self._sprint
+            self._standing = heard(self._standing, granted, now, sprints=sprint is not None)
             self._say(now)
+            if sprint is not None and self._standing.stage is Stage.RETURNING:
+                await sprint()
         before = self._standing.stage
         self._standing = passed(self._standing, now)
         if before is Stage.READY and self._standing.stage is Stage.FREE:
             await self.give_back()
+            if self._sprint is not None:
+                await self._pace(False)
         await self._keep_pace(now)
         return near and self._standing.stage is Stage.READY
 
     async def _keep_pace(self, now: float) -> None:
         slow = shall_be_slow(self._standing, now)
         if slow != self._standing.slow:
-            await self._pace(slow)
+            if slow or self._sprint is None:
+                await self._pace(slow)
             stage, since, waited = self._standing.stage, self._standing.since, self._standing.waited
             self._standing = Standing(stage=stage, since=since, waited=waited, slow=slow)
 

@@ -27,7 +27,7 @@ from nahtlos.model.errors import Error, NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, RunState
 from nahtlos.model.nouns import Size
-from nahtlos.physical.hypervisor import console, head_start, migration, saving, touching
+from nahtlos.physical.hypervisor import console, following, head_start, migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.hypervisor.commandline import (
@@ -43,8 +43,10 @@ from nahtlos.physical.hypervisor.compute import ComputeCare, check_movable
 from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
 from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
 from nahtlos.physical.hypervisor.display import SocketDisplay
+from nahtlos.physical.hypervisor.in_flight import unconfirmed
 from nahtlos.physical.hypervisor.keymap import keymap
 from nahtlos.physical.hypervisor.qmp import Denied, Gone
+from nahtlos.physical.hypervisor.userfault import why_no_userfault
 from nahtlos.physical.hypervisor.vmm import Vmm, VmmRecord, cached, ensure_folders, tail_of, vmm_of_unit
 from nahtlos.physical.ports import (
     CONSOLE_KEPT,
@@ -66,6 +68,8 @@ LISTEN_ATTEMPTS = 5
 CONSOLE_WITHIN = 3.0
 CLOSES_WITHIN = 2.0
 """Time for a VMM to take its leave of a cluster, which would take it for alive half a minute longer."""
+DEVICES_AGAIN = 0.001
+"""No event tells that the devices of a server whose memory follows are loaded."""
 RESTORED_WITHIN = 60.0
 """After its last byte."""
 
@@ -113,14 +117,23 @@ class QemuHypervisor:
             return VmmStatus(id=identity, state=RunState.CRASHED, release=release, size=size)
         try:
             async with asyncio.timeout(OBSERVE_WITHIN):
+                following.check_answers(vmm)
                 word = await vmm.state()
                 problems = await self._care.stopped(vmm) if word == STOPPED_BY_DISK else ()
                 if word != "inmigrate":
                     vmm.last_compute = await self._compute.status(vmm)
+                missing = await following.missing(vmm, word)
         except (Error, TimeoutError):
             # It lives but does not answer (yet): what it said last is the best there is.
-            state, compute = vmm.last_state, vmm.last_compute
-            return VmmStatus(id=identity, state=state, release=release, size=size, compute=compute)
+            return VmmStatus(
+                id=identity,
+                state=vmm.last_state,
+                release=release,
+                size=size,
+                compute=vmm.last_compute,
+                missing=following.unanswered(vmm),
+                arrived=following.arrived(vmm),
+            )
         if word == "running":
             vmm.note_resumed()
             if vmm.ahead is None:
@@ -134,6 +147,8 @@ class QemuHypervisor:
             release=release,
             size=size,
             migrated=waits and word not in ("inmigrate", "running"),
+            missing=missing,
+            arrived=following.arrived(vmm) if missing else 0,
             sent=word in ("postmigrate", "finish-migrate"),
             disk_problems=problems,
             compute=vmm.last_compute,
@@ -244,16 +259,34 @@ class QemuHypervisor:
     # --- moves: destination ------------------------------------------------------------------------
 
     async def incoming_start(
-        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+        self,
+        server: ServerConfig,
+        epoch: int,
+        release: ReleaseId,
+        *,
+        in_place: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
-        record = VmmRecord(server=server, epoch=epoch, release=release, incoming=True, in_place=in_place)
+        if post_copy and (why := why_no_userfault()):
+            raise Refused(why, field="post_copy")
+        record = VmmRecord(
+            server=server,
+            epoch=epoch,
+            release=release,
+            incoming=True,
+            in_place=in_place,
+            post_copy=post_copy,
+        )
         vmm = await self._launch(record)
         if await vmm.state() == "inmigrate" and vmm.record is not None and not vmm.record.listening:
             if in_place:
                 await migration.expect_whole(vmm)
                 await self._ready_whole(self._running(VmmId(server.spec.id, server.epoch)))
                 return
-            await migration.set_capabilities(vmm, migration.DESTINATION)
+            besides = migration.besides(post_copy=post_copy, channels=channels)
+            await migration.set_capabilities(vmm, migration.DESTINATION | besides)
+            await migration.set_channels(vmm, 1 if post_copy else channels)
             tls = {"tls-creds": TLS_SERVER, "tls-authz": HOSTS_ONLY}
             await vmm.execute("migrate-set-parameters", tls)
 
@@ -290,8 +323,9 @@ class QemuHypervisor:
         try:
             while not found.received:
                 answer = await found.execute("query-migrate")
-                if answer.get("status") == "completed" and await found.state() != "inmigrate":
-                    found.received = True
+                if answer.get("status") in following.ARRIVED:
+                    found.received = await found.state() != "inmigrate"
+                    await asyncio.sleep(0 if found.received else DEVICES_AGAIN)
                 elif answer.get("status") == "failed":
                     raise Refused(f"the stream failed: {answer.get('error-desc') or found.log_tail()}")
                 elif time.monotonic() > until:
@@ -300,6 +334,22 @@ class QemuHypervisor:
                     await found.event_within(min(0.25, max(0.0, until - time.monotonic())))
         except Gone as gone:
             raise Refused(f"the stream failed and its VMM ended: {found.log_tail()}") from gone
+
+    async def incoming_recover(self, vmm: VmmId, address: str) -> str:
+        found = self._running(vmm)
+        for _ in range(LISTEN_ATTEMPTS):
+            uri = f"tcp:{_bracketed(address)}:{_free_port(address)}"
+            try:
+                await following.wait_anew(found, uri)
+            except Denied as denied:
+                if "in use" not in denied.message:
+                    raise
+            else:
+                return uri
+        raise Unavailable(f"no free port on {address} for the stream")
+
+    async def why_no_post_copy(self) -> str:
+        return why_no_userfault()
 
     async def resume(self, vmm: VmmId) -> None:
         found = self._running(vmm)
@@ -330,23 +380,40 @@ class QemuHypervisor:
     # --- moves: source -----------------------------------------------------------------------------
 
     async def migrate_start(
-        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+        self,
+        vmm: VmmId,
+        uri: str,
+        *,
+        peer: str,
+        bandwidth: int,
+        slow_down: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
         found = self._running(vmm)
         found.ready_whole = False
         await check_movable(found)
         slowing = migration.SLOWING if slow_down else frozenset[str]()
-        await migration.set_capabilities(found, migration.SOURCE | slowing)
+        besides = migration.besides(post_copy=post_copy, channels=channels)
+        await migration.set_capabilities(found, migration.SOURCE | slowing | besides)
+        await migration.set_channels(found, 1 if post_copy else channels)
         await migration.set_source_parameters(
             found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
         )
         await migration.begin(found, uri)
+        found.sends_to = uri
 
     async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
         await migration.pace(self._running(vmm), bandwidth)
 
     async def migrate_slow_down(self, vmm: VmmId) -> None:
         await migration.slow_down(self._running(vmm))
+
+    async def migrate_post_copy(self, vmm: VmmId) -> None:
+        await self._running(vmm).execute("migrate-start-postcopy")
+
+    async def migrate_recover(self, vmm: VmmId, uri: str) -> None:
+        await following.take_up(self._running(vmm), uri)
 
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         found, uri = self._running(vmm), self._stream_of(to)
@@ -366,6 +433,12 @@ class QemuHypervisor:
 
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress:
         return await migration.progress(self._running(vmm))
+
+    async def migrate_in_flight(self, vmm: VmmId) -> int:
+        try:
+            return unconfirmed(self._vmm(vmm).sends_to)
+        except OSError:
+            return 0  # a kernel that does not tell: what was sent counts as come, as before
 
     async def pause(self, vmm: VmmId) -> None:
         found = self._running(vmm)

@@ -23,6 +23,11 @@ READY: Arguments = {"cpu-throttle-initial": 1, "cpu-throttle-increment": 1, "max
 THROTTLE: Arguments = {"cpu-throttle-initial": 20, "cpu-throttle-increment": 20, "max-cpu-throttle": 80}
 """Per cent. A capability cannot be given to a stream that flows, its figures can: a guest that may be slowed
 down begins with a throttle nobody notices. Without effect where nothing may be."""
+POST_COPY = frozenset({"postcopy-ram"})
+"""On both sides, besides the above: of a source that is held by switchover-ack, `migrate-start-postcopy`
+changes nothing until it is stopped."""
+SEVERAL = frozenset({"multifd"})
+"""Likewise, with as many channels on both; not together with the above."""
 IN_PLACE = frozenset({"x-ignore-shared"})
 """On both sides, besides the above: memory both can see is not sent."""
 HELD = "switchover-ack"
@@ -65,6 +70,12 @@ _PHASES = {
     # Not free for another one yet:
     "cancelling": MigrationPhase.ACTIVE,
     "failing": MigrationPhase.ACTIVE,
+    # Its guest is never to run here again:
+    "postcopy-device": MigrationPhase.POST_COPY,
+    "postcopy-active": MigrationPhase.POST_COPY,
+    "postcopy-recover-setup": MigrationPhase.POST_COPY,
+    "postcopy-recover": MigrationPhase.POST_COPY,
+    "postcopy-paused": MigrationPhase.CUT,
     "completed": MigrationPhase.COMPLETED,
     "failed": MigrationPhase.FAILED,
     "cancelled": MigrationPhase.CANCELLED,
@@ -110,11 +121,25 @@ async def set_capabilities(monitor: Monitor, wanted: frozenset[str]) -> None:
     await monitor.execute("migrate-set-capabilities", {"capabilities": states})
 
 
+def besides(*, post_copy: bool, channels: int) -> frozenset[str]:
+    """Capabilities that both sides need for that."""
+    if post_copy:
+        return POST_COPY
+    return SEVERAL if channels > 1 else frozenset()
+
+
+async def set_channels(monitor: Monitor, channels: int) -> None:
+    """On both sides, after the capabilities. Of one channel there is nothing to say."""
+    if channels > 1:
+        await monitor.execute("migrate-set-parameters", {"multifd-channels": channels})
+
+
 async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments) -> None:
     await monitor.execute(
         "migrate-set-parameters",
         {
             "max-bandwidth": bandwidth or UNLIMITED,
+            "max-postcopy-bandwidth": bandwidth or UNLIMITED,
             "downtime-limit": 1,
             "avail-switchover-bandwidth": PLENTY,
             **READY,
@@ -124,7 +149,10 @@ async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments
 
 
 async def pace(monitor: Monitor, bandwidth: int) -> None:
-    await monitor.execute("migrate-set-parameters", {"max-bandwidth": bandwidth or UNLIMITED})
+    wanted = bandwidth or UNLIMITED
+    await monitor.execute(
+        "migrate-set-parameters", {"max-bandwidth": wanted, "max-postcopy-bandwidth": wanted}
+    )
 
 
 async def slow_down(monitor: Monitor) -> None:

@@ -81,12 +81,20 @@ class Qmp:
         return self._client.runstate is Runstate.RUNNING
 
     async def execute(
-        self, command: str, arguments: Arguments | None = None, *, within: float = ANSWER_WITHIN
+        self,
+        command: str,
+        arguments: Arguments | None = None,
+        *,
+        within: float = ANSWER_WITHIN,
+        urgent: bool = False,
     ) -> Answer:
-        """The answer if it is an object, else {"value": it}."""
+        """The answer if it is an object, else {"value": it}. `urgent`: out of band, also where QEMU itself
+        waits for a page of its guest; it takes few commands so."""
         try:
             async with asyncio.timeout(within):
-                answer = await self._client.execute(command, dict(arguments) if arguments else None)
+                answer = await self._client.execute(
+                    command, dict(arguments) if arguments else None, oob=urgent
+                )
         except ExecuteError as error:
             raise Denied(f"QEMU refuses {command}: {error}", field=command) from error
         except TimeoutError:

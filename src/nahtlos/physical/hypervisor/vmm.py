@@ -38,6 +38,8 @@ class VmmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An arrived server has run here: if its guest does not run now, that is for another reason."""
     took_ms: dict[str, int] = {}
     """Of the last change of each: `ComputeStatus.took_ms`."""
+    post_copy: bool = False
+    """Its server may arrive, or has arrived, before all of its memory."""
     vcpus_begun: int = 0
     """Threads of vCPUs that this process has begun, also those that ended; 0: no more than it has."""
 
@@ -101,7 +103,9 @@ class Vmm:
         """Its process if it was given a head start that was not taken back; 0: it was not; None: nobody has
         looked since this agent was started."""
         self.stream_word = ""
-        """What QEMU last said of its outgoing stream by itself."""
+        """What QEMU last said of its stream by itself, outgoing or incoming."""
+        self.sends_to = ""
+        """URI of the stream that was begun last, by this process of the agent."""
         self.changing_disks = asyncio.Lock()
         self.failed_nodes: set[str] = set()
         """Block nodes that its quorums have complained of since somebody last looked."""
@@ -194,12 +198,17 @@ class Vmm:
     # --- monitor -----------------------------------------------------------------------------------
 
     async def execute(
-        self, command: str, arguments: Arguments | None = None, *, within: float = ANSWER_WITHIN
+        self,
+        command: str,
+        arguments: Arguments | None = None,
+        *,
+        within: float = ANSWER_WITHIN,
+        urgent: bool = False,
     ) -> Answer:
         qmp = self._qmp
         if qmp is None or not qmp.open or qmp.loop is not asyncio.get_running_loop():
             qmp = await self.connect()
-        return await qmp.execute(command, arguments, within=within)
+        return await qmp.execute(command, arguments, within=within, urgent=urgent)
 
     async def connect(self) -> Qmp:
         """By the first monitor, or by the second if the first serves somebody who does not let go."""

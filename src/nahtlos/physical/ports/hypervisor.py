@@ -41,6 +41,15 @@ class DiskProblem(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
 
 
+class Missing(StrEnum):
+    """Of the memory of a server that was taken over by post-copy."""
+
+    NOTHING = ""
+    COMING = "coming"
+    CUT = "cut"
+    """Some of it, and the stream has broken: a guest that touches it stands still."""
+
+
 class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     id: VmmId
     state: RunState
@@ -49,7 +58,12 @@ class VmmStatus(msgspec.Struct, frozen=True, kw_only=True):
     release: ReleaseId | None
     size: Size
     migrated: bool = False
-    """This VMM has received a server completely (destination) and may be resumed."""
+    """This VMM has received a server (destination) and may be resumed: all of it, or, by post-copy, all but
+    memory that follows."""
+    missing: Missing = Missing.NOTHING
+    """Of what this VMM has received."""
+    arrived: int = 0
+    """Bytes of its memory that are here, of a VMM that lacks some: more as they come."""
     sent: bool = False
     """This VMM has sent its server completely (source); resuming it would run a second copy."""
     disk_problems: tuple[DiskProblem, ...] = ()
@@ -68,6 +82,10 @@ def no_channel(vmm: VmmId) -> NotFound:
 class MigrationPhase(StrEnum):
     NONE = "none"
     ACTIVE = "active"
+    POST_COPY = "post-copy"
+    """The guest was handed over, and what it lacks is sent."""
+    CUT = "cut"
+    """Likewise, and the stream has broken: `migrate_recover` takes it up again."""
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -218,12 +236,20 @@ class Hypervisor(Protocol):
     # moves: destination
 
     async def incoming_start(
-        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+        self,
+        server: ServerConfig,
+        epoch: int,
+        release: ReleaseId,
+        *,
+        in_place: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
         """Start a VMM that waits (`-incoming defer -S`), capabilities cleared and set. Repeatable.
 
         `in_place`: for the server that runs here by `server.epoch`. Its memory is shared, not copied, and its
-        ports are those of `Network.replace_prepare`."""
+        ports are those of `Network.replace_prepare`. `post_copy`: its source may use `migrate_post_copy`.
+        `channels`: of its memory, as many as its source opens; one if `post_copy`."""
         ...
 
     async def incoming_listen(self, vmm: VmmId, address: str) -> str:
@@ -231,7 +257,18 @@ class Hypervisor(Protocol):
         ...
 
     async def incoming_wait(self, vmm: VmmId, *, timeout: float) -> None:
-        """Returns when everything has arrived. Refused if the stream failed; Unavailable on timeout."""
+        """Returns when the server may be resumed (`VmmStatus.migrated`). Refused if the stream failed;
+        Unavailable on timeout."""
+        ...
+
+    async def incoming_recover(self, vmm: VmmId, address: str) -> str:
+        """Wait anew for a stream that broke in post-copy; returns the URI for the source. Also where this
+        side has not noticed yet. Refused if nothing is missing."""
+        ...
+
+    async def why_no_post_copy(self) -> str:
+        """Why this host's kernel cannot hold a guest up until a page has come (userfaultfd); empty if it
+        can."""
         ...
 
     async def resume(self, vmm: VmmId) -> None:
@@ -241,11 +278,19 @@ class Hypervisor(Protocol):
     # moves: source
 
     async def migrate_start(
-        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+        self,
+        vmm: VmmId,
+        uri: str,
+        *,
+        peer: str,
+        bandwidth: int,
+        slow_down: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
         """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
-        destination's certificate must prove. `slow_down`: `migrate_slow_down` may follow. Refused if it
-        failed at once."""
+        destination's certificate must prove. `slow_down`, `post_copy`: `migrate_slow_down`,
+        `migrate_post_copy` may follow. Refused if it failed at once."""
         ...
 
     async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
@@ -257,6 +302,16 @@ class Hypervisor(Protocol):
         gets all of them back when the stream has ended, whichever way."""
         ...
 
+    async def migrate_post_copy(self, vmm: VmmId) -> None:
+        """From now on `pause` lets the destination have the server at once, and what it lacks follows.
+        Nothing changes before that."""
+        ...
+
+    async def migrate_recover(self, vmm: VmmId, uri: str) -> None:
+        """Take a stream that broke in post-copy up again, to where its destination waits now. Also where this
+        side has not noticed yet."""
+        ...
+
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         """After `pause`: send everything but the memory to `to`, which was started in place. Refused if that
         failed at once; `incoming_wait` tells when it has arrived."""
@@ -264,8 +319,12 @@ class Hypervisor(Protocol):
 
     async def migrate_progress(self, vmm: VmmId) -> MigrationProgress: ...
 
+    async def migrate_in_flight(self, vmm: VmmId) -> int:
+        """Bytes that count as sent and have not come: they wait in this host's socket, or on the way."""
+        ...
+
     async def pause(self, vmm: VmmId) -> None:
-        """Stop the guest's CPUs; the migration then completes."""
+        """Stop the guest's CPUs; the migration then completes, or goes on by post-copy."""
         ...
 
     async def migrate_cancel(self, vmm: VmmId) -> None:

@@ -209,6 +209,7 @@ class Conductor:
         bandwidth: int = 4 << 30,
         boost: int = 0,
         deadline: float = PRECOPY_DEADLINE,
+        post_copy: bool = False,
     ) -> MoveOrder:
         source, epoch = self.places[server]
         here, there = self.cloudlet.spec(source), self.cloudlet.spec(to)
@@ -224,6 +225,7 @@ class Conductor:
             precopy_deadline=deadline,
             bandwidth=bandwidth,
             boost=boost,
+            post_copy=post_copy,
         )
         self.orders[order.id] = order
         self._wake.set()

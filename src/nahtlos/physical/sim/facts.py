@@ -79,6 +79,8 @@ class SimHost:
     board: Switchboard
     releases: list[ReleaseId]
     broken_releases: dict[ReleaseId, str] = field(default_factory=dict[ReleaseId, str])
+    no_userfault: str = ""
+    """Why its kernel can do no post-copy."""
     cpu_models: tuple[str, ...] = ("qemu64",)
     """Of which it can give guests every feature."""
     """Present, but a probe under them does not boot; with the reason."""

@@ -5,6 +5,8 @@ request for safety's sake: it does it, and the world writes down what was broken
 
     VMM      STARTING -> RUNNING <-> PAUSED        INCOMING -(arrived)-> PAUSED        any -> CRASHED
     stream   ACTIVE -(source paused, rest sent)-> COMPLETED | FAILED | CANCELLED
+             ACTIVE -(source paused, by post-copy)-> POST_COPY <-> CUT     POST_COPY -> COMPLETED
+                                                     any -(source ended)-> FAILED
 """
 
 import asyncio
@@ -15,7 +17,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.ids import HostId, ReleaseId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import CpuShare, ServerSpec
-from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, VmmId
+from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, Missing, VmmId
 from nahtlos.physical.sim.taps import Tap
 
 SHORTEST_PASS = 0.001
@@ -100,6 +102,8 @@ class Vmm:
     """Why nothing will ever arrive in it."""
     stream: "Stream | None" = None
     """The newest one it sends (source)."""
+    follows: "Stream | None" = None
+    """The one by which memory follows, or was to, that it ran without."""
     arrival: asyncio.Event = field(default_factory=asyncio.Event)
     """Something was decided about what arrives: it came, or it never will."""
     saved: bool = False
@@ -118,6 +122,12 @@ class Vmm:
     @property
     def ended(self) -> bool:
         return self.state is RunState.CRASHED
+
+    @property
+    def missing(self) -> Missing:
+        if self.follows is None or self.follows.phase is MigrationPhase.COMPLETED:
+            return Missing.NOTHING
+        return Missing.COMING if self.follows.phase is MigrationPhase.POST_COPY else Missing.CUT
 
     @property
     def memory_bytes(self) -> int:
@@ -142,6 +152,10 @@ class Stream:
         self.error = ""
         self.rate = _bounded(rate)
         self.may_slow_down = False
+        self.may_post_copy = False
+        self.post_copy = False
+        self.flowed_at = now()
+        """When the last byte came of what follows."""
         self._slows_down = False
         self._throttle = 0.0
         self.stalled = False
@@ -171,8 +185,9 @@ class Stream:
         """Let the stream flow up to now."""
         now = self._now()
         seconds, self._at = now - self._at, now
-        if self.stalled or self.broken or self.phase is not MigrationPhase.ACTIVE:
+        if self.stalled or self.broken or not self.open or self.phase is MigrationPhase.CUT:
             return
+        self.flowed_at = now
         while seconds > 0 and self.source.running:
             takes = max(self._remaining / self.rate, SHORTEST_PASS - self._pass_seconds)
             self._send(min(seconds, takes))
@@ -196,14 +211,39 @@ class Stream:
         self._passes += 1
         self._pass_seconds = 0.0
 
+    @property
+    def open(self) -> bool:
+        return self.phase in (MigrationPhase.ACTIVE, MigrationPhase.POST_COPY, MigrationPhase.CUT)
+
     def source_paused(self) -> None:
-        """The CPUs stand still: once the rest is sent, it is complete."""
+        """The CPUs stand still: once the rest is sent, it is complete. By post-copy the destination may run
+        before that."""
         self._stop_timer()
         self.advance()
-        if self.phase is not MigrationPhase.ACTIVE or self.broken or self.stalled or self.source.running:
+        flows = self.phase in (MigrationPhase.ACTIVE, MigrationPhase.POST_COPY)
+        if not flows or self.broken or self.stalled or self.source.running:
             return
-        seconds = self._remaining / self.rate + FINISH_SECONDS
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._complete)
+        loop, seconds = asyncio.get_running_loop(), self._remaining / self.rate
+        if self.post_copy and self._remaining and self.phase is MigrationPhase.ACTIVE:
+            self._timer = loop.call_later(FINISH_SECONDS, self._hand_over)
+        else:
+            self._timer = loop.call_later(seconds + FINISH_SECONDS, self._complete)
+
+    def _hand_over(self) -> None:
+        if self.phase is MigrationPhase.ACTIVE and not self.source.running and not self.broken:
+            self.phase = MigrationPhase.POST_COPY
+            self._done(self)
+            self.source_paused()
+
+    def cut(self) -> None:
+        """In post-copy nothing is lost by that, for a while."""
+        self._stop_timer()
+        self.advance()
+        self.phase = MigrationPhase.CUT
+
+    def recover(self) -> None:
+        self.phase, self.broken, self._at = MigrationPhase.POST_COPY, False, self._now()
+        self.source_paused()
 
     def pace(self, rate: int) -> None:
         self.advance()
@@ -228,27 +268,35 @@ class Stream:
 
     def breaks(self, why: str) -> None:
         """Its source notices that a moment later."""
-        if self.phase is MigrationPhase.ACTIVE:
+        if self.open:
             self.advance()
             self.broken = True
             self._stop_timer()
             self._timer = asyncio.get_running_loop().call_later(NOTICE_SECONDS, self.fail, why)
 
     def fail(self, why: str) -> None:
-        self._end(MigrationPhase.FAILED, why)
+        if self.phase is MigrationPhase.ACTIVE:
+            self._end(MigrationPhase.FAILED, why)
+        elif self.open:
+            self.cut()
+
+    def source_ended(self) -> None:
+        self._end(MigrationPhase.FAILED, "the source ended")
 
     def cancel(self) -> None:
-        self._end(MigrationPhase.CANCELLED, "")
+        if self.phase is MigrationPhase.ACTIVE:
+            self._end(MigrationPhase.CANCELLED, "")
 
     def _end(self, phase: MigrationPhase, why: str) -> None:
-        if self.phase is MigrationPhase.ACTIVE:
+        if self.open:
             self.advance()
             self._stop_timer()
             self.phase, self.error = phase, why
             self._done(self)
 
     def _complete(self) -> None:
-        if self.phase is MigrationPhase.ACTIVE and not self.source.running and not self.broken:
+        flows = self.phase in (MigrationPhase.ACTIVE, MigrationPhase.POST_COPY)
+        if flows and not self.source.running and not self.broken:
             self._transferred += self._remaining
             self._remaining = 0.0
             self.phase = MigrationPhase.COMPLETED

@@ -8,7 +8,15 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import NotFound, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId
 from nahtlos.model.inventory import Accelerator, ComputeStatus, RunState
-from nahtlos.physical.ports import DiskProblem, MigrationPhase, MigrationProgress, Sink, VmmId, VmmStatus
+from nahtlos.physical.ports import (
+    DiskProblem,
+    MigrationPhase,
+    MigrationProgress,
+    Missing,
+    Sink,
+    VmmId,
+    VmmStatus,
+)
 from nahtlos.physical.sim.agent_in_guest import answer
 from nahtlos.physical.sim.compute import change_compute, compute_of
 from nahtlos.physical.sim.disks import change_disks, copies_lost
@@ -151,12 +159,21 @@ class SimHypervisor(SimDriver):
     # --- destination ---
 
     async def incoming_start(
-        self, server: ServerConfig, epoch: int, release: ReleaseId, *, in_place: bool = False
+        self,
+        server: ServerConfig,
+        epoch: int,
+        release: ReleaseId,
+        *,
+        in_place: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
         vmm_id = VmmId(server.spec.id, epoch)
         async with self.verb("incoming_start", vmm_id.unit):
             self._check_release(release)
             _check_machine(server, release)
+            if post_copy and self.host.no_userfault:
+                raise Refused(self.host.no_userfault, field="post_copy")
             held = self.host.vmms.get(vmm_id)
             if held is None or held.ended:
                 self.world.start_vmm(self.host, server, epoch, release, boot=False, in_place=in_place)
@@ -184,15 +201,39 @@ class SimHypervisor(SimDriver):
             held = self._living(vmm)
             if held.state is RunState.INCOMING:
                 raise Refused(f"{vmm.unit} has not received its server", field="vmm")
+            if held.stream is not None and held.stream.destination.follows is held.stream:
+                raise Refused(f"{vmm.unit} was handed over by post-copy", field="vmm")
             self.world.resume(held)
+
+    async def why_no_post_copy(self) -> str:
+        async with self.verb("why_no_post_copy"):
+            return self.host.no_userfault
+
+    async def incoming_recover(self, vmm: VmmId, address: str) -> str:
+        async with self.verb("incoming_recover", vmm.unit):
+            held = self._living(vmm)
+            if held.follows is None or held.missing is Missing.NOTHING:
+                raise Refused(f"{vmm.unit} lacks nothing", field="vmm")
+            if held.follows.open:
+                held.follows.cut()
+            return f"sim:{address}:again"
 
     # --- source ---
 
     async def migrate_start(
-        self, vmm: VmmId, uri: str, *, peer: str, bandwidth: int, slow_down: bool = False
+        self,
+        vmm: VmmId,
+        uri: str,
+        *,
+        peer: str,
+        bandwidth: int,
+        slow_down: bool = False,
+        post_copy: bool = False,
+        channels: int = 1,
     ) -> None:
         async with self.verb("migrate_start", vmm.unit):
-            self.world.begin_stream(self._living(vmm), uri, peer, bandwidth, slow_down=slow_down)
+            source = self._living(vmm)
+            self.world.begin_stream(source, uri, peer, bandwidth, slow_down=slow_down, post_copy=post_copy)
 
     async def migrate_pace(self, vmm: VmmId, bandwidth: int) -> None:
         async with self.verb("migrate_pace", vmm.unit):
@@ -205,6 +246,20 @@ class SimHypervisor(SimDriver):
             stream = self._living(vmm).stream
             if stream:
                 stream.slow_down()
+
+    async def migrate_post_copy(self, vmm: VmmId) -> None:
+        async with self.verb("migrate_post_copy", vmm.unit):
+            stream = self._living(vmm).stream
+            if stream is None or not stream.may_post_copy:
+                raise Refused(f"{vmm.unit} was not begun with post-copy in mind", field="vmm")
+            stream.post_copy = True
+
+    async def migrate_recover(self, vmm: VmmId, uri: str) -> None:
+        async with self.verb("migrate_recover", vmm.unit):
+            stream = self._living(vmm).stream
+            if stream is None or not stream.open or stream.destination.ended:
+                raise Unavailable(f"nobody waits at {uri}")
+            stream.recover()
 
     async def replace_send(self, vmm: VmmId, to: VmmId) -> None:
         async with self.verb("replace_send", vmm.unit):
@@ -220,6 +275,11 @@ class SimHypervisor(SimDriver):
         async with self.verb("migrate_progress", vmm.unit):
             stream = self._living(vmm).stream
             return stream.progress() if stream else MigrationProgress(phase=MigrationPhase.NONE)
+
+    async def migrate_in_flight(self, vmm: VmmId) -> int:
+        async with self.verb("migrate_in_flight", vmm.unit):
+            self._living(vmm)
+            return 0
 
     async def pause(self, vmm: VmmId) -> None:
         async with self.verb("pause", vmm.unit):
@@ -265,6 +325,8 @@ def _status(world: World, vmm: Vmm) -> VmmStatus:
         release=vmm.release,
         size=vmm.server.spec.size,
         migrated=vmm.migrated and not vmm.has_run,
+        missing=vmm.missing,
+        arrived=vmm.follows.progress().transferred if vmm.follows else 0,
         sent=vmm.sent,
         disk_problems=vmm.disk_problems,
         compute=compute_of(world, vmm) if vmm.guest else ComputeStatus(),

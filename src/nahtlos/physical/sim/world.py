@@ -10,6 +10,7 @@ Checked at every transition:
     rebooted      a server was booted again though nothing outside our hands had ended it
     epoch         a server ran by an older epoch after a newer one
     last-copy     an agent ended the only VMM that still held a server
+    given-up      an agent ended one of the two VMMs of a post-copy while memory followed
 What must never happen to volumes: see `sim.volumes`.
 """
 
@@ -44,6 +45,8 @@ SAVED_PADDING = 9 << 20
 """Bytes: so that what is saved has several parts."""
 SHUTDOWN_SECONDS = (0.5, 2.0)
 ANSWER_AGAIN_SECONDS = 0.1
+GIVEN_UP_SECONDS = 50.0
+"""Memory that follows a server is waited for that long at least once nothing comes any more."""
 
 
 class World:
@@ -447,11 +450,25 @@ class World:
             others = [v for v in self.vmms_of(vmm.id.server) if v is not vmm and v.guest]
             if vmm.guest and not others and (facts.may_stop or vmm.state is RunState.STOPPED):
                 facts.gone = True
+            self._check_following(vmm)
             kept = facts.deleted or facts.gone or vmm.saved or (vmm.migrated and not vmm.has_run)
             if vmm.guest and not others and not kept:
                 self.violated("last-copy", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
             self._end_vmm(vmm, None)
         self.hosts[vmm.host].vmms.pop(vmm.id, None)
+
+    def _check_following(self, vmm: Vmm) -> None:
+        """One of a post-copy is ended by its agent. The server is lost with it: there had better be a
+        reason."""
+        facts, stream = self.facts(vmm.id.server), vmm.follows or vmm.stream
+        if facts.gone or facts.deleted or stream is None or stream.destination.follows is not stream:
+            return
+        if stream.phase is MigrationPhase.COMPLETED or stream.destination.ended:
+            return
+        if stream.open and self.now() - stream.flowed_at < GIVEN_UP_SECONDS:
+            self.violated("given-up", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
+        facts.excuses.append(f"{vmm.id.unit}: its memory did not come")
+        facts.gone = True
 
     def _end_vmm(self, vmm: Vmm, why: str | None) -> None:
         if vmm.ended:
@@ -465,6 +482,7 @@ class World:
             facts = self.facts(vmm.id.server)
             facts.excuses.append(f"{vmm.id.unit}: {why}")
             facts.gone = True
+        self._lose_what_followed(vmm, why)
         vmm.state = RunState.CRASHED
         if was_running:
             self._halted(vmm)
@@ -474,9 +492,17 @@ class World:
         self._nothing_arrives(vmm, "the VMM ended")
         for stream in tuple(self._streams):
             if stream.source is vmm:
-                stream.fail("the source ended")
+                stream.source_ended()
             elif stream.destination is vmm:
                 stream.destination_gone()
+
+    def _lose_what_followed(self, vmm: Vmm, why: str | None) -> None:
+        """A source that ends before all of the memory has followed takes the server with it."""
+        stream = vmm.stream
+        if why and stream is not None and stream.open and stream.destination.follows is stream:
+            facts = self.facts(vmm.id.server)
+            facts.excuses.append(f"{vmm.id.unit}: {why}, before all of its memory had followed")
+            facts.gone = True
 
     # --- streams ---
 
@@ -486,7 +512,16 @@ class World:
             self._incoming[vmm.uri] = vmm
         return vmm.uri
 
-    def begin_stream(self, source: Vmm, uri: str, peer: str, rate: int, *, slow_down: bool = False) -> None:
+    def begin_stream(
+        self,
+        source: Vmm,
+        uri: str,
+        peer: str,
+        rate: int,
+        *,
+        slow_down: bool = False,
+        post_copy: bool = False,
+    ) -> None:
         destination = self._incoming.get(uri)
         if destination is None or destination.ended or destination.refused or destination.migrated:
             raise Refused(f"nobody listens at {uri}", field="uri")
@@ -501,6 +536,7 @@ class World:
             raise Refused(f"{destination.id.unit} has other vCPUs than {source.id.unit}", field="vcpus")
         stream = Stream(source, destination, rate, self.now, self._stream_ended)
         stream.may_slow_down = slow_down
+        stream.may_post_copy = post_copy
         stream.stalled = frozenset((source.host, destination.host)) in self.stalled_links
         source.stream = stream
         source.sent = False
@@ -510,11 +546,17 @@ class World:
             stream.breaks(why)
 
     def _stream_ended(self, stream: Stream) -> None:
+        """Or has handed its server over, by post-copy."""
         source, destination = stream.source, stream.destination
-        self._streams.remove(stream)
+        if not stream.open:
+            self._streams.remove(stream)
         self.note(source.host, f"stream {stream.phase}", source.id.unit, stream.error)
-        if stream.phase is MigrationPhase.COMPLETED:
+        if destination.follows is stream:
+            return
+        if stream.phase in (MigrationPhase.COMPLETED, MigrationPhase.POST_COPY):
             assert source.guest is not None
+            if stream.phase is MigrationPhase.POST_COPY:
+                destination.follows = stream
             source.sent = True
             destination.guest = source.guest.copied()
             destination.given.take_over(source.given)

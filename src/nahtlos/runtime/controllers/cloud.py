@@ -118,6 +118,7 @@ class ServerView(Value, frozen=True, kw_only=True):
     ports: tuple[PortId, ...] = ()
     blackout_budget_ms: int = 0
     allow_slowdown: bool = False
+    allow_post_copy: bool = False
     dirty_rate: int | None = None
     """Bytes of memory a second it touches, as measured last."""
     display: bool = False
@@ -225,7 +226,7 @@ class ServerRequest(Value, frozen=True, kw_only=True):
     restart_priority: int = 0
     """-100 to 100; of several that are restarted, the highest first."""
     allow_post_copy: bool = False
-    """Refused: it is not offered."""
+    """See `ServerSpec`: where the host lets it run before all of its memory is there."""
     group: ServerGroupId | None = None
     """The server group it is in, for as long as it exists."""
     pin: HostId | None = None
@@ -250,6 +251,7 @@ class ServerChange(Value, frozen=True, kw_only=True):
     blackout_budget_ms: int | UnsetType | None = UNSET
     """None: none is set."""
     allow_slowdown: bool | UnsetType = UNSET
+    allow_post_copy: bool | UnsetType = UNSET
     on_host_failure: OnHostFailure | UnsetType = UNSET
     restart_priority: int | UnsetType = UNSET
     pin: HostId | UnsetType | None = UNSET

@@ -1,7 +1,6 @@
 """What a server's owner permits of its being carried elsewhere: whether it can be granted. Pure."""
 
 from nahtlos.model.errors import Refused
-from nahtlos.planner.estimate import POST_COPY_REFUSED
 
 LONGEST_BUDGET_MS = 600_000
 HIGHEST_PRIORITY = 100
@@ -18,15 +17,6 @@ def checked_budget(milliseconds: int | None) -> int:
             remedy=f"give 1 to {LONGEST_BUDGET_MS} milliseconds, or leave it out for none",
         )
     return milliseconds
-
-
-def check_post_copy(allowed: bool) -> None:
-    if allowed:
-        raise Refused(
-            POST_COPY_REFUSED,
-            field="allow_post_copy",
-            remedy="permit to slow it down instead: --allow-slowdown",
-        )
 
 
 def checked_priority(priority: int) -> int:

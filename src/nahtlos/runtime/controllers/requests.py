@@ -16,7 +16,7 @@ from nahtlos.model.nouns import USER_DATA_BYTES, Component, HostRole, HostSpec, 
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.planner.place import room_for
 from nahtlos.runtime.controllers.cloud import HostChange, JoinRequest, ServerRequest
-from nahtlos.runtime.controllers.consents import check_post_copy, checked_budget, checked_priority
+from nahtlos.runtime.controllers.consents import checked_budget, checked_priority
 from nahtlos.runtime.controllers.state import State
 
 MAX_VCPUS = 64
@@ -220,7 +220,6 @@ def server_of(
 ) -> tuple[ServerSpec, VolumeSpec]:
     """The server, and its system disk without a place."""
     name = ServerId(checked_name(request.name, "name"))
-    check_post_copy(request.allow_post_copy)
     volume = VolumeSpec(
         id=VolumeId(f"{name}-disk"),
         size_mib=request.volume_mib,
@@ -240,6 +239,7 @@ def server_of(
         user_data=_checked_user_data(request.user_data),
         blackout_budget_ms=checked_budget(request.blackout_budget_ms),
         allow_slowdown=request.allow_slowdown,
+        allow_post_copy=request.allow_post_copy,
         on_host_failure=request.on_host_failure,
         restart_priority=checked_priority(request.restart_priority),
     )

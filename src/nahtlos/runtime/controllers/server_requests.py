@@ -171,6 +171,7 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
         if change.blackout_budget_ms is UNSET
         else checked_budget(change.blackout_budget_ms),
         allow_slowdown=before.allow_slowdown if change.allow_slowdown is UNSET else change.allow_slowdown,
+        allow_post_copy=before.allow_post_copy if change.allow_post_copy is UNSET else change.allow_post_copy,
         on_host_failure=before.on_host_failure if change.on_host_failure is UNSET else change.on_host_failure,
         restart_priority=before.restart_priority
         if change.restart_priority is UNSET
@@ -194,6 +195,7 @@ def asked(change: ServerChange) -> str:
         "cpu_weight",
         "blackout_budget_ms",
         "allow_slowdown",
+        "allow_post_copy",
         "on_host_failure",
         "restart_priority",
     )

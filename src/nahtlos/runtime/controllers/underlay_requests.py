@@ -16,6 +16,7 @@ from nahtlos.runtime.controllers.network_requests import MIN_MTU, TUNNEL_BYTES, 
 from nahtlos.runtime.controllers.port_requests import MAX_RATE
 
 MIN_UNDERLAY_RATE = 10**6
+MOST_CHANNELS = 16
 
 
 def checked_underlay(asked: Underlay, networks: Mapping[NetworkId, NetworkSpec]) -> Underlay:
@@ -27,6 +28,12 @@ def checked_underlay(asked: Underlay, networks: Mapping[NetworkId, NetworkSpec])
         )
     larger = [n.id for n in networks.values() if asked.mtu and n.mtu > asked.mtu - TUNNEL_BYTES]
     in_use(f"more than the {asked.mtu - TUNNEL_BYTES} that are left", larger, "mtu", "make their MTU smaller")
+    if not 1 <= asked.move_channels <= MOST_CHANNELS:
+        raise Refused(
+            f"moves by {asked.move_channels} connections",
+            field="move_channels",
+            remedy=f"give 1 to {MOST_CHANNELS}, no more than hosts have processors to spare",
+        )
     if asked.shares is not None:
         _check_shares(asked.shares)
     return asked

@@ -91,6 +91,7 @@ def server_view(state: State, inventory: Inventory, report: PlanReport, server: 
         moving_to=move.destination if move and not move.in_place else None,
         blackout_budget_ms=row.spec.blackout_budget_ms,
         allow_slowdown=row.spec.allow_slowdown,
+        allow_post_copy=row.spec.allow_post_copy,
         dirty_rate=status.dirty_rate if status else None,
         display=row.spec.display,
         on_host_failure=row.spec.on_host_failure,

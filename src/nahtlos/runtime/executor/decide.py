@@ -108,7 +108,9 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
         destination_peer_port=destination.peer_port,
         bandwidth=share,
         boost=whole,
+        channels=world.topology.underlay.move_channels,
         slow_down=move.slow_down,
+        post_copy=move.post_copy,
     )
 
 
