@@ -289,9 +289,10 @@ class DestinationMove:
 
     async def _cannot_go_back(self) -> bool:
         """What may run here, and lacks memory, may run nowhere else any more."""
-        if self.journal.decision is not Decision.UNDECIDED:
+        undecided = self.journal.decision is Decision.UNDECIDED
+        if not undecided or not self._order.server.spec.allow_post_copy:
             return False
-        vmm = await self._observed()
+        vmm = await self._observed_if_it_answers()
         return vmm is not None and vmm.migrated and vmm.missing is not Missing.NOTHING
 
     async def _wait_anew(self) -> MoveRecovers:
