@@ -22,7 +22,7 @@ from nahtlos.model.nouns import HostRole
 from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.following import (
-    LOOK_SECONDS,
+    WATCH_SECONDS,
     Following,
     check_missed,
     ended_by_source,
@@ -130,7 +130,7 @@ class DestinationMove:
     def _patience(self) -> float:
         """Seconds of silence after which this host acts alone."""
         if self.journal.decision is Decision.COMMITTED:
-            return FINISH_GRACE_SECONDS if self._following is None else LOOK_SECONDS
+            return FINISH_GRACE_SECONDS if self._following is None else WATCH_SECONDS
         if self._path_is_back:
             return CLEAR_AGAIN_SECONDS
         return LOST_SECONDS if self._lost else SILENCE_SECONDS
@@ -401,6 +401,8 @@ class DestinationMove:
         self._context.changed()
 
     async def _note_what_follows(self) -> None:
+        if not self._order.server.spec.allow_post_copy:
+            return
         vmm = await self._observed_if_it_answers()
         if vmm is not None and vmm.missing is not Missing.NOTHING and self._following is None:
             self._following = Following(since=asyncio.get_running_loop().time())

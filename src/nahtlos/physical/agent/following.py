@@ -22,6 +22,9 @@ from nahtlos.wire.messages import MoveOrder, MoveRecover, MoveRecovers
 
 HANDED_OVER = (MigrationPhase.POST_COPY, MigrationPhase.CUT)
 LOOK_SECONDS = 0.05
+"""Of the source, at its stream."""
+WATCH_SECONDS = 0.2
+"""Of the destination, at what has come."""
 AGAIN_SECONDS = 0.5
 STALLED_SECONDS = 5.0
 """A stream by which nothing was sent for so long is taken up anew, whatever it is said to do."""
