@@ -57,7 +57,7 @@ async def missing(vmm: Vmm, state: str) -> Missing:
     if record is None or not record.post_copy or state == "inmigrate":
         return Missing.NOTHING
     word = str((await vmm.execute("query-migrate")).get("status", ""))
-    if word == CUT:
+    if word in (CUT, "failed"):
         return Missing.CUT
     if word in ARRIVED and word != "completed":
         return Missing.COMING
