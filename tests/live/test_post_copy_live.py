@@ -22,6 +22,7 @@ from nahtlos.lab.outside import GuestStatus, Outside
 from nahtlos.lab.paths import BuildPaths
 from nahtlos.lab.topology import set_link
 from nahtlos.model.blueprint import HostPhase, OperationRecord
+from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Size
 from nahtlos.model.prediction import Means
@@ -79,6 +80,16 @@ class Stage:
     async def answers(self) -> GuestStatus:
         await self._outside.until_up(self.ip, timeout=UP_SECONDS)
         return await self._outside.status(self.ip)
+
+    async def is_lost(self) -> bool:
+        told = [event for event in await self.client.events(0, 5000) if event.kind == "server.lost"]
+        return any("gone before all of its memory" in event.text for event in told)
+
+    async def has_booted_since(self, boot: str) -> bool:
+        try:
+            return (await self._outside.status(self.ip)).boot_id != boot
+        except Unavailable:
+            return False
 
     def cut_off(self, host: str, *, on: bool) -> None:
         set_link(self._topology, host, up=not on)
@@ -169,6 +180,6 @@ async def test_what_no_pre_copy_carries_is_handed_over_and_its_memory_follows() 
 
         record = await play.carried(source_lost)
         assert record.state == "done"
-        assert "gone before all of its memory" in record.result["lost"]
-        assert (await play.answers()).boot_id != boot
+        await until("the word that it is lost", play.is_lost, UP_SECONDS)
+        await until("its boot", lambda: play.has_booted_since(boot), UP_SECONDS)
         assert not play.monitors.overlaps(SERVER)
