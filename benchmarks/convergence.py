@@ -4,8 +4,8 @@ link capped at 128 MiB/s. A part of `make bench-moves`, too.
 Two hosts of a lab; the switch between them sends to each at most as fast as the cap, and the cloud is told so
 (`network underlay set`): a move has a share reserved, and takes all of the link if it would not end by that.
 Every server has a blackout budget. A move either ends within it, or is refused beforehand, by the rate that
-was measured and the prediction made of it; what was refused is then permitted to be slowed down, or its
-memory to follow it, and moved all the same. The first moves of each way teach the model; of all later ones
+was measured and the prediction made of it; what was refused is then permitted to be slowed down, and moved all
+the same. Of some servers the memory may follow them from the start. The first moves of each way teach the model; of all later ones
 what was predicted as they began is held against what was measured: the pause between the stop and the run,
 and the time from the order to the end.
 
@@ -45,7 +45,8 @@ from nahtlos.runtime.releases import list_releases
 CAP = 128 << 20
 """Bytes a second."""
 CASES = ("0", "40", "200", "400", "200-post-copy", "400-post-copy")
-"""MB a second, and what is permitted if it is refused beforehand: if nothing is named, to slow it down."""
+"""MB a second, and what is permitted from the start. What is refused beforehand is then slowed down."""
+POST_COPY = "post-copy"
 SHARES = UnderlayShares(bits_per_second=int(CAP * 8 * 0.97), control=10, moves=60, tenants=30)
 """Of what the cap lets through, so that queues are at the hosts, where they are divided."""
 CONTROL_SECONDS = 10.0
@@ -78,7 +79,6 @@ class Site:
     def __init__(self, datacentre: Datacentre, client: OperatorClient) -> None:
         assert datacentre.topology is not None
         self._datacentre = datacentre
-        self._consent = ""
         self._client = client
         self._database = datacentre.paths.node("ctl").state / "runtime.sqlite"
         self._namespace = datacentre.topology.node("client").namespace
@@ -103,9 +103,14 @@ class Site:
         return dropped(self._datacentre)
 
     async def run(self, case: str, moves: int, folder: Path) -> Outcome:
-        rate, self._consent = int(case.partition("-")[0]), case.partition("-")[2]
+        rate, consent = int(case.partition("-")[0]), case.partition("-")[2]
         server, outcome = ServerId(f"vm-{case}"), Outcome(series=Series())
-        request = ServerRequest(name=server, memory_mib=MEMORY_MIB, blackout_budget_ms=BUDGET_MS)
+        request = ServerRequest(
+            name=server,
+            memory_mib=MEMORY_MIB,
+            blackout_budget_ms=BUDGET_MS,
+            allow_post_copy=consent == POST_COPY,
+        )
         view = await self._client.create_server(request)
         await self._outside.until_up(view.ip, timeout=UP_SECONDS)
         await self._outside.set_load(view.ip, memory_mib=DIRTIED_MIB, memory_mb_per_s=rate)
@@ -146,11 +151,10 @@ class Site:
                 view = await self._client.server(server)
                 if view.host == there and view.moving_to is None:
                     break
-                permitted = view.allow_slowdown or view.allow_post_copy
-                if REFUSED in view.waits_for and not permitted:
+                if REFUSED in view.waits_for and not view.allow_slowdown:
                     outcome.refused += 1
                     print(f"  refused beforehand: {view.waits_for}", flush=True)
-                    await self._client.change_server(server, self._permission())
+                    await self._client.change_server(server, ServerChange(allow_slowdown=True))
                 await asyncio.sleep(0.1)
         outcome.ended += 1
         made = [r for r in self._records().values() if r.id not in before and r.subject == server]
@@ -158,11 +162,6 @@ class Site:
         outcome.seconds += [seconds_of(record) for record in made if record.state == "done"]
         for record in made:
             print(f"  {told(record)}", flush=True)
-
-    def _permission(self) -> ServerChange:
-        if self._consent:
-            return ServerChange(allow_post_copy=True)
-        return ServerChange(allow_slowdown=True)
 
     def _records(self) -> dict[str, OperationRecord]:
         """Of moves that have ended, oldest first."""
