@@ -4,10 +4,10 @@ link capped at 128 MiB/s. A part of `make bench-moves`, too.
 Two hosts of a lab; the switch between them sends to each at most as fast as the cap, and the cloud is told so
 (`network underlay set`): a move has a share reserved, and takes all of the link if it would not end by that.
 Every server has a blackout budget. A move either ends within it, or is refused beforehand, by the rate that
-was measured and the prediction made of it; what was refused is then permitted to be slowed down, and moved all
-the same. Of some servers the memory may follow them from the start. The first moves of each way teach the model; of all later ones
-what was predicted as they began is held against what was measured: the pause between the stop and the run,
-and the time from the order to the end.
+was measured and the prediction made of it; what was refused is then permitted to be slowed down, and moved
+all the same. Of some servers the memory may follow them from the start. The first moves of each way teach the
+model; of all later ones what was predicted as they began is held against what was measured: the pause
+between the stop and the run, and the time from the order to the end.
 
 `--undivided` leaves the hosts' interfaces alone: the cap then drops what comes when its queue is full,
 whoever sent it, which a control without moves shows (`--control`).
