@@ -82,7 +82,7 @@ class Stage:
         return await self._outside.status(self.ip)
 
     async def is_lost(self) -> bool:
-        told = [event for event in await self.client.events(0, 5000) if event.kind == "server.lost"]
+        told = [event for event in await self.client.events(0, 1000) if event.kind == "server.lost"]
         return any("gone before all of its memory" in event.text for event in told)
 
     async def has_booted_since(self, boot: str) -> bool:
