@@ -127,15 +127,31 @@ class LiveDisks:
 
     async def settled(self) -> bool:
         """A root that is opened anew as it is first waits until all its requests have ended, and flushes. One
-        that fails stops the guest."""
+        that fails stops the guest.
+
+        A flush fails, too, where a connection ended of which nobody asked anything since: a copy's daemon
+        ends it when it serves the volume otherwise, as behind its first snapshot. That costs nothing that was
+        acknowledged, and fresh ones are flushed instead."""
         graph = await graph_of(self._vmm)
         for disk in self._wanted:
             way = disks.way_of(graph, disk.root)
             if way is None or not disks.reaches(way, disk.keys):
                 return False
             if way.threshold is not None:
-                await self._reopen(disk, way.top)
+                await self._flush(disk, way.top)
         return await self._vmm.state() == "running" and await self.is_whole()
+
+    async def _flush(self, disk: Disk, top: str) -> None:
+        try:
+            await self._reopen(disk, top)
+        except Denied:
+            if await self._vmm.state() != "running":
+                raise
+            await self._lead(disk, await graph_of(self._vmm))
+            await self._clear_away()
+            way = disks.way_of(await graph_of(self._vmm), disk.root)
+            if way is not None:
+                await self._reopen(disk, way.top)
 
     async def _say(self, command: str, within: float = 5.0, /, **arguments: object) -> dict[str, object]:
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
