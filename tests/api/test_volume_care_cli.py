@@ -272,3 +272,25 @@ async def test_who_has_a_volume_is_shown(run: Run, scripted: ScriptedCloud) -> N
     view = shown(await run("volume show data --json"))
     assert (view["server_host"], view["copies"][0]["clients"]) == (H1, -1)
     assert [v.id for v in told(scripted, H2).volumes] == ["data"]
+
+
+async def test_what_cannot_be_made_is_given_up_at_once_and_told(run: Run, scripted: ScriptedCloud) -> None:
+    """A place that is none stays none. What may come right is tried again."""
+    await run("volume create data --size 64 --host host-1")
+    agent = scripted.agents[H1]
+    agent.refuse_volume_tasks = ErrorRecord(
+        kind="refused", message="the export is too small", field="target", remedy="make it larger"
+    )
+    refused = shown(await run("backup create b1 --volume data --to nbd://10.0.0.1/small --json", 2))["error"]
+    assert "given up: the export is too small" in refused["message"]
+    assert (refused["field"], refused["remedy"]) == ("target", "make it larger")
+    agent.fail_volume_tasks = 1
+    await run("backup create b1 --volume data --to /srv/b")
+    agent.refuse_volume_tasks = ErrorRecord(
+        kind="refused", message="its data are damaged", field="chain", remedy="restore another one"
+    )
+    refused = shown(await run("backup restore b1 again --json", 2))["error"]
+    assert "its data are damaged" in refused["message"] and refused["remedy"] == "restore another one"
+    agent.hold_volume_tasks = True
+    await run("backup restore b1 again --no-wait")
+    assert shown(await run("volume tasks --json"))[0]["makes"] == ["again"]

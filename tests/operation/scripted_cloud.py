@@ -160,6 +160,7 @@ class ScriptedAgent:
         self.party = f"host/{host}"
         self.protocols = (1, 1)
         self.version = __version__
+        self.capabilities: tuple[str, ...] = ("move", "data-places", "rebuild-in-use", "snapshot-move")
         self.epoch = 0
         self.config: HostConfig | None = None
         self.converges = True
@@ -225,7 +226,7 @@ class ScriptedAgent:
             protocol_min=self.protocols[0],
             protocol_max=self.protocols[1],
             agent_version=self.version,
-            capabilities=("move", "data-places"),
+            capabilities=self.capabilities,
             boot_id="boot",
             orchestrator_epoch=self.epoch,
         )

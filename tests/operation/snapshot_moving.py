@@ -4,6 +4,7 @@ volume, run in the simulated world with something going wrong. If they came, the
 The frame is that of `crash_plays`.
 """
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,12 +26,20 @@ SNAPSHOTS = {SnapshotId("old"): 3, SnapshotId("new"): 5}
 
 
 class SnapshotConductor(VolumeConductor):
-    """Tells the source to let go once it has heard that everything has come."""
+    """Has the volume left alone until it has heard of the end, and tells the source to let go then."""
+
+    pinned = False
+
+    def pin(self) -> None:
+        self.pinned = True
+        self._wake.set()
 
     def _content(self, host: HostId, last: HostConfig | None) -> HostConfig:
         content = super()._content(host, last)
         status = self.ended.get((OPERATION, TARGET))
-        if host != HOME or status is None or status.state is not OperationState.DONE:
+        if status is None:
+            return msgspec.structs.replace(content, pinned_volumes=(VOLUME,) if self.pinned else ())
+        if host != HOME or status.state is not OperationState.DONE:
             return content
         return msgspec.structs.replace(content, removed_snapshots=tuple(SNAPSHOTS))
 
@@ -53,6 +62,9 @@ class SnapshotMoving(Play):
         for name, writes in SNAPSHOTS.items():
             spec = SnapshotSpec(id=name, volume=VOLUME, size_mib=40)
             world.hosts[HOME].snapshots[name] = Snapshot(spec, writes)
+        conductor.pin()
+        await asyncio.sleep(0.1)
+        await world.until(conductor.converged, timeout=60, what="everybody knows what is pinned")
         self.begin()
         at = self.cloudlet.spec(HOME)
         conductor.order(

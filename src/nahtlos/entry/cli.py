@@ -38,8 +38,9 @@ class LabStatus(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[HostView, ...]
 
 
-def application() -> typer.Typer:
-    build = BuildPaths.default()
+def application(build: BuildPaths | None = None) -> typer.Typer:
+    """`build`: what labs are opened with; the checkout's if left out."""
+    build = build or BuildPaths.default()
     surroundings = _surroundings(build)
     app = build_app(surroundings)
     app.add_typer(_lab_commands(surroundings, build), name="lab")

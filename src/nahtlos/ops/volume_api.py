@@ -21,6 +21,7 @@ from nahtlos.runtime.controllers.volumes import (
     RelocationRequest,
     RestoreRequest,
     RevertRequest,
+    SnapshotMoveRequest,
     SnapshotRequest,
     TargetRequest,
     VolumeChange,
@@ -65,6 +66,13 @@ class VolumeRoutes:
         self._read("/snapshots", lambda: of().snapshots())
         self._read_one("/snapshots/{name}", lambda name: of().snapshot(SnapshotId(name)))
         self._make("/snapshots", SnapshotRequest, lambda asked: of().create_snapshots(asked), 202)
+        self._change(
+            "POST",
+            "/snapshots/{name}/move",
+            SnapshotMoveRequest,
+            lambda name, asked: of().move_snapshot(SnapshotId(name), asked),
+            202,
+        )
         self._remove("/snapshots/{name}", lambda name: of().delete_snapshot(SnapshotId(name)))
         self._change(
             "POST",

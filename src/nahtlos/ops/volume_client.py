@@ -15,6 +15,7 @@ from nahtlos.runtime.controllers.volumes import (
     RelocationRequest,
     RestoreRequest,
     RevertRequest,
+    SnapshotMoveRequest,
     SnapshotRequest,
     SnapshotView,
     TargetRequest,
@@ -71,6 +72,9 @@ class VolumeClient:
 
     async def create_snapshots(self, request: SnapshotRequest) -> tuple[SnapshotId, ...]:
         return await self._ask("POST", ("snapshots",), request, tuple[SnapshotId, ...])
+
+    async def move_snapshot(self, snapshot: SnapshotId, request: SnapshotMoveRequest) -> SnapshotView:
+        return await self._ask("POST", ("snapshots", snapshot, "move"), request, SnapshotView)
 
     async def delete_snapshot(self, snapshot: SnapshotId) -> None:
         await self._ask("DELETE", ("snapshots", snapshot), None, None)

@@ -1,14 +1,16 @@
 """Snapshots that leave a host that is drained: after its volumes, and to where those went.
 
 What a snapshot is made of rests on layers of its volume, and clones rest on snapshots. Only when every volume
-has left (a clone comes whole where it goes) is all of that at rest, and can be copied as it is.
+has left (a clone comes whole where it goes) is all of that at rest, and can be copied as it is. One that is
+asked for alone (see the requests) may go before: then its volume's layers are left as they are meanwhile.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from nahtlos.model.blueprint import WaitKind
+from nahtlos.model.blueprint import Policy, WaitKind
 from nahtlos.model.ids import HostId, VolumeId
+from nahtlos.model.inventory import Inventory
 from nahtlos.model.snapshot_places import left_over_snapshots, reported_snapshots, snapshots_on
 from nahtlos.model.storage import SnapshotSpec, StorageBackend
 from nahtlos.model.volume_work import SnapshotMove
@@ -32,7 +34,8 @@ def snapshots_to_leave(
 def _leaving(
     draft: Draft, host: HostId, volume: VolumeId, specs: list[SnapshotSpec]
 ) -> tuple[SnapshotMove, Decided | Unready]:
-    found = [(spec, _destination(draft, host, spec)) for spec in specs]
+    policy, seen = draft.policy, draft.observed.inventory
+    found = [(spec, place_for(policy, seen, host, spec)) for spec in specs]
     to = next((place for _, place in found if place is not None), None)
     work = SnapshotMove(
         volume=volume,
@@ -45,7 +48,7 @@ def _leaving(
     if draft.keeps_volumes(host):
         return work, Unready(work, WaitKind.MOVE, f"snapshots {names} leave {host} after its volumes")
     if to is None:
-        size = _mib(draft, host, specs[0])
+        size = mib_on(seen, host, specs[0])
         text = f"no host could take the snapshots {names} from {host} ({size} MiB and more)"
         return work, Unready(
             work, WaitKind.CAPACITY, text, "activate or add a host, or free space on one, or delete them"
@@ -53,9 +56,10 @@ def _leaving(
     return work, decided(draft, work, f"{host} is drained")
 
 
-def _destination(draft: Draft, host: HostId, spec: SnapshotSpec) -> HostId | None:
-    """Where its volume is, so that that can be reverted to it; else where a copy would go."""
-    policy, seen, size = draft.policy, draft.observed.inventory, _mib(draft, host, spec)
+def place_for(policy: Policy, seen: Inventory, host: HostId, spec: SnapshotSpec) -> HostId | None:
+    """For what `host` keeps of it: where its volume is, so that that can be reverted to it; else where a copy
+    would go."""
+    size = mib_on(seen, host, spec)
     volume = policy.volumes.get(spec.volume)
     homes = volume.current if volume is not None and volume.backend is StorageBackend.EMBEDDED else ()
     for home in homes:
@@ -66,9 +70,9 @@ def _destination(draft: Draft, host: HostId, spec: SnapshotSpec) -> HostId | Non
     return found[0] if found else None
 
 
-def _mib(draft: Draft, host: HostId, spec: SnapshotSpec) -> int:
+def mib_on(seen: Inventory, host: HostId, spec: SnapshotSpec) -> int:
     """What it takes there, as far as that is known."""
-    told = (s for s in reported_snapshots(draft.observed.inventory, host) if s.id == spec.id)
+    told = (s for s in reported_snapshots(seen, host) if s.id == spec.id)
     return next((-(-status.allocated_bytes // MIB) for status in told), spec.size_mib)
 
 

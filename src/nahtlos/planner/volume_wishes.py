@@ -57,7 +57,7 @@ def decided(draft: Draft, work: VolumeWork, reason: str, wish: str = "") -> Deci
         case BackingUp():
             found = _backup(draft, work)
         case SnapshotMove():
-            found = Decided(work, work.destination, (work.source, work.destination), "")
+            found = _snapshot_move(draft, work)
         case Restoring():
             found = Decided(work, work.volume.host, (work.volume.host,), "")
         case Scrubbing():
@@ -199,6 +199,15 @@ def _revert(draft: Draft, work: Reverting) -> Decided | Unready:
         text = f"{work.volume} is reverted once {server} is stopped"
         return Unready(work, WaitKind.MOVE, text, f"nahtlos server stop {server}, or cancel it")
     return Decided(work, able[0], (able[0],), "", epoch=volume.newest_epoch + 1)
+
+
+def _snapshot_move(draft: Draft, work: SnapshotMove) -> Decided | Unready:
+    for name in work.snapshots:
+        spec = draft.policy.snapshots.get(name)
+        if spec is None or work.source not in spec.hosts or work.destination in spec.hosts:
+            text = f"{work.source} does not keep {name} any more, or {work.destination} does already"
+            return Unready(work, WaitKind.OPERATOR, text, "cancel it")
+    return Decided(work, work.destination, (work.source, work.destination), "")
 
 
 def _backup(draft: Draft, work: BackingUp) -> Decided | Unready:

@@ -7,13 +7,14 @@ from rich.text import Text
 
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, HostId, ProjectId, VolumeId
+from nahtlos.model.inventory import OperationKind
 from nahtlos.model.storage import Consistency, StorageBackend
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
 from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Consistent, Deadline, Wait, copied, standing
 from nahtlos.ops.cli.settled import Project
-from nahtlos.ops.cli.snapshots import wait_for_tasks
+from nahtlos.ops.cli.snapshots import given_up, wait_for_tasks
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.volumes import BackupRequest, RestoreRequest, TargetRequest, TaskView
 
@@ -70,7 +71,9 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
             made = await client.volumes.create_backup(asked)
             if wait:
                 await wait_for_tasks(cli, client, f"{volume} is backed up", deadline, (name,))
-                view = await client.volumes.backup(made)
+                view = next((v for v in await client.volumes.backups() if v.spec.id == made), None)
+                if view is None:
+                    raise await given_up(client, f"backup {name}", volume, OperationKind.BACKUP)
                 cli.show(view, pictures.backups((view,)))
                 return
         cli.show({"id": made}, Text(f"backup {name} is wished"))
@@ -99,6 +102,8 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
             made = await client.volumes.restore_backup(BackupId(backup), asked)
             if wait:
                 await wait_for_tasks(cli, client, f"{name} is restored", deadline, (name,))
+                if made not in {v.spec.id for v in await client.volumes.volumes()}:
+                    raise await given_up(client, f"volume {name}", name, OperationKind.BACKUP)
                 view = await client.volumes.volume(made)
                 cli.show(view, pictures.volume(view))
                 return

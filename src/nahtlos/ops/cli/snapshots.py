@@ -6,17 +6,20 @@ import typer
 from rich.text import Text
 
 from nahtlos.model.errors import Conflict, NotFound
-from nahtlos.model.ids import ProjectId, SnapshotId, VolumeId
+from nahtlos.model.ids import HostId, ProjectId, SnapshotId, VolumeId
+from nahtlos.model.inventory import OperationKind
 from nahtlos.model.storage import Consistency
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
-from nahtlos.ops.cli.copying import DEADLINE, Consistent, Deadline, Wait, copied, standing
+from nahtlos.ops.cli.copying import COPY_DEADLINE, DEADLINE, Consistent, Deadline, Wait, copied, standing
 from nahtlos.ops.cli.settled import Project
+from nahtlos.ops.cli.volume_care import snapshot_elsewhere
 from nahtlos.ops.cli.waiting import wait_until
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.volumes import (
     ExportRequest,
+    SnapshotMoveRequest,
     SnapshotRequest,
     SnapshotView,
     TaskView,
@@ -69,7 +72,7 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
                 await wait_for_tasks(cli, client, f"snapshot {name} is taken", deadline, names)
             views = tuple(v for v in await client.volumes.snapshots() if v.spec.id in names)
         if wait and len(views) < len(names):
-            raise not_made(f"snapshot {name}")
+            raise await given_up(client, f"snapshot {name}", volume[0], OperationKind.SNAPSHOT)
         cli.show(views if wait else {"snapshots": names}, pictures.snapshots(views))
 
     @command(app, "clone", surroundings)
@@ -104,6 +107,25 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
                     deadline=deadline,
                 )
         cli.show(view, pictures.volume(view))
+
+    @command(app, "move", surroundings)
+    async def move(  # pyright: ignore[reportUnusedFunction]
+        cli: Cli,
+        snapshot: Snapshot,
+        to: Annotated[str | None, typer.Option(help="A host; chosen if left out.")] = None,
+        copy: Annotated[str | None, typer.Option(help="Of several hosts, the one it leaves.")] = None,
+        bandwidth: Annotated[str, typer.Option(help="Bytes per second at most, as 50M.")] = "none",
+        wait: Wait = True,
+        deadline: Deadline = COPY_DEADLINE,
+    ) -> None:
+        """Bring a snapshot to another host, while its volume is used. Its exports go with it."""
+        asked = SnapshotMoveRequest(
+            to=HostId(to) if to else None,
+            copy=HostId(copy) if copy else None,
+            bytes_per_second=amounts.octets(bandwidth, "bandwidth"),
+        )
+        async with cli.client() as client:
+            await snapshot_elsewhere(cli, client, SnapshotId(snapshot), asked, wait, deadline)
 
     @command(app, "delete", surroundings)
     async def delete(cli: Cli, snapshot: Snapshot, wait: Wait = True, deadline: Deadline = DEADLINE) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -143,9 +165,17 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
     return app
 
 
-def not_made(what: str) -> Conflict:
-    """Nothing makes it any more, and it is not there."""
-    return Conflict(f"{what} was given up", field="name", remedy="nahtlos operation list says why")
+async def given_up(client: OperatorClient, what: str, subject: str, kind: OperationKind) -> Conflict:
+    """Nothing makes it any more, and it is not there. Why, its newest operation says."""
+    ended = await client.volumes.care.operations(subject=subject, kind=kind.value, limit=1)
+    error = ended[0].record.error if ended else None
+    if error is None:
+        return Conflict(f"{what} was given up", field="name", remedy="nahtlos operation list says why")
+    return Conflict(
+        f"{what} was given up: {error.message}",
+        field=error.field or "name",
+        remedy=error.remedy or "put that right, then ask for it again",
+    )
 
 
 async def wait_for_tasks(

@@ -1,4 +1,5 @@
-"""`nahtlos volume scrub|rebuild|set-speed`, and what a snapshot's file is waited for by."""
+"""`nahtlos volume scrub|rebuild|set-speed`, and what is waited for by when a snapshot becomes a file, or goes
+elsewhere."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -19,6 +20,7 @@ from nahtlos.runtime.controllers.volumes import (
     RebuildRequest,
     ScrubRequest,
     SnapshotFileRequest,
+    SnapshotMoveRequest,
     SpeedRequest,
     VolumeView,
 )
@@ -80,7 +82,7 @@ def care_commands(app: typer.Typer, surroundings: Surroundings) -> None:
         volume: Volume,
         bandwidth: Annotated[str, typer.Argument(metavar="RATE", help="Bytes per second, as 50M, or none.")],
     ) -> None:
-        """Make a relocation faster or slower, while it runs."""
+        """Make a relocation, or the move of a snapshot, faster or slower while it runs."""
         asked = SpeedRequest(bytes_per_second=amounts.octets(bandwidth, "bandwidth"))
         async with cli.client() as client:
             view = await client.volumes.care.set_speed(VolumeId(volume), asked)
@@ -96,16 +98,39 @@ async def snapshot_to_file(
     deadline: float,
 ) -> None:
     """Shows the operation that has written it, with the checksum."""
-    volume = (await client.volumes.snapshot(snapshot)).spec.volume
-    before = _ids(await client.volumes.volume(volume))
+    before = await _of_snapshot(client, snapshot)
     shown = await client.volumes.care.write_snapshot(snapshot, asked)
     if not wait:
         cli.show(shown, pictures.snapshot(shown))
         return
     kind, what = OperationKind.SNAPSHOT_FILE, f"{snapshot} is written to {asked.file}"
-    view = await _without(cli, client, await client.volumes.volume(volume), kind, what, deadline)
-    ended = _newest(view, kind, before)
+    view = await _without(cli, client, before, kind, what, deadline)
+    ended = _newest(view, kind, _ids(before))
     cli.show(ended, pictures.operation(ended))
+
+
+async def snapshot_elsewhere(
+    cli: Cli,
+    client: OperatorClient,
+    snapshot: SnapshotId,
+    asked: SnapshotMoveRequest,
+    wait: bool,
+    deadline: float,
+) -> None:
+    """Shows the snapshot where it is then."""
+    before = await _of_snapshot(client, snapshot)
+    shown = await client.volumes.move_snapshot(snapshot, asked)
+    if wait:
+        kind, what = OperationKind.SNAPSHOT_MOVE, f"{snapshot} is brought to another host"
+        view = await _without(cli, client, before, kind, what, deadline)
+        _newest(view, kind, _ids(before))
+        shown = await client.volumes.snapshot(snapshot)
+    cli.show(shown, pictures.snapshot(shown))
+
+
+async def _of_snapshot(client: OperatorClient, snapshot: SnapshotId) -> VolumeView:
+    """The volume it is of, with what has ended of that so far."""
+    return await client.volumes.volume((await client.volumes.snapshot(snapshot)).spec.volume)
 
 
 def _ids(view: VolumeView) -> set[str]:

@@ -387,6 +387,8 @@ class Agent:
                 "power",
                 "display",
                 "data-places",
+                "rebuild-in-use",
+                "snapshot-move",
             ),
             boot_id=self._boot_id,
             orchestrator_epoch=self._context.ledger.orchestrator_epoch(),

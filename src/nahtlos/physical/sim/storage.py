@@ -48,6 +48,7 @@ class SimStorage(SimDriver):
         async with self.verb("reconcile"):
             found = [text for spec in volumes for text in self._made(spec)]
             found += [text for volume in removed for text in self._removed(volume)]
+            self._sweep_offers(desired.pinned)
             for snapshot in desired.removed_snapshots:
                 found += self._snapshot_removed(snapshot)
             if desired.release is not None and desired.release != self.host.storage_release:
@@ -175,6 +176,10 @@ class SimStorage(SimDriver):
         async with self.verb("end_offer", volume):
             here = self.host.snapshots
             self.host.offered = {s for s in self.host.offered if s in here and here[s].spec.volume != volume}
+
+    def _sweep_offers(self, pinned: frozenset[VolumeId]) -> None:
+        here = self.host.snapshots
+        self.host.offered = {s for s in self.host.offered if s in here and here[s].spec.volume in pinned}
 
     async def fetch_snapshots(
         self, fetch: SnapshotFetch, offer: SnapshotOffer, *, speed: Speed, on_copied: OnCopied

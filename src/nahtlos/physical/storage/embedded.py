@@ -130,8 +130,7 @@ class EmbeddedStorage:
             if volume.id not in records:
                 await attempt.one(self._lifecycle.create(volume, bundle))
         await self.serving.define()
-        for volume in going:
-            await attempt.to(self._offers.end(volume))
+        await attempt.to(self._offers.sweep(desired.pinned))
         bare = [volume for volume in going if not records[volume].snapshots]  # such as clones of the others
         for volume in bare:
             await attempt.one(self._lifecycle.delete(volume))

@@ -8,7 +8,7 @@ merge. Never decides what may go: whoever drops a layer ends its offer first.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from nahtlos.model.errors import NotFound, Unavailable
 from nahtlos.model.ids import SnapshotId, VolumeId
@@ -48,8 +48,18 @@ class Offers:
 
     async def end(self, volume: VolumeId) -> None:
         """A node of a file that is gone would keep its blocks, and show them by the name of the next one."""
+        await self._end(lambda of: of == volume)
+
+    async def sweep(self, pinned: Collection[VolumeId]) -> None:
+        """What is offered of volumes of which no operation runs: whoever made the offer was not heard of
+        again."""
+        if await self._daemon.pid() is not None:
+            await self._end(lambda of: of not in pinned)
+
+    async def _end(self, meant: Callable[[str], bool]) -> None:
         for identity, node in (await self._daemon.export_nodes()).items():
-            if identity.startswith(f"offer.{volume}."):
+            kind, _, rest = identity.partition(".")
+            if kind == "offer" and meant(rest.partition(".")[0]):
                 await self._daemon.withdraw(identity)
                 await self._daemon.remove_nodes((node,))
 

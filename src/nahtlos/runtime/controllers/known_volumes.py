@@ -4,9 +4,9 @@ field and the remedy."""
 from collections.abc import Mapping
 
 from nahtlos.model.errors import Conflict, NotFound
-from nahtlos.model.ids import ServerId, VolumeId
+from nahtlos.model.ids import ServerId, SnapshotId, VolumeId
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.model.volume_work import VolumeWish, new_names, volumes_of, words
+from nahtlos.model.volume_work import SnapshotMove, VolumeWish, VolumeWork, new_names, volumes_of, words
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.state import State
 
@@ -33,16 +33,33 @@ def is_system_disk(state: State, volume: VolumeId) -> bool:
 
 def check_idle(state: State, volume: VolumeId) -> None:
     """Conflict while an operation of it runs or is wished."""
-    running = state.blueprint.volume_tasks if state.blueprint else ()
-    works = [(str(t.id), t.work) for t in running if t.id not in state.volume_ends]
-    works += [(wish.id, wish.work) for wish in state.kept.wishes]
-    for name, work in works:
+    for name, work in _under_way(state):
         if volume in volumes_of(work):
             raise Conflict(
                 f"{volume} is in use by {name} ({words(work)})",
                 field="volume",
                 remedy=f"wait until it has ended, or: nahtlos volume cancel {volume}",
             )
+
+
+def check_stays(state: State, snapshot: SnapshotId) -> None:
+    """Conflict while it is on its way to another host: nobody could rest on it where it was."""
+    for name, work in _under_way(state):
+        if isinstance(work, SnapshotMove) and snapshot in work.snapshots:
+            raise Conflict(
+                f"{snapshot} is on its way to {work.destination} ({name})",
+                field="snapshot",
+                remedy="wait until it is there: nahtlos volume tasks --watch",
+            )
+
+
+def _under_way(state: State) -> list[tuple[str, VolumeWork]]:
+    """What runs or is wished, by the name of the operation or of the wish."""
+    running = state.blueprint.volume_tasks if state.blueprint else ()
+    works: list[tuple[str, VolumeWork]] = [
+        (str(task.id), task.work) for task in running if task.id not in state.volume_ends
+    ]
+    return works + [(wish.id, wish.work) for wish in state.kept.wishes]
 
 
 def wishes_of(state: State, volume: VolumeId) -> tuple[VolumeWish, ...]:

@@ -7,7 +7,7 @@ what is decided.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +31,8 @@ class Reported(Protocol):
     def connected(self) -> frozenset[HostId]: ...
 
     changes: int
+
+    def lacking(self, capability: str, hosts: Iterable[HostId]) -> tuple[HostId, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,10 @@ class Looks:
     @property
     def connected(self) -> frozenset[HostId]:
         return self._reported.connected
+
+    def lacking(self, capability: str, hosts: Iterable[HostId]) -> tuple[HostId, ...]:
+        """Those of `hosts` whose agent is connected, of an older release, and does not have it."""
+        return self._reported.lacking(capability, hosts)
 
     def wall(self) -> float:
         """The store's clock, seconds."""

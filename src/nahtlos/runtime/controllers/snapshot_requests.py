@@ -21,6 +21,7 @@ from nahtlos.model.volume_work import (
     Restoring,
     Reverting,
     SnapshotGroup,
+    SnapshotMove,
     VolumeWish,
     WritingFile,
 )
@@ -105,7 +106,8 @@ def check_snapshot_deletable(state: State, snapshot: SnapshotId) -> SnapshotSpec
         "delete these clones, or relocate them, which makes them whole: nahtlos volume relocate",
     )
     for wish in state.kept.wishes:
-        if isinstance(wish.work, Reverting | WritingFile) and wish.work.snapshot == snapshot:
+        used = isinstance(wish.work, Reverting | WritingFile) and wish.work.snapshot == snapshot
+        if used or (isinstance(wish.work, SnapshotMove) and snapshot in wish.work.snapshots):
             check_idle(state, spec.volume)
     return spec
 
@@ -142,6 +144,12 @@ def reverting(
             field="volume",
             remedy=f"let it be stopped for that: nahtlos volume revert {volume} {snapshot} --stop; or clone "
             f"the snapshot: nahtlos snapshot clone {snapshot} NAME",
+        )
+    if held.backend is StorageBackend.EMBEDDED and held.current and not set(held.current) & set(spec.hosts):
+        raise Conflict(
+            f"{snapshot} is kept on {listed(spec.hosts)}, where {volume} has no current copy",
+            field="snapshot",
+            remedy=f"nahtlos snapshot move {snapshot} --to {held.current[0]} first",
         )
     check_idle(state, volume)
     return Reverting(volume=volume, snapshot=snapshot)

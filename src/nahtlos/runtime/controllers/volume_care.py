@@ -1,12 +1,23 @@
 """Whether what there is of volumes can be examined, mended, paced and written out as it is asked for. Pure;
 every refusal names the field and the remedy."""
 
+import msgspec
+
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, SnapshotId, VolumeId
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.power import PowerState
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
-from nahtlos.model.volume_work import BackingUp, Relocation, Scrubbing, WritingFile, volumes_of, words
-from nahtlos.runtime.controllers.known_volumes import check_idle, known_volume
+from nahtlos.model.volume_work import (
+    BackingUp,
+    Relocation,
+    Scrubbing,
+    SnapshotMove,
+    WritingFile,
+    volumes_of,
+    words,
+)
+from nahtlos.runtime.controllers.known_volumes import check_idle, holder_of, known_volume
 from nahtlos.runtime.controllers.requests import listed
 from nahtlos.runtime.controllers.snapshot_requests import known_snapshot
 from nahtlos.runtime.controllers.state import State
@@ -83,6 +94,19 @@ def copy_to_rebuild(state: State, inventory: Inventory, volume: VolumeId, reques
     return host
 
 
+def check_leaves_first(state: State, volume: VolumeId, lacking: tuple[HostId, ...]) -> None:
+    """A copy that is made anew is shut to its server. `lacking`: hosts of copies whose agents do not lead the
+    server away from it first."""
+    holder = holder_of(state, volume)
+    if not lacking or holder is None or state.servers[holder].spec.power.state is not PowerState.ON:
+        return
+    raise Refused(
+        f"agents of an older release would shut {volume} to {holder}, which runs: {listed(lacking)}",
+        field="volume",
+        remedy=f"upgrade them first, or stop it meanwhile: nahtlos server stop {holder}",
+    )
+
+
 def _in_trouble(inventory: Inventory, spec: VolumeSpec) -> HostId:
     found = [
         host
@@ -100,22 +124,14 @@ def _in_trouble(inventory: Inventory, spec: VolumeSpec) -> HostId:
     )
 
 
-def paced(state: State, volume: VolumeId, request: SpeedRequest) -> tuple[str, Relocation]:
+def paced(state: State, volume: VolumeId, request: SpeedRequest) -> tuple[str, Relocation | SnapshotMove]:
     """The wish, and how it reads then."""
     known_volume(state, volume)
     rate = checked_rate(request.bytes_per_second)
     wished = [w for w in state.kept.wishes if volume in volumes_of(w.work) and not w.cancelled]
     for wish in wished:
-        work = wish.work
-        if isinstance(work, Relocation):
-            return wish.id, Relocation(
-                volume=work.volume,
-                source=work.source,
-                destination=work.destination,
-                backend=work.backend,
-                format=work.format,
-                bytes_per_second=rate,
-            )
+        if isinstance(wish.work, Relocation | SnapshotMove):
+            return wish.id, msgspec.structs.replace(wish.work, bytes_per_second=rate)
     if any(isinstance(wish.work, BackingUp) for wish in wished):
         raise Conflict(
             f"a backup of {volume} keeps the pace it was asked for with",
@@ -131,7 +147,11 @@ def paced(state: State, volume: VolumeId, request: SpeedRequest) -> tuple[str, R
             field="volume",
             remedy="nahtlos volume settings --rebuild RATE holds for those that run, too",
         )
-    raise Conflict(f"{volume} is not relocated", field="volume", remedy="nothing is to be done")
+    raise Conflict(
+        f"neither {volume} nor a snapshot of it goes elsewhere",
+        field="volume",
+        remedy="nothing is to be done",
+    )
 
 
 def writing(state: State, snapshot: SnapshotId, request: SnapshotFileRequest) -> WritingFile:

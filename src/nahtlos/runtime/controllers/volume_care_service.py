@@ -5,12 +5,13 @@ operations. As `volume_service`: reads the state, checks the request, writes int
 from collections.abc import Awaitable, Callable
 
 from nahtlos.model.errors import NotFound, Refused
-from nahtlos.model.ids import ImageId, OperationId, SnapshotId, VolumeId
+from nahtlos.model.ids import HostId, ImageId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.volume_work import words
 from nahtlos.runtime.controllers import volume_care, volume_views
 from nahtlos.runtime.controllers.catalogues import ImageCatalog
 from nahtlos.runtime.controllers.look import Looks
 from nahtlos.runtime.controllers.requests import listed
+from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volumes import (
     FileView,
     ImageFileRequest,
@@ -49,7 +50,10 @@ class VolumeCareService:
 
     async def scrub(self, volume: VolumeId, request: ScrubRequest) -> VolumeView:
         async with self._looks.changing() as tx:
-            work = volume_care.scrubbing(await self._looks.state(tx), volume, request)
+            state = await self._looks.state(tx)
+            work = volume_care.scrubbing(state, volume, request)
+            if request.repair:
+                volume_care.check_leaves_first(state, volume, self._shutting(state, volume))
             await rows.add_wish(tx, work, self._looks.wall())
         self._said("volume.scrub", volume, f"copies of {volume} are to be compared")
         return await self._view(volume)
@@ -59,9 +63,14 @@ class VolumeCareService:
             state = await self._looks.state(tx)
             inventory = state.inventory(self._looks.connected)
             host = volume_care.copy_to_rebuild(state, inventory, volume, request)
+            volume_care.check_leaves_first(state, volume, self._shutting(state, volume))
             await rows.lose_copy(tx, volume, host)
         self._said("volume.rebuild", volume, f"the copy of {volume} on {host} is to be made anew")
         return await self._view(volume)
+
+    def _shutting(self, state: State, volume: VolumeId) -> tuple[HostId, ...]:
+        """Any of its current copies' hosts may come to coordinate it."""
+        return self._looks.lacking("rebuild-in-use", state.volumes[volume].spec.current)
 
     async def set_speed(self, volume: VolumeId, request: SpeedRequest) -> VolumeView:
         async with self._looks.changing() as tx:

@@ -70,7 +70,12 @@ class EndedTask:
         refused = error is not None and error.kind in (Refused.kind, Conflict.kind, NotFound.kind)
         work = self.task.work
         strict = isinstance(work, SnapshotGroup | BackingUp) and work.consistency is Consistency.FILESYSTEM
-        return not self.done and refused and (strict or isinstance(work, WritingFile | DeletingBackup))
+        strict |= isinstance(work, BackingUp) and error is not None and error.field in ("target", "backup")
+        return (
+            not self.done
+            and refused
+            and (strict or isinstance(work, Restoring | SnapshotMove | WritingFile | DeletingBackup))
+        )
 
 
 async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDraft:

@@ -17,6 +17,7 @@ from nahtlos.runtime.controllers.attachment_requests import check_not_suspended
 from nahtlos.runtime.controllers.known_volumes import (
     check_idle,
     check_name_free,
+    check_stays,
     holder_of,
     is_system_disk,
     known_volume,
@@ -90,6 +91,7 @@ def _size_and_parent(
             raise NotFound(
                 f"no snapshot '{request.snapshot}'", field="snapshot", remedy=f"snapshots: {listed(known)}"
             )
+        check_stays(state, request.snapshot)
         least, what = row.spec.size_mib, f"snapshot {request.snapshot}"
         parent = state.volumes[row.spec.volume].spec if row.spec.volume in state.volumes else None
     if not request.size_mib and request.image is None and request.snapshot is None:

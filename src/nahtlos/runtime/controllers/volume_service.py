@@ -23,6 +23,7 @@ from nahtlos.runtime.controllers import (
     attachment_requests,
     known_volumes,
     power_requests,
+    snapshot_moves,
     snapshot_requests,
     volume_requests,
     volume_settings,
@@ -48,6 +49,7 @@ from nahtlos.runtime.controllers.volumes import (
     RelocationRequest,
     RestoreRequest,
     RevertRequest,
+    SnapshotMoveRequest,
     SnapshotRequest,
     SnapshotView,
     TargetRequest,
@@ -234,6 +236,15 @@ class VolumeService:
             await self._wish(change, work)
         self._said("snapshot.wished", request.name, f"{words(work)} of {listed(request.volumes)}")
         return tuple(snapshot.id for snapshot in work.snapshots)
+
+    async def move_snapshot(self, snapshot: SnapshotId, request: SnapshotMoveRequest) -> SnapshotView:
+        async with self._changing() as change:
+            work = snapshot_moves.moving(change.state, change.inventory, snapshot, request)
+            concerned = (work.source, work.destination)
+            snapshot_moves.check_understood(self._looks.lacking("snapshot-move", concerned))
+            await self._wish(change, work)
+        self._said("snapshot.move", snapshot, f"{snapshot} is wanted elsewhere: {words(work)}")
+        return await self.snapshot(snapshot)
 
     async def delete_snapshot(self, snapshot: SnapshotId) -> None:
         async with self._changing() as change:

@@ -92,6 +92,15 @@ class SnapshotRequest(Value, frozen=True, kw_only=True):
     consistency: Consistency = Consistency.CRASH
 
 
+class SnapshotMoveRequest(Value, frozen=True, kw_only=True):
+    to: HostId | None = None
+    """None: chosen."""
+    copy: HostId | None = None
+    """Of several hosts that keep it, the one it leaves."""
+    bytes_per_second: int = 0
+    """0: no limit."""
+
+
 class ExportRequest(Value, frozen=True, kw_only=True):
     seconds: int = 3600
 
@@ -303,7 +312,7 @@ class VolumeCare(Protocol):
         ...
 
     async def set_speed(self, volume: VolumeId, request: SpeedRequest) -> VolumeView:
-        """Of the relocation that was asked for, also while it runs."""
+        """Of the relocation, or the move of a snapshot, that was asked for, also while it runs."""
         ...
 
     async def write_snapshot(self, snapshot: SnapshotId, request: SnapshotFileRequest) -> SnapshotView: ...
@@ -343,6 +352,10 @@ class Volumes(Protocol):
     async def snapshot(self, snapshot: SnapshotId) -> SnapshotView: ...
     async def create_snapshots(self, request: SnapshotRequest) -> tuple[SnapshotId, ...]:
         """Their names; they are there once the operation has ended."""
+        ...
+
+    async def move_snapshot(self, snapshot: SnapshotId, request: SnapshotMoveRequest) -> SnapshotView:
+        """As it is before; it goes once the operation has ended."""
         ...
 
     async def delete_snapshot(self, snapshot: SnapshotId) -> None: ...

@@ -72,11 +72,11 @@ def speeds(world: World, host: HostId) -> tuple[SetCopySpeed, ...]:
     for task in world.blueprint.volume_tasks:
         if task.coordinator != host or not world.is_running(host, task.id):
             continue
-        if not isinstance(task.work, Relocation | Rebuilding):
+        if not isinstance(task.work, Relocation | Rebuilding | SnapshotMove):
             continue
         asked = wished.get(task.wish)
         rate = world.policy.rebuild_bytes_per_second
-        if isinstance(asked, Relocation):
+        if isinstance(asked, Relocation | SnapshotMove):
             rate = asked.bytes_per_second
         found.append(SetCopySpeed(id=task.id, bytes_per_second=rate))
     return tuple(found)
