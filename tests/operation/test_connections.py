@@ -2,14 +2,12 @@
 move to a host that cannot take it up. That it survives every fault is in `test_move`, whose server is behind
 a strict firewall, too."""
 
-import msgspec
 from crash_plays import Strike
 from moving import DESTINATION, MAC, SERVER, SOURCE, Run, frames
+from older_release import before
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
-from nahtlos.wire.messages import Envelope
-from nahtlos.wire.transport import Channel, Listener, OnChannel, Transport
 
 A, B = f"host/{SOURCE}", f"host/{DESTINATION}"
 
@@ -79,48 +77,11 @@ def test_a_move_that_was_undone_is_as_if_it_had_never_begun() -> None:
 # --- a neighbouring release --------------------------------------------------------------------------
 
 
-class _Older:
-    """An agent of a release that has never heard of `MoveState`."""
-
-    def __init__(self, inner: Transport) -> None:
-        self._inner = inner
-
-    async def dial(self, address: str, port: int, *, expect: str, timeout: float) -> Channel:
-        return await self._inner.dial(address, port, expect=expect, timeout=timeout)
-
-    async def listen(self, address: str, port: int, on_channel: OnChannel) -> Listener:
-        async def on_dressed(channel: Channel) -> None:
-            await on_channel(_OlderChannel(channel))
-
-        return await self._inner.listen(address, port, on_dressed)
-
-
-class _OlderChannel:
-    def __init__(self, inner: Channel) -> None:
-        self._inner = inner
-
-    @property
-    def peer(self) -> str:
-        return self._inner.peer
-
-    async def send(self, frame: bytes) -> None:
-        await self._inner.send(frame)
-
-    async def receive(self) -> bytes:
-        envelope = msgspec.msgpack.decode(await self._inner.receive(), type=Envelope)
-        body = msgspec.msgpack.decode(envelope.body)
-        body.pop("states", None)
-        if body["type"] == "MoveState":
-            body["type"] = "ThoughtOfTomorrow"
-        raw = msgspec.Raw(msgspec.msgpack.encode(body))
-        return msgspec.msgpack.encode(msgspec.structs.replace(envelope, body=raw))
-
-    async def close(self) -> None:
-        await self._inner.close()
+OLDER = before("MoveState", fields=("states",))
 
 
 def test_a_destination_that_does_not_know_of_it_is_refused_before_the_switch() -> None:
-    run = Run(dress={DESTINATION: _Older}).play()
+    run = Run(dress={DESTINATION: OLDER}).play()
     assert not run.problems
     assert run.status is not None and run.status.state is OperationState.UNDONE
     error = run.status.error
@@ -133,6 +94,6 @@ def test_a_destination_that_does_not_know_of_it_is_refused_before_the_switch() -
 
 
 def test_a_server_without_groups_moves_to_it_all_the_same() -> None:
-    run = Run(guarded=False, dress={DESTINATION: _Older}).play()
+    run = Run(guarded=False, dress={DESTINATION: OLDER}).play()
     assert not run.problems
     assert run.status is not None and run.status.state is OperationState.DONE

@@ -11,17 +11,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import pytest
 from crash_plays import agents_of, conducted, memory
+from older_release import before
 
 from nahtlos.model.ids import HostId, OperationId, ServerId
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.agents import AgentProcess, Dress
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import Cloudlet, Conductor, server_spec
-from nahtlos.wire.messages import Envelope, MoveOrder
-from nahtlos.wire.transport import Channel, Listener, OnChannel, Transport
+from nahtlos.wire.messages import MoveOrder
 
 SEEDS = int(os.environ.get("NAHTLOS_STORMS", "2"))
 HOSTS = [HostId(f"host-{n}") for n in (1, 2, 3)]
@@ -162,51 +161,6 @@ def test_no_turn_is_lost_with_an_agent_that_dies(seed: int) -> None:
 
 
 def test_beside_an_agent_that_knows_of_no_turns() -> None:
-    run = Crossing(3, dress={HOSTS[1]: _Older}).play()
+    run = Crossing(3, dress={HOSTS[1]: before("MoveTurn", "MoveTurnBack")}).play()
     assert run.problems == []
     assert run.undone == 0
-
-
-# --- an agent of an older release ----------------------------------------------------------------------
-
-_envelope = msgspec.msgpack.Decoder(Envelope)
-
-
-class _Older:
-    """What the agent hears of turns is a message it cannot understand."""
-
-    def __init__(self, inner: Transport) -> None:
-        self._inner = inner
-
-    async def dial(self, address: str, port: int, *, expect: str, timeout: float) -> Channel:
-        return _OlderChannel(await self._inner.dial(address, port, expect=expect, timeout=timeout))
-
-    async def listen(self, address: str, port: int, on_channel: OnChannel) -> Listener:
-        async def on_older(channel: Channel) -> None:
-            await on_channel(_OlderChannel(channel))
-
-        return await self._inner.listen(address, port, on_older)
-
-
-class _OlderChannel:
-    def __init__(self, inner: Channel) -> None:
-        self._inner = inner
-
-    @property
-    def peer(self) -> str:
-        return self._inner.peer
-
-    async def send(self, frame: bytes) -> None:
-        await self._inner.send(frame)
-
-    async def receive(self) -> bytes:
-        frame = await self._inner.receive()
-        envelope = _envelope.decode(frame)
-        body = msgspec.msgpack.decode(envelope.body)
-        if body["type"] in ("MoveTurn", "MoveTurnBack"):
-            unknown = msgspec.Raw(msgspec.msgpack.encode({**body, "type": "ThoughtOfTomorrow"}))
-            return msgspec.msgpack.encode(msgspec.structs.replace(envelope, body=unknown))
-        return frame
-
-    async def close(self) -> None:
-        await self._inner.close()
