@@ -7,6 +7,7 @@ The writer checks itself (see `storage_load.c`): every event must leave 0 errors
 import asyncio
 import contextlib
 import statistics
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
@@ -16,10 +17,12 @@ from benchmarks.storage_copies import EPOCH_WRITE, Copies
 from benchmarks.storage_relocation import relocated
 from benchmarks.storage_site import Disk, Host, Load, Offered, Site, remote
 from nahtlos.model.ids import SnapshotId
-from nahtlos.model.storage import SnapshotSpec, VolumeSpec
+from nahtlos.model.storage import SnapshotSpec, VolumeFormat, VolumeSpec
 from nahtlos.physical.storage.definition import UNIT
 
 SIZE_MIB = 64
+COPIES_MIB = 256
+"""A writer at random changes something everywhere in a smaller one at once: nothing is left to be spared."""
 VERSIONS = ("10.0", "11.1")
 AROUND = 0.4
 """Seconds of writing before and after an event."""
@@ -82,15 +85,20 @@ class Writing:
 async def measure(figures: Figures, *, long: bool) -> None:
     rounds = LONG if long else QUICK
     async with Site(2) as site:
-        for subject in (_kills, _snapshots, _upgrades, _resizes):
+        for subject in (_kills, _upgrades, _parts):
             await subject(figures, site.hosts[0], rounds)
+        for form in (VolumeFormat.RAW, VolumeFormat.QCOW2):
+            await _snapshots(figures, site.hosts[0], rounds, form)
+            await _resizes(figures, site.hosts[0], rounds, form)
         await _relocations(figures, site, rounds)
         await _copies(figures, site, rounds)
 
 
 @contextlib.asynccontextmanager
-async def served(host: Host, name: str) -> AsyncGenerator[tuple[VolumeSpec, Disk]]:
-    volume = host.volume(name, size_mib=SIZE_MIB)
+async def served(
+    host: Host, name: str, form: VolumeFormat = VolumeFormat.RAW
+) -> AsyncGenerator[tuple[VolumeSpec, Disk]]:
+    volume = msgspec.structs.replace(host.volume(name, size_mib=SIZE_MIB), format=form)
     await host.have(volume)
     async with Disk(host, name, (remote(host.endpoint(volume)),)) as disk:
         yield volume, disk
@@ -105,13 +113,35 @@ async def _kills(figures: Figures, host: Host, rounds: int) -> None:
     writing.report(figures, "storage daemon killed", most=100)
 
 
-async def _snapshots(figures: Figures, host: Host, rounds: int) -> None:
+async def _snapshots(figures: Figures, host: Host, rounds: int, form: VolumeFormat) -> None:
+    """The first of them and those over others."""
     writing = Writing()
-    async with served(host, "taken") as (volume, disk):
+    async with served(host, "taken", form) as (volume, disk):
         for number in range(rounds):
             taken = SnapshotSpec(id=SnapshotId(f"taken-{number}"), volume=volume.id)
             await writing.around(disk, lambda taken=taken: host.storage.snapshot((taken,)))
-    writing.report(figures, "snapshot", most=20)
+    writing.report(figures, f"snapshot{_of(form)}", most=20)
+
+
+def _of(form: VolumeFormat) -> str:
+    return "" if form is VolumeFormat.RAW else f" of a {form} volume"
+
+
+async def _parts(figures: Figures, host: Host, rounds: int) -> None:
+    """What a host does of a group over several, for which servers stand still: prepared, beside all of it."""
+    took: dict[bool, list[float]] = {True: [], False: []}
+    async with served(host, "part") as (volume, disk):
+        await disk.load("randwrite", seconds=AROUND, depth=DEPTH)
+        for number in range(2 * rounds):
+            prepared = bool(number % 2)
+            taken = (SnapshotSpec(id=SnapshotId(f"part-{number}"), volume=volume.id),)
+            if prepared:
+                await host.storage.snapshot_prepare(taken)
+            began = time.monotonic()
+            await host.storage.snapshot(taken)
+            took[prepared].append((time.monotonic() - began) * 1000)
+    median, before = statistics.median(took[True]), statistics.median(took[False])
+    figures.add("a host's part of a group, prepared, p50", median, "ms", baseline=before, samples=rounds)
 
 
 async def _upgrades(figures: Figures, host: Host, rounds: int) -> None:
@@ -124,22 +154,22 @@ async def _upgrades(figures: Figures, host: Host, rounds: int) -> None:
     writing.report(figures, "storage daemon of another release", most=250)
 
 
-async def _resizes(figures: Figures, host: Host, rounds: int) -> None:
+async def _resizes(figures: Figures, host: Host, rounds: int, form: VolumeFormat) -> None:
     writing = Writing()
-    async with served(host, "grows") as (volume, disk):
+    async with served(host, "grows", form) as (volume, disk):
         for more in range(1, rounds + 1):
             larger = msgspec.structs.replace(volume, size_mib=volume.size_mib + 4 * more)
             await writing.around(disk, lambda larger=larger: host.have(larger))
-    writing.report(figures, "enlarged", most=100)
+    writing.report(figures, f"enlarged{_of(form)}", most=100)
 
 
 async def _copies(figures: Figures, site: Site, rounds: int) -> None:
     """Two copies: the daemon of one is killed; then all of its host, which comes back later."""
-    killed, lost = Writing(), Writing()
+    killed, lost, back = Writing(), Writing(), Writing()
     copied: list[int] = []
     away = site.hosts[1]
     name = away.settings.host
-    async with Copies(site.hosts, "copied", size_mib=SIZE_MIB) as copies:
+    async with Copies(site.hosts, "copied", size_mib=COPIES_MIB) as copies:
         for _ in range(rounds):
             await killed.around(copies, lambda: away.kill(UNIT))
             await copies.in_step()
@@ -150,12 +180,17 @@ async def _copies(figures: Figures, site: Site, rounds: int) -> None:
 
             await lost.around(copies, loses)
             await away.come_back()
-            copied.append(await copies.rejoin(name))
+
+            async def rejoins() -> None:
+                copied.append(await copies.rejoin(name))
+
+            await back.around(copies, rejoins)
         differ = len(await copies.differ())
     killed.report(figures, "storage daemon of a copy killed")
     what = f"a copy lost, without the {EPOCH_WRITE * 1000:.0f} ms of its record"
     lost.report(figures, what, p50=100, less=EPOCH_WRITE * 1000)
-    whole = SIZE_MIB * rounds
+    back.report(figures, "a copy comes back")
+    whole = COPIES_MIB * rounds
     mib = sum(copied) / (1 << 20)
     figures.add("copied of a copy that came back", mib, "MiB", baseline=whole, goal=PART, samples=rounds)
     figures.add("copies that differ after all that", differ, "copies", goal=NONE, samples=rounds)
