@@ -20,15 +20,17 @@ Owns the bitmaps `step-`, the jobs and nodes of a rejoin. Never decides which co
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from typing import cast
 
 import msgspec
 
 from nahtlos.model.config import VolumeEndpoint
-from nahtlos.model.errors import Conflict, Refused, Stale, Unavailable
+from nahtlos.model.errors import Conflict, Error, Refused, Stale, Unavailable
 from nahtlos.model.ids import HostId, VolumeId
 from nahtlos.model.storage import Changes, CopyPhase, CopyProgress, VolumeSpec
+from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.hypervisor.qmp import Denied
 from nahtlos.physical.storage import graph
 from nahtlos.physical.storage.arrivals import check_replaceable
@@ -40,6 +42,7 @@ from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.nbd import DIRTY
 from nahtlos.physical.storage.record import Mode, VolumeRecord
 from nahtlos.physical.storage.relocation import (
+    GREET_SECONDS,
     RECONNECT_SECONDS,
     Relocations,
     connection,
@@ -177,8 +180,24 @@ class Replication:
             for step in await self._steps(volume):
                 await self._remove_bitmap(volume, bitmap_name(step))
 
-    def _flush(self, export: str) -> None:
-        with self._door.client(export) as client:
+    async def _written_out_there(self, volume: VolumeId) -> None:
+        """A mirror that ends in step flushes its target while writers wait: little is left of that now."""
+        record = self._serving.records.get(volume)
+        target = record.endpoint if record is not None else None
+        if target is None:
+            return
+        at = (target.address, target.port)
+        if not await connections.answers(at, connect_within=GREET_SECONDS, greet_within=GREET_SECONDS):
+            return
+        with suppress(Error, OSError):
+            await in_thread(lambda _: self._flush(target.export, target))
+
+    def _flush(self, export: str, there: VolumeEndpoint | None = None) -> None:
+        """Of this host, or of another one."""
+        door = self._door
+        if there is not None:
+            door = msgspec.structs.replace(door, host=there.host, address=there.address, port=there.port)
+        with door.client(export) as client:
             client.flush()
 
     async def _steps(self, volume: VolumeId) -> frozenset[str]:
@@ -398,6 +417,9 @@ class Replication:
             await self._daemon.withdraw(theirs_name(volume))
         if fill_name(volume) in jobs:
             await self._daemon.job_cancel(fill_name(volume))
+        for name in (mirror_name(volume), job_name(volume)):
+            if name in jobs and in_step(jobs[name]):
+                await self._written_out_there(volume)
         if mirror_name(volume) in jobs:
             await self._relocations.give_up_mirror(mirror_name(volume))
         await self._daemon.remove_nodes((graph.node_name("fill", volume), theirs_name(volume)))
