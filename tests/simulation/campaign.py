@@ -2,7 +2,7 @@
 
     calm: hosts ready, servers up -> campaign begins, faults begin -> faults end -> everything comes right
 
-Replay one seed with its trace:  python tests/simulation/campaign.py SEED
+Replay one seed with its trace:  PYTHONPATH=tests/operation python tests/simulation/campaign.py SEED
 """
 
 import asyncio
@@ -423,7 +423,7 @@ class _bugs_logged(logging.Handler):  # noqa: N801 - used as a context
 
 
 def replay_command(seed: int) -> str:
-    return f"PYTHONHASHSEED=0 python tests/simulation/campaign.py {seed}"
+    return f"PYTHONPATH=tests/operation PYTHONHASHSEED=0 python tests/simulation/campaign.py {seed}"
 
 
 def simulate_apart(seeds: range, workers: int) -> list[tuple[int, str]]:
@@ -432,7 +432,7 @@ def simulate_apart(seeds: range, workers: int) -> list[tuple[int, str]]:
     running = [
         subprocess.Popen(
             [sys.executable, __file__, f"{part.start}..{part.stop - 1}"],
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

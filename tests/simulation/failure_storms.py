@@ -7,7 +7,8 @@ Hosts lose their power, are cut off whole, in one direction, or from one party; 
 supervisors die, with the link alive or cut; the orchestrator dies and another one takes over; streams stall;
 clocks differ by as much as is allowed for. Never do two copies of a server run, nor one by an older epoch.
 
-Replay one seed with its trace:  PYTHONHASHSEED=0 python tests/simulation/failure_storms.py SEED
+Replay one seed with its trace:
+    PYTHONPATH=tests/operation PYTHONHASHSEED=0 python tests/simulation/failure_storms.py SEED
 """
 
 import asyncio
