@@ -224,7 +224,7 @@ def errors(records: list[OperationRecord]) -> tuple[list[float], list[float]]:
 
 
 @contextlib.asynccontextmanager
-async def site(*, divided: bool) -> AsyncGenerator[Site]:
+async def site(*, divided: bool, channels: int) -> AsyncGenerator[Site]:
     release = list_releases(BuildPaths.default().releases)[-1]
     shape = LabShape(hosts=2, capacity=Size(vcpus=4, memory_mib=1024), promised=Size(vcpus=1, memory_mib=256))
     datacentre = Datacentre(unique_name("bench"), shape, BuildPaths.default())
@@ -236,18 +236,24 @@ async def site(*, divided: bool) -> AsyncGenerator[Site]:
             async with asyncio.timeout(UP_SECONDS):
                 while any(h.phase is not HostPhase.SERVING for h in await client.hosts()):
                     await asyncio.sleep(0.2)
-            if divided:
-                await client.networks.set_underlay(Underlay(shares=SHARES))
+            shares = SHARES if divided else None
+            await client.networks.set_underlay(Underlay(shares=shares, move_channels=channels))
             yield Site(datacentre, client)
     finally:
         await datacentre.close()
 
 
 async def run(
-    counts: dict[str, int], work: Path, figures: Figures, *, divided: bool = True, control: bool = False
+    counts: dict[str, int],
+    work: Path,
+    figures: Figures,
+    *,
+    divided: bool = True,
+    control: bool = False,
+    channels: int = 1,
 ) -> None:
     every = Series()
-    async with site(divided=divided) as lab:
+    async with site(divided=divided, channels=channels) as lab:
         if control:
             before, series = lab.dropped(), await lab.control(work / "capped-control")
             figures.add("lost, link filled, no move", series.lost, "packets", samples=series.sent)
@@ -308,14 +314,19 @@ def counts_of(*, long: bool) -> dict[str, int]:
 
 
 async def measure_all(
-    *, long: bool, only: list[str] | None = None, divided: bool = True, control: bool = False
+    *,
+    long: bool,
+    only: list[str] | None = None,
+    divided: bool = True,
+    control: bool = False,
+    channels: int = 1,
 ) -> Figures:
     figures = Figures()
     counts = counts_of(long=long)
     if only:
         counts = {case: count for case, count in counts.items() if case in only}
     work = Path("build/bench/convergence")
-    await run(counts, work, figures, divided=divided, control=control)
+    await run(counts, work, figures, divided=divided, control=control, channels=channels)
     return figures
 
 
@@ -325,10 +336,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=CASES, help="these cases alone")
     parser.add_argument("--undivided", action="store_true", help="leave the hosts' interfaces alone")
     parser.add_argument("--control", action="store_true", help="first fill the link without any move")
+    parser.add_argument("--channels", type=int, default=1, help="connections that memory is sent by")
     asked = parser.parse_args()
-    figures = asyncio.run(
-        measure_all(long=asked.long, only=asked.only, divided=not asked.undivided, control=asked.control)
+    measured = measure_all(
+        long=asked.long,
+        only=asked.only,
+        divided=not asked.undivided,
+        control=asked.control,
+        channels=asked.channels,
     )
+    figures = asyncio.run(measured)
     return figures.finish("convergence", f"Live moves over a link capped at {CAP >> 20} MiB/s")
 
 
