@@ -68,6 +68,22 @@ async def test_everything_is_given_in_one_call_and_says_how_long_it_took(
     assert "in not limited, out 1 Gbit/s" in shown
 
 
+async def test_its_owner_permits_that_its_memory_follows_it_and_takes_it_back(run: Run) -> None:
+    made = json.loads((await run(f"{CREATE} --allow-post-copy --json")).stdout)
+    assert made["allow_post_copy"]
+    for flag, permitted in (("--no-allow-post-copy", False), ("--allow-post-copy", True)):
+        given = json.loads((await run(f"server set web {flag} --json")).stdout)
+        assert given["server"]["allow_post_copy"] is permitted
+
+
+async def test_moves_by_several_connections_are_a_matter_of_the_underlay(run: Run) -> None:
+    set_to = json.loads((await run("network underlay set --move-channels 4 --json --no-wait")).stdout)
+    assert set_to["move_channels"] == 4
+    refused = await error_of(run, "network underlay set --move-channels 17 --no-wait")
+    assert refused["field"] == "move_channels"
+    assert "1 to 16" in refused["remedy"]
+
+
 async def test_nothing_is_written_if_one_part_is_refused(run: Run, scripted: ScriptedCloud) -> None:
     await scripted.cloud.create_server(MADE)
     await scripted.until(scripted.all_run)
