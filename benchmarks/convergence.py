@@ -191,6 +191,8 @@ def told(record: OperationRecord) -> str:
     if record.state != "done":
         return f"{record.state}: {record.error.message if record.error else ''}"
     said, times = record.predicted, record.times
+    if "stopped" not in times or "running" not in times:
+        return f"{means_of(record)}: {seconds_of(record):.1f} s, not seen from both sides"
     pause = (times["running"] - times["stopped"]) * 1000
     foretold = f" (predicted {said.pause_ms:.0f} ms, {said.seconds:.1f} s)" if said else ""
     return f"{means_of(record)}: pause {pause:.0f} ms, {seconds_of(record):.1f} s{foretold}"
