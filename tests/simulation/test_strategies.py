@@ -42,6 +42,7 @@ class Strategic(Campaign):
         done = [record for record in view.operations if record.kind == "replace" and record.state == "done"]
         self.in_place = len(done)
         assert all(record.predicted is not None for record in done)
+        assert all(record.times["running"] < record.times["answered"] for record in done)
 
 
 def calm_plan() -> Plan:

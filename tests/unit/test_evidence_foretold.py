@@ -7,6 +7,7 @@ import pytest
 from evidence_samples import evidence, probe
 from rich.console import Console
 
+from nahtlos.model.blackout import HEARD_MS
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.ids import HostId, OperationId, ReleaseId
 from nahtlos.model.prediction import Estimate, Means
@@ -89,7 +90,7 @@ def test_recalibration_puts_a_steady_error_right() -> None:
 
 def answering(number: int, wake_ms: float) -> OperationRecord:
     one = operation(number, 20.0)
-    answered = one.times["running"] + wake_ms / 1000
+    answered = one.times["running"] + (wake_ms - HEARD_MS) / 1000
     return msgspec.structs.replace(one, times={**one.times, "answered": answered})
 
 

@@ -5,11 +5,16 @@
 Planners predict by it, and the agents of a move keep a server's budget by it.
 """
 
+from collections.abc import Mapping
+
 COPY_PAUSE_MS = 11.0
 """Between hosts, without what is left to send."""
-WAKE_MS = {"tcg": 43.0}
+WAKE_MS = {"tcg": 55.0}
 """What a process that was never used takes to be as quick as before: emulation translates anew."""
 OTHER_WAKE_MS = 5.0
+HEARD_MS = 14.0
+"""Of it, what hosts do not see: from the switch of the path to the stop, and from the guest's first frame
+to a client's first answer."""
 POST_COPY_PAUSE_MS = 40.0
 """By post-copy: devices, and the list of what is to be sent anew."""
 POST_COPY_FIRST_BYTES = 16 << 20
@@ -37,6 +42,14 @@ def slowest_for_post_copy(budget_ms: int, accelerator: str) -> float:
         return 0.0
     left = budget_ms - POST_COPY_PAUSE_MS - wake_ms(accelerator)
     return POST_COPY_FIRST_BYTES * 1000 / left if left > 0 else float("inf")
+
+
+def woke_ms(times: Mapping[str, float]) -> float | None:
+    """By the times of an operation; None if its guest was not heard."""
+    running, answered = times.get("running"), times.get("answered")
+    if running is None or answered is None or answered < running:
+        return None
+    return (answered - running) * 1000 + HEARD_MS
 
 
 def seconds_to_send(budget_ms: int, accelerator: str) -> float | None:

@@ -60,8 +60,7 @@ class Sample(Value, frozen=True, kw_only=True):
     link: int = 0
     """Bytes a second that were sent; 0: not measured, or too little was sent to say."""
     wake_ms: float | None = None
-    """From the run to the first frame of a guest that talks all the time; None: it does not, or nobody
-    listened."""
+    """`blackout.woke_ms`; None: its guest does not talk all the time, or nobody listened."""
 
 
 class Calibration(Value, frozen=True, kw_only=True):

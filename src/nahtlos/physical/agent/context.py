@@ -1,7 +1,8 @@
 """What the parts of one agent share: its settings, drivers and ledger, and how they make themselves heard."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nahtlos.model.config import NetworkConfig, PortConfig
@@ -109,6 +110,18 @@ class Context:
     def switches(self, operation: OperationId) -> None:
         """The path of its server is switched from here on."""
         self.switching[operation] = asyncio.get_running_loop().time()
+
+    def frames_of(self, ports: Sequence[PortConfig]) -> Callable[[], Awaitable[int]]:
+        """Counts what the server of these has sent so far; what cannot be looked at counts as nothing."""
+
+        async def count() -> int:
+            total = 0
+            for port in ports:
+                with suppress(Error):
+                    total += await self.drivers.network.frames_from(port.id)
+            return total
+
+        return count
 
     def switched(self, operation: OperationId) -> None:
         """No frame of `operation` waits any more. Its guest gets a breath before other work is taken up, and

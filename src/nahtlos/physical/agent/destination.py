@@ -30,6 +30,7 @@ from nahtlos.physical.agent.following import (
     wait_anew,
 )
 from nahtlos.physical.agent.giving import with_vcpus
+from nahtlos.physical.agent.hearing import ANSWERED, first_heard
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.report import RESULT
 from nahtlos.physical.ports import Missing, MoveRole, VmmId, VmmStatus
@@ -83,6 +84,9 @@ class DestinationMove:
         self._following: Following | None = None
         """Memory of the server is still to come."""
         self._marks: dict[str, float] = {}
+        self._listened = self._listens = False
+        self._finished = False
+        """The source has said so, or was not heard for long."""
         self._said = ""
 
     @property
@@ -425,7 +429,21 @@ class DestinationMove:
             return await self._beyond_resuming()
         self._marks.setdefault("running", self._context.now())
         self._context.switched(self._order.id)
+        if not self._listened:
+            self._listened = True
+            self._context.spawn(self._listen())
         return True
+
+    async def _listen(self) -> None:
+        """Beside everything else; the end waits for it."""
+        self._listens = True
+        frames = self._context.frames_of(self._order.ports)
+        heard = await first_heard(frames, self._context.now, announced=True)
+        if heard is not None:
+            self._marks[ANSWERED] = heard
+        self._listens = False
+        if self._finished:
+            self._finish()
 
     async def _beyond_resuming(self) -> bool:
         try:
@@ -465,6 +483,9 @@ class DestinationMove:
         return held is None or held.hold is Hold.YIELDED
 
     def _finish(self) -> None:
+        self._finished = True
+        if self._listens:
+            return
         journal = self.journal
         if journal.decision is Decision.COMMITTED and journal.running:
             self._end(OperationState.DONE)

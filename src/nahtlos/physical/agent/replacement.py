@@ -15,7 +15,6 @@ frames wait in those of the next VMM.
 """
 
 import asyncio
-import contextlib
 
 import msgspec
 
@@ -24,6 +23,7 @@ from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.physical.agent.consoles import serial
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.giving import with_vcpus
+from nahtlos.physical.agent.hearing import ANSWERED, first_heard
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.steps import Steps
 from nahtlos.physical.agent.switch_turn import take_turn
@@ -34,10 +34,6 @@ DRAIN_SECONDS = 0.5
 ARRIVE_SECONDS = 10.0
 KILL_AFTER_SECONDS = 0.3
 """The old VMM's end takes CPU time from the guest that was just resumed."""
-ANSWER_WITHIN = 1.0
-LISTEN_EVERY = 0.005
-TALKATIVE = 50
-"""Frames a second. When a guest that says less has come back cannot be told by what it says."""
 
 
 class Replacement(Steps):
@@ -51,8 +47,6 @@ class Replacement(Steps):
         self._new = VmmId(order.server.spec.id, order.epoch)
         self._pause_asked = False
         self._cancelled = False
-        self._began = (0.0, 0)
-        self._talks = False
 
     def cancel(self) -> None:
         """Raises Conflict once the path is being switched."""
@@ -81,7 +75,6 @@ class Replacement(Steps):
     async def _prepare(self) -> None:
         drivers, order = self._context.drivers, self._order
         self._check_owned()
-        self._began = (asyncio.get_running_loop().time(), await self._frames())
         self.record("prepare", durable=True)
         await self._context.pass_paths()
         for port in order.ports:
@@ -113,7 +106,6 @@ class Replacement(Steps):
     async def _hand_over(self) -> None:
         await take_turn(self._context, self._order.id, lambda: self._cancelled)
         self._check_cancelled()
-        self._talks = await self._is_talkative()
         self._context.switches(self._order.id)
         try:
             await self._switch_and_stop()
@@ -154,31 +146,15 @@ class Replacement(Steps):
         self.end(OperationState.DONE)
 
     async def _listen(self) -> None:
-        """Until the old VMM may end; notes when the guest was first heard again. That is what a client's wait
-        ends with, and what predictions of the next ones are put right by."""
+        """Until the old VMM may end."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        if self._talks and "running" in self.journal.times:
-            before = await self._frames()
-            while loop.time() < began + ANSWER_WITHIN:
-                await asyncio.sleep(LISTEN_EVERY)
-                if await self._frames() > before:
-                    self.mark("answered")
-                    break
+        if "running" in self.journal.times:
+            frames = self._context.frames_of(self._order.ports)
+            heard = await first_heard(frames, self._context.now, announced=False)
+            if heard is not None:
+                self.mark(ANSWERED, at=heard)
         await asyncio.sleep(max(0.0, began + KILL_AFTER_SECONDS - loop.time()))
-
-    async def _is_talkative(self) -> bool:
-        since, before = self._began
-        seconds = asyncio.get_running_loop().time() - since
-        return seconds > 0 and (await self._frames() - before) / seconds >= TALKATIVE
-
-    async def _frames(self) -> int:
-        """That its guest has sent; of a port that cannot be looked at, none."""
-        count = 0
-        for port in self._order.ports:
-            with contextlib.suppress(Error):
-                count += await self._context.drivers.network.frames_from(port.id)
-        return count
 
     async def _make_run(self) -> None:
         """A VMM that died meanwhile is left to convergence, which starts the server again. Nothing is asked

@@ -29,10 +29,12 @@ class Steps:
     def journal(self) -> Journal:
         return self._journal
 
-    def mark(self, step: str) -> None:
-        """In memory only: written with the next record, so that nothing is written while packets wait."""
+    def mark(self, step: str, *, at: float | None = None) -> None:
+        """In memory only: written with the next record, so that nothing is written while packets wait. `at`:
+        when it was, if not now."""
+        when = self._context.now() if at is None else at
         self._journal = msgspec.structs.replace(
-            self._journal, step=step, times={**self._journal.times, step: self._context.now()}
+            self._journal, step=step, times={**self._journal.times, step: when}
         )
 
     def record(self, step: str, *, durable: bool = False) -> None:

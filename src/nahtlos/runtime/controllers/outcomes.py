@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from nahtlos.model.blackout import woke_ms
 from nahtlos.model.blueprint import (
     Blueprint,
     HostPlan,
@@ -36,7 +37,6 @@ REPLACE = OperationKind.REPLACE.value
 # Steps by the clocks of the two hosts, as the agents name them in the times of a move.
 STOPPED_AT_SOURCE = "stopped"
 RUNNING_AT_DESTINATION = "running"
-ANSWERED = "answered"
 
 # What the source of a move measured, bytes a second.
 DIRTY_RATE = "dirty_rate"
@@ -151,7 +151,6 @@ def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
     running = record.times.get(RUNNING_AT_DESTINATION)
     if stopped is None or running is None or running <= stopped:
         return None
-    answered = record.times.get(ANSWERED)
     return Sample(
         means=_means(record),
         server=spec.id,
@@ -163,7 +162,7 @@ def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
         to_release=record.release_after,
         dirty_rate=_measured(record, DIRTY_RATE),
         link=_measured(record, LINK) or 0,
-        wake_ms=(answered - running) * 1000 if answered is not None else None,
+        wake_ms=woke_ms(record.times),
     )
 
 

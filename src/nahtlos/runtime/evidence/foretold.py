@@ -13,6 +13,7 @@ median of the times cold processes took.
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
+from nahtlos.model.blackout import woke_ms
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.inventory import OperationKind, OperationState
 from nahtlos.model.values import Value
@@ -37,7 +38,7 @@ class Foretold(Value, frozen=True, kw_only=True):
     pause_ms: float | None
     """From the stop to the run, by the hosts' clocks."""
     wake_ms: float | None = None
-    """From the run to the guest's first frame, by its host's clock."""
+    """From the run until its guest was heard by its host, and what hosts do not see of it."""
     brownout_seconds: float | None
     seconds: float
     gap_ms: float | None
@@ -99,8 +100,7 @@ def _foretold(record: OperationRecord, gap_ms: float | None) -> Foretold | None:
     pause = (running - stopped) * 1000 if stopped is not None and running is not None else None
     seconds = max(times.values()) - min(times.values())
     sending, switch = times.get("precopy"), times.get("switch")
-    answered = times.get("answered")
-    wake = (answered - running) * 1000 if answered is not None and running is not None else None
+    wake = woke_ms(times)
     usual = said.blackout_ms - said.pause_ms
     measured = gap_ms if gap_ms is not None else _felt(pause, usual if wake is None else wake)
     return Foretold(
