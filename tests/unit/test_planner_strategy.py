@@ -225,7 +225,7 @@ def test_auto_does_not_take_a_host_out_of_the_promise() -> None:
 def test_a_move_over_the_budget_becomes_a_replacement_in_place() -> None:
     cloud = cloud_of(1, 0)
     busy(cloud, 1, 100)
-    permit(cloud, 1, blackout_budget_ms=70)
+    permit(cloud, 1, blackout_budget_ms=80)
     begin(cloud, Strategy.AUTO)
     cloud.settle()
     assert upgraded(cloud)
