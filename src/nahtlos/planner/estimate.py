@@ -184,7 +184,8 @@ def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1
     recent = samples[:NEWEST_SAMPLES]
     links = [s.link for s in recent if s.link > 0]
     link = int(median(links)) if len(links) >= ENOUGH_SAMPLES else 0
-    wakes = [s.wake_ms for s in recent if s.wake_ms is not None][:NEWEST_WAKES]
+    alike = (s.wake_ms for s in recent if s.means is not Means.POST_COPY)  # which waits for pages, too
+    wakes = [wake for wake in alike if wake is not None][:NEWEST_WAKES]
     rates = {s.server: s.dirty_rate for s in reversed(samples) if s.server and s.dirty_rate is not None}
     return Experience(
         dirty_rates=rates,

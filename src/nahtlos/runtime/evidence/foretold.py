@@ -16,6 +16,7 @@ from statistics import median
 from nahtlos.model.blackout import woke_ms
 from nahtlos.model.blueprint import OperationRecord
 from nahtlos.model.inventory import OperationKind, OperationState
+from nahtlos.model.prediction import Means
 from nahtlos.model.values import Value
 from nahtlos.planner.estimate import ENOUGH_SAMPLES, RATIO_BOUNDS
 from nahtlos.runtime.evidence.gaps import percentile
@@ -146,14 +147,14 @@ def _put_right(found: Sequence[Foretold]) -> dict[str, float]:
     for one in found:
         groups.setdefault((one.way, one.releases), []).append(one)
     errors: dict[str, float] = {}
-    wakes = [f.wake_ms for f in found if f.wake_ms is not None]
+    wakes = [f.wake_ms for f in found if f.wake_ms is not None and f.way != Means.POST_COPY]
     for group in groups.values():
         ratios = [f.pause_ms / f.predicted_pause_ms for f in group if f.pause_ms and f.predicted_pause_ms]
         if len(ratios) >= ENOUGH_SAMPLES:
             ratio = min(max(median(ratios), RATIO_BOUNDS[0]), RATIO_BOUNDS[1])
             for one in group:
                 wake = one.predicted_blackout_ms - one.predicted_pause_ms
-                if len(wakes) >= ENOUGH_SAMPLES:
+                if len(wakes) >= ENOUGH_SAMPLES and one.way != Means.POST_COPY:
                     wake = median(wakes)
                 error = _error(one.predicted_pause_ms * ratio + wake, blackout_of(one))
                 if error is not None:
