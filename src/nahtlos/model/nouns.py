@@ -9,6 +9,7 @@ from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.ids import HostId, ProjectId, ReleaseId, ServerId, VolumeId
 from nahtlos.model.networking import DEFAULT_PROJECT, PortSpec
 from nahtlos.model.power import Power
+from nahtlos.model.server_snapshots import GoingBack
 from nahtlos.model.values import Value
 
 USER_DATA_BYTES = 16 << 10
@@ -88,7 +89,9 @@ class ServerSpec(Value, frozen=True, kw_only=True):
     power: Power = Power()
     """Whether it is to run."""
     memory_volume: VolumeId | None = None
-    """Where its memory is saved while it is suspended; kept from when that is asked for until it runs."""
+    """Where its memory is saved while it is suspended; kept from when that is asked for until it runs. Of a
+    server that goes back to a snapshot: where that keeps it."""
+    going_back: GoingBack | None = None
 
     display: bool = False
     """Of its hardware: a graphics card, whose picture can be looked at."""

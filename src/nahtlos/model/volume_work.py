@@ -6,6 +6,7 @@ A wish may leave open what the planner decides; a planned task leaves nothing op
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import BackupId, HostId, OperationId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationKind
+from nahtlos.model.server_snapshots import MemoryOf
 from nahtlos.model.storage import (
     BackupSpec,
     Consistency,
@@ -43,6 +44,7 @@ class SnapshotGroup(Value, frozen=True, kw_only=True, tag="snapshot"):
     snapshots: tuple[SnapshotSpec, ...]
     """Without hosts in a wish: those that are current when it is planned."""
     consistency: Consistency = Consistency.CRASH
+    memory: MemoryOf | None = None
 
 
 class Reverting(Value, frozen=True, kw_only=True, tag="revert"):
@@ -154,7 +156,8 @@ def volumes_of(work: VolumeWork) -> tuple[VolumeId, ...]:
     """Volumes nothing else may be done to meanwhile."""
     match work:
         case SnapshotGroup():
-            return tuple(snapshot.volume for snapshot in work.snapshots)
+            kept = (work.memory.volume,) if work.memory is not None else ()
+            return (*(snapshot.volume for snapshot in work.snapshots), *kept)
         case BackingUp() | DeletingBackup():
             return (work.backup.volume,)
         case Restoring():
@@ -192,6 +195,8 @@ def words(work: VolumeWork) -> str:
         case Rebuilding():
             return f"rebuild the copy of {work.volume} on {work.target}"
         case SnapshotGroup():
+            if work.memory is not None:
+                return f"snapshot {work.memory.server} with its memory as {work.group}"
             return f"snapshot {', '.join(s.id for s in work.snapshots)}"
         case Reverting():
             return f"revert {work.volume} to {work.snapshot}"

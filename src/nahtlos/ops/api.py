@@ -48,6 +48,7 @@ from nahtlos.ops.network_api import NetworkRoutes
 from nahtlos.ops.placement_api import placement_routes
 from nahtlos.ops.power_api import power_routes
 from nahtlos.ops.project_api import project_routes
+from nahtlos.ops.server_snapshot_api import server_snapshot_routes
 from nahtlos.ops.volume_api import VolumeRoutes
 from nahtlos.ops.volume_care_api import VolumeCareRoutes
 from nahtlos.runtime.controllers.cloud import (
@@ -114,6 +115,7 @@ def create_app(cloud: Cloud, authenticate: Authenticate, enrolment: Enrolment | 
     availability_routes(routes, lambda: cloud.availability, _body, _json)
     project_routes(routes, lambda: cloud.projects, _body, _json)
     power_routes(routes, lambda: cloud.power, _body, _json)
+    server_snapshot_routes(routes, lambda: cloud.server_snapshots, _body, _json)
     placement_routes(routes, lambda: cloud.placement, _body, _json)
     if enrolment is not None:
         _operators(routes, enrolment)

@@ -44,6 +44,7 @@ from nahtlos.ops.network_client import NetworkClient
 from nahtlos.ops.placement_client import PlacementClient
 from nahtlos.ops.power_client import PowerClient
 from nahtlos.ops.project_client import ProjectClient
+from nahtlos.ops.server_snapshot_client import ServerSnapshotClient
 from nahtlos.ops.volume_client import VolumeClient
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
@@ -77,6 +78,7 @@ class OperatorClient:
         self._volumes = VolumeClient(self._ask_at)
         self._projects = ProjectClient(self._ask_at)
         self._power = PowerClient(self._ask_at)
+        self._server_snapshots = ServerSnapshotClient(self._ask_at)
         self._availability = AvailabilityClient(self._ask_at)
         self._placement = PlacementClient(self._ask_at)
 
@@ -126,6 +128,10 @@ class OperatorClient:
     @property
     def power(self) -> PowerClient:
         return self._power
+
+    @property
+    def server_snapshots(self) -> ServerSnapshotClient:
+        return self._server_snapshots
 
     @property
     def availability(self) -> AvailabilityClient:

@@ -108,6 +108,8 @@ def start_stopped(draft: Draft) -> None:
         if task := _reverted(draft, spec):
             draft.wait(server, WaitKind.MOVE, f"{server} runs again once {task.id} has ended")
             continue
+        if back := memory_of_snapshot(spec):
+            draft.saved[server] = back
         serial = draft.off.pop(server)
         host = _place(draft, server)
         if host is None:
@@ -123,6 +125,15 @@ def start_stopped(draft: Draft) -> None:
         draft.rooms.take(host, draft.size(server))
         draft.neighbours.take(host, server)
         draft.change(f"{server} runs again on {host}")
+
+
+def memory_of_snapshot(spec: ServerSpec) -> SavedState | None:
+    """What it is to go on from because it goes back to a snapshot: once all of its disks are what they were,
+    and unless a boot was asked for since."""
+    back = spec.going_back
+    if back is None or back.left or spec.power.boot > back.saved.serial:
+        return None
+    return back.saved
 
 
 def _reverted(draft: Draft, spec: ServerSpec) -> PlannedVolumeTask | None:
@@ -165,6 +176,11 @@ def refused_resume(draft: Draft, saved: SavedState, host: HostId) -> Pair | None
     plan, versions = draft.hosts.get(host), draft.policy.release_versions
     release = plan.release if plan else None
     old, new = versions.get(saved.release), versions.get(release) if release is not None else None
+    return refused_pair(saved, old, new)
+
+
+def refused_pair(saved: SavedState, old: str | None, new: str | None) -> Pair | None:
+    """By versions, as far as they are known: what was saved by `old` cannot be loaded by `new`."""
     if old is None or new is None:
         return None
     # Loaded as in place: whole, of a guest that stands still.

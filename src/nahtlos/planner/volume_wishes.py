@@ -7,6 +7,7 @@ import msgspec
 
 from nahtlos.model.blueprint import WaitKind
 from nahtlos.model.ids import HostId, VolumeId
+from nahtlos.model.server_snapshots import MEMORY_SNAPSHOTS, MemoryOf
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
 from nahtlos.model.volume_work import (
     BackingUp,
@@ -183,7 +184,27 @@ def _snapshot(draft: Draft, work: SnapshotGroup) -> Decided | Unready:
         others = (*whole.snapshots[:number], full, *whole.snapshots[number + 1 :])
         whole = msgspec.structs.replace(whole, snapshots=others)
         hosts += where
+    if work.memory is not None:
+        return _with_memory(draft, whole, work.memory, hosts)
     return Decided(whole, hosts[0], tuple(dict.fromkeys(hosts)), "")
+
+
+def _with_memory(
+    draft: Draft, work: SnapshotGroup, memory: MemoryOf, hosts: list[HostId]
+) -> Decided | Unready:
+    """Its own host's agent coordinates: it alone speaks to its VMM."""
+    kept, owner = draft.policy.volumes.get(memory.volume), draft.servers.get(memory.server)
+    if kept is None or memory.server not in draft.policy.servers:
+        return _gone(work, memory.volume)
+    seen = draft.observed.host(owner.host) if owner is not None else None
+    if owner is None or memory.server in draft.off or seen is None:
+        text = f"{memory.server} is snapshot with its memory once it runs"
+        return Unready(work, WaitKind.MOVE, text, "start it, or cancel it")
+    if MEMORY_SNAPSHOTS not in seen.knows:
+        text = f"the agent of {owner.host} is of a release that saves no memory of servers that run"
+        return Unready(work, WaitKind.HOST, text, f"upgrade it, or move {memory.server} to a later one")
+    everybody = dict.fromkeys((owner.host, *hosts, *kept.current))
+    return Decided(work, owner.host, tuple(everybody), "")
 
 
 def _revert(draft: Draft, work: Reverting) -> Decided | Unready:

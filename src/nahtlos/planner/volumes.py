@@ -286,7 +286,9 @@ def _no_slot(draft: Draft, begin: Decided) -> Unready | None:
 
 def is_short(work: VolumeWork) -> bool:
     """Copies nothing, so it takes no slot."""
-    return isinstance(work, SnapshotGroup | Reverting | DeletingBackup)
+    if isinstance(work, SnapshotGroup):
+        return work.memory is None
+    return isinstance(work, Reverting | DeletingBackup)
 
 
 # --- what others ask ---------------------------------------------------------------------------------

@@ -86,6 +86,13 @@ class RebuildOrder(VolumeOrder, frozen=True, kw_only=True):
         return (self.volume.id,)
 
 
+class MemoryTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose memory is saved, and where to. Its host is the coordinator."""
+
+    server: ServerId
+    attachment: VolumeAttachment
+
+
 class SnapshotOrder(VolumeOrder, frozen=True, kw_only=True):
     """One crash-consistent group: with more than one copy or host the servers stand still meanwhile."""
 
@@ -97,10 +104,13 @@ class SnapshotOrder(VolumeOrder, frozen=True, kw_only=True):
     consistency: Consistency = Consistency.CRASH
     freeze_seconds: float = 20.0
     """The longest that file systems of guests stand still, the freezing included."""
+    memory: MemoryTarget | None = None
+    """Of the one server that has all of these disks."""
 
     @property
     def volumes(self) -> tuple[VolumeId, ...]:
-        return tuple(snapshot.volume for snapshot in self.snapshots)
+        kept = (self.memory.attachment.volume,) if self.memory is not None else ()
+        return (*(snapshot.volume for snapshot in self.snapshots), *kept)
 
 
 class BackupOrder(VolumeOrder, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from nahtlos.ops.cli.consoles import console_command
 from nahtlos.ops.cli.power import power_commands
 from nahtlos.ops.cli.server_pictures import server as server_picture
 from nahtlos.ops.cli.server_set import Quota, Weight, set_command
+from nahtlos.ops.cli.server_snapshots import revert_command
 from nahtlos.ops.cli.settled import Project
 from nahtlos.ops.cli.volume_amounts import count, mebibytes, octets
 from nahtlos.ops.cli.waiting import wait_until
@@ -166,6 +167,7 @@ def server_commands(surroundings: Surroundings) -> typer.Typer:
 
     set_command(app, surroundings)
     power_commands(app, surroundings)
+    revert_command(app, surroundings)
 
     @command(app, "move", surroundings)
     async def move(  # pyright: ignore[reportUnusedFunction]

@@ -8,7 +8,9 @@ from rich.text import Text
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import HostId, ProjectId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationKind
+from nahtlos.model.server_snapshots import PAUSE_SECONDS
 from nahtlos.model.storage import Consistency
+from nahtlos.ops.cli import server_snapshots as whole
 from nahtlos.ops.cli import volume_amounts as amounts
 from nahtlos.ops.cli import volume_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
@@ -34,9 +36,14 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
 
     @command(app, "list", surroundings)
     async def list_all(  # pyright: ignore[reportUnusedFunction]
-        cli: Cli, volume: Annotated[str | None, typer.Option(help="Only those of this volume.")] = None
+        cli: Cli,
+        volume: Annotated[str | None, typer.Option(help="Only those of this volume.")] = None,
+        memory: Annotated[bool, typer.Option("--memory", help="Whole servers' with their memory.")] = False,
     ) -> None:
         """All snapshots, where they are kept and what rests on them."""
+        if memory:
+            await whole.list_all(cli)
+            return
         async with cli.client() as client:
             views = await client.volumes.snapshots()
         shown = tuple(view for view in views if volume is None or view.spec.volume == volume)
@@ -44,7 +51,9 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
 
     @command(app, "show", surroundings)
     async def show(cli: Cli, snapshot: Snapshot) -> None:  # pyright: ignore[reportUnusedFunction]
-        """One snapshot, and where it can be read from outside."""
+        """One snapshot, and where it can be read from outside; or a whole server's."""
+        if await whole.show(cli, SnapshotId(snapshot)):
+            return
         async with cli.client() as client:
             view = await client.volumes.snapshot(SnapshotId(snapshot))
         cli.show(view, pictures.snapshot(view))
@@ -54,17 +63,28 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
         cli: Cli,
         name: Annotated[str, typer.Argument(metavar="NAME")],
         volume: Annotated[
-            list[str], typer.Option(help="Repeat for several: all at one moment.", show_default=False)
-        ],
+            list[str] | None, typer.Option(help="Repeat for several: all at one moment.", show_default=False)
+        ] = None,
+        server: Annotated[str | None, typer.Option(help="A whole server, with --memory.")] = None,
+        memory: Annotated[
+            bool, typer.Option("--memory", help="Its memory and all of its disks, of one moment.")
+        ] = False,
+        pause: Annotated[
+            float, typer.Option(metavar="SECONDS", help="The longest it may stand still for that.")
+        ] = PAUSE_SECONDS,
         consistency: Consistent = Consistency.CRASH,
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
-        """Take a snapshot of one volume, or of several at one moment, while they are written.
+        """Take a snapshot of one volume, or of several at one moment, while they are written; or of a server.
 
         Of several, each is named NAME-VOLUME."""
+        if server is not None or memory:
+            asked_whole = whole.request(name, server, volume or (), consistency, memory=memory, pause=pause)
+            await whole.create(cli, asked_whole, wait=wait, deadline=deadline)
+            return
         asked = SnapshotRequest(
-            name=name, volumes=tuple(VolumeId(each) for each in volume), consistency=consistency
+            name=name, volumes=tuple(VolumeId(each) for each in volume or ()), consistency=consistency
         )
         async with cli.client() as client:
             names = await client.volumes.create_snapshots(asked)
@@ -129,7 +149,9 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
 
     @command(app, "delete", surroundings)
     async def delete(cli: Cli, snapshot: Snapshot, wait: Wait = True, deadline: Deadline = DEADLINE) -> None:  # pyright: ignore[reportUnusedFunction]
-        """Delete a snapshot that no clone rests on."""
+        """Delete a snapshot that no clone rests on; a whole server's with its memory."""
+        if await whole.delete(cli, SnapshotId(snapshot), wait=wait, deadline=deadline):
+            return
         async with cli.client() as client:
             await client.volumes.delete_snapshot(SnapshotId(snapshot))
             if wait:

@@ -74,6 +74,9 @@ class Context:
     freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
     """Servers nothing but `volumes.freeze` may start, resume or move. Not durable: an agent that was started
     again finds guests that stand still, and convergence lets them go on."""
+    saving: dict[ServerId, OperationId] = field(default_factory=dict[ServerId, OperationId])
+    """Servers whose memory is saved while they run, for a snapshot. Not durable: then what is saved counts
+    for nothing."""
     guest_freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
     """Servers whose guest has its file systems frozen for an operation. Not durable: the guest remembers."""
     guest_thaws: set[ServerId] = field(default_factory=set[ServerId])

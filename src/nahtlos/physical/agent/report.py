@@ -17,13 +17,14 @@ from nahtlos.model.inventory import (
     VolumeStatus,
 )
 from nahtlos.model.power import PowerState
+from nahtlos.model.server_snapshots import MEMORY_SNAPSHOTS
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.converge import Converger
 from nahtlos.physical.agent.leases import Leases
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.ports import VmmStatus
 
-KNOWS = ("power", "suspend", "guest-agent", "post-copy")
+KNOWS = ("power", "suspend", "guest-agent", "post-copy", MEMORY_SNAPSHOTS)
 _NO_VMM = {
     PowerState.ON: RunState.CRASHED,
     PowerState.OFF: RunState.STOPPED,

@@ -19,12 +19,14 @@ import msgspec
 
 from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Error, Refused, Unavailable
+from nahtlos.model.ids import VolumeId
 from nahtlos.model.inventory import OperationState, RunState
 from nahtlos.model.power import SavedDisk, SavedState
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Hold, Journal, Ownership
 from nahtlos.physical.agent.saved_state import Writer, parts_of
 from nahtlos.physical.agent.steps import Steps
+from nahtlos.physical.agent.volumes.freeze import check_not_frozen
 from nahtlos.physical.agent.volumes.rejoin import note_fresh
 from nahtlos.physical.ports import RawVolume, VmmId, VmmStatus
 
@@ -95,6 +97,7 @@ class Suspend(_Suspension):
     async def _act(self) -> None:
         hypervisor = self._context.drivers.hypervisor
         self._held()
+        check_not_frozen(self._context, self._server)
         status = await self._observed()
         if status is None or status.state is not RunState.RUNNING or status.disk_problems:
             raise Unavailable(f"{self._server} does not run, or its disks have stopped it", field="server")
@@ -122,20 +125,9 @@ class Suspend(_Suspension):
 
     def _described(self, status: VmmStatus, digest: str, size: int) -> SavedState:
         assert self._wanted.memory is not None, "it was opened"
-        assert status.release is not None, "it was looked at"
-        held, accelerator = self._held().server, self._context.ledger.verified()
-        return SavedState(
-            volume=self._wanted.memory.volume,
-            serial=self._wanted.spec.power.serial,
-            digest=digest,
-            bytes=size,
-            release=status.release,
-            machine=held.spec.machine,
-            vcpus=status.compute.vcpus or held.spec.size.vcpus,
-            memory_mib=held.spec.size.memory_mib,
-            accelerator=accelerator.name if accelerator else "",
-            disks=disks_of(held),
-        )
+        kept = self._wanted.memory.volume
+        saved = described(self._context, self._held().server, status, volume=kept, digest=digest, size=size)
+        return msgspec.structs.replace(saved, serial=self._wanted.spec.power.serial)
 
     async def _finish(self) -> None:
         note_fresh(self._context.ledger, self._server, fresh=True)
@@ -208,6 +200,26 @@ class Resume(_Suspension):
         await self._context.drivers.hypervisor.kill(self._vmm)
         for port in self._wanted.spec.ports:
             await self._context.drivers.network.port_delete(port.id)
+
+
+def described(
+    context: Context, held: ServerConfig, status: VmmStatus, *, volume: VolumeId, digest: str, size: int
+) -> SavedState:
+    """What was saved of a server that `status` was seen of; by no request yet."""
+    assert status.release is not None, "it was looked at"
+    accelerator = context.ledger.verified()
+    return SavedState(
+        volume=volume,
+        serial=0,
+        digest=digest,
+        bytes=size,
+        release=status.release,
+        machine=held.spec.machine,
+        vcpus=status.compute.vcpus or held.spec.size.vcpus,
+        memory_mib=held.spec.size.memory_mib,
+        accelerator=accelerator.name if accelerator else "",
+        disks=disks_of(held),
+    )
 
 
 def disks_of(server: ServerConfig) -> tuple[SavedDisk, ...]:

@@ -244,9 +244,11 @@ class QemuHypervisor:
 
     # --- suspended ---------------------------------------------------------------------------------
 
-    async def save(self, vmm: VmmId, sink: Sink) -> None:
+    async def save(self, vmm: VmmId, sink: Sink, *, running: bool = False) -> None:
         found = self._running(vmm)
-        if await found.state() == "running":
+        if running:
+            await check_movable(found)
+        elif await found.state() == "running":
             raise Refused(f"{vmm.unit} runs: what is saved would not be of one moment", field="vmm")
         await saving.save(found, sink)
 

@@ -1,6 +1,8 @@
-"""A guest that stands still is written out whole, memory and devices, and read in again: QEMU's own stream
-over a socket of this host, so that every release can do it. Knows one VMM at a time and nothing of where the
-bytes are kept.
+"""A guest is written out whole, memory and devices, and read in again: QEMU's own stream over a socket of
+this host, so that every release can do it. Knows one VMM at a time and nothing of where the bytes are kept.
+
+Of a guest that runs the stream goes round, over what was written since, and ends once it stands still: QEMU
+is given no time for a switch of its own (`downtime-limit`), so it stops none that still writes.
 
 Nothing of the memory is left out: the files it is mapped from end with the process.
 """
@@ -20,6 +22,8 @@ PIECE = 1 << 20
 QUIET_SECONDS = 60.0
 """The longest that nothing comes, or nothing is taken."""
 OPEN_WITHIN = 10.0
+NO_TIME = 0
+"""Milliseconds; a move sets its own."""
 PLAIN = frozenset({"events"})
 ENDED = ("completed", "failed", "cancelled")
 
@@ -46,7 +50,8 @@ async def save(vmm: Vmm, sink: Sink) -> None:
     try:
         await migration.set_capabilities(vmm, PLAIN)
         await vmm.execute(
-            "migrate-set-parameters", {"max-bandwidth": migration.UNLIMITED, **migration.NO_TLS}
+            "migrate-set-parameters",
+            {"max-bandwidth": migration.UNLIMITED, "downtime-limit": NO_TIME, **migration.NO_TLS},
         )
         vmm.ready_whole = False
         vmm.stream_word = ""

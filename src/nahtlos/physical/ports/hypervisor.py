@@ -222,10 +222,14 @@ class Hypervisor(Protocol):
 
     # suspended
 
-    async def save(self, vmm: VmmId, sink: Sink) -> None:
+    async def save(self, vmm: VmmId, sink: Sink, *, running: bool = False) -> None:
         """Of a guest that stands still (`pause`): memory and devices go to `sink`, in pieces and in order;
         all of them have when this returns. Its guest may be let go on after that, or after a failure. Refused
-        if the release would not; what `sink` raises is raised."""
+        if the release would not; what `sink` raises is raised.
+
+        `running`: the guest goes on meanwhile, and what it changes is sent again, until somebody has it stand
+        still (`migrate_progress` tells when little is left); what is saved is of that moment. A guest that
+        changes nothing may be found standing still already when this returns."""
         ...
 
     async def restore(self, server: ServerConfig, release: ReleaseId, pieces: AsyncIterator[bytes]) -> None:

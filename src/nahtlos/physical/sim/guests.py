@@ -135,13 +135,14 @@ class Vmm:
 
 
 class Stream:
-    """Pre-copy from `source` to `destination`, in virtual time. With switchover-ack withheld it goes round
+    """Pre-copy from `source` to `destination` (None: to somebody who writes it down), in virtual time. With
+    switchover-ack withheld it goes round
     until the source is paused; then the rest is sent and it completes."""
 
     def __init__(
         self,
         source: Vmm,
-        destination: Vmm,
+        destination: Vmm | None,
         rate: int,
         now: Callable[[], float],
         done: Callable[["Stream"], None],
@@ -160,15 +161,22 @@ class Stream:
         self._throttle = 0.0
         self.stalled = False
         self.broken = False
+        self.taken: tuple[bytes, ...] = ()
+        """What somebody who writes it down has got."""
         self._now = now
         self._done = done
         self._at = now()
-        self._touched = 0.0 if destination.in_place else source.memory_bytes * TOUCHED
+        self._touched = 0.0 if destination and destination.in_place else source.memory_bytes * TOUCHED
         self._remaining = self._touched
         self._transferred = 0.0
         self._passes = 1
         self._pass_seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def hosts(self) -> frozenset[HostId]:
+        there = self.destination or self.source
+        return frozenset((self.source.host, there.host))
 
     def progress(self) -> MigrationProgress:
         self.advance()

@@ -23,6 +23,7 @@ from nahtlos.physical.sim.disks import change_disks, copies_lost
 from nahtlos.physical.sim.display import SimDisplay
 from nahtlos.physical.sim.driver import SimDriver
 from nahtlos.physical.sim.guests import LINK_BYTES_PER_SECOND, Vmm
+from nahtlos.physical.sim.saving import save_live
 from nahtlos.physical.sim.world import World
 
 VERSIONED = re.compile(r"-\d+\.\d+$")
@@ -141,11 +142,14 @@ class SimHypervisor(SimDriver):
 
     # --- suspended ---
 
-    async def save(self, vmm: VmmId, sink: Sink) -> None:
+    async def save(self, vmm: VmmId, sink: Sink, *, running: bool = False) -> None:
         async with self.verb("save", vmm.unit):
             held = self._living(vmm)
-            if held.running or held.guest is None:
+            if held.guest is None or (held.running and not running):
                 raise Refused(f"{vmm.unit} runs: what is saved would not be of one moment", field="vmm")
+            if running:
+                await save_live(self.world, held, sink)
+                return
             for piece in self.world.saved(held):
                 await sink(piece)
 

@@ -33,7 +33,14 @@ from nahtlos.physical.ports import MigrationPhase, VmmId
 from nahtlos.physical.sim.clock import virtual_loop
 from nahtlos.physical.sim.facts import ServerFacts, SimHost, Step, Violation
 from nahtlos.physical.sim.faults import Act, Call, Calm, Life, Moment, Troubles, strike
-from nahtlos.physical.sim.guests import Given, Guest, Stream, Vmm, why_not_loaded
+from nahtlos.physical.sim.guests import (
+    LINK_BYTES_PER_SECOND,
+    Given,
+    Guest,
+    Stream,
+    Vmm,
+    why_not_loaded,
+)
 from nahtlos.physical.sim.leases import check_lease, supervisor_back
 from nahtlos.physical.sim.paths import Paths
 from nahtlos.physical.sim.taps import Flow, Switchboard, Tap, lost
@@ -228,13 +235,13 @@ class World:
         (self.stalled_links.add if on else self.stalled_links.discard)(link)
         self.note(one, "link stalled" if on else "link flows", other)
         for stream in self._streams:
-            if frozenset((stream.source.host, stream.destination.host)) == link:
+            if stream.hosts == link:
                 stream.stall(on=on)
 
     def cut_streams(self, one: HostId, other: HostId) -> None:
         """Connections of streams between the two are reset."""
         for stream in tuple(self._streams):
-            if frozenset((stream.source.host, stream.destination.host)) == frozenset((one, other)):
+            if stream.hosts == frozenset((one, other)):
                 self.note(one, "stream cut", stream.source.id.unit)
                 stream.fail("connection reset")
 
@@ -381,6 +388,8 @@ class World:
 
     def _run(self, vmm: Vmm) -> None:
         vmm.saved = False
+        if vmm.stream is not None and vmm.stream.destination is None:
+            vmm.sent = False
         for tap in vmm.taps:
             self.paths.touch(tap.mac)
         vmm.state = RunState.RUNNING
@@ -545,12 +554,26 @@ class World:
         if why := why_not_loaded(source, destination):
             stream.breaks(why)
 
+    def begin_saving(self, source: Vmm) -> Stream:
+        """To somebody of its host who writes it down."""
+        if source.stream and source.stream.phase is MigrationPhase.ACTIVE:
+            raise Refused(f"{source.id.unit} is being sent already", field="vmm")
+        stream = Stream(source, None, LINK_BYTES_PER_SECOND, self.now, self._stream_ended)
+        source.stream, source.sent = stream, False
+        self._streams.append(stream)
+        stream.source_paused()
+        return stream
+
     def _stream_ended(self, stream: Stream) -> None:
         """Or has handed its server over, by post-copy."""
         source, destination = stream.source, stream.destination
         if not stream.open:
             self._streams.remove(stream)
         self.note(source.host, f"stream {stream.phase}", source.id.unit, stream.error)
+        if destination is None:
+            source.sent = stream.phase is MigrationPhase.COMPLETED
+            stream.taken = tuple(self.saved(source)) if source.sent else ()
+            return
         if destination.follows is stream:
             return
         if stream.phase in (MigrationPhase.COMPLETED, MigrationPhase.POST_COPY):

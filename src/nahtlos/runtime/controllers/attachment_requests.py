@@ -8,7 +8,13 @@ from nahtlos.model.ids import ServerId, VolumeId
 from nahtlos.model.nouns import MOST_DATA_PLACES, ServerSpec
 from nahtlos.model.power import PowerState
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.runtime.controllers.known_volumes import check_idle, holder_of, is_system_disk, known_volume
+from nahtlos.runtime.controllers.known_volumes import (
+    check_idle,
+    check_no_memory,
+    holder_of,
+    is_system_disk,
+    known_volume,
+)
 from nahtlos.runtime.controllers.network_requests import same_project
 from nahtlos.runtime.controllers.requests import present_server
 from nahtlos.runtime.controllers.state import State
@@ -53,6 +59,7 @@ def with_data_volumes(
 def _free_volume(state: State, volume: VolumeId, field: str) -> VolumeSpec:
     """That no server has, and of which nothing runs."""
     spec = known_volume(state, volume, field)
+    check_no_memory(state, volume, field)
     holder = holder_of(state, volume)
     if holder is not None:
         what = "the system disk of" if is_system_disk(state, volume) else "attached to"
@@ -72,6 +79,12 @@ def check_not_suspended(spec: ServerSpec) -> None:
             f"{spec.id} is suspended, and remembers the disks it has",
             field="server",
             remedy=f"nahtlos server resume {spec.id} first",
+        )
+    if spec.going_back is not None:
+        raise Conflict(
+            f"{spec.id} goes back to snapshot {spec.going_back.snapshot}, and remembers its disks",
+            field="server",
+            remedy="wait until it runs",
         )
 
 

@@ -19,6 +19,7 @@ from nahtlos.model.power import PowerState
 from nahtlos.model.volume_work import Reverting, volumes_of
 from nahtlos.planner.upgrade import campaign_over
 from nahtlos.runtime.controllers.power_requests import booted, switched_itself_off
+from nahtlos.runtime.controllers.server_snapshot_records import goes_on
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_chores import VolumeChores, volume_chores
 from nahtlos.runtime.executor.decide import OVER, can_begin, operations_of
@@ -100,7 +101,7 @@ def _started_again(policy: Policy, world: World) -> tuple[ServerSpec, ...]:
     works = [wish.work for wish in policy.volume_wishes] + [t.work for t in world.blueprint.volume_tasks]
     changed = {volume for work in works if isinstance(work, Reverting) for volume in volumes_of(work)}
     return tuple(
-        msgspec.structs.replace(spec, power=booted(spec.power))
+        msgspec.structs.replace(spec, power=booted(spec.power)) if spec.going_back is None else goes_on(spec)
         for _, spec in sorted(policy.servers.items())
         if spec.power.again and spec.power.state is PowerState.OFF and not changed & set(spec.all_volumes)
     )
@@ -116,6 +117,8 @@ def _spent_memory(policy: Policy, inventory: Inventory, world: World) -> tuple[S
         seen = inventory.hosts.get(owner.host)
         status = next((s for s in (seen.servers if seen else ()) if s.id == server), None)
         done = status is not None and (status.epoch, status.power) == (owner.epoch, spec.power.serial)
+        if spec.power.again:
+            continue  # stopped until its disks are what they were in a snapshot
         if spec.power.state is not PowerState.SUSPENDED and done:
             found.append(spec)
     return tuple(found)

@@ -46,6 +46,11 @@ from nahtlos.runtime.controllers.networks import Networks, PortRequest
 from nahtlos.runtime.controllers.placement import Placement
 from nahtlos.runtime.controllers.powers import StopRequest
 from nahtlos.runtime.controllers.projects import Projects
+from nahtlos.runtime.controllers.server_snapshots import (
+    ServerRevertRequest,
+    ServerSnapshotRequest,
+    ServerSnapshotView,
+)
 from nahtlos.runtime.controllers.volumes import Volumes
 
 
@@ -287,6 +292,23 @@ class Powers(Protocol):
     async def resume(self, server: ServerId) -> ServerView: ...
 
 
+class ServerSnapshots(Protocol):
+    async def server_snapshots(self) -> tuple[ServerSnapshotView, ...]: ...
+    async def server_snapshot(self, snapshot: SnapshotId) -> ServerSnapshotView: ...
+    async def create(self, request: ServerSnapshotRequest) -> tuple[SnapshotId, ...]:
+        """The names of its disks' snapshots; it is there once they are."""
+        ...
+
+    async def delete(self, snapshot: SnapshotId) -> None:
+        """With its disks' snapshots and its memory, or nothing of it."""
+        ...
+
+    async def revert(self, server: ServerId, request: ServerRevertRequest) -> ServerView:
+        """What it is now is lost: it stops at once, its disks become what they were, and it goes on from its
+        memory."""
+        ...
+
+
 class Cloud(Protocol):
     @property
     def availability(self) -> AvailabilityApi: ...
@@ -301,6 +323,8 @@ class Cloud(Protocol):
 
     @property
     def power(self) -> Powers: ...
+    @property
+    def server_snapshots(self) -> ServerSnapshots: ...
 
     @property
     def consoles(self) -> Consoles: ...

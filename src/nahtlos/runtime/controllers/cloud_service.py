@@ -67,6 +67,7 @@ from nahtlos.runtime.controllers.power_fence import PowerFence
 from nahtlos.runtime.controllers.power_service import PowerService
 from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.project_service import ProjectService
+from nahtlos.runtime.controllers.server_snapshot_service import ServerSnapshotService
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.controllers.volume_service import KeyMaker, VolumeService
 from nahtlos.runtime.identity.tokens import new_token, token_digest
@@ -111,6 +112,7 @@ class CloudService:
         self.power_fence = PowerFence(store, self._looks, said=self._said, wake=wake)
         self.projects = ProjectService(self._looks, said=self._said)
         self.power = PowerService(self._looks, said=self._said, shown=self.server)
+        self.server_snapshots = ServerSnapshotService(self._looks, said=self._said, shown=self.server)
         self.consoles = ConsoleService(agents, self.server)
         self.placement = PlacementService(self._looks, said=self._said)
 

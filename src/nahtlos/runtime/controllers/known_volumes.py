@@ -75,6 +75,17 @@ def wishes_of(state: State, volume: VolumeId) -> tuple[VolumeWish, ...]:
     return found
 
 
+def check_no_memory(state: State, volume: VolumeId, field: str) -> None:
+    """Conflict if a whole server's snapshot keeps its memory on it."""
+    for whole in state.kept.server_snapshots.values():
+        if whole.saved.volume == volume:
+            raise Conflict(
+                f"{volume} holds the memory of snapshot {whole.id}",
+                field=field,
+                remedy=f"it goes with it: nahtlos snapshot delete {whole.id}",
+            )
+
+
 def check_name_free(state: State, name: str, kind: str) -> None:
     """Volumes, snapshots and backups each have names of their own; what is only wished has its name, too."""
     taken: Mapping[str, set[str]] = {

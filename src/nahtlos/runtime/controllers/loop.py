@@ -18,6 +18,7 @@ from nahtlos.model.blueprint import Blueprint, Campaign, CampaignState, PlanRepo
 from nahtlos.model.errors import Error, Stale
 from nahtlos.model.ids import OperationId
 from nahtlos.model.inventory import Inventory
+from nahtlos.model.power import PowerState
 from nahtlos.planner.plan import plan
 from nahtlos.planner.upgrade import has, upgraded_hosts
 from nahtlos.runtime.controllers import failures, outcomes, volume_records
@@ -139,10 +140,14 @@ class PlanningLoop:
                 drafts.append(EventDraft(kind="server.gone", subject=server, text=f"{server} is gone"))
             for spec in found.started_again:
                 await volumes.put_server(tx, spec)
+                if spec.power.state is PowerState.OFF:
+                    text = f"{spec.id} does not go back to its snapshot: that was given up; it stays stopped"
+                    drafts.append(EventDraft(kind="server.revert", subject=spec.id, text=text))
             for spec in found.spent_memory:
-                if spec.memory_volume is not None:
+                if spec.memory_volume is not None and spec.going_back is None:
                     await volumes.mark_removed(tx, spec.memory_volume)
-                await volumes.put_server(tx, msgspec.structs.replace(spec, memory_volume=None))
+                after = msgspec.structs.replace(spec, memory_volume=None, going_back=None)
+                await volumes.put_server(tx, after)
             for spec in found.switched_off:
                 await volumes.put_server(tx, spec)
                 text = f"{spec.id} has switched itself off, and stays so until it is started"

@@ -68,7 +68,7 @@ def started(state: State, inventory: Inventory, server: ServerId) -> Power | Non
         return None
     if before.again:
         raise Conflict(
-            f"{server} is stopped while a volume of it is reverted, and runs again after that",
+            f"{server} is stopped while its volumes are reverted, and runs again after that",
             field="server",
             remedy="wait until it does, or give that up: nahtlos volume cancel VOLUME",
         )
@@ -98,6 +98,12 @@ def suspended(state: State, inventory: Inventory, server: ServerId) -> ServerSpe
             field="server",
             remedy=f"nahtlos server start {server}",
         )
+    if spec.going_back is not None:
+        raise Conflict(
+            f"{server} goes back to snapshot {spec.going_back.snapshot}",
+            field="server",
+            remedy="wait until it runs",
+        )
     place = _place(state, server)
     seen = inventory.hosts.get(place) if place is not None else None
     if seen is None or "suspend" not in seen.knows:
@@ -113,13 +119,20 @@ def suspended(state: State, inventory: Inventory, server: ServerId) -> ServerSpe
 
 
 def memory_volume(state: State, inventory: Inventory, spec: ServerSpec) -> VolumeSpec:
-    """As many copies as its system disk has, encrypted if any of its disks is."""
     assert spec.memory_volume is not None, f"{spec.id} is not to be suspended"
+    return volume_for_memory(state, inventory, spec, spec.memory_volume)
+
+
+def volume_for_memory(
+    state: State, inventory: Inventory, spec: ServerSpec, name: VolumeId, times: int = 1
+) -> VolumeSpec:
+    """As many copies as its system disk has, encrypted if any of its disks is. `times`: how often all of the
+    memory has room."""
     system = state.volumes[spec.volume].spec
     disks = (state.volumes[name].spec for name in spec.all_volumes if name in state.volumes)
     volume = VolumeSpec(
-        id=spec.memory_volume,
-        size_mib=spec.size.memory_mib + spec.size.memory_mib // 64 + DEVICES_MIB,
+        id=name,
+        size_mib=times * (spec.size.memory_mib + spec.size.memory_mib // 64) + DEVICES_MIB,
         image=None,
         host=HostId(""),
         project=spec.project,

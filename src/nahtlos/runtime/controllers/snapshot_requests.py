@@ -151,6 +151,12 @@ def reverting(
             field="snapshot",
             remedy=f"nahtlos snapshot move {snapshot} --to {held.current[0]} first",
         )
+    if holder is not None and (back := state.servers[holder].spec.going_back) is not None:
+        raise Conflict(
+            f"{holder}, which has {volume}, goes back to snapshot {back.snapshot}",
+            field="volume",
+            remedy="wait until it runs",
+        )
     check_idle(state, volume)
     return Reverting(volume=volume, snapshot=snapshot)
 

@@ -14,8 +14,9 @@ from nahtlos.model.inventory import Inventory
 from nahtlos.model.nouns import HostRole
 from nahtlos.model.snapshot_places import reported_snapshots
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
-from nahtlos.model.volume_work import volumes_of
+from nahtlos.model.volume_work import SnapshotGroup, volumes_of
 from nahtlos.planner.volume_places import places
+from nahtlos.runtime.controllers.server_snapshot_records import given_up
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_records import EndedTask, ended_tasks, rehomed, write_end
 from nahtlos.runtime.executor.volume_orders import volume_order
@@ -178,8 +179,11 @@ async def write_volume_chores(tx: AsyncConnection, found: VolumeChores, now: flo
     for snapshot in found.gone_snapshots:
         await volumes.forget_snapshot(tx, snapshot)
         drafts.append(EventDraft(kind="snapshot.gone", subject=snapshot, text=f"{snapshot} is gone"))
+    wished = {wish.id: wish.work for wish in await volumes.wishes(tx)} if found.dropped_wishes else {}
     for wish in found.dropped_wishes:
         await volumes.forget_wish(tx, wish)
+        if isinstance(work := wished.get(wish), SnapshotGroup):
+            await given_up(tx, work)
     if found.exports_until is not None:
         await volumes.forget_exports(tx, until=found.exports_until)
     return drafts

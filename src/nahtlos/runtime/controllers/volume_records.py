@@ -4,7 +4,7 @@ as far as no loss has come between.
 
     relocated   the copy is at its destination, by its new epoch
     rebuilt     the copy is current, unless it was lost again since it was decided
-    snapshots, backups, a restored volume: they are there from here on
+    snapshots, backups, a restored volume: they are there from here on (`server_snapshot_records`: of servers)
     snapshots moved  they are kept at their destination, and their host is told to let go of them
 """
 
@@ -44,6 +44,8 @@ from nahtlos.model.volume_work import (
     volumes_of,
     words,
 )
+from nahtlos.runtime.controllers import server_snapshot_records
+from nahtlos.runtime.controllers.server_snapshot_records import RESULT, disk_is_back, given_up
 from nahtlos.runtime.store import intent, operations, volumes
 from nahtlos.runtime.store.events import EventDraft
 from nahtlos.runtime.store.volumes import pinned_epochs, with_state
@@ -71,6 +73,7 @@ class EndedTask:
         work = self.task.work
         strict = isinstance(work, SnapshotGroup | BackingUp) and work.consistency is Consistency.FILESYSTEM
         strict |= isinstance(work, BackingUp) and error is not None and error.field in ("target", "backup")
+        strict |= isinstance(work, SnapshotGroup) and work.memory is not None
         return (
             not self.done
             and refused
@@ -84,6 +87,8 @@ async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDra
         await _apply(tx, end.task, end.status.result, now)
     if end.task.wish and (end.done or end.cancelled or end.hopeless):
         await volumes.forget_wish(tx, end.task.wish)
+        if not end.done and isinstance(end.task.work, SnapshotGroup):
+            await given_up(tx, end.task.work)
     record = record_of(
         end.task,
         state=end.status.state.value,
@@ -105,9 +110,11 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
             spec = await volumes.get(tx, task.work.volume)
             if spec is not None:
                 await volumes.put(tx, reverted(spec, task.coordinator, task.epoch))
+            await disk_is_back(tx, task.work.volume, task.work.snapshot)
         case SnapshotGroup():
             taken = snapshots_taken(task.work.snapshots, result, now)
             await volumes.add_snapshots(tx, taken)
+            await server_snapshot_records.taken(tx, task.work, result.get(RESULT, ""), now)
         case SnapshotMove():
             await _snapshots_moved(tx, task.work)
         case BackingUp():

@@ -17,6 +17,7 @@ from nahtlos.runtime.controllers.attachment_requests import check_not_suspended
 from nahtlos.runtime.controllers.known_volumes import (
     check_idle,
     check_name_free,
+    check_no_memory,
     check_stays,
     holder_of,
     is_system_disk,
@@ -273,6 +274,7 @@ def check_deletable(state: State, volume: VolumeId) -> None:
             field="volume",
             remedy=f"nahtlos {'server delete ' + holder if system else 'volume detach ' + volume}",
         )
+    check_no_memory(state, volume, "volume")
     snapshots = [s for s, row in state.kept.snapshots.items() if row.spec.volume == spec.id]
     in_use(
         f"volume {volume}",

@@ -1,5 +1,7 @@
 """From a planned operation of volumes to the order its coordinator is given. Pure."""
 
+import msgspec
+
 from nahtlos.model.config import VolumeAttachment, VolumeEndpoint
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.storage import ReplicaState, StorageBackend, VolumeSpec
@@ -24,6 +26,7 @@ from nahtlos.wire.volumes import (
     BackupOrder,
     BeginVolumeTask,
     DeleteBackupOrder,
+    MemoryTarget,
     MoveSnapshotsOrder,
     PeerAddress,
     RebuildOrder,
@@ -94,17 +97,7 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
         case Rebuilding():
             return _rebuild(world, task, task.work)
         case SnapshotGroup():
-            if any(volume not in world.policy.volumes for volume in volumes_of(task.work)):
-                return None
-            return SnapshotOrder(
-                id=task.id,
-                coordinator=task.coordinator,
-                hosts=_peers(world),
-                group=task.work.group,
-                snapshots=task.work.snapshots,
-                clients=_clients(world, task),
-                consistency=task.work.consistency,
-            )
+            return _snapshot(world, task, task.work)
         case Reverting():
             volume = world.policy.volumes.get(task.work.volume)
             if volume is None or task.work.snapshot not in world.policy.snapshots:
@@ -169,6 +162,30 @@ def volume_order(world: World, task: PlannedVolumeTask) -> VolumeTask | None:
             return DeleteBackupOrder(
                 id=task.id, coordinator=task.coordinator, hosts=_peers(world), backup=task.work.backup
             )
+
+
+def _snapshot(world: World, task: PlannedVolumeTask, work: SnapshotGroup) -> SnapshotOrder | None:
+    if any(volume not in world.policy.volumes for volume in volumes_of(work)):
+        return None
+    order = SnapshotOrder(
+        id=task.id,
+        coordinator=task.coordinator,
+        hosts=_peers(world),
+        group=work.group,
+        snapshots=work.snapshots,
+        clients=_clients(world, task),
+        consistency=work.consistency,
+    )
+    if work.memory is None:
+        return order
+    kept = _attachment(world, world.policy.volumes.get(work.memory.volume))
+    if kept is None or world.place_of(work.memory.server) != task.coordinator:
+        return None
+    return msgspec.structs.replace(
+        order,
+        stop_seconds=work.memory.pause_seconds,
+        memory=MemoryTarget(server=work.memory.server, attachment=kept),
+    )
 
 
 def _relocate(world: World, task: PlannedVolumeTask, work: Relocation) -> RelocateOrder | None:

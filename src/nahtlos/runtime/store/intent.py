@@ -196,8 +196,9 @@ async def forget_server(tx: AsyncConnection, server: ServerId) -> None:
         raise NotFound(f"no server '{server}'", field="server")
     if not await _is_needed(tx, VolumeId(row.volume)):
         await tx.execute(update(schema.volumes).where(schema.volumes.c.id == row.volume).values(removed=True))
-    memory = value_of(row.document, ServerSpec).memory_volume
-    if memory is not None:
+    spec = value_of(row.document, ServerSpec)
+    memory = spec.memory_volume
+    if memory is not None and spec.going_back is None:
         await tx.execute(update(schema.volumes).where(schema.volumes.c.id == memory).values(removed=True))
     await tx.execute(delete(schema.attachments).where(schema.attachments.c.server == server))
     await networking.forget_ports(tx, server)

@@ -100,6 +100,14 @@ snapshots = Table(
     Index("ix_snapshots_volume", "volume"),
 )
 
+server_snapshots = Table(
+    "server_snapshots",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("server", String, nullable=False),
+    Column("document", Text, nullable=False),
+)
+
 snapshot_exports = Table(
     "snapshot_exports",
     metadata,

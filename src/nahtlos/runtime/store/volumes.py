@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import BackupId, HostId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.nouns import ServerSpec
+from nahtlos.model.server_snapshots import ServerSnapshot
 from nahtlos.model.storage import (
     BackupSpec,
     Replica,
@@ -27,7 +28,7 @@ from nahtlos.model.storage import (
 )
 from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.model.volume_work import VolumeWish, VolumeWork
-from nahtlos.runtime.store import schema, spent_keys
+from nahtlos.runtime.store import schema, server_snapshots, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
@@ -54,6 +55,9 @@ class Volumes:
     snapshots: dict[SnapshotId, SnapshotRow] = field(default_factory=dict[SnapshotId, SnapshotRow])
     exports: tuple[SnapshotExport, ...] = ()
     backups: dict[BackupId, BackupSpec] = field(default_factory=dict[BackupId, BackupSpec])
+    server_snapshots: dict[SnapshotId, ServerSnapshot] = field(
+        default_factory=dict[SnapshotId, ServerSnapshot]
+    )
     targets: dict[str, str] = field(default_factory=dict[str, str])
     """Where backups go, by the name people gave it."""
     wishes: tuple[VolumeWish, ...] = ()
@@ -78,6 +82,7 @@ async def read(tx: AsyncConnection) -> Volumes:
         },
         exports=tuple(value_of(row.document, SnapshotExport) for row in exports),
         backups={BackupId(row.id): value_of(row.document, BackupSpec) for row in backups},
+        server_snapshots=await server_snapshots.all_of(tx),
         targets={row.name: row.place for row in targets},
         wishes=await wishes(tx),
         settings=await settings(tx),

@@ -46,9 +46,11 @@ def check_movable(context: Context, held: Ownership, server: ServerConfig) -> No
 
 
 def check_not_frozen(context: Context, server: ServerId) -> None:
-    """A guest is thawed by the host and the VMM that froze it."""
+    """A guest is thawed, and saved, by the host and the VMM that began it."""
     if server in context.guest_freezes:
         raise Conflict(f"the file systems of {server} are frozen for a snapshot", field="server")
+    if server in context.saving:
+        raise Conflict(f"the memory of {server} is being saved for a snapshot", field="server")
 
 
 def _path(attachment: VolumeAttachment) -> tuple[object, ...]:

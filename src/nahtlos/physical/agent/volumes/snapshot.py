@@ -9,12 +9,13 @@ Where several hosts take part nothing but the guests themselves can be one momen
 every host takes its part, and each says afterwards whether it stood still all the time. If one did not, or a
 host did not answer in time, what was taken is deleted again and the guests go on; then it is tried anew.
 Every host prepares its part before anybody stands still, so that little is left to be done meanwhile.
-Where file systems are to be consistent they are frozen around all of it (`guests.group`).
+Where file systems are to be consistent they are frozen around all of it (`guests.group`). Where the memory of
+the server is taken, too, it is saved before, around and after it (`memory`) by this agent, its host's.
 Guests never wait for this agent: each host lets its own go on by itself when the time is over (`freeze`).
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import msgspec
 
@@ -26,6 +27,7 @@ from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.guests.group import FILESYSTEM, FrozenGuests
 from nahtlos.physical.agent.ledger import Journal
 from nahtlos.physical.agent.volumes.hosts import Hosts
+from nahtlos.physical.agent.volumes.memory import MemorySave, let_go
 from nahtlos.physical.agent.volumes.peers import ForVolume
 from nahtlos.wire.volumes import (
     SnapshotOrder,
@@ -40,6 +42,8 @@ ASK_AGAIN_SECONDS = 0.25
 TAKE_SECONDS = 30.0
 UNDO_SECONDS = 10.0
 THAW_SECONDS = 5.0
+MEMORY = "result.memory"
+"""Note, and result: what was saved, and for how long its guest stood still."""
 FIND_SECONDS = 30.0
 """The longest that is waited for a server that moves."""
 
@@ -77,7 +81,10 @@ class GroupSnapshot:
 
     async def _carry_out(self, *, recovering: bool) -> None:
         self._record("take")
-        if recovering and (self._several or self._freezes):
+        memory = self._order.memory
+        if recovering and memory is not None:
+            await let_go(self._context, self._order.id, memory.server)
+        if recovering and (self._several or self._freezes or memory is not None):
             # Whether all of it is of one moment, and of frozen file systems, nobody knows any more.
             await self._undo()
         error: Error = Unavailable("nothing was tried")
@@ -109,6 +116,9 @@ class GroupSnapshot:
         return self._order.consistency is not Consistency.CRASH
 
     async def _take(self) -> None:
+        if self._order.memory is not None:
+            await self._take_with_memory()
+            return
         self._taking = True
         try:
             if self._several or self._freezes:
@@ -136,14 +146,33 @@ class GroupSnapshot:
             if isinstance(result, BaseException) and not unknown:
                 raise result
 
+    async def _take_with_memory(self) -> None:
+        """The disks are of the moment the memory is of: the guest stands still from before its last page is
+        sent until after the last disk was taken."""
+        save = MemorySave(self._context, self._order)
+        async with save.running():
+            await save.until_little_is_left(lambda: self._cancelled)
+            self._taking = True
+            try:
+                await self._prepare()
+                stood_still = await self._stand_still_and_take(save.rest)
+                taken = await save.finished(stood_still)
+            finally:
+                self._taking = False
+        notes = {**self._journal.notes, MEMORY: msgspec.json.encode(taken).decode()}
+        self._journal = msgspec.structs.replace(self._journal, notes=notes)
+
     async def _take_alone(self) -> None:
         ((host, part),) = self._parts.items()
         await self._hosts.ask(host, VolumeSnapshot(id=self._order.id, snapshots=part), TAKE_SECONDS)
 
-    async def _stand_still_and_take(self) -> None:
-        """Every server that was told to stand still is told to go on, whatever happens in between."""
+    async def _stand_still_and_take(self, beside: Callable[[], Awaitable[None]] | None = None) -> float:
+        """Every server that was told to stand still is told to go on, whatever happens in between. `beside`:
+        what else is done meanwhile. Seconds it took, as seen from here."""
         order, frozen = self._order, dict[ServerId, HostId]()
         held: list[Error] = []
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         places = {client.server: client.at.host for client in order.clients}
         try:
             async with asyncio.timeout(FIND_SECONDS + order.stop_seconds):
@@ -151,6 +180,7 @@ class GroupSnapshot:
                 await self._side_by_side(
                     {host: VolumeSnapshot(id=order.id, snapshots=part) for host, part in self._parts.items()},
                     order.stop_seconds,
+                    beside,
                 )
         except TimeoutError:
             raise Unavailable(f"not all servers stood still within {FIND_SECONDS:g} s") from None
@@ -160,6 +190,7 @@ class GroupSnapshot:
                     tasks.create_task(self._thaw(server, host, held))
         if held:
             raise held[0]
+        return loop.time() - began
 
     async def _freeze_all(self, places: Mapping[ServerId, HostId], frozen: dict[ServerId, HostId]) -> None:
         """`frozen` is filled with those that stand still, also if another one could not be told to."""
@@ -195,9 +226,15 @@ class GroupSnapshot:
         except Exception as error:
             errors.append(self._context.error_of(error))
 
-    async def _side_by_side(self, bodies: Mapping[HostId, ForVolume], timeout: float) -> None:
+    async def _side_by_side(
+        self,
+        bodies: Mapping[HostId, ForVolume],
+        timeout: float,
+        beside: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         """Raises the first error, when all have answered."""
-        asked = [self._hosts.ask(host, body, timeout) for host, body in bodies.items()]
+        asked: list[Awaitable[None]] = [beside()] if beside is not None else []
+        asked += [self._hosts.ask(host, body, timeout) for host, body in bodies.items()]
         for result in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
