@@ -1,6 +1,7 @@
 """What every hypervisor driver must do with a guest that is saved and goes on elsewhere, and every storage
 one with a volume that agents themselves write: on simulated hosts and, where it can be, on real ones."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -60,6 +61,40 @@ def test_a_guest_is_saved_and_goes_on_at_another_host(stage: Stage) -> None:
             await hosts.second.hypervisor.resume(arrived.id)
         assert await state(hosts.second, arrived.id) is RunState.RUNNING
         await hosts.second.hypervisor.kill(arrived.id)
+
+    stage(play)
+
+
+def test_a_guest_is_saved_while_it_runs_as_it_was_when_it_stood_still(stage: Stage) -> None:
+    async def play(hosts: Hosts) -> None:
+        server, vmm = await booted(hosts)
+        got = bytearray()
+
+        async def add(piece: bytes) -> None:
+            got.extend(piece)
+
+        async with asyncio.TaskGroup() as tasks:
+            saving = tasks.create_task(hosts.first.hypervisor.save(vmm, add, running=True))
+            while (await hosts.first.hypervisor.migrate_progress(vmm)).passes < 2 and not saving.done():
+                await asyncio.sleep(0.02)
+            await hosts.first.hypervisor.pause(vmm)
+            await saving
+            assert await state(hosts.first, vmm) is RunState.PAUSED
+        await hosts.first.hypervisor.resume(vmm)
+        assert await state(hosts.first, vmm) is RunState.RUNNING
+        seen_again = await seen(hosts.first, vmm)
+        assert seen_again is not None
+        assert not seen_again.sent
+        await hosts.first.hypervisor.kill(vmm)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield bytes(got)
+
+        await hosts.first.hypervisor.restore(server, hosts.release, pieces())
+        assert await state(hosts.first, vmm) is RunState.PAUSED
+        await hosts.first.hypervisor.resume(vmm)
+        assert await state(hosts.first, vmm) is RunState.RUNNING
+        await hosts.first.hypervisor.kill(vmm)
 
     stage(play)
 

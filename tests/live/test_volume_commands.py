@@ -2,6 +2,7 @@
 volume that is plugged in, a snapshot, a relocation, and a host that is drained of its volumes."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -73,6 +74,25 @@ def test_volumes_are_made_moved_and_drained_under_a_guest_that_writes(nahtlos: C
     nahtlos.json("snapshot", "create", "both", "--volume", "web-disk", "--volume", "data")
     assert {s["spec"]["id"] for s in nahtlos.json("snapshot", "list")} == {"both-web-disk", "both-data"}
     writes_on()
+
+    nahtlos.json("snapshot", "create", "then", "--server", "web", "--memory")
+    then = asyncio.run(outside.status(web["ip"]))
+    (kept,) = nahtlos.json("snapshot", "list", "--memory")
+    assert kept["why_not"] == "" and 0 < kept["spec"]["pause_seconds"] < 2.0
+    assert set(kept["spec"]["snapshots"]) == {"then-web-disk", "then-data"}
+    time.sleep(5.0)
+    later = asyncio.run(outside.status(web["ip"]))
+    assert nahtlos.json("server", "revert", "web", "--snapshot", "then")["state"] == "running"
+    asyncio.run(outside.until_up(web["ip"], timeout=SOON_SECONDS))
+    back = asyncio.run(outside.status(web["ip"]))
+    assert back.boot_id == then.boot_id
+    assert back.disk.acknowledged < later.disk.acknowledged
+    verified = json.loads(asyncio.run(outside.get(web["ip"], "/disk/verify", timeout=60.0)))
+    assert verified["wrong"] == 0 and verified["checked"] == verified["acknowledged"]
+    writes_on()
+    assert nahtlos.refused("volume", "delete", "then-memory", "--yes")["field"] == "volume"
+    nahtlos.json("snapshot", "delete", "then")
+    assert {s["spec"]["id"] for s in nahtlos.json("snapshot", "list")} == {"both-web-disk", "both-data"}
 
     before = nahtlos.json("volume", "show", "web-disk")["spec"]["host"]
     to = next(host for host in ("host-2", "host-3") if host != before)
