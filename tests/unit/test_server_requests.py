@@ -27,6 +27,7 @@ from nahtlos.runtime.controllers.project_requests import (
 )
 from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.server_requests import changed_server, with_hardware
+from nahtlos.runtime.controllers.share_requests import check_shares_somewhere
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
 
@@ -202,6 +203,26 @@ def test_what_is_there_from_the_start_is_what_it_was_created_with() -> None:
 def test_what_it_cannot_be_given(asked: dict[str, Any], field: str, message: str) -> None:
     error = refusal(lambda: Stage().set(**asked))
     assert (error.field, message in error.message) == (field, True), error
+
+
+def test_a_host_without_control_groups_is_asked_for_no_share_and_another_one_is_named() -> None:
+    stage = Stage()
+    seen = stage.inventory()
+    without = msgspec.structs.replace(seen.hosts[host(1)], no_shares="there is no cpu controller")
+    seen = msgspec.structs.replace(seen, hosts={**seen.hosts, host(1): without})
+    for asked, field in (({"cpu_quota": 50}, "cpu_quota"), ({"cpu_weight": 200}, "cpu_weight")):
+        error = refusal(lambda asked=asked: stage.set(seen=seen, **asked))
+        assert (error.kind, error.field) == ("conflict", field)
+        assert "host-1 cannot give" in error.message and "there is no cpu controller" in error.message
+        assert "nahtlos server move web --to host-2" in error.remedy
+    assert stage.set(seen=seen, cpu_quota=0, vcpus=3).cpu == CpuShare(), "the default needs none"
+    share = CpuShare(weight=300)
+    check_shares_somewhere(seen, share, None)
+    assert refusal(lambda: check_shares_somewhere(seen, share, host(1))).field == "cpu_weight"
+    nowhere = {name: msgspec.structs.replace(each, no_shares="none") for name, each in seen.hosts.items()}
+    everywhere = msgspec.structs.replace(seen, hosts=nowhere)
+    assert refusal(lambda: check_shares_somewhere(everywhere, share, None)).field == "cpu_weight"
+    check_shares_somewhere(everywhere, CpuShare(), None)
 
 
 def test_hardware_without_places_says_how_to_have_them() -> None:

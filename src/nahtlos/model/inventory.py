@@ -230,6 +230,9 @@ class HostInventory(Value, frozen=True, kw_only=True):
     `post-copy`."""
     why_no_post_copy: str = ""
     """Why its kernel cannot take part in a post-copy; empty if it can, or its agent does not know of any."""
+    no_shares: str = ""
+    """Why its servers cannot be given a share of its processors other than the default; empty if they can, or
+    its agent does not tell."""
     network: dict[str, str] = {}
     """What the network driver uses here and what is missing: subject to words."""
     standing: Standing | None = None

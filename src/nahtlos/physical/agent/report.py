@@ -161,6 +161,7 @@ async def inventory(
         problems=converger.problems,
         knows=KNOWS,
         why_no_post_copy=converger.why_no_post_copy or "",
+        no_shares=await context.drivers.hypervisor.why_no_shares(),
         network=converger.network,
         standing=leases.standing(),
     )

@@ -14,6 +14,7 @@ default share may stay outside of any group, where each of its threads weighs th
 
 import errno
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -75,6 +76,14 @@ def usable() -> Hierarchy | None:
             if each.version is Version.TWO and "cpu" in controllers:
                 return each
     return None
+
+
+def why_unusable() -> str:
+    """In words; empty if groups can be made."""
+    hierarchy = usable()
+    if hierarchy is None:
+        return "no control groups with the cpu controller are to be seen"
+    return "" if os.access(hierarchy.root, os.W_OK) else f"{hierarchy.root} cannot be written"
 
 
 def group_name(run_dir: Path, unit: str) -> str:

@@ -30,6 +30,7 @@ from nahtlos.model.nouns import Size
 from nahtlos.physical.hypervisor import console, following, head_start, migration, saving, touching
 from nahtlos.physical.hypervisor.accelerator import Prober
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
+from nahtlos.physical.hypervisor.cgroups import why_unusable
 from nahtlos.physical.hypervisor.commandline import (
     AGENT_CHARDEV,
     HOSTS_ONLY,
@@ -93,6 +94,9 @@ class QemuHypervisor:
 
     async def releases(self) -> tuple[ReleaseId, ...]:
         return await self._bundles.available()
+
+    async def why_no_shares(self) -> str:
+        return why_unusable()
 
     async def verify(self, release: ReleaseId) -> Accelerator:
         ensure_folders(self._settings)

@@ -124,6 +124,11 @@ class Hypervisor(Protocol):
         """Releases whose files are present and match their manifest."""
         ...
 
+    async def why_no_shares(self) -> str:
+        """Why servers here cannot be given other than the default share of its processors; empty if they
+        can."""
+        ...
+
     async def observe(self) -> tuple[VmmStatus, ...]:
         """Every VMM of this host, also those an earlier agent started."""
         ...

@@ -87,6 +87,8 @@ class SimHost:
     vmms: dict[VmmId, Vmm] = field(default_factory=dict[VmmId, Vmm])
     consoles: dict[VmmId, bytearray] = field(default_factory=dict[VmmId, bytearray])
     """What each VMM's guest has said, also of those that have ended."""
+    no_shares: str = ""
+    """Why its processors cannot be shared by anything but the default."""
     volumes: dict[VolumeId, Volume] = field(default_factory=dict[VolumeId, Volume])
     disks_told: asyncio.Event = field(default_factory=asyncio.Event)
     """Disks have stopped a guest here."""

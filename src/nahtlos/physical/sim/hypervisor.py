@@ -36,6 +36,9 @@ class SimHypervisor(SimDriver):
         async with self.verb("releases"):
             return tuple(self.host.releases)
 
+    async def why_no_shares(self) -> str:
+        return self.host.no_shares
+
     async def observe(self) -> tuple[VmmStatus, ...]:
         async with self.verb("observe"):
             return tuple(_status(self.world, v) for v in self.host.vmms.values())

@@ -68,6 +68,7 @@ from nahtlos.runtime.controllers.power_service import PowerService
 from nahtlos.runtime.controllers.project_requests import check_project
 from nahtlos.runtime.controllers.project_service import ProjectService
 from nahtlos.runtime.controllers.server_snapshot_service import ServerSnapshotService
+from nahtlos.runtime.controllers.share_requests import check_shares_somewhere
 from nahtlos.runtime.controllers.state import State, read
 from nahtlos.runtime.controllers.volume_service import KeyMaker, VolumeService
 from nahtlos.runtime.identity.tokens import new_token, token_digest
@@ -271,6 +272,7 @@ class CloudService:
                 server_requests.check_display(self._agents.lacking("display", compute))
             if spec.data_places != DATA_PLACES:
                 server_requests.check_data_places(self._agents.lacking("data-places", compute))
+            check_shares_somewhere(inventory, spec.cpu, request.host)
             spec = guest_requests.with_channel(state, inventory, spec)
             volume = volume_homes.system_disk(state, inventory, disk, request.copies)
             spec, data = attachment_requests.with_data_volumes(state, spec, request.volumes)

@@ -31,11 +31,11 @@ from nahtlos.runtime.controllers.requests import (
     present_server,
     words,
 )
+from nahtlos.runtime.controllers.share_requests import check_shares, checked_share
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.controllers.volume_requests import changed_volume
 from nahtlos.runtime.controllers.volumes import VolumeChange
 
-MAX_WEIGHT = 10_000
 BLOCK_MIB = 4
 """Guests take and give back plugged memory in blocks of this size."""
 GUEST_BLOCK_MIB = 128
@@ -126,22 +126,6 @@ def _max_memory(request: ServerRequest, size: Size) -> int:
     return asked
 
 
-def checked_share(cpu: CpuShare, vcpus: int) -> CpuShare:
-    if cpu.quota and not 1 <= cpu.quota <= 100 * vcpus:
-        raise Refused(
-            f"{cpu.quota}% of a processor for {words_of_vcpus(vcpus)}",
-            field="cpu_quota",
-            remedy=f"give 1 to {100 * vcpus}, or none for no limit",
-        )
-    if not 1 <= cpu.weight <= MAX_WEIGHT:
-        raise Refused(f"a weight of {cpu.weight}", field="cpu_weight", remedy=f"give 1 to {MAX_WEIGHT}")
-    return cpu
-
-
-def words_of_vcpus(vcpus: int) -> str:
-    return "1 vCPU" if vcpus == 1 else f"{vcpus} vCPUs"
-
-
 # --- while it runs -----------------------------------------------------------------------------------
 
 
@@ -162,10 +146,13 @@ def changed_server(state: State, inventory: Inventory, server: ServerId, change:
         vcpus=_vcpus(state, inventory, before, change.vcpus),
         memory_mib=_memory(before, change.memory_mib),
     )
+    cpu = checked_share(_share(before.cpu, change), size.vcpus)
+    if cpu != before.cpu:
+        check_shares(state, inventory, server, cpu)
     after = msgspec.structs.replace(
         before,
         size=size,
-        cpu=checked_share(_share(before.cpu, change), size.vcpus),
+        cpu=cpu,
         ports=_ports(state, before, change),
         blackout_budget_ms=before.blackout_budget_ms
         if change.blackout_budget_ms is UNSET
@@ -331,6 +318,12 @@ def _check_at_rest(state: State, server: ServerId) -> None:
             f"{server} is suspended; its vCPUs and memory stay as they are meanwhile",
             field="server",
             remedy=f"nahtlos server resume {server} first",
+        )
+    if (back := state.servers[server].spec.going_back) is not None:
+        raise Conflict(
+            f"{server} goes back to {back.snapshot}; its vCPUs and memory stay as they are meanwhile",
+            field="server",
+            remedy="wait until it runs",
         )
     moves = state.blueprint.moves if state.blueprint else ()
     move = next((m for m in moves if m.server == server), None)
