@@ -25,6 +25,22 @@ from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.volumes import VolumeChange
 
 H1, WEB = HostId("host-1"), ServerId("web")
+BAD = (
+    ("--vcpus 0", "vcpus"),
+    ("--vcpus -1", "vcpus"),
+    ("--memory 0", "memory_mib"),
+    ("--memory 100G", "memory_mib"),
+    ("--memory 300T", "memory_mib"),
+    ("--memory 257", "memory_mib"),
+    ("--cpu-quota 301%", "cpu_quota"),
+    ("--cpu-quota 0%", "cpu_quota"),
+    ("--blackout-budget 0", "blackout_budget_ms"),
+    ("--blackout-budget -5", "blackout_budget_ms"),
+    ("--restart-priority 101", "restart_priority"),
+    ("--iops 0", "iops"),
+    ("--bandwidth 0", "bytes_per_second"),
+    ("--net-out 0", "net_out"),
+)
 MADE = ServerRequest(name=WEB, memory_mib=256, max_vcpus=3, max_memory_mib=768, host=H1)
 CREATE = "server create web --host host-1 --vcpus 1 --memory-mib 256 --max-vcpus 3 --max-memory 768"
 Run = Callable[..., Awaitable[Result]]
@@ -92,6 +108,9 @@ async def test_nothing_is_written_if_one_part_is_refused(run: Run, scripted: Scr
     assert (error["kind"], error["field"], error["remedy"]) == ("refused", "vcpus", "ask for 1 to 3")
     assert (await error_of(run, "server set web --cpu-weight 7 --net-in 1"))["field"] == "net_in"
     assert (await error_of(run, "server set web"))["message"] == "nothing to change"
+    for line, field in BAD:
+        error = await error_of(run, f"server set web --cpu-weight 7 {line}")
+        assert (error["field"], bool(error["remedy"])) == (field, True), line
     await scripted.cloud.change_server(WEB, ServerChange(cpu_weight=100))
     await scripted.until(scripted.converged)
     assert told(scripted) == before

@@ -7,6 +7,7 @@ looked at again and again: an upper bound.
 """
 
 import time
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -105,14 +106,12 @@ def set_command(app: typer.Typer, surroundings: Surroundings) -> None:
         asked = ServerChange(
             vcpus=UNSET if vcpus is None else vcpus,
             memory_mib=UNSET if memory is None else volume_amounts.mebibytes(memory, "memory_mib"),
-            cpu_quota=UNSET if cpu_quota is None else amounts.per_cent(cpu_quota, "cpu_quota"),
+            cpu_quota=_limit(cpu_quota, amounts.per_cent, "cpu_quota"),
             cpu_weight=UNSET if cpu_weight is None else cpu_weight,
             net_in=UNSET if net_in is None else amounts.rate(net_in, "net_in"),
             net_out=UNSET if net_out is None else amounts.rate(net_out, "net_out"),
-            iops=UNSET if iops is None else volume_amounts.count(iops, "iops"),
-            bytes_per_second=UNSET
-            if bandwidth is None
-            else volume_amounts.octets(bandwidth, "bytes_per_second"),
+            iops=_limit(iops, volume_amounts.count, "iops"),
+            bytes_per_second=_limit(bandwidth, volume_amounts.octets, "bytes_per_second"),
             blackout_budget_ms=UNSET if blackout_budget is None else _milliseconds(blackout_budget),
             allow_slowdown=UNSET if allow_slowdown is None else allow_slowdown,
             allow_post_copy=UNSET if allow_post_copy is None else allow_post_copy,
@@ -142,6 +141,16 @@ def _pin(host: str | None, *, unpin: bool) -> HostId | UnsetType | None:
     if host is not None and unpin:
         raise Refused("both --pin and --unpin are given", field="pin", remedy="give one of them")
     return None if unpin else UNSET if host is None else HostId(host)
+
+
+def _limit(text: str | None, read: Callable[[str, str], int], field: str) -> int | UnsetType:
+    """0, which the cloud takes for no limit, is none only if that is what was written."""
+    if text is None:
+        return UNSET
+    value = read(text, field)
+    if not value and text.lower() != amounts.NONE:
+        raise Refused(f"a limit of {text}", field=field, remedy="give more than that, or none for no limit")
+    return value
 
 
 def _milliseconds(text: str) -> int | None:
