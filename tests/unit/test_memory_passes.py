@@ -53,7 +53,17 @@ def test_looks_within_a_pass_decide_nothing() -> None:
     for look in range(50):
         assert passes.seen(passes=1, left=0, sent=look * MIB, now=1.0 + look) is Verdict.GO_ON
     assert passes.seen(passes=2, left=0, sent=50 * MIB, now=60.0) is Verdict.STOP
-    assert passes.left == 0
+    assert passes.left == MIB
+
+
+def test_a_pass_that_is_seen_late_is_as_long_as_what_was_sent_since() -> None:
+    passes = Passes(seconds=0.01, room=1 << 40, memory=ALL * MIB)
+    found = [passes.seen(passes=1, left=0, sent=ALL * MIB, now=1.0)]
+    for look in range(1, 8):  # two passes of 100 MiB between two looks, and little left of the last one
+        sent = ALL + 200 * look
+        found.append(passes.seen(passes=1 + 2 * look, left=MIB, sent=sent * MIB, now=1.0 + look))
+    assert Verdict.STOP not in found
+    assert found[-1] is Verdict.GIVE_UP
 
 
 def test_a_guest_that_never_gets_calmer_does_not_go_round_for_ever() -> None:

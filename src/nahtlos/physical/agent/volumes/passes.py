@@ -41,12 +41,15 @@ class Passes:
 
     def seen(self, *, passes: int, left: int, sent: int, now: float) -> Verdict:
         """At a look: the number of the pass, what is left of it, and what was sent in all, in bytes."""
-        if self._at and now > self._at and sent > self._sent:
-            self.rate = max(self.rate, (sent - self._sent) / (now - self._at))
+        since, begun = sent - self._sent, passes - self._pass
+        if self._at and now > self._at and since > 0:
+            self.rate = max(self.rate, since / (now - self._at))
         self._at, self._sent = now, sent
-        if passes == self._pass:
+        if not begun:
             return Verdict.GO_ON
         self._pass = passes
+        # It may be seen long after it began: what was sent since the last look is at most what is gone of it.
+        left = max(left, since // begun)
         if passes < 2:
             return Verdict.GO_ON  # all of it is left
         self._left.append(left)
