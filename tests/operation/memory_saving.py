@@ -2,24 +2,20 @@
 its memory is saved on a third, in the simulated world with something going wrong. Either what was saved
 remembers exactly the writes that the disk's snapshot holds, or nothing is left; the server always runs on."""
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
-from moving import BOUND_SECONDS, POLLED, POLLS_STRUCK, Run, Strike, StruckFrame
-from relocating import EDGE, VolumeConductor
+from crash_plays import BOUND_SECONDS, EDGE, POLLED, Play, Strike, moments
+from relocating import VolumeConductor
 
 from nahtlos.model.config import HostConfig, VolumeAttachment
 from nahtlos.model.ids import HostId, OperationId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.server_snapshots import Taken
 from nahtlos.model.storage import SnapshotSpec, VolumeSpec
-from nahtlos.physical.sim.agents import AgentProcess
-from nahtlos.physical.sim.cloudlet import Cloudlet, server_spec
-from nahtlos.physical.sim.faults import Scripted
+from nahtlos.physical.sim.cloudlet import server_spec
 from nahtlos.wire.volumes import MemoryTarget, SnapshotOrder
 
 DISK_AT, RUNS_AT, MEMORY_AT = HostId("host-1"), HostId("host-2"), HostId("host-3")
@@ -38,37 +34,21 @@ class Conductor(VolumeConductor):
 
 
 @dataclass
-class MemorySaving(Run):
+class MemorySaving(Play):
     """`moves`: the server goes to the disk's host meanwhile; `killed`: its VMM ends."""
 
     moves: float | None = None
     killed: float | None = None
-    cancelled: float | None = None
     stop_seconds: float = 2.0
+    dirty_rate: int | None = None
+    """Bytes of memory a second the server touches."""
 
-    async def _play(self, folder: Path) -> None:
-        self.cloudlet = Cloudlet.build(
-            folder, hosts=3, seed=self.seed, troubles=Scripted(self._when, self.seed), faults=self.faults
-        )
-        self.conductor = Conductor(self.cloudlet, storage_host=DISK_AT)
-        for spec in self.cloudlet.specs:
-            self.agents[spec.id] = AgentProcess(
-                self.world, self.cloudlet.network, self.cloudlet.settings(spec.id)
-            )
+    def _conducted(self) -> VolumeConductor:
         if self.dirty_rate is not None:
             self.world.dirty_rates[SERVER] = self.dirty_rate
-        self.conductor.place(server_spec(1), RUNS_AT)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self.conductor.run())]
-            running += [tasks.create_task(a.run()) for a in self.agents.values()]
-            try:
-                await self._go()
-            except TimeoutError as error:
-                self.problems.append(str(error))
-            finally:
-                for task in running:
-                    task.cancel()
-        self._judge_memory()
+        conductor = Conductor(self.cloudlet, storage_host=DISK_AT)
+        conductor.place(server_spec(1), RUNS_AT)
+        return conductor
 
     def order(self) -> SnapshotOrder:
         conductor = self.conductor
@@ -98,23 +78,16 @@ class MemorySaving(Run):
         world, conductor = self.world, self.conductor
         assert isinstance(conductor, VolumeConductor)
         served = self.world.hosts[MEMORY_AT].volumes
-        await world.until(
-            lambda: world.facts(SERVER).up and conductor.converged() and MEMORY.id in served,
-            timeout=60,
-            what="boot",
-        )
-        self._since = {}
-        if isinstance(self.faults, StruckFrame):
-            self.faults.armed = True
+        await self._booted(SERVER)
+        await world.until(lambda: MEMORY.id in served, timeout=60, what="a place for its memory")
+        self.begin()
         order = self.order()
         conductor.order(order)
         if self.moves is not None:
             self.later(self.moves, lambda: conductor.move(SERVER, DISK_AT))
         if self.killed is not None:
             self.later(self.killed, self._kill_vmm)
-        key = (order.id, order.coordinator)
-        await world.until(lambda: key in conductor.ended, timeout=BOUND_SECONDS, what="the end")
-        self.status = conductor.ended[key]
+        await self._ends(order.id, order.coordinator)
         await world.until(self._settled, timeout=BOUND_SECONDS, what="the server to run")
 
     def _kill_vmm(self) -> None:
@@ -138,15 +111,13 @@ class MemorySaving(Run):
         parts = self.world.raw[MEMORY.id]
         return msgspec.json.decode(parts[0][: taken.saved.bytes], type=dict[str, Any])
 
-    def _judge_memory(self) -> None:
+    def _judge(self) -> None:
+        super()._judge()
         world = self.world
-        self.problems += [f"{v.kind}: {v.subject}: {v.text} (at {v.at:.3f})" for v in world.violations]
-        for host, agent in self.agents.items():
-            self.problems += [f"bug in the agent of {host}: {b!r}" for b in agent.bugs]
         kept = list(world.hosts[DISK_AT].snapshots.values())
         if self.status is None or self.status.state is OperationState.STUCK:
-            self.problems.append(f"not ended: {self.status}")
-        elif self.status.state is not OperationState.DONE:
+            return
+        if self.status.state is not OperationState.DONE:
             self.problems += [f"{each.spec.id} is left of what was given up" for each in kept]
         elif self.taken is None or len(kept) != 1:
             self.problems.append(f"taken: {self.taken}, {len(kept)} snapshots")
@@ -161,12 +132,7 @@ class MemorySaving(Run):
 
 
 def strikes() -> Iterator[Strike]:
-    clean = MemorySaving().play()
-    assert not clean.problems, clean.problems
-    seen: set[Strike] = set()
-    for strike in clean.seen:
-        often = strike.verb in OFTEN and strike.occurrence > POLLS_STRUCK
-        other = strike.verb in BESIDE and strike.verb not in OFTEN
-        if strike not in seen and not often and not other and strike.host != EDGE:
-            seen.add(strike)
-            yield strike
+    def counts(strike: Strike) -> bool:
+        return strike.host != EDGE and (strike.verb in OFTEN or strike.verb not in BESIDE)
+
+    return moments(MemorySaving(), often=OFTEN, counts=counts)

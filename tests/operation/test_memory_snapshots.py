@@ -1,10 +1,8 @@
 """A server's memory and disks of one moment, under single faults: all or nothing, and the guest runs on."""
 
-from collections.abc import Iterable
-
 import pytest
+from crash_plays import Event, failures, hold_down, kill_agents, partition
 from memory_saving import DISK_AT, MEMORY_AT, RUNS_AT, MemorySaving, strikes
-from moving import Event, hold_down, kill_agents, partition
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.physical.sim.faults import Act, Moment
@@ -12,15 +10,6 @@ from nahtlos.physical.sim.faults import Act, Moment
 STRIKES = list(strikes())
 STEPS = [s for s in STRIKES if s.moment is Moment.AFTER or s.driver == "ledger"]
 A, B, C = f"host/{DISK_AT}", f"host/{RUNS_AT}", f"host/{MEMORY_AT}"
-
-
-def failures(runs: Iterable[tuple[str, MemorySaving]]) -> list[str]:
-    found: list[str] = []
-    for name, run in runs:
-        run.play()
-        if run.problems:
-            found.append(f"{name}: " + "; ".join(run.problems))
-    return found
 
 
 def test_undisturbed_it_stands_still_for_a_moment_only() -> None:
