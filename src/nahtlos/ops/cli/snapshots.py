@@ -92,7 +92,7 @@ def snapshot_commands(surroundings: Surroundings) -> typer.Typer:
                 await wait_for_tasks(cli, client, f"snapshot {name} is taken", deadline, names)
             views = tuple(v for v in await client.volumes.snapshots() if v.spec.id in names)
         if wait and len(views) < len(names):
-            raise await given_up(client, f"snapshot {name}", volume[0], OperationKind.SNAPSHOT)
+            raise await given_up(client, f"snapshot {name}", asked.volumes[0], OperationKind.SNAPSHOT)
         cli.show(views if wait else {"snapshots": names}, pictures.snapshots(views))
 
     @command(app, "clone", surroundings)

@@ -136,8 +136,7 @@ class Vmm:
 
 class Stream:
     """Pre-copy from `source` to `destination` (None: to somebody who writes it down), in virtual time. With
-    switchover-ack withheld it goes round
-    until the source is paused; then the rest is sent and it completes."""
+    switchover-ack withheld it goes round until the source is paused; the rest is sent then, and it ends."""
 
     def __init__(
         self,
@@ -177,6 +176,16 @@ class Stream:
     def hosts(self) -> frozenset[HostId]:
         there = self.destination or self.source
         return frozenset((self.source.host, there.host))
+
+    @property
+    def followed(self) -> bool:
+        """The server is at the destination, and its memory follows by this."""
+        return self.destination is not None and self.destination.follows is self
+
+    @property
+    def without_destination(self) -> bool:
+        """The VMM it went to has ended, or there never was one."""
+        return self.destination is None or self.destination.ended
 
     def progress(self) -> MigrationProgress:
         self.advance()

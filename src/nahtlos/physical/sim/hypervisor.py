@@ -208,7 +208,7 @@ class SimHypervisor(SimDriver):
             held = self._living(vmm)
             if held.state is RunState.INCOMING:
                 raise Refused(f"{vmm.unit} has not received its server", field="vmm")
-            if held.stream is not None and held.stream.destination.follows is held.stream:
+            if held.stream is not None and held.stream.followed:
                 raise Refused(f"{vmm.unit} was handed over by post-copy", field="vmm")
             self.world.resume(held)
 
@@ -264,7 +264,7 @@ class SimHypervisor(SimDriver):
     async def migrate_recover(self, vmm: VmmId, uri: str) -> None:
         async with self.verb("migrate_recover", vmm.unit):
             stream = self._living(vmm).stream
-            if stream is None or not stream.open or stream.destination.ended:
+            if stream is None or not stream.open or stream.without_destination:
                 raise Unavailable(f"nobody waits at {uri}")
             stream.recover()
 

@@ -470,9 +470,9 @@ class World:
         """One of a post-copy is ended by its agent. The server is lost with it: there had better be a
         reason."""
         facts, stream = self.facts(vmm.id.server), vmm.follows or vmm.stream
-        if facts.gone or facts.deleted or stream is None or stream.destination.follows is not stream:
+        if facts.gone or facts.deleted or stream is None or not stream.followed:
             return
-        if stream.phase is MigrationPhase.COMPLETED or stream.destination.ended:
+        if stream.phase is MigrationPhase.COMPLETED or stream.without_destination:
             return
         if stream.open and self.now() - stream.flowed_at < GIVEN_UP_SECONDS:
             self.violated("given-up", vmm.id.server, f"{vmm.id.unit} was ended by {vmm.host}'s agent")
@@ -508,7 +508,7 @@ class World:
     def _lose_what_followed(self, vmm: Vmm, why: str | None) -> None:
         """A source that ends before all of the memory has followed takes the server with it."""
         stream = vmm.stream
-        if why and stream is not None and stream.open and stream.destination.follows is stream:
+        if why and stream is not None and stream.open and stream.followed:
             facts = self.facts(vmm.id.server)
             facts.excuses.append(f"{vmm.id.unit}: {why}, before all of its memory had followed")
             facts.gone = True
