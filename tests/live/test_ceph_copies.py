@@ -68,6 +68,16 @@ async def backed_up(site: Site, backup: BackupSpec, base: BackupSpec | None = No
     return await both.backup(DATA, backup, base, bytes_per_second=0, on_copied=lambda done, total: None)
 
 
+async def backed_up_at_last(site: Site, backup: BackupSpec, base: BackupSpec | None = None) -> BackupResult:
+    """Tried again as agents do: a daemon that was killed counts as a client until the cluster takes it for dead."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                return await backed_up(site, backup, base)
+            except Unavailable:
+                await asyncio.sleep(0.1)
+
+
 def moments(site: Site) -> list[str]:
     listed = site.ceph.run("rbd", "snap", "ls", "volumes/data").split()
     return [word.removeprefix(".backup.") for word in listed if word.startswith(".backup.")]
@@ -127,13 +137,7 @@ async def test_a_backup_that_was_interrupted_is_of_the_same_moment(site: Site, t
         )
     disk.write(0, block(2))
     await site.storage.close()
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                await backed_up(site, monday)
-                break
-            except Unavailable:
-                await asyncio.sleep(0.1)
+    await backed_up_at_last(site, monday)
     assert (tmp_path / "monday.data").read_bytes()[: len(block(1))] == block(1)
     tuesday = told("tuesday", tmp_path, monday)
     with pytest.raises(Unavailable):
@@ -142,7 +146,7 @@ async def test_a_backup_that_was_interrupted_is_of_the_same_moment(site: Site, t
         )
     await site.storage.backup_forget(DATA, tuesday)
     assert moments(site) == ["monday"]
-    changed = await backed_up(site, told("wednesday", tmp_path, monday), monday)
+    changed = await backed_up_at_last(site, told("wednesday", tmp_path, monday), monday)
     assert (changed.base, changed.stored_bytes) == (monday.id, 65536)
 
 
