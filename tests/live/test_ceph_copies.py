@@ -69,7 +69,7 @@ async def backed_up(site: Site, backup: BackupSpec, base: BackupSpec | None = No
 
 
 async def backed_up_at_last(site: Site, backup: BackupSpec, base: BackupSpec | None = None) -> BackupResult:
-    """Tried again as agents do: a daemon that was killed counts as a client until the cluster takes it for dead."""
+    """Tried again as agents do: a killed daemon counts as a client until the cluster takes it for dead."""
     async with asyncio.timeout(60):
         while True:
             try:
