@@ -59,3 +59,40 @@ def test_a_server_seen_to_have_come_to_a_host_that_failed_is_restarted_in_the_ne
     second, _ = plan(cloud.policy, seen, first)
     assert second.servers[VM].host in (H1, H3) and second.servers[VM].epoch == 3
     assert second.passed_over == {H2: {VM: 3}}
+
+
+def test_a_server_whose_move_away_from_a_host_that_failed_was_undone_is_restarted_in_the_next_step() -> None:
+    """The destination gave it up as its source was gone. In one step it was refused as unsafe, again and
+    again, and nothing else was planned meanwhile."""
+    cloud = running_cloud((0, 1, 0))
+    spec = msgspec.structs.replace(cloud.policy.servers[VM], on_host_failure=OnHostFailure.RESTART)
+    cloud.want(servers={VM: spec}, lost=frozenset({H2}))
+    owner, seen = cloud.now.servers[VM], cloud.world.look()
+    failed = msgspec.structs.replace(
+        cloud.now.hosts[H2], denial=Denial(host=H2, term=1, seconds=20.0), denial_terms=1, fenced=LEASE
+    )
+    move = PlannedMove(
+        id=MOVE, server=VM, source=H2, destination=H1, epoch=owner.epoch + 1, reason="requested"
+    )
+    blueprint = msgspec.structs.replace(
+        cloud.now, hosts={**cloud.now.hosts, H2: failed}, moves=(move,), counter=90
+    )
+    status = ServerStatus(
+        id=VM, epoch=owner.epoch, state=RunState.RUNNING, release=OLD, size=spec.size, under_lease=True
+    )
+    undone = OperationStatus(
+        id=MOVE,
+        kind=OperationKind.MOVE,
+        state=OperationState.UNDONE,
+        step="done",
+        server=VM,
+        epoch=move.epoch,
+    )
+    hosts = {h: msgspec.structs.replace(k, servers=(), standing=Standing()) for h, k in seen.hosts.items()}
+    hosts[H2] = msgspec.structs.replace(hosts[H2], servers=(status,))
+    hosts[H1] = msgspec.structs.replace(hosts[H1], operations=(undone,))
+    inventory = Inventory(hosts=hosts, connected=frozenset({H1, H3}))
+    first, _ = plan(cloud.policy, inventory, blueprint)
+    assert (first.servers[VM], first.moves) == (owner, ())
+    second, _ = plan(cloud.policy, inventory, first)
+    assert second.servers[VM].host in (H1, H3) and second.servers[VM].epoch > move.epoch - 1

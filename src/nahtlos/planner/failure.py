@@ -258,8 +258,8 @@ def restart_failed(draft: Draft) -> None:
     waiting.sort(key=lambda server: -draft.policy.servers[server].restart_priority)
     for server in waiting:
         host = draft.servers[server].host
-        if draft.parent is None or draft.parent.servers.get(server) != draft.servers[server]:
-            continue  # it has just been seen to have come there: one step after the other
+        if _is_just_settled(draft, server):
+            continue
         if why := _why_not(draft, server, host):
             draft.waiting.append(why)
             continue
@@ -271,6 +271,16 @@ def restart_failed(draft: Draft) -> None:
             draft.wait(server, WaitKind.CAPACITY, reason, nowhere.remedy or "free or add capacity")
         else:
             _restart(draft, server, host, place)
+
+
+def _is_just_settled(draft: Draft, server: ServerId) -> bool:
+    """A move of it was seen to end in this very step, well or not: one change of a server after the other, so
+    that each is explained by what was seen."""
+    parent = draft.parent
+    if parent is None or parent.servers.get(server) != draft.servers[server]:
+        return True
+    ended = (m for m in parent.moves if m.server == server and not m.in_place)
+    return any(m.id not in draft.moves for m in ended)
 
 
 def _why_not(draft: Draft, server: ServerId, host: HostId) -> Waiting | None:
