@@ -342,7 +342,8 @@ class CephStorage:
         assert image is not None
         if Act.FENCE in wanted:
             done += await self._fence(volume)
-        elif volume.id in self._gateway.doors:
+        elif volume.id in self._gateway.doors and not image.receiving:
+            # What has just arrived is still written by this door: whoever has it open is led past it first.
             await self._gateway.close(volume.id)
             done.append(f"volume {volume.id} no longer served over NBD")
         if Act.ENLARGE in wanted:
