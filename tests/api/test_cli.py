@@ -267,7 +267,8 @@ async def test_waiting_outlasts_an_orchestrator_that_is_away(run: Run, reachable
     reachable.cloud.settles = False
 
     async def come_about() -> None:
-        await asyncio.sleep(0.3)
+        while ServerId("web-2") not in reachable.cloud.places:
+            await asyncio.sleep(0.01)
         reachable.cloud.fails = Unavailable("not the leader")
         await asyncio.sleep(0.3)
         reachable.cloud.settles = True

@@ -118,7 +118,12 @@ async def test_a_relocation_is_made_slower_while_it_runs(run: Run, scripted: Scr
     (order,) = orders(scripted, RelocateOrder)
     assert agent.speeds == [(order.id, 50 << 20), (order.id, 5 << 20)], "each once"
     agent.end_volume_task(order.id)
+    await scripted.until(lambda: _none_runs(scripted))
     assert shown(await run("volume relocate data --to host-3 --json"))["spec"]["host"] == H3
+
+
+async def _none_runs(scripted: ScriptedCloud) -> bool:
+    return not await scripted.cloud.volumes.tasks()
 
 
 async def _told_of(scripted: ScriptedCloud, speed: int) -> bool:

@@ -7,12 +7,13 @@ import os
 import re
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 from rfb_viewer import RfbViewer
 
 from nahtlos.lab.datacentre import Datacentre, LabShape, opened, unique_name
-from nahtlos.model.errors import Unavailable
+from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.ops.client import OperatorClient
@@ -138,7 +139,14 @@ Happening = Callable[[Datacentre, OperatorClient], Awaitable[None]]
 
 def _moved(to: str) -> Happening:
     async def happens(_lab: Datacentre, client: OperatorClient) -> None:
-        await client.move_server(WEB, HostId(to))
+        async def asked() -> bool:
+            """Taken as soon as the host was verified with its release."""
+            with suppress(Conflict):
+                await client.move_server(WEB, HostId(to))
+                return True
+            return False
+
+        await until("a host that takes it", asked)
 
         async def there() -> bool:
             view = await client.server(WEB)

@@ -6,6 +6,7 @@ import pytest
 from crash_plays import Strike
 from moving import SERVER, SOURCE, Run
 
+from nahtlos.model.blackout import seconds_to_send
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.prediction import Means
 from nahtlos.physical.agent.precopy import NOT_CONVERGED
@@ -69,7 +70,9 @@ def test_a_budget_is_kept_or_the_move_is_undone(budget: int) -> None:
     assert run.status is not None
     assert run.status.state is OperationState.UNDONE
     assert run.status.error is not None
-    assert f"of its blackout budget {budget - 54} ms" in run.status.error.message
+    left = seconds_to_send(budget, "tcg")
+    assert left is not None
+    assert f"of its blackout budget {left * 1000:.0f} ms" in run.status.error.message
 
 
 def test_a_wide_budget_is_used() -> None:

@@ -14,6 +14,7 @@ from quick_database import database_in_the_loop
 from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, memory
 from test_drained_snapshots import killed_now_and_then
 
+from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import HostId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.storage import ReplicaState
 from nahtlos.physical.sim.clock import run_virtual
@@ -47,7 +48,7 @@ class Play:
 
     async def has(self, copies: int) -> None:
         cloud = self.cloud
-        await self.asks(lambda: cloud.ask(lambda s: _changed(s, copies)))
+        await self.asks(lambda: _with_copies(cloud, copies))
         spec = (await cloud.ask(lambda s: s.volumes.volume(DISK))).spec
         assert [copy.state for copy in spec.copies] == [ReplicaState.CURRENT] * copies
         await cloud.until(self.converged, timeout=60, what="hosts that hold no more than they should")
@@ -97,8 +98,19 @@ async def _of(ask: Ask) -> None:
     await ask()
 
 
-async def _changed(service: CloudService, copies: int) -> None:
-    await service.volumes.change_volume(DISK, VolumeChange(copies=copies))
+async def _with_copies(cloud: SimulatedCloud, copies: int) -> None:
+    """Refused as long as a host that could have one is away."""
+    while not await cloud.ask(lambda s: _taken(s, copies)):
+        await asyncio.sleep(1.0)
+
+
+async def _taken(service: CloudService, copies: int) -> bool:
+    try:
+        await service.volumes.change_volume(DISK, VolumeChange(copies=copies))
+    except Conflict as error:
+        assert error.field == "copies", error
+        return False
+    return True
 
 
 async def _brought(service: CloudService, to: HostId) -> None:

@@ -84,7 +84,7 @@ def further_homes(
             f"{count + len(beside)} copies need as many hosts, and {len(able)} could have one "
             f"({listed(able)})",
             field="copies",
-            remedy="ask for fewer, activate or add hosts, or free space on them",
+            remedy="ask for fewer, add or activate hosts, wait for those away, or free space on them",
         )
     return found
 
