@@ -171,6 +171,30 @@ def test_a_clone_is_told_of_and_stays_when_what_it_was_made_from_goes(stage: Sta
     stage(play)
 
 
+def test_a_copy_that_goes_leaves_the_snapshots_that_are_to_stay(stage: Stage) -> None:
+    """And may come back beside them."""
+
+    async def play(hosts: Hosts) -> None:
+        storage = hosts.first.storage
+        one = msgspec.structs.replace(hosts.volume("one"), image=None)
+        await storage.reconcile(StorageDesired(volumes=(one,)))
+        then = taken("then", one)
+        await storage.snapshot((then,))
+        for _ in range(2):
+            await storage.reconcile(StorageDesired(removed=(one.id,), snapshots=(then,)))
+            assert await held(hosts) == {}
+            assert [s.id for s in await storage.snapshots()] == ["then"]
+        if hosts.backend is not StorageBackend.CEPH:
+            await storage.receive(msgspec.structs.replace(one, epoch=2))
+            assert set(await held(hosts)) == {"one"}
+            assert [s.id for s in await storage.snapshots()] == ["then"]
+            await storage.reconcile(StorageDesired(removed=(one.id,), snapshots=(then,)))
+        await storage.reconcile(StorageDesired(removed_snapshots=(then.id,)))
+        assert await storage.snapshots() == ()
+
+    stage(play)
+
+
 def test_a_volume_is_reverted_to_a_snapshot_of_its_own_only(stage: Stage) -> None:
     async def play(hosts: Hosts) -> None:
         storage = hosts.first.storage
@@ -345,7 +369,8 @@ def test_a_server_is_booted_where_nobody_else_may_have_its_volume(stage: Stage) 
         for _ in range(2):
             await hosts.first.storage.reach_alone((server.volume,))
         await hosts.first.hypervisor.start(server, hosts.release)
-        assert [v.clients for v in await hosts.first.storage.observe()] == [1]
+        (status,) = await hosts.first.storage.observe()
+        assert status.clients in (1, -1), "or its driver cannot tell"
         await hosts.first.hypervisor.kill(VmmId(server.spec.id, 1))
 
     stage(play)

@@ -129,7 +129,8 @@ async def used(cloud: SimulatedCloud, seed: int) -> None:
     await cloud.ask(lambda s: s.volumes.create_snapshots(SnapshotRequest(name=THEN, volumes=(DISK,))))
     await cloud.until(play.at_rest, timeout=60, what="a snapshot")
     await play.snapshot_goes(next(HostId(h) for h in ("host-2", "host-3") if h != home))
-    await play.snapshot_goes(home)
+    if seed % 2:
+        await play.snapshot_goes(home)
     for copies in (2, 3, 2, 1):
         before = cloud.world.disks.acknowledged[DISK]
         await play.has(copies)

@@ -27,6 +27,7 @@ class StorageDesired(msgspec.Struct, frozen=True, kw_only=True):
 
     volumes: tuple[VolumeSpec, ...] = ()
     removed: tuple[VolumeId, ...] = ()
+    """A copy goes and leaves behind what `snapshots` name; Conflict while it has others."""
     snapshots: tuple[SnapshotSpec, ...] = ()
     removed_snapshots: tuple[SnapshotId, ...] = ()
     exports: tuple[SnapshotExport, ...] = ()

@@ -47,7 +47,8 @@ class SimStorage(SimDriver):
         removed = [v for v in desired.removed if v not in desired.pinned]
         async with self.verb("reconcile"):
             found = [text for spec in volumes for text in self._made(spec)]
-            found += [text for volume in removed for text in self._removed(volume)]
+            kept = {snapshot.id for snapshot in desired.snapshots}
+            found += [text for volume in removed for text in self._removed(volume, kept)]
             self._sweep_offers(desired.pinned)
             for snapshot in desired.removed_snapshots:
                 found += self._snapshot_removed(snapshot)
@@ -73,8 +74,10 @@ class SimStorage(SimDriver):
         self.world.disks.touch(spec.id)
         return [f"export of {spec.id}"] if changed else []
 
-    def _removed(self, volume: VolumeId) -> list[str]:
-        clones = [s.spec.id for s in self.host.snapshots.values() if s.spec.volume == volume]
+    def _removed(self, volume: VolumeId, kept: set[SnapshotId]) -> list[str]:
+        """Beside snapshots that are kept; not by itself while it has others."""
+        named = (s.spec for s in self.host.snapshots.values() if s.spec.volume == volume)
+        clones = [snapshot.id for snapshot in named if snapshot.id not in kept]
         held = self.host.volumes.get(volume)
         if clones and held is not None and not held.received:
             raise Conflict(f"{volume} has snapshots: {', '.join(sorted(clones))}", field="volume")

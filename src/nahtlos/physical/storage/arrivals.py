@@ -2,11 +2,12 @@
 the volume. What they bring with them of snapshots is in `snapshot_arrivals`."""
 
 import asyncio
+from collections.abc import Collection
 
 import msgspec
 
 from nahtlos.model.errors import Conflict, Stale
-from nahtlos.model.ids import HostId, VolumeId
+from nahtlos.model.ids import HostId, SnapshotId, VolumeId
 from nahtlos.model.storage import ReplicaState, VolumeFormat, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle
 from nahtlos.physical.storage.departures import drop_layers, kept_layers
@@ -39,8 +40,8 @@ class Arrivals:
         await self._serving.settle((volume.id,))
 
     async def give_back(self, volume: VolumeId) -> str:
-        """What was received here is gone, what is kept beside it for snapshots stays. Its file goes first:
-        one that no record names would be taken for a volume."""
+        """What was received here, or was a copy, is gone; what is kept beside it for snapshots stays. Its
+        file goes first: one that no record names would be taken for a volume."""
         record = self._serving.records[volume]
         await self._serving.keep(msgspec.structs.replace(record, withdrawn=True))
         await self._serving.define()
@@ -51,7 +52,7 @@ class Arrivals:
         newest = max(each.layer for each in record.snapshots)
         left = msgspec.structs.replace(record, mode=Mode.LEFT, layers=kept, active=newest, epoch=0)
         await self._serving.keep(msgspec.structs.replace(left, withdrawn=False, bitmaps=(), endpoint=None))
-        return f"volume {volume} was not received"
+        return f"volume {volume} is not here any more, its snapshots are"
 
     async def _begin_anew(self, volume: VolumeSpec, record: VolumeRecord | None) -> None:
         """Recorded, but not served yet, before there is a file: what lies in the folder unrecorded is taken
@@ -93,6 +94,19 @@ def _received(record: VolumeRecord, volume: VolumeSpec) -> bool:
         )
         return same and record.epoch in (0, volume.epoch)
     return record.mode is Mode.SERVING and record.epoch == volume.epoch
+
+
+def has_gone(record: VolumeRecord, wanted: Collection[SnapshotId]) -> bool:
+    """Only snapshots that are to stay are left of it."""
+    return record.mode is Mode.LEFT and any(each.id in wanted for each in record.snapshots)
+
+
+def goes_alone(record: VolumeRecord, wanted: Collection[SnapshotId]) -> bool:
+    """Whether a volume that is to be here no more leaves its snapshots behind: one that was not received to
+    its end, and a copy that its volume does without while its host keeps snapshots of it."""
+    if record.mode is Mode.SERVING and record.snapshots and record.merge is None:
+        return all(each.id in wanted for each in record.snapshots)
+    return record.mode is Mode.RECEIVING
 
 
 def check_replaceable(record: VolumeRecord, volume: VolumeSpec, host: HostId) -> None:

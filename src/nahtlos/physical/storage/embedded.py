@@ -39,7 +39,7 @@ from nahtlos.physical.ports import (
     Unit,
 )
 from nahtlos.physical.settings import AgentSettings
-from nahtlos.physical.storage.arrivals import Arrivals
+from nahtlos.physical.storage.arrivals import Arrivals, goes_alone, has_gone
 from nahtlos.physical.storage.copies import Copies
 from nahtlos.physical.storage.daemon import Daemon
 from nahtlos.physical.storage.definition import SOCKET_FD, UNIT, Definition, arguments
@@ -51,7 +51,7 @@ from nahtlos.physical.storage.lifecycle import Lifecycle
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.overwriting import Overwriting
 from nahtlos.physical.storage.raw_volume import RawNbdVolume
-from nahtlos.physical.storage.record import Mode, Records
+from nahtlos.physical.storage.record import Records
 from nahtlos.physical.storage.release import DaemonRelease
 from nahtlos.physical.storage.relocation import Relocations
 from nahtlos.physical.storage.replication import Replication
@@ -136,11 +136,13 @@ class EmbeddedStorage:
             await attempt.one(self._lifecycle.delete(volume))
         for snapshot in desired.removed_snapshots:
             await attempt.to(self._snapshots.remove(snapshot))
+        kept = {snapshot.id for snapshot in desired.snapshots}
         for volume in going:
-            if volume not in bare:
-                received = self.serving.records[volume].mode is Mode.RECEIVING
-                undo = self._arrivals.give_back if received else self._lifecycle.delete
-                await attempt.one(undo(volume))
+            if volume in bare or has_gone(self.serving.records[volume], kept):
+                continue
+            stay = goes_alone(self.serving.records[volume], kept)
+            go = self._arrivals.give_back if stay else self._lifecycle.delete
+            await attempt.one(go(volume))
         await self._departures.sweep()
         await self._settle(desired.pinned, attempt)
         for volume in known:

@@ -42,7 +42,8 @@ def _has_copy(volume: VolumeSpec, host: HostId) -> bool:
 
 
 def removed_volumes(world: World, host: HostId) -> tuple[VolumeId, ...]:
-    """Those that are to be no more, and copies that went elsewhere without this host's knowing."""
+    """Those that are to be no more, and copies that went elsewhere without this host's knowing, or that a
+    volume does without. Snapshots of it that the host keeps stay there."""
     deleted = (v.id for v in world.removed_volumes if _has_copy(v, host) and not is_used(world, v.id, host))
     return tuple(sorted({*deleted, *_left_over(world, host)}))
 
@@ -50,10 +51,9 @@ def removed_volumes(world: World, host: HostId) -> tuple[VolumeId, ...]:
 def _left_over(world: World, host: HostId) -> Iterable[VolumeId]:
     seen = world.inventory.hosts.get(host)
     busy = {volume for task in world.blueprint.volume_tasks for volume in volumes_of(task.work)}
-    keeping = {s.volume for s in world.policy.snapshots.values() if host in s.hosts}
     for status in seen.volumes if seen is not None else ():
         volume = world.policy.volumes.get(status.id)
-        if volume is None or status.id in busy | keeping or _has_copy(volume, host):
+        if volume is None or status.id in busy or _has_copy(volume, host):
             continue
         if not is_used(world, status.id, host):
             yield status.id
