@@ -570,6 +570,16 @@ def test_beginning_again_begins_anew(perform: Perform) -> None:
     perform(play)
 
 
+def test_a_source_that_was_restarted_has_no_path_to_lead_back(perform: Perform) -> None:
+    async def play(stage: Stage) -> None:
+        for host in ADDRESSES:
+            await stage.configure(host)
+        for _ in range(2):
+            assert await stage.world.on(A).move_revert(stage.port, stage.network, MoveRole.SOURCE) == 0
+
+    perform(play)
+
+
 def test_the_destination_of_an_abandoned_move_forgets(perform: Perform) -> None:
     async def play(stage: Stage) -> None:
         await guarded(stage)

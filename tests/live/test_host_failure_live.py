@@ -203,8 +203,10 @@ class Cloud:
         assert status.disk.acknowledged >= acknowledged > 100
         place = await self.place()
         assert place != host
-        await self.disk_is_whole(place, status.disk.acknowledged)
-        assert (await self.copies())[host] is ReplicaState.STALE
+        copies = await self.copies()
+        (current,) = (at for at, state in copies.items() if state is ReplicaState.CURRENT)
+        await self.disk_is_whole(current, status.disk.acknowledged)
+        assert copies[host] is ReplicaState.STALE
         return await self._told(host, failed_at, answered_at)
 
     async def _answers(self, boot: str, within_seconds: float) -> float:

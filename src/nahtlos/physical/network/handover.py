@@ -24,6 +24,7 @@ import errno
 import itertools
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -161,7 +162,8 @@ class Handover:
     async def revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
         returned = Returned()
         if role is MoveRole.SOURCE:
-            self._lead_to_tap(port)
+            with suppress(Unavailable):  # the host was restarted: reconciling makes what is wanted here
+                self._lead_to_tap(port)
         else:
             fds = await self._endpoints.descriptors(port.id)
             returned = self._pass_on(port, network, fds)

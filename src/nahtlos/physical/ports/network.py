@@ -99,8 +99,9 @@ class Network(Protocol):
         ...
 
     async def move_revert(self, port: PortConfig, network: NetworkConfig, role: MoveRole) -> int:
-        """Abort after the switch. Source: FDB back to the tap. Destination: frames parked in its tap
-        go back through the tunnel; returns their number. Call at the source first."""
+        """Abort after the switch. Source: FDB back to the tap; nothing where there is none, as on a host that
+        was restarted. Destination: frames parked in its tap go back through the tunnel; returns their number.
+        Call at the source first."""
         ...
 
     async def move_state_begin(self, port: PortId) -> bytes:

@@ -168,7 +168,8 @@ class SimNetwork(SimDriver):
         async with self.verb("move_revert", f"{port.id} {role}"):
             paths, host, tap = self.world.paths, self.host.id, self.host.board.taps.get(port.id)
             if role is MoveRole.SOURCE:
-                paths.lead(host, port.mac, self._tap(port.id).port)
+                if tap is not None:
+                    paths.lead(host, port.mac, tap.port)
                 paths.firewalls.stop_noting(host, port.mac)
                 self._sent.pop(port.id, None)
                 return 0
