@@ -483,6 +483,18 @@ async def reachable(cloud: FakeCloud, tmp_path: Path, pki: Path) -> AsyncGenerat
         yield place
 
 
+@pytest.fixture
+def ask(reachable: Reachable, tmp_path: Path) -> Run:
+    """A line of the command line's, asked of the fake cloud."""
+    surroundings = Surroundings(socket_of_lab=lambda _: reachable.socket, build_dir=tmp_path / "build")
+    app = typer.main.get_command(build_app(surroundings))
+
+    async def invoke(line: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, app, line.split())
+
+    return invoke
+
+
 # --- a real orchestrator with scripted agents ---------------------------------------------------------
 
 

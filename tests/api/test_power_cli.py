@@ -1,26 +1,17 @@
 """`nahtlos server stop|start|reboot|suspend|resume` against the API at a real socket."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from conftest import FakeCloud
-from typer.testing import CliRunner, Result
+from conftest import FakeCloud, Run
 
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import ServerId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.power import Power
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import Surroundings
 from nahtlos.runtime.controllers.cloud import ServerView
 from nahtlos.runtime.controllers.powers import StopRequest
-
-Run = Callable[..., Awaitable[Result]]
 
 
 class PoweredCloud(FakeCloud):
@@ -71,17 +62,6 @@ def cloud() -> PoweredCloud:
     return PoweredCloud()
 
 
-@pytest.fixture
-def run(reachable: Any, tmp_path: Path) -> Run:
-    surroundings = Surroundings(socket_of_lab=lambda _: reachable.socket, build_dir=tmp_path / "build")
-    app = build_app(surroundings)
-
-    async def invoke(line: str) -> Result:
-        return await asyncio.to_thread(CliRunner().invoke, app, line.split())
-
-    return invoke
-
-
 @pytest.mark.parametrize(
     ("line", "asked", "state"),
     [
@@ -95,23 +75,23 @@ def run(reachable: Any, tmp_path: Path) -> Run:
     ],
 )
 async def test_each_is_asked_for_waited_for_and_shown(
-    run: Run, cloud: PoweredCloud, line: str, asked: tuple[str, StopRequest | None], state: str
+    ask: Run, cloud: PoweredCloud, line: str, asked: tuple[str, StopRequest | None], state: str
 ) -> None:
-    result = await run(f"{line} --json")
+    result = await ask(f"{line} --json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert (shown["state"], shown["power_pending"]) == (state, False)
     assert cloud.asked == [asked]
 
 
-async def test_not_waited_for_it_is_told_that_it_is_pending(run: Run, cloud: PoweredCloud) -> None:
-    result = await run("server stop web-1 --no-wait --json")
+async def test_not_waited_for_it_is_told_that_it_is_pending(ask: Run, cloud: PoweredCloud) -> None:
+    result = await ask("server stop web-1 --no-wait --json")
     assert json.loads(result.stdout)["power_pending"] is True
     assert cloud.looks == 1
 
 
-async def test_a_refusal_names_the_remedy(run: Run, cloud: PoweredCloud) -> None:
+async def test_a_refusal_names_the_remedy(ask: Run, cloud: PoweredCloud) -> None:
     cloud.states[ServerId("web-1")] = RunState.SUSPENDED
-    result = await run("server start web-1")
+    result = await ask("server start web-1")
     assert result.exit_code != 0
     assert "nahtlos server resume web-1" in result.output + str(result.stderr)

@@ -1,23 +1,16 @@
 """`nahtlos snapshot … --memory` and `nahtlos server revert` against the API at a real socket."""
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
-from conftest import FakeCloud
-from typer.testing import CliRunner, Result
+from conftest import FakeCloud, Run
 
 from nahtlos.model.errors import Conflict, NotFound
 from nahtlos.model.ids import ReleaseId, ServerId, SnapshotId, VolumeId
 from nahtlos.model.inventory import RunState
 from nahtlos.model.power import Power, SavedState
 from nahtlos.model.server_snapshots import ServerSnapshot
-from nahtlos.ops.cli.app import build_app
-from nahtlos.ops.cli.command import Surroundings
 from nahtlos.runtime.controllers.cloud import ServerView
 from nahtlos.runtime.controllers.server_snapshots import (
     ServerRevertRequest,
@@ -25,7 +18,6 @@ from nahtlos.runtime.controllers.server_snapshots import (
     ServerSnapshotView,
 )
 
-Run = Callable[..., Awaitable[Result]]
 SAVED = SavedState(
     volume=VolumeId("then-memory"),
     serial=0,
@@ -108,30 +100,19 @@ def cloud() -> SnapshotCloud:
     return SnapshotCloud()
 
 
-@pytest.fixture
-def run(reachable: Any, tmp_path: Path) -> Run:
-    surroundings = Surroundings(socket_of_lab=lambda _: reachable.socket, build_dir=tmp_path / "build")
-    app = build_app(surroundings)
-
-    async def invoke(line: str) -> Result:
-        return await asyncio.to_thread(CliRunner().invoke, app, line.split())
-
-    return invoke
-
-
-async def test_it_is_taken_shown_gone_back_to_and_deleted(run: Run, cloud: SnapshotCloud) -> None:
-    taken = await run("snapshot create then --server web-1 --memory --pause 0.5 --json")
+async def test_it_is_taken_shown_gone_back_to_and_deleted(ask: Run, cloud: SnapshotCloud) -> None:
+    taken = await ask("snapshot create then --server web-1 --memory --pause 0.5 --json")
     assert taken.exit_code == 0, taken.output
     assert json.loads(taken.stdout)["spec"]["pause_seconds"] == 0.042
     assert cloud.server_snapshots.asked == [
         ServerSnapshotRequest(name="then", server=ServerId("web-1"), pause_seconds=0.5)
     ]
-    shown = await run("snapshot show then")
+    shown = await ask("snapshot show then")
     assert "42 ms" in shown.stdout
-    back = await run("server revert web-1 --snapshot then --json")
+    back = await ask("server revert web-1 --snapshot then --json")
     assert json.loads(back.stdout)["state"] == "running"
     assert cloud.server_snapshots.asked[-1] == (ServerId("web-1"), SnapshotId("then"))
-    gone = await run("snapshot delete then --json")
+    gone = await ask("snapshot delete then --json")
     assert json.loads(gone.stdout) == {"id": "then", "deleted": True}
     assert cloud.server_snapshots.kept == {}
 
@@ -146,9 +127,9 @@ async def test_it_is_taken_shown_gone_back_to_and_deleted(run: Run, cloud: Snaps
     ],
 )
 async def test_what_does_not_go_together_is_refused_before_anything_is_asked(
-    run: Run, cloud: SnapshotCloud, options: str, field: str
+    ask: Run, cloud: SnapshotCloud, options: str, field: str
 ) -> None:
-    result = await run(f"snapshot create then {options} --json")
+    result = await ask(f"snapshot create then {options} --json")
     assert result.exit_code == 2
     error = json.loads(result.stdout)["error"]
     assert error["field"] == field
@@ -156,7 +137,7 @@ async def test_what_does_not_go_together_is_refused_before_anything_is_asked(
     assert cloud.server_snapshots.asked == []
 
 
-async def test_a_refusal_of_the_way_back_names_the_remedy(run: Run) -> None:
-    result = await run("server revert web-1 --snapshot others --json")
+async def test_a_refusal_of_the_way_back_names_the_remedy(ask: Run) -> None:
+    result = await ask("server revert web-1 --snapshot others --json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"]["remedy"] == "nahtlos snapshot clone"

@@ -5,6 +5,7 @@ Run it inside `quick_database.database_in_the_loop`.
 """
 
 import asyncio
+import random
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -272,6 +273,14 @@ class SimulatedCloud:
 
     def up(self, server: ServerId) -> bool:
         return self.world.facts(server).up and len(self.world.running(server)) == 1
+
+
+async def killed_for_ever(cloud: SimulatedCloud, chance: random.Random, pause: tuple[float, float]) -> None:
+    """Until cancelled: an agent or the orchestrator, each after between so many seconds."""
+    while True:
+        await asyncio.sleep(chance.uniform(*pause))
+        victim = chance.choice((*cloud.agents, None))
+        (cloud.orchestrator if victim is None else cloud.agents[victim]).kill("now and then")
 
 
 @cache

@@ -4,7 +4,7 @@ import asyncio
 import random
 
 import pytest
-from simulated_cloud import SimulatedCloud
+from simulated_cloud import SimulatedCloud, killed_for_ever
 from test_stopped_servers import H1, H2, WEB, becomes, created, played, suspend
 
 from nahtlos.model.blueprint import HostIntent
@@ -251,17 +251,11 @@ def test_taken_and_gone_back_to_while_agents_and_the_orchestrator_die(seed: int)
     """It boots once and never again, whatever dies; the world looks at what its memory and disks say."""
     chance = random.Random(seed)
 
-    async def kill(cloud: SimulatedCloud) -> None:
-        while True:
-            await asyncio.sleep(chance.uniform(0.1, 4.0))
-            victim = chance.choice((*cloud.agents, None))
-            (cloud.orchestrator if victim is None else cloud.agents[victim]).kill("now and then")
-
     async def play(cloud: SimulatedCloud) -> None:
         await cloud.ready()
         await created(cloud, WEB, H1)
         async with asyncio.TaskGroup() as tasks:
-            killing = tasks.create_task(kill(cloud))
+            killing = tasks.create_task(killed_for_ever(cloud, chance, (0.1, 4.0)))
             await cloud.ask(lambda s: s.server_snapshots.create(ASKED))
             await asyncio.sleep(chance.uniform(5.0, 40.0))
             killing.cancel()
@@ -271,7 +265,7 @@ def test_taken_and_gone_back_to_while_agents_and_the_orchestrator_die(seed: int)
 
         await cloud.until(there, timeout=300, what="the snapshot")
         async with asyncio.TaskGroup() as tasks:
-            killing = tasks.create_task(kill(cloud))
+            killing = tasks.create_task(killed_for_ever(cloud, chance, (0.1, 4.0)))
             cloud.world.stop_expected(WEB)
             await cloud.ask(lambda s: s.server_snapshots.revert(WEB, BACK))
             await asyncio.sleep(chance.uniform(5.0, 40.0))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud
+from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, killed_for_ever
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict
@@ -144,12 +144,6 @@ def test_stopped_started_and_booted_anew_while_agents_and_the_orchestrator_die(s
     """Never two copies, never one that boots without having been asked to: the world looks at that."""
     chance = random.Random(seed)
 
-    async def kill(cloud: SimulatedCloud) -> None:
-        while True:
-            await asyncio.sleep(chance.uniform(0.2, 6.0))
-            victim = chance.choice((*cloud.agents, None))
-            (cloud.orchestrator if victim is None else cloud.agents[victim]).kill("now and then")
-
     async def owner(cloud: SimulatedCloud) -> None:
         for _ in range(6):
             verb = chance.choice(("stop", "start", "reboot", "drain"))
@@ -174,7 +168,7 @@ def test_stopped_started_and_booted_anew_while_agents_and_the_orchestrator_die(s
         await cloud.ready()
         await created(cloud, WEB, H1)
         async with asyncio.TaskGroup() as tasks:
-            killing = tasks.create_task(kill(cloud))
+            killing = tasks.create_task(killed_for_ever(cloud, chance, (0.2, 6.0)))
             await owner(cloud)
             killing.cancel()
         await cloud.ask(lambda s: s.set_host_intent(H1, HostIntent.ACTIVE))
@@ -236,25 +230,19 @@ def test_suspended_and_resumed_while_agents_and_the_orchestrator_die(seed: int) 
     """It boots once and never again, whatever dies: the world looks at that, and at what it reads."""
     chance = random.Random(seed)
 
-    async def kill(cloud: SimulatedCloud) -> None:
-        while True:
-            await asyncio.sleep(chance.uniform(0.1, 4.0))
-            victim = chance.choice((*cloud.agents, None))
-            (cloud.orchestrator if victim is None else cloud.agents[victim]).kill("now and then")
-
     async def play(cloud: SimulatedCloud) -> None:
         await cloud.ready()
         await created(cloud, WEB, H1)
         for intent in (HostIntent.DRAINED, HostIntent.ACTIVE):
             async with asyncio.TaskGroup() as tasks:
-                killing = tasks.create_task(kill(cloud))
+                killing = tasks.create_task(killed_for_ever(cloud, chance, (0.1, 4.0)))
                 await cloud.ask(lambda s: s.power.suspend(WEB))
                 await asyncio.sleep(chance.uniform(5.0, 40.0))
                 killing.cancel()
             await becomes(cloud, WEB, lambda view: view.state is RunState.SUSPENDED, "to be suspended")
             await cloud.ask(lambda s, i=intent: s.set_host_intent(H1, i))
             async with asyncio.TaskGroup() as tasks:
-                killing = tasks.create_task(kill(cloud))
+                killing = tasks.create_task(killed_for_ever(cloud, chance, (0.1, 4.0)))
                 await cloud.ask(lambda s: s.power.resume(WEB))
                 await asyncio.sleep(chance.uniform(5.0, 40.0))
                 killing.cancel()
