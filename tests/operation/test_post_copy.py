@@ -79,7 +79,7 @@ SOME = AFTER if THOROUGH else AFTER[::7]
 
 
 def test_ordered_it_is_handed_over_once_all_was_sent_once_and_no_packet_is_lost() -> None:
-    run = hard(budget=700).play()
+    run = hard(budget=5000).play()
     assert not run.problems, run.problems
     assert run.status is not None
     assert run.status.state is OperationState.DONE

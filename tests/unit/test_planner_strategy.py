@@ -308,7 +308,7 @@ def hopeless(budget: int = 0, **permitted: bool) -> Cloud:
 
 
 def test_what_is_predicted_not_to_end_goes_by_post_copy_with_its_owners_consent() -> None:
-    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud = hopeless(budget=1500, allow_post_copy=True)
     cloud.settle()
     assert cloud.where(1) == host_id(2)
     assert set(sent_by(cloud)) == {(False, True)}
@@ -329,7 +329,7 @@ def test_of_two_ways_that_were_permitted_the_one_that_risks_nothing_is_taken() -
 
 
 def test_a_host_that_cannot_is_named_and_nothing_is_begun() -> None:
-    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud = hopeless(budget=1500, allow_post_copy=True)
     cloud.world.no_post_copy[host_id(2)] = "no userfaultfd"
     cloud.settle()
     assert cloud.where(1) == host_id(1)
@@ -337,7 +337,7 @@ def test_a_host_that_cannot_is_named_and_nothing_is_begun() -> None:
 
 
 def test_agents_of_an_older_release_are_not_asked_for_it() -> None:
-    cloud = hopeless(budget=400, allow_post_copy=True)
+    cloud = hopeless(budget=1500, allow_post_copy=True)
     cloud.world.knows = ()
     cloud.settle()
     assert cloud.where(1) == host_id(1)
