@@ -437,6 +437,8 @@ def test_a_volume_goes_to_another_host_and_is_there_alone(stage: Stage) -> None:
         assert (await source.relocate_progress(volume.id)).phase is CopyPhase.DONE
         for _ in range(2):
             await source.relocate_finish(volume.id)
+        if hosts.backend is StorageBackend.EMBEDDED:
+            assert [v.served for v in await target.observe()] == [False], "it is received still"
         await target.reconcile(StorageDesired(volumes=(there,)))
         assert {v.id: (v.epoch, v.served) for v in await target.observe()} == {"goes": (2, True)}
         assert await source.observe() == ()

@@ -12,6 +12,7 @@ from nahtlos.model.storage import SnapshotSpec
 from nahtlos.model.volume_work import (
     Rebuilding,
     Relocation,
+    Reverting,
     SnapshotGroup,
     VolumeWish,
     volumes_of,
@@ -99,6 +100,26 @@ def test_a_copy_is_read_once_it_is_served_as_recorded() -> None:
     assert not following.volume_tasks
     assert any("until host-1 serves a by epoch 2" in waiting.reason for waiting in report.waiting)
     assert site.plan().volume_tasks
+
+
+def test_a_copy_that_was_just_rebuilt_is_reverted_once_its_host_serves_it() -> None:
+    """An operation that began at once would be refused by it, and so would all others right after it."""
+    site, back = Site(), SnapshotSpec(id=SnapshotId("then"), volume=VolumeId("a"), hosts=(host(2),))
+    site.want(
+        volume("a", 1, 2),
+        snapshots={back.id: back},
+        volume_wishes=(VolumeWish(id="wish-1", work=Reverting(volume=VolumeId("a"), snapshot=back.id)),),
+    )
+    seen = site.look()
+    received = [msgspec.structs.replace(told, served=False) for told in seen.hosts[host(2)].volumes]
+    not_yet = msgspec.structs.replace(seen.hosts[host(2)], volumes=tuple(received))
+    hosts = {**seen.hosts, host(2): not_yet}
+    following, report = plan(site.policy, msgspec.structs.replace(seen, hosts=hosts), None)
+    assert not following.volume_tasks
+    assert any("until host-2 serves a by epoch 1" in waiting.reason for waiting in report.waiting)
+    site.plan()
+    (task,) = site.tasks
+    assert task.coordinator == host(2)
 
 
 def test_so_many_at_once_and_so_many_on_a_host() -> None:

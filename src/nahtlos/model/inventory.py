@@ -134,6 +134,7 @@ class VolumeStatus(Value, frozen=True, kw_only=True):
     id: VolumeId
     epoch: int
     served: bool
+    """To whoever uses it. What is on its way here is not: only who copies writes into it."""
     size_mib: int
     allocated_bytes: int = 0
     """What it takes of its pool."""

@@ -231,13 +231,14 @@ def _why_not_now(draft: Draft, key: str, begin: Decided) -> Unready | None:
             return Unready(work, WaitKind.HOST, text)
         if host == draft.upgrading and not isinstance(work, Rebuilding):
             return Unready(work, WaitKind.HOST, f"to {words(work)} waits while {host} is upgraded")
-    return _not_served_yet(draft, work) or _no_slot(draft, begin)
+    return _not_served_yet(draft, begin) or _no_slot(draft, begin)
 
 
-def _not_served_yet(draft: Draft, work: VolumeWork) -> Unready | None:
+def _not_served_yet(draft: Draft, begin: Decided) -> Unready | None:
     """A copy that is read must be served as it is recorded: from the operation's begin to its end its host
     leaves it as it is."""
-    for volume, host in _read(draft, work):
+    work = begin.work
+    for volume, host in _read(draft, begin):
         seen = draft.observed.host(host)
         told = next((v for v in (seen.volumes if seen else ()) if v.id == volume.id), None)
         epoch = volume.at(host).epoch
@@ -247,8 +248,9 @@ def _not_served_yet(draft: Draft, work: VolumeWork) -> Unready | None:
     return None
 
 
-def _read(draft: Draft, work: VolumeWork) -> Iterator[tuple[VolumeSpec, HostId]]:
+def _read(draft: Draft, begin: Decided) -> Iterator[tuple[VolumeSpec, HostId]]:
     """Copies that an operation begins from."""
+    work = begin.work
     for name in volumes_of(work):
         volume = draft.policy.volumes.get(name)
         if volume is None or volume.backend is StorageBackend.CEPH:
@@ -261,7 +263,9 @@ def _read(draft: Draft, work: VolumeWork) -> Iterator[tuple[VolumeSpec, HostId]]
                     yield volume, host
             case BackingUp():
                 yield volume, work.backup.host
-            case Reverting() | Restoring() | SnapshotMove() | WritingFile() | DeletingBackup():
+            case Reverting():
+                yield volume, begin.coordinator
+            case Restoring() | SnapshotMove() | WritingFile() | DeletingBackup():
                 pass
 
 

@@ -101,7 +101,7 @@ class SimStorage(SimDriver):
                 VolumeStatus(
                     id=v.spec.id,
                     epoch=v.spec.epoch,
-                    served=self.host.storage_up,
+                    served=self.host.storage_up and not v.received,
                     size_mib=v.spec.size_mib,
                     clients=len(self.world.disks.clients(self.host, v)),
                     problem=v.problem,

@@ -53,7 +53,7 @@ def _status(
     return VolumeStatus(
         id=record.volume,
         epoch=export.epoch if export else 0,
-        served=export is not None,
+        served=export is not None and record.mode is not Mode.RECEIVING,
         size_mib=record.size >> 20,
         allocated_bytes=allocated,
         problem=next((words for words in (*problems, unreadable) if words), ""),
