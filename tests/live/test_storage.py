@@ -3,6 +3,7 @@ to see it. The writer uses QEMU's own NBD client, as a server does: same reconne
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 from nbd_writer import Disk, Writer, block, stand_in
 from physical_host import Place, volume_on
 
-from nahtlos.model.errors import Refused
+from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import ImageId, VolumeId
 from nahtlos.model.inventory import VolumeStatus
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.ports import StorageDesired
+from nahtlos.physical.storage import serving, silence
 from nahtlos.runtime.identity.authority import CertificateAuthority, Issued
 from nahtlos.wire.credentials import write_pki_dir
 
@@ -74,6 +76,29 @@ async def test_daemon_serves_again_although_nobody_is_there_to_tell_it(place: Pl
         assert disk.size == 8 << 20
         disk.close()
     assert await host.storage.reconcile(StorageDesired(volumes=second)) == ()
+
+
+async def test_a_daemon_that_hangs_is_started_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It neither ends nor answers, and its monitor stays connected: nobody else would put that right."""
+    monkeypatch.setattr(serving, "AWAKE_WITHIN", 0.2)
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 1.0)
+    host = place.host("host-1")
+    wanted = StorageDesired(volumes=(volume_on(host, "data", empty=True, size_mib=8),))
+    await host.storage.reconcile(wanted)
+    disk = Disk(await stand_in(host, "data.e1"))
+    disk.write(0, block(0))
+    hung = await host.pid("qsd")
+    os.kill(hung, signal.SIGSTOP)
+    with pytest.raises(Unavailable, match="does not answer"):
+        await host.storage.reconcile(wanted)
+    assert await host.pid("qsd") == hung, "it may only be slow"
+    with pytest.raises(Unavailable, match="started anew"):
+        await host.storage.reconcile(wanted)
+    await host.until_pid("qsd", other_than=hung)
+    await host.storage.reconcile(wanted)
+    assert [status.served for status in await host.storage.observe()] == [True]
+    assert await asyncio.to_thread(disk.read, 0) == block(0)
+    disk.close()
 
 
 async def test_volume_from_an_image_is_larger_sparse_and_starts_with_it(place: Place) -> None:

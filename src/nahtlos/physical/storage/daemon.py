@@ -6,7 +6,10 @@ monitor: the next call connects to it.
 """
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import cast
@@ -21,6 +24,7 @@ from nahtlos.physical.storage.definition import UNIT
 from nahtlos.physical.storage.graph import Export, Options, parsed_export
 
 MONITOR_WITHIN = 20.0
+ENDS_WITHIN = 2.0
 JOB_WITHIN = 30.0
 EXPORT_GONE_WITHIN = 5.0
 COPIED_AT_ONCE = 2 << 20
@@ -98,11 +102,27 @@ class Daemon:
         return self.log.read_text(errors="replace")[-2000:].strip() if self.log.exists() else "no log"
 
     async def answers(self, within: float) -> bool:
+        """Whether it does now: one that hangs keeps the connection it has."""
         try:
-            await self._monitor(within)
+            await (await self._monitor(within)).execute("query-version", within=within)
         except Unavailable:
             return False
         return True
+
+    async def kill(self, within: float = ENDS_WITHIN) -> int | None:
+        """The one that runs, and which that was. Nothing that was acknowledged is lost by that."""
+        pid = await self.pid()
+        if pid is None:
+            return None
+        await self.close()
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await _ended(pidfd, within)
+            finally:
+                os.close(pidfd)
+        return pid
 
     # --- commands ----------------------------------------------------------------------------------
 
@@ -289,6 +309,19 @@ class Daemon:
             self.corrupted[str(data.get("node-name", ""))] = str(data.get("msg", ""))
         for listener in self._listeners:
             listener(event, data)
+
+
+async def _ended(pidfd: int, within: float) -> bool:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(within):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True
 
 
 def _job(said: Answer, details: Answer) -> Job:

@@ -10,7 +10,6 @@ by what is recorded and what runs. Without a word the newest release present is 
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -24,12 +23,11 @@ from nahtlos.model.nouns import Component
 from nahtlos.physical.hypervisor.bundle import Bundle, Bundles
 from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings
-from nahtlos.physical.storage.daemon import Daemon
+from nahtlos.physical.storage.daemon import ENDS_WITHIN, Daemon
 from nahtlos.physical.storage.definition import UNIT, trial_arguments
 
 MIN_VERSION = (10,)
 """The NBD server of earlier ones lacks TCP_NODELAY: a thirtieth of the operations per second."""
-ENDS_WITHIN = 2.0
 SERVES_WITHIN = 5.0
 TRIES = 3
 _TRIAL = f"{UNIT}.trial"
@@ -138,18 +136,7 @@ class DaemonRelease:
         """The one that runs; its supervisor starts the next one as it is defined now. Killed: nothing that
         was acknowledged is lost by that, while a daemon that ends by itself goes on to accept clients, and
         they wait a second after it has told them that it has no such export."""
-        pid = await self._daemon.pid()
-        self._ended_pid = pid
-        if pid is None:
-            return
-        await self._daemon.close()
-        with suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(pid)
-            try:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await _ended(pidfd, ENDS_WITHIN)
-            finally:
-                os.close(pidfd)
+        self._ended_pid = await self._daemon.kill()
 
     async def _next_one(self, define: Define) -> None:
         """At once: a supervisor waits a moment, longer each time, before it starts again what ended."""
@@ -240,19 +227,6 @@ class DaemonRelease:
             file.flush()
             os.fsync(file.fileno())
         new.replace(record)
-
-
-async def _ended(pidfd: int, within: float) -> bool:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        async with asyncio.timeout(within):
-            await ended.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(pidfd)
-    return True
 
 
 def _refusal(release: ReleaseId, reason: str) -> Refused:

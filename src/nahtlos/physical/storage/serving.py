@@ -10,6 +10,7 @@ moment ago brings a running one to it by comparing (`settle`). What cannot be op
 import asyncio
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nahtlos.model.errors import Refused, Unavailable
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import DiskBudget
 from nahtlos.physical.hypervisor.qmp import Denied
-from nahtlos.physical.storage import decisions, graph
+from nahtlos.physical.storage import decisions, graph, silence
 from nahtlos.physical.storage.daemon import Daemon, Graph
 from nahtlos.physical.storage.decisions import CatchUp
 from nahtlos.physical.storage.definition import Definition, definition, groups
@@ -51,6 +52,7 @@ class Serving:
         """Held by whoever changes records and daemon together."""
         self._run = run
         self._defining = asyncio.Lock()
+        self._silence = silence.Silence()
         self._budget_told = False
 
     # --- records and definition --------------------------------------------------------------------
@@ -68,9 +70,11 @@ class Serving:
 
     async def awake(self) -> None:
         """Returns when the daemon answers. What keeps it from starting is left out; it is tried again by
-        every `settle`."""
+        every `settle`. One that runs and has answered nothing for long is killed: whatever it hangs in, the
+        one that its supervisor starts then serves all that is recorded."""
         for _ in range(len(self.records.all()) + 1):
             if await self.daemon.answers(AWAKE_WITHIN):
+                self._silence.broken()
                 return
             blamed = self._blamed()
             if not blamed:
@@ -78,7 +82,18 @@ class Serving:
             self.left_out |= blamed
             await self.define()
         if not await self.daemon.answers(5 * AWAKE_WITHIN):
-            raise Unavailable(f"the storage daemon does not start: {self.daemon.said()[-400:]}")
+            await self._give_up_silent()
+            raise Unavailable(f"the storage daemon does not answer: {self.daemon.said()[-400:]}")
+        self._silence.broken()
+
+    async def _give_up_silent(self) -> None:
+        silent = self._silence.lasts(await self.daemon.pid(), time.monotonic())
+        if silent >= silence.SILENT_SECONDS:
+            self._silence.broken()
+            await self.daemon.kill()
+            raise Unavailable(
+                f"the storage daemon has answered nothing for {silent:.0f} s: it is started anew"
+            )
 
     def _blamed(self) -> dict[VolumeId, str]:
         """Volumes whose node or export a daemon that would not start named in its last words."""
