@@ -12,7 +12,7 @@ kind `refused`), so two neighbouring releases can talk. A message is carried in 
 
 import msgspec
 
-from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
+from nahtlos.model.config import HostConfig, PortConfig, ServerConfig, VolumeAttachment
 from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import HostId, OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import HostInventory
@@ -260,6 +260,9 @@ class MovePrepare(Message, frozen=True, kw_only=True):
     id: OperationId
     server: ServerId
     epoch: int
+    volumes: tuple[VolumeAttachment, ...] = ()
+    """How the server reaches them. An order is worded anew each time it is given: what one of the two agents
+    took up early may be older than the loss of a copy."""
     marks: bool = False
     """The source will mark what its firewall has let in, if the destination says that it believes that."""
     vcpus: int = 0

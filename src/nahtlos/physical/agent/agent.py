@@ -31,7 +31,7 @@ from nahtlos.physical.agent.report import inventory
 from nahtlos.physical.agent.source import SourceMove
 from nahtlos.physical.agent.suspension import Resume, Suspend
 from nahtlos.physical.agent.touching import TouchRates
-from nahtlos.physical.agent.volumes.freeze import check_movable, check_not_frozen
+from nahtlos.physical.agent.volumes.freeze import check_movable, check_not_frozen, check_settled
 from nahtlos.physical.agent.volumes.peers import ForVolume, answer_volume
 from nahtlos.physical.agent.volumes.replicas import DiskKeeper
 from nahtlos.physical.agent.volumes.steps import Stepper
@@ -479,7 +479,10 @@ class Agent:
         me = self._context.settings.host
         if order.host != me:
             raise Refused(f"{order.id} is for {order.host}, not {me}", field="order")
+        held = self._context.ledger.owner(order.server.spec.id)
         check_not_frozen(self._context, order.server.spec.id)
+        if self._context.ledger.operation(order.id) is None and held is not None:
+            check_settled(self._context, held, order.server)
         self._begin(Journal(id=order.id, kind=OperationKind.REPLACE, role=Role.HOST, replace=order))
 
     def _begin_volume_task(self, order: VolumeTask) -> None:

@@ -74,6 +74,9 @@ class Context:
     freezes: dict[ServerId, Freeze] = field(default_factory=dict[ServerId, Freeze])
     """Servers nothing but `volumes.freeze` may start, resume or move. Not durable: an agent that was started
     again finds guests that stand still, and convergence lets them go on."""
+    starting: set[ServerId] = field(default_factory=set[ServerId])
+    """Servers of which a VMM is being started: how that reaches its disks is settled. Not durable: a start
+    ends with its agent."""
     saving: dict[ServerId, OperationId] = field(default_factory=dict[ServerId, OperationId])
     """Servers whose memory is saved while they run, for a snapshot. Not durable: then what is saved counts
     for nothing."""

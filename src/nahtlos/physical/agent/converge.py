@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from enum import StrEnum
 
+import msgspec
+
 from nahtlos.model.config import HostConfig, PortConfig, ServerConfig
 from nahtlos.model.errors import Error, ErrorRecord, NotFound, Refused
 from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId, VolumeId
@@ -23,7 +25,7 @@ from nahtlos.physical.agent.ledger import Hold, Journal, Ownership, Role
 from nahtlos.physical.agent.power import PowerStep, as_told, power_step, stopping
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.rejoin import end_alike, never_ran, note_fresh, on_one_copy
-from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without_lost
+from nahtlos.physical.agent.volumes.replicas import lost_exports, wanted_disks, without, without_lost
 from nahtlos.physical.ports import NetworkDesired, StorageDesired, VmmId, VmmStatus
 from nahtlos.wire.messages import MoveOrder
 
@@ -217,15 +219,17 @@ class Converger:
                 exports=config.snapshot_exports,
                 release=config.storage_release,
                 budget=config.disk_budget,
-                pinned=self._busy_volumes() | frozenset(config.pinned_volumes),
+                pinned=self._pinned_volumes(config),
             )
         )
         holds.settle(self._context.ledger, config)
         return found
 
-    def _busy_volumes(self) -> frozenset[VolumeId]:
+    def _pinned_volumes(self, config: HostConfig) -> frozenset[VolumeId]:
+        """Those that take part in an operation, of this host or of another one."""
         unended = (j for j in self._context.ledger.operations() if j.unended)
-        return frozenset(volume for journal in unended for volume in journal.volumes)
+        here = frozenset(volume for journal in unended for volume in journal.volumes)
+        return here | frozenset(config.pinned_volumes)
 
     async def bring_network(self) -> None:
         """Only the network, at once; drift is not told."""
@@ -278,7 +282,8 @@ class Converger:
                 continue
             try:
                 await self._leases.adopt_policy(new.spec, held.epoch)
-                self._context.ledger.adopt(new)
+                now = self._context.ledger.owner(wanted.spec.id) or held
+                self._context.ledger.adopt(with_policy(now.server, wanted))  # likewise
                 self._context.changed()
             except Error as error:
                 problems.append(ErrorRecord.of(error))
@@ -304,8 +309,9 @@ class Converger:
                 for text in await self._context.drivers.hypervisor.compute_reconcile(vmm.id, new):
                     self._context.say("server.compute", server, text)
                     self._context.changed()
-            if server not in self.busy():
-                self._context.ledger.adopt(new)
+            held = self._owned(server)
+            if held is not None and held.epoch == new.epoch:  # its disks may be reached otherwise by now
+                self._context.ledger.adopt(wanted_compute(new, held.server))
         except Exception as raised:
             error = self._context.error_of(raised)
             problems.append(ErrorRecord.of(error))
@@ -324,8 +330,7 @@ class Converger:
             held = self._context.ledger.owner(server)
             if held is None or held.hold is not Hold.OWNED or server in self.busy():
                 continue
-            pinned = self._busy_volumes() | frozenset(config.pinned_volumes)
-            new = wanted_disks(wanted, held.server, lost=lost, pinned=pinned)
+            new = wanted_disks(wanted, held.server, lost=lost, pinned=self._pinned_volumes(config))
             if new == held.server:
                 continue
             if held.server.spec.power.state is not PowerState.ON:
@@ -406,9 +411,34 @@ class Converger:
         self._begin_operation(Journal(id=name, kind=kind, role=Role.HOST, power=step.server))
 
     async def _start(self, config: HostConfig, step: ServerStep) -> None:
+        """Its disks are reached as the ledger says at the beginning; nobody says otherwise before the end."""
+        starting, server = self._context.starting, step.server.spec.id
+        starting.add(server)
+        try:
+            await self._start_with(config, step, self._as_reached(config, step))
+        finally:
+            starting.discard(server)
+
+    def _as_reached(self, config: HostConfig, step: ServerStep) -> ServerConfig:
+        """As it is to be started. Its step is older: a volume of it may have gone elsewhere, or a copy may
+        have been lost, while what came before it was done."""
+        held = self._context.ledger.owner(step.server.spec.id)
+        if held is None or held.epoch != step.epoch:
+            return step.server
+        lost, pinned = lost_exports(self._context.ledger), self._pinned_volumes(config)
+        wanted = held.server if step.act is Act.RESTART else step.server
+        disks = wanted_disks(wanted, held.server, lost=lost, pinned=pinned)
+        spec = msgspec.structs.replace(wanted.spec, data_volumes=disks.spec.data_volumes)
+        return msgspec.structs.replace(
+            wanted,
+            spec=spec,
+            volume=without(disks.volume, lost),
+            data_volumes=tuple(without(each, lost) for each in disks.data_volumes),
+        )
+
+    async def _start_with(self, config: HostConfig, step: ServerStep, server: ServerConfig) -> None:
         if config.release is None:
             raise Refused(f"{config.host} has no hypervisor release", field="release")
-        server = step.server
         self._leases.check(server.spec)
         if step.power is PowerStep.BOOT:
             self._context.ledger.own(server)

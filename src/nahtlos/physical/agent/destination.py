@@ -33,6 +33,7 @@ from nahtlos.physical.agent.giving import with_vcpus
 from nahtlos.physical.agent.hearing import ANSWERED, first_heard
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.report import RESULT
+from nahtlos.physical.agent.volumes.freeze import check_paths
 from nahtlos.physical.ports import Missing, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
@@ -249,6 +250,8 @@ class DestinationMove:
         self._check_undecided()
         if body.epoch != self._order.server.epoch or body.server != self._vmm.server:
             raise Stale(f"the order is for {self._vmm.server} at epoch {self._order.server.epoch}")
+        if body.volumes:  # else a source of an earlier release
+            check_paths(self._order.server, body.volumes)
         if self._ready:
             return self._ready
         drivers, order = self._context.drivers, self._order

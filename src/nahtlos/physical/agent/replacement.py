@@ -27,6 +27,7 @@ from nahtlos.physical.agent.hearing import ANSWERED, first_heard
 from nahtlos.physical.agent.ledger import Hold, Journal
 from nahtlos.physical.agent.steps import Steps
 from nahtlos.physical.agent.switch_turn import take_turn
+from nahtlos.physical.agent.volumes.freeze import check_paths
 from nahtlos.physical.ports import VmmId, VmmStatus
 from nahtlos.wire.messages import Decision
 
@@ -98,6 +99,7 @@ class Replacement(Steps):
             )
         if held.server.spec.power != self._order.server.spec.power:
             raise Refused(f"{self._old.server} is to be stopped or booted anew first", field="server")
+        check_paths(self._order.server, held.server.all_volumes)
 
     def _check_cancelled(self) -> None:
         if self._cancelled:
@@ -115,6 +117,7 @@ class Replacement(Steps):
     async def _switch_and_stop(self) -> None:
         """What is done here is paid for in blackout, but for the first two acts."""
         network, hypervisor = self._context.drivers.network, self._context.drivers.hypervisor
+        self._check_owned()
         self.mark("switch")
         for port in self._order.ports:
             await network.replace_switch(port)

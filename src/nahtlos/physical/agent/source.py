@@ -70,6 +70,7 @@ from nahtlos.physical.agent.precopy import (
 )
 from nahtlos.physical.agent.report import RESULT
 from nahtlos.physical.agent.switch_turn import HELD_BYTES, SwitchTurn
+from nahtlos.physical.agent.volumes.freeze import check_paths
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress, MoveRole, VmmId, VmmStatus
 from nahtlos.wire.messages import (
     Decision,
@@ -178,6 +179,7 @@ class SourceMove:
             id=order.id,
             server=order.server.spec.id,
             epoch=order.server.epoch,
+            volumes=order.server.all_volumes,
             marks=True,
             vcpus=vmm.compute.vcpus if vmm else 0,
             post_copy=await self._may_follow_here(),
@@ -254,6 +256,7 @@ class SourceMove:
                 field="server",
                 remedy="plan again from the current inventory",
             )
+        check_paths(self._order.server, held.server.all_volumes)
 
     async def _precopy(self) -> None:
         """Returns at a moment at which stopping is cheap; the guest runs on until it is stopped."""
@@ -392,6 +395,7 @@ class SourceMove:
     async def _switch_and_stop(self) -> MoveOutcome:
         """The path, then the stop, then the ownership. What is done here is paid for in blackout."""
         network, order = self._context.drivers.network, self._order
+        self._check_owned()
         self._switched = True
         self._mark("switch")
         await self._peer.tell(MoveSwitch(id=order.id, states=await self._changes()), 5.0)

@@ -387,7 +387,7 @@ class World:
         self._run(vmm)
 
     def _run(self, vmm: Vmm) -> None:
-        vmm.saved = False
+        vmm.saved, vmm.disk_problems = False, ()
         if vmm.stream is not None and vmm.stream.destination is None:
             vmm.sent = False
         for tap in vmm.taps:

@@ -7,6 +7,7 @@ has been handed over: a move begins only when the freeze is over.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment
 from nahtlos.model.errors import Conflict, Error, Stale, Unavailable
@@ -41,7 +42,20 @@ def check_movable(context: Context, held: Ownership, server: ServerConfig) -> No
     if held.server.spec.power != server.spec.power:
         raise Stale(f"{server.spec.id} is to be stopped or booted anew first", field="server")
     check_not_frozen(context, server.spec.id)
-    if [_path(each) for each in held.server.all_volumes] != [_path(each) for each in server.all_volumes]:
+    check_settled(context, held, server)
+
+
+def check_settled(context: Context, held: Ownership, server: ServerConfig) -> None:
+    """Stale unless it is settled how `server` reaches its volumes, and just as `server` says."""
+    if server.spec.id in context.starting:
+        raise Stale(f"{server.spec.id} is just being started", field="server")
+    check_paths(server, held.server.all_volumes)
+
+
+def check_paths(server: ServerConfig, volumes: Sequence[VolumeAttachment]) -> None:
+    """Stale unless `server` reaches its volumes as `volumes` says. Whoever starts a VMM by what is older may
+    read a copy that was given up since, and lacks what the server has written."""
+    if [_path(each) for each in server.all_volumes] != [_path(each) for each in volumes]:
         raise Stale(f"{server.spec.id} reaches its volumes otherwise by now", field="server")
 
 

@@ -3,7 +3,7 @@
 import msgspec
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment, VolumeEndpoint
-from nahtlos.model.errors import Conflict, Refused, Stale
+from nahtlos.model.errors import Conflict, Refused, Stale, Unavailable
 from nahtlos.model.inventory import RunState
 from nahtlos.model.storage import Changes, VolumeSpec
 from nahtlos.physical.agent.context import Context
@@ -163,8 +163,11 @@ async def _snapshot(context: Context, body: VolumeSnapshot) -> None:
 
 async def _attach(context: Context, body: VolumeAttach) -> None:
     """Written down first: should its VMM end meanwhile, it is started with the new path. Until this was
-    answered both paths lead to the same data."""
+    answered both paths lead to the same data. Unavailable while a VMM of it is being started, which is led by
+    what was written down before: what that writes would be missing where this is to lead."""
     held = owned(context, body.server)
+    if body.server in context.starting:
+        raise Unavailable(f"{body.server} is just being started", field="server")
     attachment = without(body.attachment, lost_exports(context.ledger))
     server = reached_by(held.server, attachment, body.instead_of)
     context.ledger.adopt(server)
