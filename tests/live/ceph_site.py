@@ -16,7 +16,9 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.physical.agent.volumes.copying import Act, next_act
 from nahtlos.physical.hypervisor.bundle import read_bundle
+from nahtlos.physical.hypervisor.disks import rbd_connection
 from nahtlos.physical.ports import Storage, StorageDesired, Unit
+from nahtlos.physical.storage.ceph.doors import UNIT
 
 
 class Site:
@@ -38,16 +40,7 @@ class Site:
 
     async def client(self, volume: str, *, version: str = "", image: str = "", name: str = "") -> Disk:
         """As a server has it: without the driver."""
-        rbd = self.storage.endpoint(image or volume)
-        node = {
-            "driver": "rbd",
-            "node-name": "volume",
-            "pool": rbd.pool,
-            "image": rbd.image,
-            "user": rbd.user,
-            "conf": rbd.configuration,
-            "cache": {"direct": True},
-        }
+        node = rbd_connection(self.storage.endpoint(image or volume), "volume")
         folders = sorted(self.host.settings.releases_dir.glob(f"qemu-{version}*"))
         bundle = read_bundle(folders[-1])
         name = name or f"client-{volume}-{version or 'any'}-{time.monotonic_ns() % 10_000}"
@@ -81,6 +74,13 @@ class Site:
                 await self.have()
                 await asyncio.sleep(0.05)
 
+    async def until_closed(self, storage: Storage, volume: VolumeSpec) -> None:
+        """It counts as a volume, and nothing is left for the gateway to serve once nobody comes any more."""
+        await storage.reconcile(StorageDesired(volumes=(volume,)))
+        async with asyncio.timeout(20):
+            while UNIT in await self.host.supervisor.units():
+                await storage.reconcile(StorageDesired(volumes=(volume,)))
+
     def images(self) -> list[str]:
         return self.ceph.run("rbd", "ls", "volumes").split()
 
@@ -109,8 +109,8 @@ async def stop_clients(site: Site) -> None:
 
 async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint) -> None:
     """As the operation does it: a daemon that ends meanwhile (11.1.3 has been seen to when a mirror begins
-    under writes) is there again at once, and the copy begins anew."""
-    async with asyncio.timeout(30):
+    under writes) is there again at once, and the copy begins anew once the cluster takes it for dead."""
+    async with asyncio.timeout(60):
         while True:
             with suppress(Unavailable):
                 phase = (await storage.relocate_progress(volume.id)).phase

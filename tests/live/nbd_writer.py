@@ -17,7 +17,7 @@ from nahtlos.physical.ports import Unit
 
 BLOCK = 4096
 REQUEST, REPLY = struct.Struct(">IHHQQI"), struct.Struct(">IIQ")
-READ, WRITE, FLUSH = 0, 1, 3
+READ, WRITE, FLUSH, TRIM = 0, 1, 3, 4
 
 
 def newest(host: Host) -> Path:
@@ -84,6 +84,9 @@ class Disk:
 
     def flush(self) -> None:
         self._ask(FLUSH, 0, 0)
+
+    def discard(self, number: int, length: int) -> None:
+        self._ask(TRIM, number * BLOCK, length)
 
     def read(self, number: int) -> bytes:
         return self._ask(READ, number * BLOCK, BLOCK)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from ceph_host import ceph_storage, cluster, in_ceph, inside
 from ceph_site import Site, relocate, stop_clients
+from nbd_writer import BLOCK
 from physical_host import Place, volume_on
 from test_storage import Writer, block, stand_in
 
@@ -38,6 +39,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
     pytest.mark.skipif(bool(missing_programs()), reason="Ceph is not installed"),
 ]
+
+OBJECT = 4 << 20
+"""Of an image: its bytes are kept in pieces of this size."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,17 @@ async def test_image_is_reached_by_every_release_and_what_it_was_made_from_is_in
     assert 0 < status.allocated_bytes < volume.size_mib << 20
     assert status.clients == 2
     assert site.images() == ["root"]
+
+
+async def test_what_a_server_discards_the_pool_has_back(site: Site) -> None:
+    await site.have(site.volume("thin"))
+    disk = await site.client("thin")
+    for number in range(3):
+        disk.write(number * OBJECT // BLOCK, b"x" * OBJECT)
+    assert [v.allocated_bytes for v in await site.storage.observe()] == [3 * OBJECT]
+    disk.discard(OBJECT // BLOCK, OBJECT)
+    assert [v.allocated_bytes for v in await site.storage.observe()] == [2 * OBJECT]
+    assert [disk.read(n * OBJECT // BLOCK)[:1] for n in range(3)] == [b"x", b"\0", b"x"]
 
 
 async def test_snapshots_clones_and_their_volume_go_in_any_order(site: Site) -> None:
@@ -160,7 +175,10 @@ async def test_a_snapshot_is_read_from_outside_and_becomes_a_file(site: Site) ->
     )
     assert file.read_bytes() == held
     assert (written.bytes, written.sha256) == (len(held), hashlib.sha256(held).hexdigest())
-    await both.reconcile(StorageDesired(volumes=(volume,)))
+    expired = msgspec.structs.replace(export, expires_at=time.time())
+    done = await both.reconcile(StorageDesired(volumes=(volume,), exports=(expired,)))
+    assert "export reader withdrawn" in done
+    assert not await ran("nbdcopy", address, str(copied))
 
 
 async def ran(*words: str) -> bool:
@@ -277,6 +295,8 @@ async def test_volume_goes_to_ceph_and_back_while_it_is_written(site: Site) -> N
         there = in_ceph(msgspec.structs.replace(embedded, epoch=2))
         await both.receive(there)
         await relocate(both, embedded, site.endpoint(site.host, there, site.storage.nbd_port))
+        for _ in range(3):  # told to keep it, and again: its door is open for who is not led past it yet
+            await both.reconcile(StorageDesired(volumes=(there,)))
         before = writer.acknowledged
         async with asyncio.timeout(10):
             while writer.acknowledged < before + 20:
@@ -289,7 +309,7 @@ async def test_volume_goes_to_ceph_and_back_while_it_is_written(site: Site) -> N
         await both.relocate_finish(embedded.id)
     await stop_clients(site)
     await both.relocate_finish(embedded.id)
-    await both.reconcile(StorageDesired(volumes=(there,)))
+    await site.until_closed(both, there)
     assert [(v.id, v.epoch) for v in await both.observe()] == [("data", 2)]
 
     direct = await site.client("data")

@@ -133,6 +133,7 @@ class CephStorage:
 
     async def revert(self, volume: VolumeSpec, snapshot: SnapshotId) -> None:
         async with self._lock:
+            await self._gateway.close(volume.id)
             image = await self._owned(volume.id)
             if snapshot not in {each.name for each in image.live_snapshots}:
                 raise NotFound(f"'{volume.id}' has no snapshot '{snapshot}'", field="snapshot")
@@ -154,7 +155,7 @@ class CephStorage:
             if self._taken_over(image, target):
                 return
             await self._gateway.open(volume.id, volume.epoch)
-            self._no_others(await self._owned(volume.id))
+            await self._no_others(await self._owned(volume.id))
             await self._gateway.copy(volume.id, target, bytes_per_second)
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
@@ -343,15 +344,22 @@ class CephStorage:
         if Act.FENCE in wanted:
             done += await self._fence(volume)
         elif volume.id in self._gateway.doors and not image.receiving:
-            # What has just arrived is still written by this door: whoever has it open is led past it first.
-            await self._gateway.close(volume.id)
-            done.append(f"volume {volume.id} no longer served over NBD")
+            done += await self._close_unused(volume.id)
         if Act.ENLARGE in wanted:
             await self._rbd.ask("resize", name=volume.id, size=volume.size_mib << 20)
             done.append(f"volume {volume.id} enlarged to {volume.size_mib} MiB")
         if Act.NOTE in wanted:
             await self._note(image, images.notes(volume, self._settings.host))
         return done
+
+    async def _close_unused(self, volume: VolumeId) -> list[str]:
+        """What has just arrived is still written by its door: whoever has it open is led past it first, and
+        may be told to keep it more than once."""
+        try:
+            await self._gateway.close(volume, hard=False)
+        except Conflict:
+            return []
+        return [f"volume {volume} no longer served over NBD"]
 
     async def _fence(self, volume: VolumeSpec) -> list[str]:
         await self._gateway.close(volume.id)
@@ -483,9 +491,11 @@ class CephStorage:
             raise Refused(f"no host takes over '{image.name}'", field="volume")
         await self._note(image, {images.EPOCH: epoch, images.HOST: host, images.OFFER: None})
 
-    def _no_others(self, image: ImageFacts) -> None:
-        """The gateway's own connection is the only one: what others write would not be copied."""
+    async def _no_others(self, image: ImageFacts) -> None:
+        """The gateway's own connection is the only one: what others write would not be copied. One that does
+        not answer may be the gateway's earlier self, which died: Unavailable, it is asked again."""
         if len(image.clients) > 1:
+            await clients.check_answers(self._rbd, image)
             raise Conflict(
                 f"'{image.name}' is still open at {', '.join(image.clients)}",
                 field="volume",
