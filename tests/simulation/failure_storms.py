@@ -29,6 +29,7 @@ from nahtlos.model.availability import DRIFT, OnHostFailure
 from nahtlos.model.blueprint import Strategy
 from nahtlos.model.errors import Error
 from nahtlos.model.ids import HostId, ServerId
+from nahtlos.physical.ports import Crash
 from nahtlos.physical.sim.clock import run_virtual
 from nahtlos.physical.sim.cloudlet import NEW, OLD
 from nahtlos.physical.sim.faults import Seeded
@@ -142,11 +143,11 @@ class Storm:
                 await self._ask(lambda s, name=name, to=release: s.replace_vmm(name, to))
 
     async def _ask(self, call: Callable[[CloudService], Awaitable[object]]) -> None:
-        """Refusals are as good as anything else."""
+        """Refusals are as good as anything else, and so is an orchestrator that dies over it."""
         service = self.cloud.orchestrator.service
         if service is None:
             return
-        with suppress(Error):
+        with suppress(Error, Crash):
             await call(service)
 
     async def _events(self) -> None:
