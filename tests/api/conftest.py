@@ -34,6 +34,7 @@ from nahtlos.ops.cli.app import build_app
 from nahtlos.ops.cli.command import Surroundings
 from nahtlos.ops.client import OperatorClient
 from nahtlos.ops.serve import Listening, TlsPlace, serving
+from nahtlos.runtime.controllers import leader
 from nahtlos.runtime.controllers.cloud import (
     CampaignView,
     CloudEvent,
@@ -499,7 +500,9 @@ def ask(reachable: Reachable, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-async def scripted(tmp_path: Path) -> AsyncIterator[ScriptedCloud]:
+async def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ScriptedCloud]:
+    """It leads on where the machine has no time for it for a while."""
+    monkeypatch.setattr(leader, "LEASE_SECONDS", 60.0)
     async with opened(tmp_path / "runtime.sqlite") as cloud:
         await cloud.ready()
         yield cloud
