@@ -12,6 +12,7 @@ from relocating import CLIENT, HOME, SERVER, TARGET
 from replicating import ReplicaConductor, Replicating, strikes
 
 from nahtlos.model.inventory import OperationState
+from nahtlos.model.power import Power, PowerState
 from nahtlos.physical.agent import destination, replacement
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.volumes import freeze
@@ -164,3 +165,30 @@ def test_without_that_a_copy_that_was_lost_would_be_read(
     for module in (destination, freeze, replacement):
         monkeypatch.setattr(module, "check_paths", as_it_is)
     assert any("lost-write" in problem for problem in Older(in_place=in_place).play().problems)
+
+
+STOP_SECONDS = 75
+"""Longer than a server that no host owns counts as gone."""
+OFF = Power(state=PowerState.OFF, serial=1, seconds=STOP_SECONDS)
+AGAIN = Power(state=PowerState.ON, serial=2, boot=2)
+
+
+def stops_slowly(play: Replicating) -> None:
+    """Its guest does not listen to its power button, and writes on until its time is over. Then it boots."""
+    world, conductor = play.world, play.conductor
+
+    def powered(power: Power) -> None:
+        conductor.servers[SERVER] = msgspec.structs.replace(conductor.servers[SERVER], power=power)
+
+    world.deaf.add(SERVER)
+    world.stop_expected(SERVER)
+    powered(OFF)
+    play.later(STOP_SECONDS + 10, lambda: powered(AGAIN))
+
+
+def test_copy_does_not_join_past_a_server_that_takes_long_to_stop() -> None:
+    """An operation of the server runs meanwhile, so that it can be led nowhere: it is not gone for that."""
+    began = next(s for s in strikes() if (s.host, s.verb) == (HOME, "relocate_start"))
+    run = Starting(at=began, does=stops_slowly).play()
+    assert run.struck
+    assert not run.problems

@@ -24,13 +24,14 @@ RESUME_WITHIN = 2.0
 
 
 def owned(context: Context, server: ServerId) -> Ownership:
-    """Conflict unless this host owns the server and nothing moves it."""
+    """Conflict unless this host owns the server; Unavailable while an operation of it runs. Who is to be led
+    by a copy must tell them apart: a server that no host owns for long counts as gone."""
     held = context.ledger.owner(server)
     if held is None or held.hold is not Hold.OWNED:
         raise Conflict(f"{context.settings.host} does not own {server}", field="server")
     running = context.ledger.running(server)
     if running is not None:
-        raise Conflict(f"operation {running.id} of {server} runs", field="server")
+        raise Unavailable(f"operation {running.id} of {server} runs", field="server")
     return held
 
 
