@@ -176,7 +176,9 @@ async def test_what_no_pre_copy_carries_is_handed_over_and_its_memory_follows() 
         assert (after.boot_id, after.memory.errors) == (boot, 0)
 
         async def source_lost(old: Monitor, new: Monitor) -> None:
+            play.cut_off(old.host, on=True)  # or all of it might have come by then
             await play.kill(old.host, f"vmm.{SERVER}.{old.epoch}")
+            play.cut_off(old.host, on=False)
 
         record = await play.carried(source_lost)
         assert record.state == "done"
