@@ -16,18 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import host_power
 import msgspec
 import pytest
 import pytest_asyncio
 from faults import Monitors, until
 
-from nahtlos.lab.cleanup import processes_of
 from nahtlos.lab.datacentre import Datacentre, LabShape, opened, unique_name
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.lab.outside import Outside
-from nahtlos.lab.paths import LAB_VARIABLE
 from nahtlos.lab.probe.heartbeats import Heartbeats
-from nahtlos.lab.topology import NAMESPACES, Topology, set_link, within
+from nahtlos.lab.topology import Topology, set_link, within
 from nahtlos.model.availability import OnHostFailure, denial_seconds
 from nahtlos.model.blueprint import CampaignState, Strategy
 from nahtlos.model.config import UnderlayShares
@@ -37,7 +36,6 @@ from nahtlos.model.nouns import Release, Size
 from nahtlos.model.storage import ReplicaState
 from nahtlos.ops.client import OperatorClient
 from nahtlos.physical.supervisor.client import SupervisorClient
-from nahtlos.physical.supervisor.launch import launch_supervisor
 from nahtlos.runtime.controllers.availability import AvailabilityChange, HostStanding
 from nahtlos.runtime.controllers.cloud import ServerRequest
 
@@ -84,35 +82,16 @@ class Cloud:
     async def cable(self, host: HostId, *, up: bool) -> None:
         await asyncio.to_thread(set_link, self.topology, host, up=up)
 
-    def processes(self, host: HostId) -> list[int]:
-        space = (NAMESPACES / self.topology.node(host).namespace).stat().st_ino
-        found: list[int] = []
-        for process in processes_of(self.datacentre.paths.name):
-            with suppress(OSError):  # it has ended
-                if Path(f"/proc/{process.pid}/ns/net").stat().st_ino == space:
-                    found.append(process.pid)
-        return found
-
     async def power_off(self, host: HostId) -> None:
-        while running := self.processes(host):
-            for pid in running:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(0.05)
+        await asyncio.to_thread(host_power.power_off, self.datacentre.paths.name, host)
 
     async def power_on(self, host: HostId) -> None:
-        paths = self.datacentre.paths.node(host)
-        await asyncio.to_thread(
-            launch_supervisor,
-            paths.supervisor,
-            paths.state / "supervisor",
-            namespace=self.topology.node(host).namespace,
-            environment={LAB_VARIABLE: self.datacentre.paths.name},
-        )
+        await asyncio.to_thread(host_power.power_on, self.datacentre.paths.name, host)
 
     def supervisor(self, host: HostId) -> int:
         """Its process; not its keeper's, which has no socket."""
-        found = [p for p in self.processes(host) if _says(p, b"nahtlos.entry.supervisor", b"--socket")]
+        running = host_power.processes(self.datacentre.paths.name, host)
+        found = [p for p in running if _says(p, b"nahtlos.entry.supervisor", b"--socket")]
         assert len(found) == 1, found
         return found[0]
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
+from checked_memory import check_what_is_remembered
 
 from nahtlos import __version__
 from nahtlos.model.config import HostConfig
@@ -56,6 +57,8 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.session import Session
 from nahtlos.wire.volumes import BeginVolumeTask, RebuildOrder, SetCopySpeed, VolumeTask
+
+check_what_is_remembered()
 
 AGENTS = ("10.99.0.1", 7443)
 OLD, NEW = ReleaseId("qemu-10.0.2-aaaaaaaaaaaa"), ReleaseId("qemu-11.1.3-bbbbbbbbbbbb")

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from nahtlos.model.availability import AvailabilitySettings, Off
 from nahtlos.model.ids import HostId
 from nahtlos.model.values import Value
+from nahtlos.runtime.store.remembered import remembered
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
 SETTINGS = "availability"
@@ -28,6 +29,7 @@ class Availability(Value, frozen=True, kw_only=True):
         return {host: off for host, off in self.off.items() if received.get(host, 0.0) < off.at}
 
 
+@remembered
 async def read(tx: AsyncConnection) -> Availability:
     settings = await setting_of(tx, SETTINGS, AvailabilitySettings)
     return Availability(

@@ -16,6 +16,7 @@ from nahtlos.model.errors import Stale
 from nahtlos.model.ids import BlueprintId, HostId
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 KEPT = 1000
 """Blueprints kept for looking back."""
@@ -28,6 +29,7 @@ def number_of(blueprint: BlueprintId) -> int:
     return int(blueprint.removeprefix("bp-"))
 
 
+@remembered
 async def target(tx: AsyncConnection) -> Blueprint | None:
     query = select(schema.blueprints.c.document).join(
         schema.target, schema.target.c.blueprint == schema.blueprints.c.id
@@ -70,6 +72,7 @@ def digest_of(config: HostConfig) -> str:
     return hashlib.sha256(text_of(msgspec.structs.replace(config, generation=0)).encode()).hexdigest()
 
 
+@remembered
 async def host_configs(tx: AsyncConnection) -> dict[HostId, HostConfig]:
     rows = await tx.execute(select(schema.host_configs).order_by(schema.host_configs.c.host))
     return {HostId(row.host): value_of(row.document, HostConfig) for row in rows}

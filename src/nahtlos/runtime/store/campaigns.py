@@ -12,6 +12,7 @@ from nahtlos.model.ids import CampaignId, HostId, ReleaseId
 from nahtlos.model.nouns import Component
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,7 @@ async def check_none_open(tx: AsyncConnection) -> None:
         )
 
 
+@remembered
 async def current(tx: AsyncConnection) -> CampaignRow | None:
     """The one that is not over, or whose cancellation is not complete."""
     row = (
@@ -87,6 +89,7 @@ async def newest(tx: AsyncConnection) -> CampaignRow | None:
     return None if row is None else _row(row)
 
 
+@remembered
 async def history(tx: AsyncConnection) -> tuple[CampaignRow, ...]:
     """All, oldest first."""
     rows = await tx.execute(select(schema.campaigns).order_by(schema.campaigns.c.number))

@@ -19,6 +19,7 @@ from nahtlos.model.nouns import Component, HostRole, HostSpec, Release, ServerSp
 from nahtlos.model.storage import VolumeSpec
 from nahtlos.runtime.store import networking, schema, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 from nahtlos.runtime.store.settings import set_setting as set_setting
 from nahtlos.runtime.store.settings import setting as setting
 from nahtlos.runtime.store.settings import setting_of as setting_of
@@ -46,6 +47,7 @@ class HostRow:
     intent: HostIntent
 
 
+@remembered
 async def hosts(tx: AsyncConnection) -> dict[HostId, HostRow]:
     rows = await tx.execute(select(schema.hosts).order_by(schema.hosts.c.id))
     return {
@@ -100,6 +102,7 @@ async def use_token(tx: AsyncConnection, digest: str, host: HostId, role: HostRo
 # --- releases ----------------------------------------------------------------------------------------
 
 
+@remembered
 async def releases(tx: AsyncConnection) -> dict[ReleaseId, Release]:
     rows = await tx.execute(select(schema.releases).order_by(schema.releases.c.id))
     return {ReleaseId(row.id): value_of(row.document, Release) for row in rows}
@@ -129,6 +132,7 @@ class ServerRow:
     pin: HostId | None = None
 
 
+@remembered
 async def servers(tx: AsyncConnection) -> dict[ServerId, ServerRow]:
     rows = await tx.execute(select(schema.servers).order_by(schema.servers.c.id))
     return {
@@ -234,6 +238,7 @@ class VolumeRow:
     removed: bool
 
 
+@remembered
 async def volumes(tx: AsyncConnection) -> dict[VolumeId, VolumeRow]:
     rows = await tx.execute(select(schema.volumes).order_by(schema.volumes.c.id))
     return {
@@ -250,5 +255,6 @@ async def forget_volume(tx: AsyncConnection, volume: VolumeId) -> None:
     await tx.execute(delete(schema.volumes).where(schema.volumes.c.id == volume))
 
 
+@remembered
 async def promised(tx: AsyncConnection) -> Size:
     return await setting_of(tx, PROMISED, Size) or Size()

@@ -8,6 +8,7 @@ from nahtlos.model.ids import HostId
 from nahtlos.model.inventory import HostInventory
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
 async def put(tx: AsyncConnection, inventory: HostInventory, received_at: float) -> None:
@@ -16,11 +17,13 @@ async def put(tx: AsyncConnection, inventory: HostInventory, received_at: float)
     await tx.execute(statement.on_conflict_do_update(index_elements=["host"], set_=values))
 
 
+@remembered
 async def all_of(tx: AsyncConnection) -> dict[HostId, HostInventory]:
     rows = await tx.execute(select(schema.inventories).order_by(schema.inventories.c.host))
     return {HostId(row.host): value_of(row.document, HostInventory) for row in rows}
 
 
+@remembered
 async def received(tx: AsyncConnection) -> dict[HostId, float]:
     """When each host's report came, by this side's clock."""
     rows = await tx.execute(select(schema.inventories.c.host, schema.inventories.c.received_at))

@@ -38,6 +38,7 @@ from nahtlos.model.topology import Topology, Underlay
 from nahtlos.model.values import Value
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
 V = TypeVar("V", bound=Value)
@@ -56,6 +57,7 @@ Claim = tuple[str, str, str]
 # --- reading -----------------------------------------------------------------------------------------
 
 
+@remembered
 async def networks(tx: AsyncConnection) -> tuple[NetworkSpec, ...]:
     rows = await tx.execute(select(schema.networks).order_by(schema.networks.c.id))
     found = {NetworkId(row.id): value_of(row.document, NetworkSpec) for row in rows}
@@ -67,6 +69,7 @@ async def networks(tx: AsyncConnection) -> tuple[NetworkSpec, ...]:
     )
 
 
+@remembered
 async def functions(tx: AsyncConnection) -> Topology:
     """Everything but networks and ports."""
     groups = await _values(tx, schema.security_groups, SecurityGroupSpec)

@@ -18,6 +18,7 @@ from nahtlos.model.errors import ErrorRecord
 from nahtlos.model.ids import CampaignId, HostId, OperationId
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
 async def begin(tx: AsyncConnection, record: OperationRecord, now: float) -> None:
@@ -60,6 +61,7 @@ async def get(tx: AsyncConnection, ids: Iterable[OperationId]) -> dict[Operation
     return _records(await _select(tx, schema.operations.c.id.in_(tuple(ids))))
 
 
+@remembered
 async def begun_at(tx: AsyncConnection) -> dict[OperationId, float]:
     """When each operation that has not ended was decided."""
     table = schema.operations
@@ -76,6 +78,7 @@ async def ended(tx: AsyncConnection, ids: Iterable[OperationId]) -> frozenset[Op
     return frozenset(OperationId(row.id) for row in rows)
 
 
+@remembered
 async def of_campaign(tx: AsyncConnection, campaign: CampaignId) -> tuple[OperationRecord, ...]:
     """Those that ended in it, oldest first."""
     table = schema.operations
@@ -83,6 +86,7 @@ async def of_campaign(tx: AsyncConnection, campaign: CampaignId) -> tuple[Operat
     return tuple(_records(await _select(tx, where)).values())
 
 
+@remembered
 async def newest(tx: AsyncConnection, kind: str, limit: int) -> tuple[OperationRecord, ...]:
     table = schema.operations
     query = select(table).where(table.c.kind == kind, table.c.ended_at.is_not(None))
@@ -136,6 +140,7 @@ async def refuse(tx: AsyncConnection, operation: OperationId, host: HostId, erro
     await tx.execute(statement.on_conflict_do_nothing(index_elements=["operation"]))
 
 
+@remembered
 async def refusals(tx: AsyncConnection) -> dict[OperationId, tuple[HostId, ErrorRecord]]:
     rows = await tx.execute(select(schema.refusals))
     return {

@@ -8,11 +8,13 @@ from nahtlos.model.ids import HostId, ServerGroupId, ServerId
 from nahtlos.model.placement import ServerGroup
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 RESERVE = "reserve"
 """The setting: how many hosts may fail at once."""
 
 
+@remembered
 async def groups(tx: AsyncConnection) -> dict[ServerGroupId, ServerGroup]:
     rows = await tx.execute(select(schema.server_groups).order_by(schema.server_groups.c.id))
     return {ServerGroupId(row.id): value_of(row.document, ServerGroup) for row in rows}

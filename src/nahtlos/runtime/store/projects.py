@@ -8,8 +8,10 @@ from nahtlos.model.ids import ProjectId
 from nahtlos.model.project_limits import ProjectLimits
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
+@remembered
 async def limits(tx: AsyncConnection) -> dict[ProjectId, ProjectLimits]:
     rows = await tx.execute(select(schema.project_limits).order_by(schema.project_limits.c.project))
     return {ProjectId(row.project): value_of(row.document, ProjectLimits) for row in rows}

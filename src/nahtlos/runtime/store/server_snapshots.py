@@ -8,8 +8,10 @@ from nahtlos.model.ids import SnapshotId
 from nahtlos.model.server_snapshots import ServerSnapshot
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
+@remembered
 async def all_of(tx: AsyncConnection) -> dict[SnapshotId, ServerSnapshot]:
     rows = await tx.execute(select(schema.server_snapshots).order_by(schema.server_snapshots.c.id))
     return {SnapshotId(row.id): value_of(row.document, ServerSnapshot) for row in rows}

@@ -6,6 +6,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.runtime.store import schema
 from nahtlos.runtime.store.documents import T, text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 
 
 async def setting(tx: AsyncConnection, name: str, default: T) -> T:
@@ -13,6 +14,7 @@ async def setting(tx: AsyncConnection, name: str, default: T) -> T:
     return await setting_of(tx, name, type(default)) or default
 
 
+@remembered
 async def setting_of(tx: AsyncConnection, name: str, kind: type[T]) -> T | None:
     query = select(schema.settings.c.document).where(schema.settings.c.name == name)
     text = (await tx.execute(query)).scalar_one_or_none()

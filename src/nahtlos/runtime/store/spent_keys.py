@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nahtlos.model.ids import KeyId
 from nahtlos.model.values import Value
+from nahtlos.runtime.store.remembered import remembered
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
 _SETTING = "spent_keys"
@@ -16,6 +17,7 @@ class _Spent(Value, frozen=True, kw_only=True):
     keys: tuple[KeyId, ...] = ()
 
 
+@remembered
 async def read(tx: AsyncConnection) -> tuple[KeyId, ...]:
     return (await setting_of(tx, _SETTING, _Spent) or _Spent()).keys
 

@@ -32,6 +32,10 @@ class SteadyConnection(aiosqlite.Connection):
         self._changes = 0
         """Rows changed on this connection, before the transaction that runs."""
 
+    def foreign_commits(self) -> int:
+        """A number that changes whenever another connection has committed; asked inside a transaction."""
+        return int(self._conn.execute("PRAGMA data_version").fetchone()[0])
+
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._running or not self._connection:
             raise ValueError("Connection closed")

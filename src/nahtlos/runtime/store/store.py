@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import StaticPool
 
 from nahtlos.model.errors import Unavailable
-from nahtlos.runtime.store import leases
+from nahtlos.runtime.store import leases, remembered
 from nahtlos.runtime.store.migrate import upgrade_to_head
 from nahtlos.runtime.store.steady import BEGIN_READING, BEGIN_WRITING, SteadyConnection, connect
 
@@ -42,6 +42,7 @@ class Store:
         self._driver: SteadyConnection | None = None
         self._begin = BEGIN_WRITING
         self._engine = _engine(self._connect, clock, lambda: self._begin)
+        remembered.attend(self._engine.sync_engine, self._foreign_commits)
         self._on_io: OnIo = on_io or nullcontext
         self._turn = asyncio.Lock()
         self.decisions = 0
@@ -86,6 +87,9 @@ class Store:
     async def _connect(self) -> SteadyConnection:
         self._driver = await connect(self._path)
         return self._driver
+
+    def _foreign_commits(self) -> int:
+        return self._driver.foreign_commits() if self._driver is not None else 0
 
     @asynccontextmanager
     async def reading(self) -> AsyncGenerator[AsyncConnection]:

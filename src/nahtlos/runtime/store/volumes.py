@@ -30,6 +30,7 @@ from nahtlos.model.volume_settings import VolumeSettings
 from nahtlos.model.volume_work import VolumeWish, VolumeWork
 from nahtlos.runtime.store import schema, server_snapshots, spent_keys
 from nahtlos.runtime.store.documents import text_of, value_of
+from nahtlos.runtime.store.remembered import remembered
 from nahtlos.runtime.store.settings import set_setting, setting_of
 
 SETTINGS = "volumes"
@@ -64,6 +65,7 @@ class Volumes:
     settings: VolumeSettings = field(default_factory=VolumeSettings)
 
 
+@remembered
 async def read(tx: AsyncConnection) -> Volumes:
     attached = await tx.execute(select(schema.attachments))
     losses: dict[VolumeId, dict[HostId, int]] = {}
@@ -89,6 +91,7 @@ async def read(tx: AsyncConnection) -> Volumes:
     )
 
 
+@remembered
 async def settings(tx: AsyncConnection) -> VolumeSettings:
     return await setting_of(tx, SETTINGS, VolumeSettings) or VolumeSettings()
 
@@ -295,6 +298,7 @@ async def forget_target(tx: AsyncConnection, name: str) -> None:
 # --- wishes ------------------------------------------------------------------------------------------
 
 
+@remembered
 async def wishes(tx: AsyncConnection) -> tuple[VolumeWish, ...]:
     rows = await tx.execute(select(schema.volume_wishes).order_by(schema.volume_wishes.c.number))
     return tuple(
