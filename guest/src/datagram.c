@@ -9,7 +9,7 @@
 
 #define ECHO_PORT 7
 #define HEARTBEAT_PORT 9
-#define BEAT_MS 10
+#define BEAT_MS 20
 #define SUBSCRIPTION_NS (600ull * 1000000000)
 #define SUBSCRIBERS 32
 #define BATCH 64

@@ -125,7 +125,7 @@ static void *check(void *unused)
                 generation++;
             }
         }
-        struct timespec turn = {.tv_nsec = rate <= 16 ? 10000000 : 4000000};
+        struct timespec turn = {.tv_nsec = rate <= 16 ? 20000000 : 4000000};
         clock_nanosleep(CLOCK_MONOTONIC, 0, &turn, NULL);
     }
     return NULL;

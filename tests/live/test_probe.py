@@ -191,6 +191,23 @@ def test_a_refused_api_counts_and_one_that_never_was_does_not(world: World) -> N
     assert probe.wait(15) == 0
 
 
+def test_a_plan_may_change_its_pace(world: World) -> None:
+    world.guest(11)
+    world.add("slower", 11)
+    probe = world.probe()
+    world.until(sent_more_than(300))
+    world.plan |= {"udp_pps": 20, "tcp_interval": 0.5, "http_interval": 2.0}
+    world.write_plan()
+    before = world.until(lambda s: s.packets_per_second == 20)
+    world.until(lambda s: s.updated_at > before.updated_at + 3.0)
+    probe.send_signal(signal.SIGTERM)
+    assert probe.wait(15) == 0
+    after = read_probe(world.tmp / "out").summary
+    sent = after.servers[0].packets_sent - before.servers[0].packets_sent
+    assert 20 < sent < 250 * 3
+    assert (after.servers[0].packets_lost, after.servers[0].http_failures) == (0, 0)
+
+
 def test_a_plan_that_is_none_is_refused(world: World) -> None:
     world.plan["udp_pps"] = 0
     assert world.probe().wait(15) == 2

@@ -1,4 +1,4 @@
-"""What a guest says of itself a hundred times a second, once it has been asked to."""
+"""What a guest says of itself fifty times a second, once it has been asked to."""
 
 import socket
 import struct
@@ -12,7 +12,7 @@ BEAT_SILENCE_SECONDS = 2.0
 
 
 class Heartbeats:
-    """What the guest says of itself a hundred times a second."""
+    """What the guest says of itself fifty times a second."""
 
     def __init__(self, ip: str) -> None:
         self._ip = ip

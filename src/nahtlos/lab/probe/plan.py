@@ -24,6 +24,11 @@ class Plan(Value, frozen=True, kw_only=True):
     api_socket: str | None = None
 
 
+def paces(plan: Plan) -> tuple[float, ...]:
+    """How often what is said to each server."""
+    return (plan.udp_pps, plan.tcp_interval, plan.http_interval)
+
+
 def decode_plan(data: bytes) -> Plan:
     """The plan, or `Refused` naming the field that is wrong."""
     try:

@@ -11,7 +11,7 @@ import msgspec
 
 from nahtlos.lab.probe.exchanges import ApiWatch
 from nahtlos.lab.probe.loop import Every, Loop
-from nahtlos.lab.probe.plan import decode_plan
+from nahtlos.lab.probe.plan import decode_plan, paces
 from nahtlos.lab.probe.subject import Stage, Subject
 from nahtlos.model.errors import Error
 from nahtlos.runtime.evidence.records import SUMMARY_NAME, ProbeSummary
@@ -128,7 +128,9 @@ class Prober:
         except (OSError, Error) as error:
             print(f"plan not taken up: {error}", file=sys.stderr, flush=True)
             return
-        self._plan_seen, self._plan = seen, plan
+        before, self._plan_seen, self._plan = self._plan, seen, plan
+        if paces(plan) != paces(before):
+            self._grid()
         wanted = {s.name: s for s in plan.servers}
         for name, subject in self._subjects.items():
             if name not in wanted:

@@ -39,7 +39,7 @@ LINE_PORT: Final = 7000
 HTTP_PORT: Final = 80
 HEARTBEAT: Final = struct.Struct("<QQQQQ")
 """Sequence, guest's monotonic ns, boot number, disk blocks acknowledged, memory errors."""
-HEARTBEAT_MS: Final = 10
+HEARTBEAT_MS: Final = 20
 SUBSCRIBE: Final = b"subscribe"
 SUBSCRIPTION_SECONDS: Final = 600
 
