@@ -17,7 +17,7 @@ from nahtlos.physical.agent.convergence import (
     remedy_of,
     why_given_up,
 )
-from nahtlos.physical.agent.precopy import Sync, Verdict, seen, verdict
+from nahtlos.physical.agent.precopy import LINK_BYTES, Sync, Verdict, link_rate, seen, verdict
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 MB = 1 << 20
@@ -146,6 +146,20 @@ def test_what_cannot_keep_its_budget_is_given_up_with_the_figures() -> None:
     words = why_given_up(course, progress, Permitted(pause=0.1), 3.0, DEADLINE)
     assert "64 MiB are left again, at 128 MiB/s" in words
     assert "takes 500 ms, of its blackout budget 100 ms are left" in words
+
+
+def test_the_link_is_told_by_the_pass_that_sent_most_not_by_what_was_waited() -> None:
+    def looked(passes: int, sent: int) -> MigrationProgress:
+        return MigrationProgress(
+            phase=MigrationPhase.ACTIVE, remaining=0, total=256 * MB, transferred=sent, passes=passes
+        )
+
+    course = followed(Course(since=0.0), looked(1, 0), 0.0)
+    assert link_rate(course, looked(1, LINK_BYTES // 2), 1.0) is None
+    assert link_rate(course, looked(1, 2 * LINK_BYTES), 4.0) == LINK_BYTES // 2
+    course = followed(course, looked(2, 2 * LINK_BYTES), 0.5)
+    course = followed(course, looked(3, 2 * LINK_BYTES + MB), 9.0)
+    assert link_rate(course, looked(3, 2 * LINK_BYTES + MB), 10.0) == 4 * LINK_BYTES
 
 
 def test_a_first_pass_that_cannot_end_in_time_is_not_waited_for() -> None:

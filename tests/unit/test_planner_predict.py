@@ -175,6 +175,15 @@ def test_what_is_written_faster_than_it_is_sent_does_not_converge_unless_it_is_s
     assert model(Means.PRE_COPY, work(2048, 40), link=128 * MIB).converges
 
 
+def test_no_blackout_is_longer_than_agents_would_let_it_be() -> None:
+    """Over a slow link all of the memory is left, again and again; but nothing is switched then."""
+    hard = work(256, 60)
+    told = model(Means.PRE_COPY, hard, link=12 * MIB)
+    assert not told.converges
+    by_the_way = 60 / 12 * precopy.HANDOVER_SECONDS * 1000
+    assert told.pause_ms == pytest.approx(COPY_PAUSE_MS + precopy.FORCED_PAUSE_SECONDS * 1000 + by_the_way)
+
+
 def test_a_budget_lets_the_rest_be_as_large_as_can_be_sent_within_it_and_no_larger() -> None:
     hard = work(64, 400)
     assert not model(Means.PRE_COPY, hard, link=128 * MIB).converges

@@ -75,6 +75,8 @@ class _Copy:
         throttle, least = 0.0, 0.0
         near = NEAR_BYTES if pause is None else min(NEAR_BYTES, pause * link)
         affordable = (FORCED_PAUSE_SECONDS if pause is None else pause) * link
+        self.affordable = affordable
+        """Bytes; with more than that left nothing is switched, so no blackout is longer for it."""
         while self.seconds <= DEADLINE_SECONDS:
             took = max(self.left / link, SHORTEST_PASS_SECONDS)
             before, self.left = self.left, min(dirty_rate * (1 - throttle) * took, memory)
@@ -153,7 +155,7 @@ def model(
             left = seconds_to_send(work.blackout_budget_ms, accelerator)
             copy = _Copy(memory, dirty, link, slowed=means is Means.SLOWED, pause=left)
             converges, brownout = copy.converges, copy.seconds
-            touched = min(copy.left + dirty * HANDOVER_SECONDS, memory)
+            touched = min(min(copy.left, copy.affordable) + dirty * HANDOVER_SECONDS, memory)
             pause = COPY_PAUSE_MS + touched / link * 1000
     pause += devices
     crowded = parallel > 1 and means is not Means.IN_PLACE

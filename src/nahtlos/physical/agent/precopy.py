@@ -96,8 +96,12 @@ def dirty_rate(sync: Sync) -> int | None:
     return int(sync.dirtied / seconds) if seconds > 0 else None
 
 
-def link_rate(progress: MigrationProgress, elapsed: float) -> int | None:
-    """Bytes a second that went over the link; None if too few did to tell it from the start and the end."""
+def link_rate(course: Course, progress: MigrationProgress, elapsed: float) -> int | None:
+    """Bytes a second that went over the link; None if too few did to tell it from the start and the end. Of
+    the pass that sent most: between passes, and until a good moment has come, nothing is sent at all."""
+    most = max(course.passes, key=lambda p: p.sent, default=None)
+    if most is not None and most.sent >= LINK_BYTES and most.seconds > 0:
+        return int(most.sent / most.seconds)
     enough = progress.transferred >= LINK_BYTES and elapsed > 0
     return int(progress.transferred / elapsed) if enough else None
 

@@ -293,7 +293,7 @@ class SourceMove:
             )
             said = Verdict.WAIT if slow else said
             if await self._turn.step(now, near=said is Verdict.SWITCH) and loop.time() - now <= FRESH_SECONDS:
-                self._note_rates(sync, progress, now - began)
+                self._note_rates(sync, course, progress, now - began)
                 return
             match said:
                 case Verdict.MEASURE:
@@ -302,7 +302,7 @@ class SourceMove:
                     await self._take_measure(measure)
                     course = after(course, measure, loop.time())
                 case Verdict.GIVE_UP:
-                    self._note_rates(sync, progress, now - began)
+                    self._note_rates(sync, course, progress, now - began)
                     raise Unavailable(
                         why_given_up(course, progress, permitted, now - began, deadline),
                         field=NOT_CONVERGED,
@@ -360,8 +360,8 @@ class SourceMove:
         notes = {**self._journal.notes, f"{RESULT}{name}": text}
         self._journal = msgspec.structs.replace(self._journal, notes=notes)
 
-    def _note_rates(self, sync: Sync, progress: MigrationProgress, elapsed: float) -> None:
-        rates = {"dirty_rate": dirty_rate(sync), "link": link_rate(progress, elapsed)}
+    def _note_rates(self, sync: Sync, course: Course, progress: MigrationProgress, elapsed: float) -> None:
+        rates = {"dirty_rate": dirty_rate(sync), "link": link_rate(course, progress, elapsed)}
         for name, rate in rates.items():
             if rate is not None:
                 self._note(name, str(rate))
