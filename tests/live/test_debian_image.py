@@ -1,16 +1,19 @@
 """The Debian image in a lab: cloud-init takes its NoCloud data from the network's service, DHCP gives the
-address, the guest's agent answers, and the same boot goes on under the next hypervisor.
+address, the guest's agent answers, and the same boot goes on under the next hypervisor. Snapshots find
+its file system frozen where that is asked for, and it switches itself off when it is asked to stop.
 
 An emulated Debian takes minutes to boot, and its image minutes to build."""
 
 import asyncio
 import os
 import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from lab_commands import LabCommands
 
 from nahtlos.lab.datacentre import LabShape, opened, promisable, unique_name
 from nahtlos.lab.outside import Outside
@@ -18,10 +21,15 @@ from nahtlos.lab.paths import BuildPaths
 from nahtlos.lab.topology import within
 from nahtlos.model.blueprint import CampaignState, HostPhase
 from nahtlos.model.errors import Unavailable
-from nahtlos.model.ids import ServerId
+from nahtlos.model.ids import ServerId, SnapshotId, VolumeId
+from nahtlos.model.inventory import RunState
 from nahtlos.model.nouns import Size
+from nahtlos.model.storage import Consistency
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerRequest, ServerView
+from nahtlos.runtime.controllers.powers import StopRequest
+from nahtlos.runtime.controllers.volumes import SnapshotRequest
+from nahtlos.runtime.releases.debian_disk import ROOT_OFFSET
 from nahtlos.runtime.releases.debian_image import DebianImage, build_debian
 
 THOROUGH = os.environ.get("NAHTLOS_THOROUGH") == "1"
@@ -39,6 +47,7 @@ BUILD = BuildPaths.default()
 DEBIAN = BUILD.root / "debian"
 NAME = ServerId("carried")
 BOOTS_WITHIN, STEP_SECONDS = 900.0, 300.0
+EXT4_SUPERBLOCK, EXT4_NEEDS_RECOVERY = 1024, 4
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ1hYmNkZWZnaGlqa2xtbm9wcXJzdHV2d3h5ejAxMjM0 owner"
 USER_DATA = f"""\
 #cloud-config
@@ -122,6 +131,48 @@ def ssh_banner(namespace: str, ip: str) -> bytes:
     return within(namespace, asked)
 
 
+async def snapped(
+    client: OperatorClient, line: LabCommands, volume: VolumeId, consistency: Consistency
+) -> Path:
+    """What a snapshot of the running server holds, in a raw file."""
+    name = SnapshotId(f"{consistency.value}-1")
+    await client.volumes.create_snapshots(
+        SnapshotRequest(name=name, volumes=(volume,), consistency=consistency)
+    )
+
+    async def taken() -> bool:
+        found = next((s for s in await client.volumes.snapshots() if s.spec.id == name), None)
+        return found is not None and found.spec.consistent is consistency
+
+    await until(taken)
+    raw = line.build.root / f"{name}.raw"
+    await asyncio.to_thread(line.checksum, name, raw)
+    return raw
+
+
+def to_be_recovered(raw: Path) -> bool:
+    """Whether its ext4 says that its journal is to be played, as it does while it is
+    mounted and not frozen."""
+    with raw.open("rb") as disk:
+        disk.seek(ROOT_OFFSET + EXT4_SUPERBLOCK)
+        superblock = disk.read(EXT4_SUPERBLOCK)
+    assert superblock[0x38:0x3A] == b"\x53\xef"
+    return bool(struct.unpack_from("<I", superblock, 0x60)[0] & EXT4_NEEDS_RECOVERY)
+
+
+async def switches_itself_off(client: OperatorClient) -> None:
+    """Asked by its power button; its power need not be cut."""
+    await client.power.stop(NAME, StopRequest(seconds=STEP_SECONDS))
+
+    async def off() -> bool:
+        return (await client.server(NAME)).state is RunState.STOPPED
+
+    await until(off, STEP_SECONDS + 60)
+    said = [event.text for event in await client.events(0, 1000) if event.subject == NAME]
+    assert "stopped" in said
+    assert not [text for text in said if "did not switch itself off" in text]
+
+
 async def test_a_debian_becomes_what_its_owner_said_and_goes_on_under_the_next_release(
     build: BuildPaths, debian: DebianImage
 ) -> None:
@@ -172,6 +223,13 @@ async def test_a_debian_becomes_what_its_owner_said_and_goes_on_under_the_next_r
         later, older = await life(outside, created.ip)
         assert (later, older > age) == (boot, True)
         await _agent_tells(client, created)
+        line = LabCommands(lab.paths.name, build.root)
+        (root,) = [view.spec.id for view in await client.volumes.volumes()]
+        held = await snapped(client, line, root, Consistency.CRASH)
+        frozen = await snapped(client, line, root, Consistency.FILESYSTEM)
+        assert (to_be_recovered(held), to_be_recovered(frozen)) == (True, False)
+        assert (await life(outside, created.ip))[0] == boot
+        await switches_itself_off(client)
 
 
 async def _agent_tells(client: OperatorClient, created: ServerView) -> None:
