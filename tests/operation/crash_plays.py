@@ -316,12 +316,12 @@ def kill_orchestrator(play: Play) -> None:
     play.later(0, play.conductor.kill)
 
 
-def lose_power(host: HostId) -> Event:
+def lose_power(host: HostId, seconds: float = 5.0) -> Event:
     def does(play: Play) -> None:
         play.loss_excused = True
         play.world.power_off(host)
         play.later(0, lambda: play.agents[host].kill("power"))
-        play.later(5.0, lambda: play.world.power_on(host))
+        play.later(seconds, lambda: play.world.power_on(host))
 
     return does
 

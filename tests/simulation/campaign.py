@@ -21,7 +21,7 @@ from pathlib import Path
 from crash_plays import memory
 from other_release import newer
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud
+from simulated_cloud import SimulatedCloud
 
 from nahtlos.model.blueprint import CampaignState, WaitKind
 from nahtlos.model.errors import Conflict
@@ -384,7 +384,7 @@ def simulate(seed: int) -> Verdict:
     random_state = random.getstate()
     gc.disable()  # a run is short and allocates much; what is left of it goes at its end
     with (
-        database_in_the_loop(DATABASE),
+        database_in_the_loop(),
         tempfile.TemporaryDirectory(dir=memory()) as folder,
         _bugs_logged() as bugs,
     ):

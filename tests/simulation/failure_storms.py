@@ -23,7 +23,7 @@ from pathlib import Path
 
 from campaign import leaves, worded
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud, memory
+from simulated_cloud import SimulatedCloud, memory
 
 from nahtlos.model.availability import DRIFT, OnHostFailure
 from nahtlos.model.blueprint import Strategy
@@ -281,7 +281,7 @@ class Storm:
 def simulate(plan: Plan) -> Storm:
     state = random.getstate()
     gc.disable()
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         storm = Storm(plan, Path(folder)).run()
     random.setstate(state)
     gc.enable()

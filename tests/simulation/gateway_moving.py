@@ -14,7 +14,7 @@ from pathlib import Path
 
 from crash_plays import POLLED, POLLS_STRUCK, Strike, memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud
+from simulated_cloud import SimulatedCloud
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.ids import HostId, NetworkId, RouterId, SubnetId
@@ -79,7 +79,7 @@ class GatewayRun:
     # --- the play ---
 
     def play(self) -> "GatewayRun":
-        with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+        with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
             troubles = Scripted(self._when, self.seed)
             self.cloud = SimulatedCloud(
                 Path(folder), self.seed, edges=2, troubles=troubles, faults=self.faults

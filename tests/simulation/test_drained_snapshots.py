@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud
+from simulated_cloud import IMAGE, SimulatedCloud
 
 from nahtlos.model.blueprint import HostIntent, HostPhase
 from nahtlos.model.ids import HostId, ServerId, SnapshotId, VolumeId
@@ -106,7 +106,7 @@ async def drained(cloud: SimulatedCloud, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_drained_host_keeps_nothing(seed: int) -> None:
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         cloud = SimulatedCloud(Path(folder), seed=seed)
         run_virtual(cloud.run(lambda c: drained(c, seed)), seed=seed, limit_seconds=10_000)
     assert not cloud.orchestrator.bugs and not cloud.problems

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud
+from simulated_cloud import SimulatedCloud
 
 from nahtlos.model.errors import Conflict, Error
 from nahtlos.model.ids import ServerId
@@ -50,7 +50,7 @@ class Storm:
         self._random = random.Random(self.seed)
 
     def play(self) -> "Storm":
-        with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+        with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
             self.cloud = SimulatedCloud(Path(folder), self.seed, troubles=Scripted(self._befalls, self.seed))
             run_virtual(self._run(), seed=self.seed, limit_seconds=10_000)
         return self

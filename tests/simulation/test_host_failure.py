@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, SimulatedCloud
+from simulated_cloud import SimulatedCloud
 
 from nahtlos.model.availability import OnHostFailure
 from nahtlos.model.blueprint import HostPhase
@@ -31,7 +31,7 @@ ORCHESTRATOR = "orchestrator"
 
 @contextmanager
 def cloud_of(seed: int = 1, **changes: object) -> Iterator[SimulatedCloud]:
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         yield SimulatedCloud(Path(folder), seed, **changes)  # type: ignore[arg-type]
 
 

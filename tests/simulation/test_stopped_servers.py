@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, killed_for_ever
+from simulated_cloud import IMAGE, SimulatedCloud, killed_for_ever
 
 from nahtlos.model.blueprint import HostIntent
 from nahtlos.model.errors import Conflict
@@ -31,7 +31,7 @@ Play = Callable[[SimulatedCloud], Awaitable[None]]
 
 
 def played(play: Play, *, seed: int = 1, memory_mib: int = 512) -> SimulatedCloud:
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         cloud = SimulatedCloud(Path(folder), seed, capacity=Size(vcpus=4, memory_mib=memory_mib))
         run_virtual(cloud.run(play), seed=seed, limit_seconds=20_000)
     assert not cloud.world.violations, cloud.world.violations

@@ -7,7 +7,6 @@ import pytest
 from campaign import Campaign, Plan, Verdict
 from crash_plays import memory
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE
 
 from nahtlos.model import version_pairs
 from nahtlos.model.blueprint import Strategy
@@ -60,7 +59,7 @@ def calm_plan() -> Plan:
 
 def played(strategy: Strategy) -> tuple[Verdict, int]:
     plan = calm_plan()
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         campaign = Strategic(plan, Path(folder))
         campaign.strategy = strategy
         run_virtual(campaign.cloud.run(campaign.play), seed=plan.seed, limit_seconds=5000)

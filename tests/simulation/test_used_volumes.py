@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from quick_database import database_in_the_loop
-from simulated_cloud import DATABASE, IMAGE, SimulatedCloud, memory
+from simulated_cloud import IMAGE, SimulatedCloud, memory
 from test_drained_snapshots import killed_now_and_then
 
 from nahtlos.model.errors import Conflict
@@ -142,7 +142,7 @@ async def used(cloud: SimulatedCloud, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_asked_of_a_volume_in_use_comes_about(seed: int) -> None:
-    with database_in_the_loop(DATABASE), tempfile.TemporaryDirectory(dir=memory()) as folder:
+    with database_in_the_loop(), tempfile.TemporaryDirectory(dir=memory()) as folder:
         cloud = SimulatedCloud(Path(folder), seed=seed)
         run_virtual(cloud.run(lambda c: used(c, seed)), seed=seed, limit_seconds=10_000)
     assert not cloud.orchestrator.bugs and not cloud.problems

@@ -244,6 +244,21 @@ def test_a_move_the_destination_gave_up_is_not_begun_at_its_source() -> None:
     assert orders.hosts[H1].begin == orders.hosts[H2].begin == ()
 
 
+def test_the_destination_of_a_move_is_told_that_its_source_is_fenced() -> None:
+    hosts = {**blueprint().hosts}
+    hosts[H1] = msgspec.structs.replace(hosts[H1], fenced="its lease has run out")
+    running = status("move-1", OperationState.RUNNING)
+    both = inventory({H1: 1, H2: 1}, (H1, running), (H2, running))
+    told = decide(world(blueprint=blueprint(moves=(MOVE,), hosts=hosts), inventory=both)).hosts
+    assert (told[H1].cancel, told[H2].cancel, told[H3].cancel) == ((), (MOVE.id,), ())
+    alive = decide(world(blueprint=blueprint(moves=(MOVE,)), inventory=both)).hosts
+    assert alive[H2].cancel == ()
+    over = inventory({H1: 1, H2: 1}, (H2, status("move-1", OperationState.UNDONE)))
+    assert (
+        decide(world(blueprint=blueprint(moves=(MOVE,), hosts=hosts), inventory=over)).hosts[H2].cancel == ()
+    )
+
+
 def test_refused_and_held_back_moves_are_not_offered() -> None:
     for why in ("refused", "held_back"):
         seen = world(blueprint=blueprint(moves=(MOVE,)), **{why: frozenset({MOVE.id})})

@@ -312,13 +312,13 @@ async def test_an_operation_ends_once_and_learns_times_of_both_sides(store: Stor
     wanted = OperationId("move-1")
     async with store.writing() as tx:
         await operations.begin(tx, record("running"), 1.0)
-        assert await operations.ended(tx, [wanted]) == frozenset()
+        assert await operations.ended(tx, frozenset({wanted})) == frozenset()
         await operations.refuse(tx, wanted, HostId("host-1"), ErrorRecord(kind="refused", message="no"))
         await operations.end(tx, record("done", commit=2.0), 3.0)
         await operations.end(tx, record("undone"), 4.0)
         await operations.add_times(tx, wanted, {"commit": 9.0, "resume": 2.5})
         assert await operations.refusals(tx) == {}
-        assert await operations.ended(tx, [wanted]) == {wanted}
+        assert await operations.ended(tx, frozenset({wanted})) == {wanted}
         assert await operations.get(tx, [wanted]) == {wanted: record("done", commit=2.0, resume=2.5)}
 
 

@@ -200,7 +200,8 @@ class BeginVerify(Message, frozen=True, kw_only=True):
 
 
 class CancelOperation(Message, frozen=True, kw_only=True):
-    """Undo the operation if its point of no return has not been reached; otherwise `Conflict`."""
+    """Undo the operation if its point of no return has not been reached; otherwise `Conflict`. To the
+    destination of a move: its source is fenced, and will not be heard any more."""
 
     id: OperationId
 

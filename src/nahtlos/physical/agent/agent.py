@@ -509,6 +509,8 @@ class Agent:
         )
         if running:
             running.cancel()
+        elif arriving := self._destinations.get(operation):
+            arriving.source_fenced()
         elif self._context.ledger.operation(operation) is None:
             raise NotFound(f"operation {operation} is not known here", field="operation")
 

@@ -5,7 +5,8 @@
                 abandoned: durable, final; a source that stopped may then resume
 
 Driven by the source's messages. Each is answered the same when it is repeated. A destination that hears
-nothing from its source for SILENCE_SECONDS gives up what it has not committed.
+nothing from its source for SILENCE_SECONDS gives up what it has not committed; at once if it is told that its
+source is fenced.
 
 By post-copy a server counts as arrived once it may run, though memory is still to follow (`following`). Its
 source cannot run it any more by then: it is taken even if that asks for it to be given up.
@@ -79,6 +80,8 @@ class DestinationMove:
         self._heard = asyncio.Event()
         self._ended = asyncio.Event()
         self._lost = False
+        self._fenced = False
+        """The source runs nothing any more, and will say nothing."""
         self._path_is_back = False
         """The source has asked for its frames: nothing more is to be waited for before clearing away."""
         self._ready: MoveReady | None = None
@@ -117,6 +120,11 @@ class DestinationMove:
         self._lost = True
         self._heard.set()
 
+    def source_fenced(self) -> None:
+        """Told by the orchestrator. What has arrived whole is taken; nothing else is waited for."""
+        self._fenced = True
+        self._heard.set()
+
     async def _listen_for_source(self) -> None:
         self._heard.clear()
         try:
@@ -134,10 +142,12 @@ class DestinationMove:
 
     def _patience(self) -> float:
         """Seconds of silence after which this host acts alone."""
-        if self.journal.decision is Decision.COMMITTED:
-            return FINISH_GRACE_SECONDS if self._following is None else WATCH_SECONDS
-        if self._path_is_back:
+        if self.journal.decision is Decision.COMMITTED and self._following is not None:
+            return WATCH_SECONDS
+        if self._path_is_back or self._fenced:
             return CLEAR_AGAIN_SECONDS
+        if self.journal.decision is Decision.COMMITTED:
+            return FINISH_GRACE_SECONDS
         return LOST_SECONDS if self._lost else SILENCE_SECONDS
 
     async def _after_silence(self) -> None:
@@ -147,10 +157,11 @@ class DestinationMove:
             await self._look_at_what_follows() if self._following else self._finish()
         elif await self._arrived():
             await self._take()
-        elif self._lost:
+        elif self._lost and not self._fenced:
             self._lost = False  # nothing to be gained by haste: full patience from here
         else:
-            self._abandon(Unavailable(f"{self._order.source} was silent for {SILENCE_SECONDS:g} s"))
+            why = "is fenced" if self._fenced else f"was silent for {SILENCE_SECONDS:g} s"
+            self._abandon(Unavailable(f"{self._order.source} {why}"))
             await self._clear_away()
 
     async def _arrived(self) -> bool:

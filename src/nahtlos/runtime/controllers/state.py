@@ -232,7 +232,8 @@ class State:
 async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> State:
     """`latest`: reports newer than the stored ones."""
     reported = {**await inventories.all_of(tx), **latest}
-    over = {o.id for i in reported.values() for o in i.operations if o.state is not OperationState.RUNNING}
+    told = (o for inventory in reported.values() for o in inventory.operations)
+    over = frozenset(o.id for o in told if o.state is not OperationState.RUNNING)
     blueprint = await blueprints.target(tx)
     registered = await intent.releases(tx)
     servers = await intent.servers(tx)
@@ -272,7 +273,7 @@ async def read(tx: AsyncConnection, latest: Mapping[HostId, HostInventory]) -> S
 
 
 async def _volume_ends(tx: AsyncConnection, blueprint: Blueprint | None) -> dict[OperationId, VolumeEnd]:
-    tasks = tuple(task.id for task in (blueprint.volume_tasks if blueprint else ()))
+    tasks = frozenset(task.id for task in (blueprint.volume_tasks if blueprint else ()))
     if not tasks:
         return {}
     records = await operations.get(tx, await operations.ended(tx, tasks))

@@ -52,7 +52,7 @@ def decide(world: World) -> Orders:
         host: HostOrders(
             config=config,
             begin=_begins(world, host),
-            cancel=cancellations(world, host),
+            cancel=(*cancellations(world, host), *_sourceless(world, host)),
             speeds=speeds(world, host),
             acknowledge=_acknowledgements(world, host),
         )
@@ -66,6 +66,19 @@ def _begins(world: World, host: HostId) -> tuple[Begin, ...]:
     moves = (order for move in world.blueprint.moves if (order := _begin_move(world, move, host)))
     verifies = _begin_verifies(world, host)
     return (*moves, *verifies, *begin_gateways(world, host), *begin_volume_tasks(world, host))
+
+
+def _sourceless(world: World, host: HostId) -> tuple[OperationId, ...]:
+    """Moves to `host` whose source is fenced: nobody has to wait until it has been silent for long."""
+    return tuple(
+        move.id
+        for move in world.blueprint.moves
+        if move.destination == host
+        and not move.in_place
+        and (source := world.blueprint.hosts.get(move.source)) is not None
+        and source.fenced
+        and world.is_running(host, move.id)
+    )
 
 
 def _begin_move(world: World, move: PlannedMove, host: HostId) -> BeginMove | BeginReplace | None:

@@ -69,7 +69,8 @@ async def begun_at(tx: AsyncConnection) -> dict[OperationId, float]:
     return {OperationId(row.id): row.begun_at for row in rows}
 
 
-async def ended(tx: AsyncConnection, ids: Iterable[OperationId]) -> frozenset[OperationId]:
+@remembered
+async def ended(tx: AsyncConnection, ids: frozenset[OperationId]) -> frozenset[OperationId]:
     """Which of these are recorded as ended."""
     table = schema.operations
     rows = await tx.execute(
