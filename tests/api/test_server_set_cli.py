@@ -98,6 +98,12 @@ async def test_moves_by_several_connections_are_a_matter_of_the_underlay(run: Ru
     refused = await error_of(run, "network underlay set --move-channels 17 --no-wait")
     assert refused["field"] == "move_channels"
     assert "1 to 16" in refused["remedy"]
+    assert set_to["move_compression"] == "auto"
+    compressed = json.loads(
+        (await run("network underlay set --compress-moves always --json --no-wait")).stdout
+    )
+    assert (compressed["move_compression"], compressed["move_channels"]) == ("always", 4)
+    assert "always" in (await run("network underlay show")).stdout
 
 
 async def test_nothing_is_written_if_one_part_is_refused(run: Run, scripted: ScriptedCloud) -> None:

@@ -45,20 +45,38 @@ async def booted(hosts: Hosts) -> tuple[ServerConfig, VmmId]:
     return server, VmmId(server.spec.id, server.epoch)
 
 
-async def receiving(hosts: Hosts, server: ServerConfig, *, channels: int = 1) -> tuple[VmmId, str]:
+async def receiving(
+    hosts: Hosts, server: ServerConfig, *, channels: int = 1, compressed: bool = False
+) -> tuple[VmmId, str]:
     arriving = VmmId(server.spec.id, server.epoch + 1)
     await hosts.second.plug(server)
     for _ in range(2):
-        await hosts.second.hypervisor.incoming_start(server, arriving.epoch, hosts.release, channels=channels)
+        await hosts.second.hypervisor.incoming_start(
+            server, arriving.epoch, hosts.release, channels=channels, compressed=compressed
+        )
     uris = [await hosts.second.hypervisor.incoming_listen(arriving, hosts.second.address) for _ in range(2)]
     assert uris[0] == uris[1]
     return arriving, uris[0]
 
 
-async def sending(hosts: Hosts, vmm: VmmId, uri: str, *, slow_down: bool = False, channels: int = 1) -> None:
+async def sending(
+    hosts: Hosts,
+    vmm: VmmId,
+    uri: str,
+    *,
+    slow_down: bool = False,
+    channels: int = 1,
+    compressed: bool = False,
+) -> None:
     hypervisor, peer = hosts.first.hypervisor, hosts.second.name
     await hypervisor.migrate_start(
-        vmm, uri, peer=peer, bandwidth=4 * GIB, slow_down=slow_down, channels=channels
+        vmm,
+        uri,
+        peer=peer,
+        bandwidth=4 * GIB,
+        slow_down=slow_down,
+        channels=channels,
+        compressed=compressed,
     )
     assert await hypervisor.migrate_in_flight(vmm) >= 0
     async with asyncio.timeout(CONVERGES_WITHIN):
@@ -135,14 +153,17 @@ def test_a_cancelled_move_leaves_the_server_and_can_be_begun_again(stage: Stage)
     stage(play)
 
 
-def test_a_stream_by_two_channels_is_given_more_bandwidth_and_a_slower_server(stage: Stage) -> None:
+@pytest.mark.parametrize(("channels", "compressed"), [(2, False), (1, True), (2, True)])
+def test_a_stream_by_channels_of_its_own_is_given_more_bandwidth_and_a_slower_server(
+    stage: Stage, channels: int, compressed: bool
+) -> None:
     async def play(hosts: Hosts) -> None:
         server, leaving = await booted(hosts)
         rate = await hosts.first.hypervisor.dirty_rate(leaving)
         assert rate is not None
         assert rate >= 0
-        arriving, uri = await receiving(hosts, server, channels=2)
-        await sending(hosts, leaving, uri, slow_down=True, channels=2)
+        arriving, uri = await receiving(hosts, server, channels=channels, compressed=compressed)
+        await sending(hosts, leaving, uri, slow_down=True, channels=channels, compressed=compressed)
         for _ in range(2):
             await hosts.first.hypervisor.migrate_pace(leaving, 512 << 20)
             await hosts.first.hypervisor.migrate_slow_down(leaving)

@@ -13,7 +13,7 @@ from nahtlos.model.blueprint import (
     PlannedVerify,
     Policy,
 )
-from nahtlos.model.config import HostConfig
+from nahtlos.model.config import HostConfig, UnderlayShares
 from nahtlos.model.ids import (
     BlueprintId,
     HostId,
@@ -35,7 +35,7 @@ from nahtlos.model.inventory import (
 from nahtlos.model.networking import NetworkSpec, PortSpec
 from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
 from nahtlos.model.storage import VolumeSpec
-from nahtlos.model.topology import Topology
+from nahtlos.model.topology import MoveCompression, Topology, Underlay
 from nahtlos.runtime.executor.decide import decide
 from nahtlos.runtime.executor.world import World
 from nahtlos.wire.messages import BeginMove, BeginVerify
@@ -257,6 +257,21 @@ def test_the_destination_of_a_move_is_told_that_its_source_is_fenced() -> None:
     assert (
         decide(world(blueprint=blueprint(moves=(MOVE,), hosts=hosts), inventory=over)).hosts[H2].cancel == ()
     )
+
+
+def test_memory_is_compressed_where_moves_get_little_of_a_link_or_always() -> None:
+    def ordered(compression: MoveCompression, mbit: int | None) -> bool:
+        shares = None if mbit is None else UnderlayShares(bits_per_second=mbit * 10**6)
+        underlay = Underlay(shares=shares, move_compression=compression)
+        seen = world(blueprint=blueprint(moves=(MOVE,)), topology=Topology(underlay=underlay))
+        (begin,) = decide(seen).hosts[H2].begin
+        assert isinstance(begin, BeginMove)
+        return begin.order.compressed
+
+    auto, always, never = MoveCompression.AUTO, MoveCompression.ALWAYS, MoveCompression.NEVER
+    assert [ordered(auto, mbit) for mbit in (None, 40_000, 1_000)] == [False, False, True]
+    assert [ordered(always, mbit) for mbit in (None, 40_000)] == [True, True]
+    assert not ordered(never, 1_000)
 
 
 def test_refused_and_held_back_moves_are_not_offered() -> None:

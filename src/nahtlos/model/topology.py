@@ -6,6 +6,7 @@ and never knows where anything runs.
 
 import ipaddress
 from collections.abc import Iterator
+from enum import StrEnum
 
 from nahtlos.model.config import UnderlayShares
 from nahtlos.model.ids import (
@@ -35,6 +36,15 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+class MoveCompression(StrEnum):
+    """Whether the memory of servers that move is compressed (zstd)."""
+
+    AUTO = "auto"
+    """Where moves get less of the underlay than a processor compresses."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Underlay(Value, frozen=True, kw_only=True):
     """What hosts are connected by. `mtu` 0: not known; `shares` None: the interface is left alone."""
 
@@ -43,6 +53,8 @@ class Underlay(Value, frozen=True, kw_only=True):
     move_channels: int = 1
     """Connections by which a server's memory is sent when it moves: more than one take a processor each, and
     are worth it where one does not fill the link. A server whose memory may follow it has one."""
+    move_compression: MoveCompression = MoveCompression.AUTO
+    """Of a server whose memory may follow it nothing is compressed."""
 
 
 class Topology(Value, frozen=True, kw_only=True):

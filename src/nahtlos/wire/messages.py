@@ -154,6 +154,8 @@ class MoveOrder(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second it may use if it would not end otherwise; 0: no more than `bandwidth`."""
     channels: int = 1
     """Connections its memory is sent by."""
+    compressed: bool = False
+    """Its memory is, if the destination can take that."""
     slow_down: bool = False
     """The server may be given less and less of its vCPUs until the pre-copy converges."""
     post_copy: bool = False
@@ -272,6 +274,8 @@ class MovePrepare(Message, frozen=True, kw_only=True):
     """Memory may follow after the server was handed over, if the destination says that it can."""
     channels: int = 1
     """By which its memory is to be sent, if the destination says so, too."""
+    compressed: bool = False
+    """Likewise."""
 
 
 class MoveReady(Message, frozen=True, kw_only=True):
@@ -285,6 +289,8 @@ class MoveReady(Message, frozen=True, kw_only=True):
     why_no_post_copy: str = ""
     channels: int = 1
     """By which memory is taken."""
+    compressed: bool = False
+    """It is taken compressed."""
 
 
 class MoveState(Message, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from nahtlos.model.networking import FloatingIpSpec, LoadBalancerSpec, Member, Rate, RouterSpec, number_text
-from nahtlos.model.topology import Underlay
+from nahtlos.model.topology import MoveCompression, Underlay
 from nahtlos.ops.cli.amounts import rate_text
 from nahtlos.ops.cli.pictures import BAD, GOOD, NOTHING, SOFT, facts, table
 from nahtlos.runtime.controllers.networks import (
@@ -90,11 +90,19 @@ def subnets(views: Sequence[SubnetView]) -> RenderableType:
     return table(columns, rows, "no subnets yet")
 
 
+COMPRESSED = {
+    MoveCompression.AUTO: "where they get little of a link",
+    MoveCompression.ALWAYS: "always",
+    MoveCompression.NEVER: "never",
+}
+
+
 def underlay(value: Underlay) -> RenderableType:
     shares = value.shares
     rows = [("MTU", str(value.mtu) if value.mtu else "not known")]
     if value.move_channels > 1:
         rows.append(("connections of a move", str(value.move_channels)))
+    rows.append(("moves are compressed", COMPRESSED[value.move_compression]))
     if shares is None:
         return facts([*rows, ("shares", "none: the interface is left alone")])
     rows += [

@@ -9,7 +9,7 @@ from rich.text import Text
 from nahtlos.model.config import UnderlayShares
 from nahtlos.model.errors import Refused
 from nahtlos.model.ids import NetworkId, ProjectId, SubnetId
-from nahtlos.model.topology import Underlay
+from nahtlos.model.topology import MoveCompression, Underlay
 from nahtlos.ops.cli import amounts
 from nahtlos.ops.cli import network_pictures as pictures
 from nahtlos.ops.cli.command import Cli, Surroundings, command
@@ -126,6 +126,10 @@ def _underlay_commands(surroundings: Surroundings) -> typer.Typer:
                 help="Connections a server's memory is sent by; more where one does not fill a link."
             ),
         ] = None,
+        compress_moves: Annotated[
+            MoveCompression | None,
+            typer.Option(help="A server's memory as it is sent; auto: where moves get little of a link."),
+        ] = None,
         wait: Wait = True,
         deadline: Deadline = DEADLINE,
     ) -> None:
@@ -135,6 +139,7 @@ def _underlay_commands(surroundings: Surroundings) -> typer.Typer:
             after = Underlay(
                 mtu=before.mtu if mtu is None else mtu,
                 move_channels=before.move_channels if move_channels is None else move_channels,
+                move_compression=before.move_compression if compress_moves is None else compress_moves,
                 shares=_shares(before.shares, rate, control=control, moves=moves, tenants=tenants),
             )
             value = await client.networks.set_underlay(after)

@@ -279,8 +279,9 @@ class DestinationMove:
         why = await drivers.hypervisor.why_no_post_copy() if body.post_copy else ""
         follows = body.post_copy and not why
         channels = 1 if follows else max(1, body.channels)
+        compressed = body.compressed and not follows
         await drivers.hypervisor.incoming_start(
-            server, order.epoch, release, post_copy=follows, channels=channels
+            server, order.epoch, release, post_copy=follows, channels=channels, compressed=compressed
         )
         uri = await drivers.hypervisor.incoming_listen(self._vmm, order.destination_address)
         for port in order.ports:
@@ -294,6 +295,7 @@ class DestinationMove:
             post_copy=follows,
             why_no_post_copy=why,
             channels=channels,
+            compressed=compressed,
         )
         return self._ready
 

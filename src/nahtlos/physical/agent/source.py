@@ -184,6 +184,7 @@ class SourceMove:
             vcpus=vmm.compute.vcpus if vmm else 0,
             post_copy=await self._may_follow_here(),
             channels=order.channels,
+            compressed=order.compressed,
         )
         ready = await self._peer.ask(prepare, MoveReady, 30.0)
         self._may_follow = prepare.post_copy and ready.post_copy
@@ -207,6 +208,7 @@ class SourceMove:
             slow_down=self._may_be_slowed,
             post_copy=self._may_follow,
             channels=ready.channels,
+            compressed=ready.compressed,
         )
 
     async def _may_follow_here(self) -> bool:

@@ -273,6 +273,7 @@ class QemuHypervisor:
         in_place: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         if post_copy and (why := why_no_userfault()):
             raise Refused(why, field="post_copy")
@@ -290,9 +291,9 @@ class QemuHypervisor:
                 await migration.expect_whole(vmm)
                 await self._ready_whole(self._running(VmmId(server.spec.id, server.epoch)))
                 return
-            besides = migration.besides(post_copy=post_copy, channels=channels)
-            await migration.set_capabilities(vmm, migration.DESTINATION | besides)
-            await migration.set_channels(vmm, 1 if post_copy else channels)
+            way = migration.Way(post_copy=post_copy, channels=channels, compressed=compressed)
+            await migration.set_capabilities(vmm, migration.DESTINATION | way.capabilities)
+            await migration.set_channels(vmm, way)
             tls = {"tls-creds": TLS_SERVER, "tls-authz": HOSTS_ONLY}
             await vmm.execute("migrate-set-parameters", tls)
 
@@ -395,14 +396,15 @@ class QemuHypervisor:
         slow_down: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         found = self._running(vmm)
         found.ready_whole = False
         await check_movable(found)
         slowing = migration.SLOWING if slow_down else frozenset[str]()
-        besides = migration.besides(post_copy=post_copy, channels=channels)
-        await migration.set_capabilities(found, migration.SOURCE | slowing | besides)
-        await migration.set_channels(found, 1 if post_copy else channels)
+        way = migration.Way(post_copy=post_copy, channels=channels, compressed=compressed)
+        await migration.set_capabilities(found, migration.SOURCE | slowing | way.capabilities)
+        await migration.set_channels(found, way)
         await migration.set_source_parameters(
             found, bandwidth, {"tls-creds": TLS_CLIENT, "tls-hostname": peer}
         )

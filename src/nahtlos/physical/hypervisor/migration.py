@@ -8,6 +8,7 @@ acknowledgement is no longer asked for and the migration completes at once.
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from nahtlos.model.errors import Refused, Unavailable
@@ -28,6 +29,7 @@ POST_COPY = frozenset({"postcopy-ram"})
 changes nothing until it is stopped."""
 SEVERAL = frozenset({"multifd"})
 """Likewise, with as many channels on both; not together with the above."""
+COMPRESSION = "zstd"
 IN_PLACE = frozenset({"x-ignore-shared"})
 """On both sides, besides the above: memory both can see is not sent."""
 HELD = "switchover-ack"
@@ -96,7 +98,7 @@ def progress_of(answer: Mapping[str, object]) -> MigrationProgress:
         phase=phase,
         remaining=ram.get("remaining", 0),
         total=ram.get("total", 0),
-        transferred=ram.get("transferred", 0),
+        transferred=max(ram.get("transferred", 0), ram.get("normal-bytes", 0)),
         passes=ram.get("dirty-sync-count", 0),
         error=str(answer.get("error-desc", "")),
     )
@@ -121,17 +123,33 @@ async def set_capabilities(monitor: Monitor, wanted: frozenset[str]) -> None:
     await monitor.execute("migrate-set-capabilities", {"capabilities": states})
 
 
-def besides(*, post_copy: bool, channels: int) -> frozenset[str]:
-    """Capabilities that both sides need for that."""
-    if post_copy:
-        return POST_COPY
-    return SEVERAL if channels > 1 else frozenset()
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How memory is sent, besides the usual: the same on both sides."""
+
+    post_copy: bool = False
+    """By one channel, and not compressed."""
+    channels: int = 1
+    compressed: bool = False
+
+    @property
+    def several(self) -> bool:
+        """By channels that carry memory alone: only these compress."""
+        return not self.post_copy and (self.channels > 1 or self.compressed)
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        if self.post_copy:
+            return POST_COPY
+        return SEVERAL if self.several else frozenset()
 
 
-async def set_channels(monitor: Monitor, channels: int) -> None:
-    """On both sides, after the capabilities. Of one channel there is nothing to say."""
-    if channels > 1:
-        await monitor.execute("migrate-set-parameters", {"multifd-channels": channels})
+async def set_channels(monitor: Monitor, way: Way) -> None:
+    """On both sides, after the capabilities. A process that received compressed would send so, too."""
+    if way.several:
+        method = COMPRESSION if way.compressed else "none"
+        channels = {"multifd-channels": way.channels, "multifd-compression": method}
+        await monitor.execute("migrate-set-parameters", channels)
 
 
 async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments) -> None:

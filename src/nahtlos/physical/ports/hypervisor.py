@@ -97,6 +97,7 @@ class MigrationProgress(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes; late in a pass this figure is stale (see `passes`)."""
     total: int = 0
     transferred: int = 0
+    """Bytes of memory, before they were compressed."""
     passes: int = 0
     """Number of dirty-bitmap syncs so far."""
     error: str = ""
@@ -253,12 +254,13 @@ class Hypervisor(Protocol):
         in_place: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         """Start a VMM that waits (`-incoming defer -S`), capabilities cleared and set. Repeatable.
 
         `in_place`: for the server that runs here by `server.epoch`. Its memory is shared, not copied, and its
         ports are those of `Network.replace_prepare`. `post_copy`: its source may use `migrate_post_copy`.
-        `channels`: of its memory, as many as its source opens; one if `post_copy`."""
+        `channels`, `compressed`: of its memory, as its source sends it; one and not if `post_copy`."""
         ...
 
     async def incoming_listen(self, vmm: VmmId, address: str) -> str:
@@ -296,6 +298,7 @@ class Hypervisor(Protocol):
         slow_down: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         """Begin pre-copy; it will not switch over by itself (switchover-ack). `peer` is the name the
         destination's certificate must prove. `slow_down`, `post_copy`: `migrate_slow_down`,

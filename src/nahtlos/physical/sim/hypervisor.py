@@ -174,6 +174,7 @@ class SimHypervisor(SimDriver):
         in_place: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         vmm_id = VmmId(server.spec.id, epoch)
         async with self.verb("incoming_start", vmm_id.unit):
@@ -237,6 +238,7 @@ class SimHypervisor(SimDriver):
         slow_down: bool = False,
         post_copy: bool = False,
         channels: int = 1,
+        compressed: bool = False,
     ) -> None:
         async with self.verb("migrate_start", vmm.unit):
             source = self._living(vmm)

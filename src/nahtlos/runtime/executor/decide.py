@@ -11,6 +11,7 @@ from nahtlos.model.blueprint import Blueprint, PlannedMove
 from nahtlos.model.config import HostConfig, UnderlayShares
 from nahtlos.model.ids import HostId, OperationId
 from nahtlos.model.inventory import OperationState
+from nahtlos.model.topology import MoveCompression, Underlay
 from nahtlos.model.values import Value
 from nahtlos.runtime.executor.configs import next_config, server_config
 from nahtlos.runtime.executor.gateway_orders import begin_gateways
@@ -22,6 +23,8 @@ from nahtlos.wire.volumes import BeginVolumeTask, SetCopySpeed
 
 UNLIMITED = 4 << 30
 """Bytes per second."""
+COMPRESSED_BELOW = 200 << 20
+"""Bytes a second of the underlay: docs/decisions/0027."""
 OVER = (OperationState.DONE, OperationState.UNDONE)
 
 
@@ -122,6 +125,7 @@ def move_order(world: World, move: PlannedMove) -> MoveOrder | None:
         bandwidth=share,
         boost=whole,
         channels=world.topology.underlay.move_channels,
+        compressed=is_compressed(world.topology.underlay, share),
         slow_down=move.slow_down,
         post_copy=move.post_copy,
     )
@@ -135,6 +139,13 @@ def move_bandwidth(shares: UnderlayShares | None) -> tuple[int, int]:
     whole = max(1, shares.bits_per_second // 8)
     total = max(100, shares.control + shares.moves + shares.tenants)
     return max(1, whole * shares.moves // total), whole
+
+
+def is_compressed(underlay: Underlay, share: int) -> bool:
+    """`share`: bytes a second a move takes."""
+    by_itself = underlay.shares is not None and share < COMPRESSED_BELOW
+    asked = underlay.move_compression
+    return asked is MoveCompression.ALWAYS or (asked is MoveCompression.AUTO and by_itself)
 
 
 def replace_order(world: World, move: PlannedMove) -> ReplaceOrder | None:
