@@ -4,7 +4,7 @@ import pytest
 
 from nahtlos.model.errors import Refused
 from nahtlos.physical.hypervisor import migration
-from nahtlos.physical.hypervisor.qmp import Answer, Arguments
+from nahtlos.physical.hypervisor.qmp import Answer, Arguments, Denied
 
 KNOWN = ("events", "return-path", "switchover-ack", "auto-converge", "x-ignore-shared", "postcopy-ram")
 
@@ -60,3 +60,50 @@ async def test_a_release_without_it_is_refused_and_nothing_is_set() -> None:
     with pytest.raises(Refused, match="switchover-ack"):
         await migration.set_capabilities(process, migration.SOURCE)
     assert process.said == ["query-migrate-capabilities"]
+
+
+@pytest.mark.parametrize(
+    ("way", "capabilities", "said"),
+    [
+        (migration.Way(), frozenset[str](), []),
+        (migration.Way(channels=4), migration.SEVERAL, [(4, "none")]),
+        (migration.Way(compressed=True), migration.SEVERAL, [(1, "zstd")]),
+        (migration.Way(channels=2, compressed=True), migration.SEVERAL, [(2, "zstd")]),
+        (migration.Way(post_copy=True, channels=4, compressed=True), migration.POST_COPY, []),
+    ],
+)
+async def test_both_sides_are_told_how_memory_is_sent(
+    way: migration.Way, capabilities: frozenset[str], said: list[tuple[int, str]]
+) -> None:
+    told: list[tuple[object, object]] = []
+
+    class Told:
+        async def execute(
+            self, command: str, arguments: Arguments | None = None, *, within: float = 5.0
+        ) -> Answer:
+            assert command == "migrate-set-parameters" and arguments is not None
+            told.append((arguments["multifd-channels"], arguments["multifd-compression"]))
+            return {}
+
+    await migration.set_channels(Told(), way)
+    assert (way.capabilities, told) == (capabilities, said)
+
+
+async def test_a_qemu_that_cannot_compress_is_refused_with_what_to_do() -> None:
+    class Unable:
+        async def execute(
+            self, command: str, arguments: Arguments | None = None, *, within: float = 5.0
+        ) -> Answer:
+            raise Denied("Parameter 'multifd-compression' does not accept value 'zstd'")
+
+    with pytest.raises(Refused, match="does not compress") as refused:
+        await migration.set_channels(Unable(), migration.Way(compressed=True))
+    assert refused.value.field == "move_compression"
+    assert "--compress-moves never" in (refused.value.remedy or "")
+
+
+def test_what_was_sent_is_told_before_it_was_compressed() -> None:
+    ram = {"total": 9 << 20, "remaining": 1 << 20, "transferred": 1 << 20, "normal-bytes": 6 << 20}
+    assert migration.progress_of({"status": "active", "ram": ram}).transferred == 6 << 20
+    plain = {**ram, "transferred": 7 << 20}
+    assert migration.progress_of({"status": "active", "ram": plain}).transferred == 7 << 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from nahtlos.model.errors import Refused, Unavailable
-from nahtlos.physical.hypervisor.qmp import Answer, Arguments
+from nahtlos.physical.hypervisor.qmp import Answer, Arguments, Denied
 from nahtlos.physical.ports import MigrationPhase, MigrationProgress
 
 DESTINATION = frozenset({"events", "return-path"})
@@ -146,10 +146,20 @@ class Way:
 
 async def set_channels(monitor: Monitor, way: Way) -> None:
     """On both sides, after the capabilities. A process that received compressed would send so, too."""
-    if way.several:
-        method = COMPRESSION if way.compressed else "none"
-        channels = {"multifd-channels": way.channels, "multifd-compression": method}
+    if not way.several:
+        return
+    method = COMPRESSION if way.compressed else "none"
+    channels: Arguments = {"multifd-channels": way.channels, "multifd-compression": method}
+    try:
         await monitor.execute("migrate-set-parameters", channels)
+    except Denied as denied:
+        if not way.compressed:
+            raise
+        raise Refused(
+            f"this QEMU does not compress: {denied}",
+            field="move_compression",
+            remedy="nahtlos network underlay set --compress-moves never",
+        ) from denied
 
 
 async def set_source_parameters(monitor: Monitor, bandwidth: int, tls: Arguments) -> None:
