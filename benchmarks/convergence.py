@@ -9,6 +9,9 @@ all the same. Of some servers the memory may follow them from the start. The fir
 model; of all later ones what was predicted as they began is held against what was measured: the pause
 between the stop and the run, and the time from the order to the end.
 
+Moves get little of this link, so their memory is compressed; the guest's own is easy to (`--compress never`
+sends it as it is).
+
 `--undivided` leaves the hosts' interfaces alone: the cap then drops what comes when its queue is full,
 whoever sent it, which a control without moves shows (`--control`).
 """
@@ -36,7 +39,7 @@ from nahtlos.model.config import UnderlayShares
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Size
 from nahtlos.model.prediction import Means
-from nahtlos.model.topology import Underlay
+from nahtlos.model.topology import MoveCompression, Underlay
 from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
 from nahtlos.runtime.evidence.gaps import Window, percentile
@@ -49,6 +52,7 @@ CASES = ("0", "40", "200", "400", "200-post-copy", "400-post-copy")
 POST_COPY = "post-copy"
 SHARES = UnderlayShares(bits_per_second=int(CAP * 8 * 0.97), control=10, moves=60, tenants=30)
 """Of what the cap lets through, so that queues are at the hosts, where they are divided."""
+DIVIDED = Underlay(shares=SHARES)
 CONTROL_SECONDS = 10.0
 MEMORY_MIB, DIRTIED_MIB = 256, 64
 BUDGET_MS = 350
@@ -226,7 +230,7 @@ def errors(records: list[OperationRecord]) -> tuple[list[float], list[float]]:
 
 
 @contextlib.asynccontextmanager
-async def site(*, divided: bool, channels: int) -> AsyncGenerator[Site]:
+async def site(underlay: Underlay) -> AsyncGenerator[Site]:
     release = list_releases(BuildPaths.default().releases)[-1]
     shape = LabShape(hosts=2, capacity=Size(vcpus=4, memory_mib=1024), promised=Size(vcpus=1, memory_mib=256))
     datacentre = Datacentre(unique_name("bench"), shape, BuildPaths.default())
@@ -238,8 +242,7 @@ async def site(*, divided: bool, channels: int) -> AsyncGenerator[Site]:
             async with asyncio.timeout(UP_SECONDS):
                 while any(h.phase is not HostPhase.SERVING for h in await client.hosts()):
                     await asyncio.sleep(0.2)
-            shares = SHARES if divided else None
-            await client.networks.set_underlay(Underlay(shares=shares, move_channels=channels))
+            await client.networks.set_underlay(underlay)
             yield Site(datacentre, client)
     finally:
         await datacentre.close()
@@ -250,12 +253,11 @@ async def run(
     work: Path,
     figures: Figures,
     *,
-    divided: bool = True,
+    underlay: Underlay = DIVIDED,
     control: bool = False,
-    channels: int = 1,
 ) -> None:
     every = Series()
-    async with site(divided=divided, channels=channels) as lab:
+    async with site(underlay) as lab:
         if control:
             before, series = lab.dropped(), await lab.control(work / "capped-control")
             figures.add("lost, link filled, no move", series.lost, "packets", samples=series.sent)
@@ -316,19 +318,14 @@ def counts_of(*, long: bool) -> dict[str, int]:
 
 
 async def measure_all(
-    *,
-    long: bool,
-    only: list[str] | None = None,
-    divided: bool = True,
-    control: bool = False,
-    channels: int = 1,
+    *, long: bool, only: list[str] | None = None, underlay: Underlay = DIVIDED, control: bool = False
 ) -> Figures:
     figures = Figures()
     counts = counts_of(long=long)
     if only:
         counts = {case: count for case, count in counts.items() if case in only}
     work = Path("build/bench/convergence")
-    await run(counts, work, figures, divided=divided, control=control, channels=channels)
+    await run(counts, work, figures, underlay=underlay, control=control)
     return figures
 
 
@@ -339,14 +336,15 @@ def main() -> int:
     parser.add_argument("--undivided", action="store_true", help="leave the hosts' interfaces alone")
     parser.add_argument("--control", action="store_true", help="first fill the link without any move")
     parser.add_argument("--channels", type=int, default=1, help="connections that memory is sent by")
+    compressions = [each.value for each in MoveCompression]
+    parser.add_argument("--compress", choices=compressions, default="auto", help="memory as it is sent")
     asked = parser.parse_args()
-    measured = measure_all(
-        long=asked.long,
-        only=asked.only,
-        divided=not asked.undivided,
-        control=asked.control,
-        channels=asked.channels,
+    underlay = Underlay(
+        shares=None if asked.undivided else SHARES,
+        move_channels=asked.channels,
+        move_compression=MoveCompression(asked.compress),
     )
+    measured = measure_all(long=asked.long, only=asked.only, underlay=underlay, control=asked.control)
     figures = asyncio.run(measured)
     return figures.finish("convergence", f"Live moves over a link capped at {CAP >> 20} MiB/s")
 
