@@ -39,6 +39,7 @@ class Run(Play):
     boost: int = 0
     post_copy: bool = False
     """It is ordered to end by post-copy."""
+    compressed: bool = False
     deadline: float = PRECOPY_DEADLINE
     prepared: Callable[["Run"], None] | None = None
     """What is done to the world before anything runs in it."""
@@ -70,6 +71,7 @@ class Run(Play):
             boost=self.boost,
             deadline=self.deadline,
             post_copy=self.post_copy,
+            compressed=self.compressed,
         )
         bound = BOUND_SECONDS
         await world.until(

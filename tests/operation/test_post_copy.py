@@ -22,6 +22,7 @@ from moving import DESTINATION, SERVER, SOURCE, Run, cut_stream, kill_vmm, stall
 
 from nahtlos.model.inventory import OperationState
 from nahtlos.model.prediction import Means
+from nahtlos.physical.agent.precopy import NOT_CONVERGED
 from nahtlos.physical.sim.cloudlet import server_spec
 from nahtlos.physical.sim.faults import Act, Moment
 from nahtlos.wire.memory import Fate, Faults
@@ -109,6 +110,20 @@ def test_without_consent_or_beyond_its_budget_it_is_undone(permitted: bool, budg
     assert run.status.state is OperationState.UNDONE
     assert run.status.error is not None
     assert "--allow-post-copy" in run.status.error.remedy
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_is_to_be_compressed_follows_only_where_that_was_ordered(ordered: bool) -> None:
+    run = hard(ordered=ordered)
+    run.compressed = True
+    run.play()
+    assert not run.problems, run.problems
+    assert run.status is not None
+    if ordered:
+        assert run.status.result["means"] == Means.POST_COPY
+    else:
+        assert run.status.error is not None
+        assert run.status.error.field == NOT_CONVERGED
 
 
 @pytest.mark.parametrize("host", [SOURCE, DESTINATION])

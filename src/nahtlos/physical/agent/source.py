@@ -212,8 +212,10 @@ class SourceMove:
         )
 
     async def _may_follow_here(self) -> bool:
-        """Memory may follow a server whose owner permits that, if this kernel can."""
-        if not self._order.server.spec.allow_post_copy:
+        """Memory may follow a server whose owner permits that, if this kernel can. What may follow is not
+        compressed: where it is to be, that is tried first, and following only once it was not enough."""
+        order = self._order
+        if not order.server.spec.allow_post_copy or (order.compressed and not order.post_copy):
             return False
         why = await self._context.drivers.hypervisor.why_no_post_copy()
         if why and self._order.post_copy:

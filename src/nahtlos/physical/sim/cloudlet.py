@@ -210,6 +210,7 @@ class Conductor:
         boost: int = 0,
         deadline: float = PRECOPY_DEADLINE,
         post_copy: bool = False,
+        compressed: bool = False,
     ) -> MoveOrder:
         source, epoch = self.places[server]
         here, there = self.cloudlet.spec(source), self.cloudlet.spec(to)
@@ -226,6 +227,7 @@ class Conductor:
             bandwidth=bandwidth,
             boost=boost,
             post_copy=post_copy,
+            compressed=compressed,
         )
         self.orders[order.id] = order
         self._wake.set()
