@@ -32,7 +32,7 @@ demo: releases image ## upgrade the hypervisor under six running servers (ARGS= 
 test: test-fast test-live ## run all tests, also those with real QEMU, packets and disks
 
 test-fast: setup ## run the tests that need neither root nor QEMU
-	@$(PYTHON) -m pytest -q -n auto -m "not live" $(ARGS)
+	@$(PYTHON) -m pytest -q -n auto --dist worksteal -m "not live" $(ARGS)
 
 test-live: releases image ## run the tests with real QEMU, packets and disks (needs root)
 	@$(PYTHON) -m pytest -q -m live $(ARGS)
