@@ -1,8 +1,11 @@
 """A memory of the store that is not believed: of what it knows every fifth answer is read again, and must be
 the same. (All of them would cost the tests more than what is tested.)"""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
+
+import pytest
 
 from nahtlos.runtime.store import remembered
 
@@ -24,5 +27,9 @@ class CheckedMemory(remembered.Memory):
         return known
 
 
-def check_what_is_remembered() -> None:
-    remembered.Memory = CheckedMemory
+@contextmanager
+def not_believed() -> Iterator[None]:
+    """Stores that are opened meanwhile have such a memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remembered, "Memory", CheckedMemory)
+        yield

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
-from checked_memory import check_what_is_remembered
+from checked_memory import not_believed
 
 from nahtlos import __version__
 from nahtlos.model.config import HostConfig
@@ -57,8 +57,6 @@ from nahtlos.wire.messages import (
 )
 from nahtlos.wire.session import Session
 from nahtlos.wire.volumes import BeginVolumeTask, RebuildOrder, SetCopySpeed, VolumeTask
-
-check_what_is_remembered()
 
 AGENTS = ("10.99.0.1", 7443)
 OLD, NEW = ReleaseId("qemu-10.0.2-aaaaaaaaaaaa"), ReleaseId("qemu-11.1.3-bbbbbbbbbbbb")
@@ -514,7 +512,8 @@ class ScriptedCloud:
         self.starts += 1
         self.kill_after = None
         self.killed.clear()
-        self.store = await Store.open(self.database, on_io=self._on_io)
+        with not_believed():
+            self.store = await Store.open(self.database, on_io=self._on_io)
         await bootstrap(self.store, CLOUD)
         self.orchestrator = Orchestrator(
             self.store,
