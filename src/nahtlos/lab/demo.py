@@ -166,9 +166,7 @@ class Demo:
             if room >= ROOM:
                 break
         rate = self._traffic.packets_per_second
-        self.say(
-            f"traffic runs: {rate} datagrams a second to each server; {room:.0%} of the processors are free"
-        )
+        self.say(f"traffic: {rate} datagrams/s to each server; {room:.0%} of the processors free")
 
     async def _load_server(self, ip: str) -> None:
         await self._outside.set_load(
