@@ -14,7 +14,7 @@ import msgspec
 
 from benchmarks.figures import Figures, Goal
 from benchmarks.storage_copies import EPOCH_WRITE, Copies
-from benchmarks.storage_relocation import relocated
+from benchmarks.storage_relocation import at, relocated
 from benchmarks.storage_site import Disk, Host, Load, Offered, Site, remote
 from nahtlos.model.ids import SnapshotId
 from nahtlos.model.storage import SnapshotSpec, VolumeFormat, VolumeSpec
@@ -91,6 +91,7 @@ async def measure(figures: Figures, *, long: bool) -> None:
             await _snapshots(figures, site.hosts[0], rounds, form)
             await _resizes(figures, site.hosts[0], rounds, form)
         await _relocations(figures, site, rounds)
+        await _called_off(figures, site, rounds)
         await _copies(figures, site, rounds)
 
 
@@ -212,3 +213,29 @@ async def _relocations(figures: Figures, site: Site, rounds: int) -> None:
             hosts.reverse()
     await hosts[0].forget(volume)
     writing.report(figures, "relocation", p50=50, most=250)
+
+
+async def _called_off(figures: Figures, site: Site, rounds: int) -> None:
+    """In the middle of the copying."""
+    writing, (home, other) = Writing(), site.hosts
+    volume = home.volume("stays", size_mib=SIZE_MIB)
+    there = at(volume, other)
+    await home.have(volume)
+    pid = await home.pid(UNIT)
+
+    async def begin_and_cancel() -> None:
+        await other.storage.receive(there)
+        await home.storage.relocate_start(volume, other.endpoint(there), bytes_per_second=1 << 20)
+        await asyncio.sleep(AROUND / 2)
+        await home.storage.relocate_cancel(volume.id)
+
+    async with Disk(home, "stays", (remote(home.endpoint(volume)),)) as disk:
+        for _ in range(rounds):
+            await writing.around(disk, begin_and_cancel)
+    writing.report(figures, "relocation called off")
+    ended = int(await home.pid(UNIT) != pid)
+    figures.add(
+        "storage daemons that ended as one was called off", ended, "daemons", goal=NONE, samples=rounds
+    )
+    await other.forget(there)
+    await home.forget(volume)

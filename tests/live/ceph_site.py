@@ -108,8 +108,8 @@ async def stop_clients(site: Site) -> None:
 
 
 async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint) -> None:
-    """As the operation does it: a daemon that ends meanwhile (11.1.3 has been seen to when a mirror begins
-    under writes) is there again at once, and the copy begins anew once the cluster takes it for dead."""
+    """As the operation does it: a daemon that ends meanwhile is there again at once, and the copy begins anew
+    once the cluster takes it for dead."""
     async with asyncio.timeout(60):
         while True:
             with suppress(Unavailable):

@@ -70,7 +70,7 @@ class Client:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._door = host.settings.run_dir / "client.nbd"
+        self.door = host.settings.run_dir / "client.nbd"
         self._qmp_path = host.settings.run_dir / "client.qmp"
         self._number = self._wired = 0
         """The newest connection, and the last one known to be used with nothing of an older one left."""
@@ -88,7 +88,7 @@ class Client:
                 *("--monitor", "chardev=qmp", "--object", credentials),
                 *("--object", '{"qom-type":"throttle-group","id":"limits"}'),
                 *("--blockdev", _json(self._connection(at, 0)), "--blockdev", _json(self._top())),
-                *("--nbd-server", f"addr.type=unix,addr.path={self._door}"),
+                *("--nbd-server", f"addr.type=unix,addr.path={self.door}"),
                 *("--export", "type=nbd,id=e,node-name=top,name=volume,writable=on"),
             ),
             environment=bundle.environment,
@@ -96,10 +96,10 @@ class Client:
         )
         await self._host.supervisor.start(unit)
         async with asyncio.timeout(20):
-            while not self._door.is_socket():
+            while not self.door.is_socket():
                 assert (await self._host.supervisor.units())["client"].pid is not None, unit.log.read_text()
                 await asyncio.sleep(0.01)
-        return await asyncio.to_thread(Disk, self._door)
+        return await asyncio.to_thread(Disk, self.door)
 
     def _connection(self, at: VolumeEndpoint, number: int) -> Options:
         return {
@@ -135,11 +135,11 @@ class Client:
 
 
 class Stage:
-    def __init__(self, place: Place, form: VolumeFormat) -> None:
+    def __init__(self, place: Place, form: VolumeFormat, size_mib: int) -> None:
         self.place = place
         self.hosts = (place.host("host-1"), place.host("host-2"))
         self.spec = msgspec.structs.replace(
-            volume_on(self.hosts[0], "data", empty=True, size_mib=SIZE_MIB), format=form
+            volume_on(self.hosts[0], "data", empty=True, size_mib=size_mib), format=form
         )
         self.client = Client(place.host("host-3"))
         self.writer: Writer
@@ -187,10 +187,16 @@ class Stage:
     async def progress(self) -> CopyProgress:
         return await self.home.storage.relocate_progress(self.spec.id)
 
-    async def copied_until_ready(self) -> None:
+    async def copy(self, bytes_per_second: int = 0) -> None:
+        """It has begun on return."""
         to = msgspec.structs.replace(self.spec, host=self.other.settings.host, epoch=self.spec.epoch + 1)
         await self.other.storage.receive(to)
-        await self.home.storage.relocate_start(self.spec, self.endpoint(to), bytes_per_second=0)
+        await self.home.storage.relocate_start(
+            self.spec, self.endpoint(to), bytes_per_second=bytes_per_second
+        )
+
+    async def copied_until_ready(self) -> None:
+        await self.copy()
         async with asyncio.timeout(WITHIN):
             while (await self.progress()).phase is not CopyPhase.READY:
                 await asyncio.sleep(0.02)
@@ -234,6 +240,13 @@ class Stage:
 
     # --- what is there ---
 
+    async def goes_on(self) -> None:
+        """Writes come through."""
+        enough = self.writer.acknowledged + 50
+        async with asyncio.timeout(WITHIN):
+            while self.writer.acknowledged < enough:
+                await asyncio.sleep(0.01)
+
     async def wrong(self) -> list[int]:
         """Of what was acknowledged, as the client reads it."""
         await asyncio.to_thread(self.writer.still.acquire)
@@ -249,11 +262,11 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(name: str, form: VolumeFormat) -> AsyncIterator[Stage]:
+async def stage(name: str, form: VolumeFormat, size_mib: int = SIZE_MIB) -> AsyncIterator[Stage]:
     place = Place(name)
     made: Stage | None = None
     try:
-        made = Stage(place, form)
+        made = Stage(place, form, size_mib)
         await made.begin()
         yield made
         await made.end()

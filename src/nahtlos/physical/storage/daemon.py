@@ -30,6 +30,8 @@ EXPORT_GONE_WITHIN = 5.0
 COPIED_AT_ONCE = 2 << 20
 """Bytes of a copy that runs beside writes. A write into what is just being copied waits for all of it, and on
 its way to a target any write waits behind it."""
+MIRROR = "mirror"
+"""The type of a job."""
 _POLL = 0.002
 _AS_WANTED_ALREADY = ("duplicate", "not found", "exists", "already", "Cannot find", "Failed to find")
 
@@ -56,6 +58,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Of a mirror: both sides are alike, and every further write goes to both before it is acknowledged."""
     failing: bool = False
     """It met an I/O error and waits."""
+
+
+def in_step(job: Job) -> bool:
+    """Of a mirror: every write that is acknowledged is on both sides."""
+    return job.status == JobStatus.READY and job.actively_synced
 
 
 class Graph(msgspec.Struct, frozen=True):
@@ -222,7 +229,7 @@ class Daemon:
     async def withdraw(self, identity: str, *, mode: str = "hard") -> None:
         """Returns when the export is gone. Hard: its clients get errors at once; that is what fencing is.
         Safe: Denied while it has clients."""
-        await self.execute("block-export-del", {"id": identity, "mode": mode})
+        await self.tolerating("block-export-del", {"id": identity, "mode": mode})
         try:
             async with asyncio.timeout(EXPORT_GONE_WITHIN):
                 while identity in await self._export_ids():
@@ -269,15 +276,47 @@ class Daemon:
             raise Unavailable(f"job {job} of the storage daemon failed: {ended.error}")
         return ended
 
+    async def mirror_end(self, job: str, written: Options | None, *, within: float = JOB_WITHIN) -> None:
+        """Gone on return; fine if there is none. `written`: the export its source is written through. While
+        both sides are in step QEMU holds writes until it has ended; else it is torn off."""
+        found = (await self.jobs()).get(job)
+        if found is None or not in_step(found):
+            await self.mirror_break(job, written)
+            return
+        await self.tolerating("block-job-cancel", {"device": job, "force": False})
+        await self._gone(job, within)
+
+    async def mirror_break(self, job: str, written: Options | None) -> None:
+        """The same, whatever its target does. A write on its way to both sides would find its mirror's memory
+        freed (QEMU 7.2 to 11.1: the daemon dies, or bits of something else are cleared), so nobody writes:
+        clients are disconnected, and come back at once or a second later."""
+        found = (await self.jobs()).get(job)
+        identity = str(written["id"]) if written is not None else ""
+        torn = found is not None and found.type == MIRROR and found.status != JobStatus.CONCLUDED
+        if not torn or written is None or identity not in await self._export_ids():
+            await self.job_cancel(job)
+            return
+        try:
+            await self.withdraw(identity)
+            await self.tolerating("block-job-cancel", {"device": job, "force": True})
+        finally:
+            await self.tolerating("block-export-add", written)
+        await self.job_cancel(job)
+
     async def job_cancel(self, job: str) -> None:
-        """Gone on return; fine if there is none."""
+        """Gone on return; fine if there is none. For one that nothing is written beside, or that does not
+        take part in writes: see `mirror_end`."""
         found = (await self.jobs()).get(job)
         if found is None:
             return
         if found.status != JobStatus.CONCLUDED:
             await self.tolerating("block-job-cancel", {"device": job, "force": True})
+        await self._gone(job, JOB_WITHIN)
+
+    async def _gone(self, job: str, within: float) -> None:
+        """Whatever it ended with."""
         try:
-            await self.job_end(job)
+            await self.job_end(job, within=within)
         except (Refused, Unavailable):
             if job in await self.jobs():
                 raise

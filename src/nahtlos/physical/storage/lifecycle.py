@@ -267,7 +267,7 @@ class Lifecycle:
         daemon = self._serving.daemon
         if await daemon.pid() is None:
             return
-        await daemon.job_cancel(job_name(volume))
+        await daemon.mirror_end(job_name(volume), await self._serving.written_through(volume))
         await self._serving.withdraw(volume)
         await daemon.tolerating("object-del", {"id": graph.limits_group(volume)})
         self._serving.left_out.pop(volume, None)

@@ -18,7 +18,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import Deletion
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, MIRROR, Job, JobStatus
 from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import Layer, LayerRef, Merge, VolumeRecord, chain
 from nahtlos.physical.storage.serving import Serving
@@ -105,7 +105,7 @@ class Merging:
             job = (await self._daemon.jobs()).get(job_name(volume))
             if job is None:
                 raise Unavailable(f"the storage daemon was started anew while layers of '{volume}' merged")
-            alike = job.status == JobStatus.READY and (job.actively_synced or job.type != "mirror")
+            alike = job.status == JobStatus.READY and (job.actively_synced or job.type != MIRROR)
             if alike or job.status == JobStatus.CONCLUDED:
                 return job
             if time.monotonic() > until:
@@ -114,7 +114,7 @@ class Merging:
 
     async def _undo(self, volume: VolumeId) -> None:
         record = self._record(volume)
-        await self._daemon.job_cancel(job_name(volume))
+        await self._daemon.mirror_end(job_name(volume), await self._serving.written_through(volume))
         await self._serving.keep(decisions.not_merged(record))
         await self._serving.define()
         if record.merge is not None and record.merge.pivot:

@@ -28,7 +28,7 @@ from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, JOB_WITHIN, Job, JobStatus
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus, in_step
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
@@ -62,11 +62,6 @@ def outcome(chain: tuple[str, ...] | None, remote: str, job: Job | None, below_t
         return Outcome.PASSED_ON
     both = job is not None and in_step(job) and below_target is not None and below_target.startswith("hold")
     return Outcome.FORWARD if both else Outcome.BACK
-
-
-def in_step(job: Job) -> bool:
-    """Every write that is acknowledged is on both sides."""
-    return job.status == JobStatus.READY and job.actively_synced
 
 
 def progress_of(job: Job | None) -> CopyProgress:
@@ -204,7 +199,7 @@ class Relocations:
 
     async def _stop(self, record: VolumeRecord) -> None:
         """Nothing is copied any more, and nothing of that is left in the daemon."""
-        await self.give_up_mirror(job_name(record.volume))
+        await self.give_up_mirror(record.volume, job_name(record.volume))
         await self._drop_target(record.volume)
         if record.endpoint is not None and record.mode is not Mode.PROXY:
             await self._serving.keep(msgspec.structs.replace(record, endpoint=None))
@@ -273,7 +268,8 @@ class Relocations:
 
     async def _tidy(self, record: VolumeRecord) -> None:
         """What the daemon does not need any more of a volume that is passed on."""
-        await self._end_mirror(job_name(record.volume))
+        written = await self._serving.written_through(record.volume)
+        await self._daemon.mirror_end(job_name(record.volume), written)
         await self._drop_target(record.volume)
         if record.endpoint is not None:
             await self.bound(record.endpoint)
@@ -286,22 +282,16 @@ class Relocations:
             await self._daemon.remove_nodes((graph.format_node(ref), graph.luks_node(ref)))
             await self._daemon.remove_nodes((graph.file_node(ref),))
 
-    async def give_up_mirror(self, name: str) -> None:
-        """Gone on return, whatever its target does."""
+    async def give_up_mirror(self, volume: VolumeId, name: str) -> None:
+        """Gone on return, whatever its target does: one that hangs is cut off."""
+        written = await self._serving.written_through(volume)
         try:
-            await self._end_mirror(name, within=ENDS_WITHIN)
+            await self._daemon.mirror_end(name, written, within=ENDS_WITHIN)
         except (Refused, Unavailable):
-            await self._daemon.job_cancel(name)
-
-    async def _end_mirror(self, name: str, *, within: float = JOB_WITHIN) -> None:
-        """Without force while both sides are in step: a mirror that is torn off while its connection is being
-        made anew has been seen to take the daemon with it, about one time in eight."""
-        job = (await self._daemon.jobs()).get(name)
-        if job is None or not in_step(job):
-            await self._daemon.job_cancel(name)
-            return
-        await self._daemon.tolerating("block-job-cancel", {"device": name, "force": False})
-        await self._daemon.job_end(name, within=within)
+            target, pid = self._serving.records[volume].endpoint, await self._daemon.pid()
+            if target is not None and pid is not None:
+                await asyncio.to_thread(connections.end, pid, (target.address, target.port))
+            await self._daemon.mirror_break(name, written)
 
     async def settled(self, volume: VolumeId) -> VolumeRecord:
         """The record, after what a crash has left half done was carried on or taken back."""

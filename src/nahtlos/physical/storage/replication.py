@@ -36,7 +36,7 @@ from nahtlos.physical.storage import graph
 from nahtlos.physical.storage.arrivals import check_replaceable
 from nahtlos.physical.storage.backup_targets import Range
 from nahtlos.physical.storage.backups import OwnDoor, in_thread, pieces
-from nahtlos.physical.storage.daemon import Job, JobStatus
+from nahtlos.physical.storage.daemon import Job, JobStatus, in_step
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.nbd import DIRTY
@@ -46,7 +46,6 @@ from nahtlos.physical.storage.relocation import (
     RECONNECT_SECONDS,
     Relocations,
     connection,
-    in_step,
     job_name,
 )
 from nahtlos.physical.storage.serving import Serving
@@ -421,7 +420,7 @@ class Replication:
             if name in jobs and in_step(jobs[name]):
                 await self._written_out_there(volume)
         if mirror_name(volume) in jobs:
-            await self._relocations.give_up_mirror(mirror_name(volume))
+            await self._relocations.give_up_mirror(volume, mirror_name(volume))
         await self._daemon.remove_nodes((graph.node_name("fill", volume), theirs_name(volume)))
         if _DIFFERS in await self._bitmaps(volume):
             await self._remove_bitmap(volume, _DIFFERS)

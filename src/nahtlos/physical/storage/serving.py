@@ -181,6 +181,11 @@ class Serving:
             await self.daemon.withdraw(export.id)
         await self._take_down(volume)
 
+    async def written_through(self, volume: VolumeId) -> Options | None:
+        """The export by which its servers write; None if there is none."""
+        export = (await self.daemon.exports()).get(volume)
+        return export.options if export is not None else None
+
     async def swap(self, old: Export, new: Export) -> None:
         """One export of the same name for another, at one go: clients come back before they notice."""
         await self.daemon.together(

@@ -13,7 +13,7 @@ import msgspec
 from nahtlos.model.config import RbdEndpoint, VolumeAttachment
 from nahtlos.model.errors import Conflict, Unavailable
 from nahtlos.physical.settings import CephSettings
-from nahtlos.physical.storage.ceph.images import ImageFacts
+from nahtlos.physical.storage.ceph.images import ImageFacts, facts_of
 from nahtlos.physical.storage.ceph.process import RbdProcess
 
 BLOCKED_SECONDS = 7 * 24 * 3600
@@ -49,9 +49,12 @@ async def let_go(rbd: RbdProcess, image: ImageFacts) -> None:
     """Nobody has it open on return: one that has died is shut out. Conflict while somebody has."""
     if len(image.clients) == 1 and await _silent(rbd, image):
         await fence(rbd, image.name)
-    elif image.clients:
+        return
+    # One that died may have been given up while it was asked.
+    now = facts_of(await rbd.ask("facts", name=image.name)) if image.clients else None
+    if now is not None and now.clients:
         raise Conflict(
-            f"'{image.name}' is open at {', '.join(image.clients)}",
+            f"'{image.name}' is open at {', '.join(now.clients)}",
             field="volume",
             remedy="detach it first",
         )

@@ -155,7 +155,7 @@ class CephStorage:
             if self._taken_over(image, target):
                 return
             await self._gateway.open(volume.id, volume.epoch)
-            await self._no_others(await self._owned(volume.id))
+            await self._no_others(volume.id)
             await self._gateway.copy(volume.id, target, bytes_per_second)
 
     async def relocate_progress(self, volume: VolumeId) -> CopyProgress:
@@ -491,11 +491,14 @@ class CephStorage:
             raise Refused(f"no host takes over '{image.name}'", field="volume")
         await self._note(image, {images.EPOCH: epoch, images.HOST: host, images.OFFER: None})
 
-    async def _no_others(self, image: ImageFacts) -> None:
+    async def _no_others(self, volume: VolumeId) -> None:
         """The gateway's own connection is the only one: what others write would not be copied. One that does
         not answer may be the gateway's earlier self, which died: Unavailable, it is asked again."""
+        image = await self._owned(volume)
         if len(image.clients) > 1:
             await clients.check_answers(self._rbd, image)
+            image = await self._owned(volume)  # one that died may have been given up while it was asked
+        if len(image.clients) > 1:
             raise Conflict(
                 f"'{image.name}' is still open at {', '.join(image.clients)}",
                 field="volume",

@@ -28,8 +28,8 @@ from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors
 from nahtlos.physical.storage.ceph.doors import SOCKET_FD, UNIT, Door, Options, View
-from nahtlos.physical.storage.daemon import Daemon, JobStatus
-from nahtlos.physical.storage.relocation import in_step, progress_of
+from nahtlos.physical.storage.daemon import Daemon, JobStatus, in_step
+from nahtlos.physical.storage.relocation import progress_of
 from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 from nahtlos.wire.credentials import write_file
 
@@ -85,8 +85,8 @@ class Gateway:
         if await self._ended():
             return
         await self._define()
-        await self._daemon.job_cancel(door.job)
         await self._withdraw(door, "hard")
+        await self._daemon.job_cancel(door.job)
         names = (doors.top_node, doors.fair_node, doors.rbd_node, doors.there_node)
         await self._daemon.remove_nodes(name(volume) for name in names)
         await self._drop_target(door)
@@ -186,6 +186,7 @@ class Gateway:
         if door.completed:
             raise Conflict(f"'{volume}' has left already", field="volume")
         await self._drop_target(door)
+        await self._serve(door)  # an agent that ended while a mirror was torn off left it withdrawn
         await self._keep(msgspec.structs.replace(door, target=None))
 
     def _door(self, volume: VolumeId) -> Door:
@@ -226,7 +227,7 @@ class Gateway:
         await self._daemon.remove_nodes((doors.rbd_node(door.volume),))
 
     async def _drop_target(self, door: Door) -> None:
-        await self._daemon.job_cancel(door.job)
+        await self._daemon.mirror_end(door.job, doors.export(door))
         names = (doors.target_node, doors.link_node, doors.hold_node)
         await self._daemon.remove_nodes(name(door.volume) for name in names)
 
