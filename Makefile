@@ -35,7 +35,7 @@ test-fast: setup ## run the tests that need neither root nor QEMU
 	@$(PYTHON) -m pytest -q -n auto --dist worksteal -m "not live" $(ARGS)
 
 test-live: releases image ## run the tests with real QEMU, packets and disks (needs root)
-	@$(PYTHON) -m pytest -q -m live $(ARGS)
+	@$(PYTHON) -m pytest -q -n auto --maxprocesses 3 --dist loadfile -m live $(ARGS)
 
 check: setup ## format, lint, types and import contracts
 	@.venv/bin/ruff format --check $(CODE)

@@ -201,6 +201,12 @@ class Stage:
             while (await self.progress()).phase is not CopyPhase.READY:
                 await asyncio.sleep(0.02)
 
+    async def failed(self) -> None:
+        """The copy has, on return."""
+        async with asyncio.timeout(WITHIN):
+            while (await self.progress()).phase is not CopyPhase.FAILED:
+                await asyncio.sleep(0.05)
+
     async def _copied(self, source: Host, target: Host, to: VolumeSpec) -> None:
         while True:
             progress = await self._survived(source, lambda: source.storage.relocate_progress(self.spec.id))

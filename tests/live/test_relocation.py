@@ -115,9 +115,7 @@ async def test_target_that_hangs_holds_the_writer_up_for_a_moment_only() -> None
         play.writer.longest = 0.0
         os.kill(pid, signal.SIGSTOP)
         try:
-            async with asyncio.timeout(20):
-                while (await play.progress()).phase is not CopyPhase.FAILED:
-                    await asyncio.sleep(0.05)
+            await play.failed()
             await play.goes_on()
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -160,6 +158,22 @@ async def test_a_copy_called_off_under_writes_takes_no_daemon_with_it() -> None:
             await play.home.storage.relocate_cancel(play.spec.id)
             assert (await play.progress()).phase is CopyPhase.NONE
             await play.goes_on()
+        assert await play.home.pid("qsd") == pid
+        assert await play.wrong() == []
+        assert play.writer.errors == 0
+
+
+async def test_a_target_lost_under_writes_takes_no_daemon_with_it() -> None:
+    async with stage("rell", VolumeFormat.RAW, size_mib=HUGE_MIB) as play, crowd(play):
+        await play.copy(bytes_per_second=1 << 20)
+        pid, away = await play.home.pid("qsd"), await play.other.pid("qsd")
+        await play.goes_on()
+        os.kill(away, signal.SIGSTOP)
+        try:
+            await play.failed()
+            await play.goes_on()
+        finally:
+            os.kill(away, signal.SIGCONT)
         assert await play.home.pid("qsd") == pid
         assert await play.wrong() == []
         assert play.writer.errors == 0

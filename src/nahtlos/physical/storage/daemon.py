@@ -32,6 +32,8 @@ COPIED_AT_ONCE = 2 << 20
 its way to a target any write waits behind it."""
 MIRROR = "mirror"
 """The type of a job."""
+WAITS_IF_FAILING: Mapping[str, object] = {"on-source-error": "stop", "on-target-error": "stop"}
+"""Of a mirror whose source is written meanwhile: one that ended by itself would do so under writes, too."""
 _POLL = 0.002
 _AS_WANTED_ALREADY = ("duplicate", "not found", "exists", "already", "Cannot find", "Failed to find")
 
@@ -58,6 +60,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Of a mirror: both sides are alike, and every further write goes to both before it is acknowledged."""
     failing: bool = False
     """It met an I/O error and waits."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing more comes of it."""
+        return self.status == JobStatus.CONCLUDED or self.failing
 
 
 def in_step(job: Job) -> bool:
@@ -289,7 +296,7 @@ class Daemon:
     async def mirror_break(self, job: str, written: Options | None) -> None:
         """The same, whatever its target does. A write on its way to both sides would find its mirror's memory
         freed (QEMU 7.2 to 11.1: the daemon dies, or bits of something else are cleared), so nobody writes:
-        clients are disconnected, and come back at once or a second later."""
+        clients are disconnected, and come back at once or a second later. See docs/decisions/0028."""
         found = (await self.jobs()).get(job)
         identity = str(written["id"]) if written is not None else ""
         torn = found is not None and found.type == MIRROR and found.status != JobStatus.CONCLUDED

@@ -18,7 +18,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import Deletion
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, MIRROR, Job, JobStatus
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, MIRROR, WAITS_IF_FAILING, Job, JobStatus
 from nahtlos.physical.storage.layers import LayerFiles
 from nahtlos.physical.storage.record import Layer, LayerRef, Merge, VolumeRecord, chain
 from nahtlos.physical.storage.serving import Serving
@@ -106,7 +106,7 @@ class Merging:
             if job is None:
                 raise Unavailable(f"the storage daemon was started anew while layers of '{volume}' merged")
             alike = job.status == JobStatus.READY and (job.actively_synced or job.type != MIRROR)
-            if alike or job.status == JobStatus.CONCLUDED:
+            if alike or job.over:
                 return job
             if time.monotonic() > until:
                 return None
@@ -222,7 +222,7 @@ class Merging:
         job = await self._wait(volume, until)
         if job is None:
             return False
-        if job.status == JobStatus.CONCLUDED or job.failing:
+        if job.over:
             raise await self._failed(volume, job)
         await asyncio.to_thread(_at_least, self._files.path(record.layer(merge.into)), 0)
         await self._serving.on_step("pivot.alike")
@@ -245,6 +245,7 @@ class Merging:
             "replaces": graph.format_node(LayerRef(volume, merge.layer)),
             "sync": "top",
             "copy-mode": "write-blocking",
+            **WAITS_IF_FAILING,
             "buf-size": COPIED_AT_ONCE,
             "auto-dismiss": False,
         }

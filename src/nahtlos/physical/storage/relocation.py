@@ -28,7 +28,7 @@ from nahtlos.model.ids import VolumeId
 from nahtlos.model.storage import CopyPhase, CopyProgress, VolumeSpec
 from nahtlos.physical.hypervisor import connections
 from nahtlos.physical.storage import decisions, graph
-from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, Job, JobStatus, in_step
+from nahtlos.physical.storage.daemon import COPIED_AT_ONCE, WAITS_IF_FAILING, Job, in_step
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.merging import Merging
 from nahtlos.physical.storage.record import LayerRef, Mode, VolumeRecord
@@ -67,8 +67,8 @@ def outcome(chain: tuple[str, ...] | None, remote: str, job: Job | None, below_t
 def progress_of(job: Job | None) -> CopyProgress:
     if job is None:
         return CopyProgress(phase=CopyPhase.NONE)
-    if job.status == JobStatus.CONCLUDED:
-        error = job.error or "the copy ended"
+    if job.over:
+        error = job.error or "one of both sides cannot be read or written any more"
         return CopyProgress(phase=CopyPhase.FAILED, done=job.done, total=job.total, error=error)
     phase = CopyPhase.READY if in_step(job) else CopyPhase.COPYING
     return CopyProgress(phase=phase, done=job.done, total=job.total, error=job.error)
@@ -113,7 +113,7 @@ class Relocations:
             return
         _check_leaves(record, volume)
         job = (await self._daemon.jobs()).get(job_name(volume.id))
-        if job is not None and job.status != JobStatus.CONCLUDED and record.endpoint == target:
+        if job is not None and not job.over and record.endpoint == target:
             await self._daemon.execute("block-job-set-speed", {"device": job.id, "speed": bytes_per_second})
             return
         await self.prepare(volume, target)
@@ -149,7 +149,7 @@ class Relocations:
             "target": graph.node_name("target", volume),
             "sync": "full",
             "copy-mode": "write-blocking",
-            "on-target-error": "report",
+            **WAITS_IF_FAILING,
             "auto-dismiss": False,
             "buf-size": COPIED_AT_ONCE,
             "speed": speed,
@@ -172,7 +172,10 @@ class Relocations:
             return CopyProgress(phase=CopyPhase.DONE)
         if record.endpoint is not None:
             await self._cut_if_silent(record.endpoint)
-        return progress_of((await self._daemon.jobs()).get(job_name(volume)))
+        job = (await self._daemon.jobs()).get(job_name(volume))
+        if job is not None and job.failing:
+            await self.give_up_mirror(volume, job.id)
+        return progress_of(job)
 
     async def _cut_if_silent(self, target: VolumeEndpoint) -> None:
         """A daemon that hangs takes what is sent and answers nothing, and writers wait: its connections

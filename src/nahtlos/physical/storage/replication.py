@@ -36,7 +36,7 @@ from nahtlos.physical.storage import graph
 from nahtlos.physical.storage.arrivals import check_replaceable
 from nahtlos.physical.storage.backup_targets import Range
 from nahtlos.physical.storage.backups import OwnDoor, in_thread, pieces
-from nahtlos.physical.storage.daemon import Job, JobStatus, in_step
+from nahtlos.physical.storage.daemon import WAITS_IF_FAILING, Job, JobStatus, in_step
 from nahtlos.physical.storage.encryption import LAYER_FORMAT
 from nahtlos.physical.storage.graph import Options
 from nahtlos.physical.storage.nbd import DIRTY
@@ -102,7 +102,7 @@ def rejoin_progress(jobs: Mapping[str, Job], volume: VolumeId) -> CopyProgress |
         return None
     done, total = (fill.done, fill.total) if fill else (0, 0)
     error = (mirror.error if mirror else "") or (fill.error if fill else "")
-    if mirror is None or fill is None or error or mirror.status == JobStatus.CONCLUDED:
+    if mirror is None or fill is None or error or mirror.over:
         error = error or "it was interrupted"
         return CopyProgress(phase=CopyPhase.FAILED, done=done, total=total, error=error)
     ready = fill.status == JobStatus.CONCLUDED and in_step(mirror)
@@ -305,7 +305,7 @@ class Replication:
             return
         await self.stop(volume.id)
         full = jobs.get(job_name(volume.id))
-        if changes is None or (full is not None and full.status != JobStatus.CONCLUDED):
+        if changes is None or (full is not None and not full.over):
             await self._relocations.start(volume, target, bytes_per_second=bytes_per_second)
             return
         if changes.since not in await self._steps(volume.id):
@@ -336,7 +336,7 @@ class Replication:
             "target": graph.node_name("target", volume),
             "sync": "none",
             "copy-mode": "write-blocking",
-            "on-target-error": "report",
+            **WAITS_IF_FAILING,
             "auto-dismiss": False,
         }
         await self._daemon.execute("blockdev-mirror", mirror)
@@ -356,7 +356,7 @@ class Replication:
                 while (job := (await self._daemon.jobs()).get(mirror_name(volume))) is not None:
                     if in_step(job):
                         return
-                    if job.status == JobStatus.CONCLUDED:
+                    if job.over:
                         raise Unavailable(f"the copy of '{volume}' takes nothing: {job.error}")
                     await asyncio.sleep(0.002)
         except TimeoutError:
@@ -406,7 +406,10 @@ class Replication:
     # --- progress ----------------------------------------------------------------------------------
 
     async def progress(self, volume: VolumeId) -> CopyProgress:
-        found = rejoin_progress(await self._daemon.jobs(), volume)
+        jobs = await self._daemon.jobs()
+        found, mirror = rejoin_progress(jobs, volume), jobs.get(mirror_name(volume))
+        if mirror is not None and mirror.failing:
+            await self._relocations.give_up_mirror(volume, mirror.id)
         return found if found is not None else await self._relocations.progress(volume)
 
     async def stop(self, volume: VolumeId) -> None:

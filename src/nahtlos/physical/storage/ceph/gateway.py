@@ -28,7 +28,7 @@ from nahtlos.physical.ports import Supervisor, Unit
 from nahtlos.physical.settings import AgentSettings, CephSettings
 from nahtlos.physical.storage.ceph import doors
 from nahtlos.physical.storage.ceph.doors import SOCKET_FD, UNIT, Door, Options, View
-from nahtlos.physical.storage.daemon import Daemon, JobStatus, in_step
+from nahtlos.physical.storage.daemon import WAITS_IF_FAILING, Daemon, in_step
 from nahtlos.physical.storage.relocation import progress_of
 from nahtlos.physical.storage.sockets import Patience, Peer, bound_connections
 from nahtlos.wire.credentials import write_file
@@ -135,7 +135,7 @@ class Gateway:
         if door.completed:
             return
         job = (await self._daemon.jobs()).get(door.job)
-        if job is not None and job.status != JobStatus.CONCLUDED and door.target == target:
+        if job is not None and not job.over and door.target == target:
             await self._daemon.execute("block-job-set-speed", {"device": job.id, "speed": bytes_per_second})
             return
         await self._drop_target(door)
@@ -149,7 +149,7 @@ class Gateway:
             "target": doors.target_node(volume),
             "sync": "full",
             "copy-mode": "write-blocking",
-            "on-target-error": "report",
+            **WAITS_IF_FAILING,
             "speed": bytes_per_second,
             "auto-dismiss": False,
         }
@@ -162,7 +162,10 @@ class Gateway:
         door = await self._settled(door)
         if door.completed:
             return CopyProgress(phase=CopyPhase.DONE)
-        return progress_of((await self._daemon.jobs()).get(door.job))
+        job = (await self._daemon.jobs()).get(door.job)
+        if job is not None and job.failing:
+            await self._daemon.mirror_break(job.id, doors.export(door))
+        return progress_of(job)
 
     async def complete(self, volume: VolumeId) -> None:
         door = await self._settled(self._door(volume))
