@@ -9,6 +9,7 @@ from planner_world import Cloud, Faults, host_id, running_cloud, server_id
 from nahtlos.model.blueprint import CampaignState, HostIntent, HostPhase, WaitKind
 from nahtlos.model.ids import HostId, ServerGroupId, ServerId
 from nahtlos.model.placement import GroupPolicy, ServerGroup
+from nahtlos.planner.groups import Neighbours
 from nahtlos.planner.place import room_for
 
 GROUP = ServerGroupId("web")
@@ -258,6 +259,24 @@ def assert_rules(cloud: Cloud) -> None:
             assert len(set(everywhere)) <= 2, here
     for server, pin in cloud.policy.pins.items():
         assert places.get(server, {pin}) == {pin}
+
+
+def test_who_is_on_the_way_decides_where_a_group_goes_whatever_becomes_of_that_host() -> None:
+    """A drain that is called off makes the host they leave a good one again, and another drain the one that
+    they go to a bad one: they would have left each other in both directions."""
+    old, new = host_id(1), host_id(3)
+    one, two, three = server_id(1), server_id(2), server_id(3)
+    name = ServerGroupId("one")
+    group = ServerGroup(id=name, policy=GroupPolicy.AFFINITY)
+    neighbours = Neighbours({name: group}, dict.fromkeys((one, two, three), name), lambda host: host == old)
+    for server, host in ((one, old), (two, old), (three, new)):
+        neighbours.take(host, server)
+    assert neighbours.home(two, old) == old
+    neighbours.take(new, one, moving=True)
+    for each in (neighbours, neighbours.copy()):
+        assert each.home(two, old) == new
+        assert each.why_not(three, old, new)
+        assert list(each.scattered()) == [(new, [two])]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

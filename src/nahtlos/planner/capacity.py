@@ -41,7 +41,7 @@ def _neighbours(draft: Draft) -> Neighbours:
         if owner := draft.servers.get(server):
             neighbours.take(owner.host, server)
         if (move := draft.moving.get(server)) and not move.in_place:
-            neighbours.take(move.destination, server)
+            neighbours.take(move.destination, server, moving=True)
     for host, status in leftovers(draft) if neighbours else ():
         if neighbours.policy(status.id) is GroupPolicy.ANTI_AFFINITY:
             neighbours.take(host, status.id)

@@ -257,7 +257,7 @@ class Draft:
         self.moving[move.server] = move
         if not move.in_place:  # the memory is shared
             self.rooms.admit(move.destination, move.server, self.size(move.server))
-            self.neighbours.take(move.destination, move.server)
+            self.neighbours.take(move.destination, move.server, moving=True)
             self.set_aside_for_groups()
 
     def set_aside_for_groups(self) -> None:

@@ -31,6 +31,8 @@ class Neighbours:
         self._group = {server: name for server, name in members.items() if name in groups}
         self._serves = serves
         self._places: dict[ServerGroupId, Places] = {}
+        self._bound: dict[ServerGroupId, HostId] = {}
+        """Where members of it are on their way to."""
 
     def __bool__(self) -> bool:
         """Whether there is any group to think of."""
@@ -45,6 +47,7 @@ class Neighbours:
             group: {server: set(hosts) for server, hosts in places.items()}
             for group, places in self._places.items()
         }
+        other._bound = dict(self._bound)
         return other
 
     def group(self, server: ServerId) -> ServerGroupId | None:
@@ -58,10 +61,13 @@ class Neighbours:
         policy = self.policy(server)
         return policy is not None and policy.is_hard
 
-    def take(self, host: HostId, server: ServerId) -> None:
+    def take(self, host: HostId, server: ServerId, *, moving: bool = False) -> None:
+        """`moving`: it is on its way there."""
         group = self._group.get(server)
         if group is not None:
             self._places.setdefault(group, {}).setdefault(server, set()).add(host)
+            if moving:
+                self._bound[group] = host
 
     def leave(self, host: HostId, server: ServerId) -> None:
         group = self._group.get(server)
@@ -85,10 +91,14 @@ class Neighbours:
 
     def home(self, server: ServerId, leaving: HostId | None) -> HostId | None:
         """The one host an affinity group leaves to `server`, which comes from `leaving`. None: any would do,
-        since all others are where it comes from. Of several, one that takes servers, with most members."""
+        since all others are where it comes from. Where one of it is on its way to, whatever speaks against
+        that by now: two would go apart. Else one that takes servers, with most members."""
         if all(host == leaving for _, host in self.others(server)):
             return None
-        places = self._places[self._group[server]].values()
+        group = self._group[server]
+        if group in self._bound:
+            return self._bound[group]
+        places = self._places[group].values()
         here = Counter(host for hosts in places for host in hosts)
         return min(here, key=lambda host: (not self._serves(host), -here[host], host))
 
