@@ -185,7 +185,7 @@ async def handed_over(hosts: Hosts) -> tuple[VmmId, VmmId]:
     await hosts.second.plug(server)
     await second.incoming_start(server, arriving.epoch, hosts.release, post_copy=True)
     uri = await second.incoming_listen(arriving, hosts.second.address)
-    await first.migrate_start(leaving, uri, peer=hosts.second.name, bandwidth=8 << 20, post_copy=True)
+    await first.migrate_start(leaving, uri, peer=hosts.second.name, bandwidth=2 << 20, post_copy=True)
     for _ in range(2):
         await first.migrate_post_copy(leaving)
     await asyncio.sleep(0.5)

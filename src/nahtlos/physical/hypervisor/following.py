@@ -19,8 +19,11 @@ from nahtlos.physical.ports import Missing
 
 ARRIVED = ("completed", "postcopy-active", "postcopy-paused", "postcopy-recover")
 """In which a destination has the devices of its server; whether it may run is told by its run state."""
+FOLLOWS = "postcopy-"
 CUT = "postcopy-paused"
 CUT_WITHIN = 5.0
+NOT_CUT_YET = "when postcopy is paused"
+"""QEMU's words while the stream it was told to let go of is on its way out."""
 BLOCK = 512
 
 
@@ -59,7 +62,7 @@ async def missing(vmm: Vmm, state: str) -> Missing:
     word = str((await vmm.execute("query-migrate")).get("status", ""))
     if word in (CUT, "failed"):
         return Missing.CUT
-    if word in ARRIVED and word != "completed":
+    if word.startswith(FOLLOWS):  # also those between the states above: they differ from release to release
         return Missing.COMING
     vmm.write_record(msgspec.structs.replace(record, post_copy=False))
     return Missing.NOTHING
@@ -69,16 +72,29 @@ async def wait_anew(vmm: Vmm, uri: str) -> None:
     """Of a destination: listen at `uri` for the rest. Refused if nothing is missing."""
     if not _waits(vmm):
         raise Refused(f"{vmm.id.unit} lacks nothing", field="vmm")
-    await _cut(vmm)
-    await vmm.execute("migrate-recover", {"uri": uri}, urgent=True)
+    until = time.monotonic() + CUT_WITHIN
+    while True:
+        await _cut(vmm)  # again: one that was just being taken up cannot be let go of yet
+        try:
+            await vmm.execute("migrate-recover", {"uri": uri}, urgent=True)
+        except Denied as denied:
+            lets_go = NOT_CUT_YET in denied.message and vmm.stream_word.startswith(FOLLOWS)
+            if not lets_go or time.monotonic() > until:
+                raise
+            await asyncio.sleep(0.02)
+        else:
+            return
 
 
 async def take_up(vmm: Vmm, uri: str) -> None:
     """Of a source: send the rest to `uri`. Unavailable if nobody waits there."""
-    await _cut(vmm)
     until = time.monotonic() + CUT_WITHIN
-    while (word := await _word(vmm)) != CUT:
-        if word not in ("postcopy-active", "postcopy-device"):
+    while True:
+        await _cut(vmm)
+        word = await _word(vmm)
+        if word == CUT:
+            break
+        if not word.startswith(FOLLOWS):
             raise Refused(f"{vmm.id.unit} has nothing left to send ({word})", field="vmm")
         if time.monotonic() > until:
             raise Unavailable(f"the stream of {vmm.id.unit} is not let go of within {CUT_WITHIN:g} s")
