@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,6 +106,16 @@ async def stop_clients(site: Site) -> None:
     for name in await site.host.supervisor.units():
         if name.startswith("client"):
             await site.host.supervisor.stop(name)
+
+
+async def answered(act: Callable[[], Awaitable[None]]) -> None:
+    """Again where a client that lives takes longer to answer the cluster than it may: machines are busy."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await act()
+            except Unavailable:
+                await asyncio.sleep(0.1)
 
 
 async def relocate(storage: Storage, volume: VolumeSpec, target: VolumeEndpoint) -> None:

@@ -135,7 +135,7 @@ class Client:
 
 
 class Stage:
-    def __init__(self, place: Place, form: VolumeFormat, size_mib: int) -> None:
+    def __init__(self, place: Place, form: VolumeFormat, size_mib: int = SIZE_MIB) -> None:
         self.place = place
         self.hosts = (place.host("host-1"), place.host("host-2"))
         self.spec = msgspec.structs.replace(

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 import pytest
 from ceph_host import ceph_storage, cluster, in_ceph, inside
-from ceph_site import Site, relocate, stop_clients
+from ceph_site import Site, answered, relocate, stop_clients
 from nbd_writer import BLOCK
 from physical_host import Place, volume_on
 from test_storage import Writer, block, stand_in
@@ -318,7 +318,7 @@ async def test_volume_goes_to_ceph_and_back_while_it_is_written(site: Site) -> N
     target = site.endpoint(site.host, home, site.host.settings.nbd_port)
     await both.receive(home)
     with pytest.raises(Conflict, match="still open"):
-        await both.relocate_start(there, target, bytes_per_second=0)
+        await answered(lambda: both.relocate_start(there, target, bytes_per_second=0))
     await stop_clients(site)
     await both.serve(there)
     through = site.disk(await stand_in(site.host, "data.e2", name="through", port=site.storage.nbd_port))
@@ -344,7 +344,7 @@ async def test_volume_leaves_the_pool_while_it_is_written(site: Site) -> None:
     target = site.endpoint(site.host, home, site.host.settings.nbd_port)
     direct = await site.client("data")
     with pytest.raises(Conflict, match="still open"):
-        await site.storage.relocate_start(volume, target, bytes_per_second=0)
+        await answered(lambda: site.storage.relocate_start(volume, target, bytes_per_second=0))
     for number in range(100, 110):
         direct.write(number, block(number))
     await stop_clients(site)
