@@ -93,7 +93,8 @@ class VolumeConductor(Conductor):
     def client(self, server: ServerId) -> VolumeClient:
         place, epoch = self.places[server]
         at = next(peer for peer in self.peers() if peer.host == place)
-        return VolumeClient(server=server, at=at, attachments=self.server_config(server, epoch).all_volumes)
+        volumes = self.server_config(server, epoch).all_volumes
+        return VolumeClient(server=server, at=at, attachments=volumes, epoch=epoch)
 
     def server_config(self, server: ServerId, epoch: int) -> ServerConfig:
         config = super().server_config(server, epoch)

@@ -8,27 +8,31 @@ from typing import Any
 
 import pytest
 
-from nahtlos.model.config import HostConfig
+from nahtlos.model.config import HostConfig, ServerConfig, VolumeAttachment
 from nahtlos.model.errors import Conflict, Refused, Unavailable
-from nahtlos.model.ids import BackupId, HostId, OperationId, VolumeId
+from nahtlos.model.ids import BackupId, HostId, OperationId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationKind, OperationState
-from nahtlos.model.nouns import HostRole, HostSpec
+from nahtlos.model.nouns import HostRole, HostSpec, ServerSpec, Size
 from nahtlos.model.storage import BackupSpec, Replica, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal, Ledger, Role
 from nahtlos.physical.agent.report import operation_status
 from nahtlos.physical.agent.volumes import scrub, single
-from nahtlos.physical.agent.volumes.peers import answer_volume
+from nahtlos.physical.agent.volumes.freeze import owned
+from nahtlos.physical.agent.volumes.peers import answer_volume, carry_out
 from nahtlos.physical.agent.volumes.scrub import Scrub
 from nahtlos.physical.agent.volumes.tasks import kind_of, task_for
 from nahtlos.physical.ports import BackupResult, Crash
 from nahtlos.wire.messages import Message
 from nahtlos.wire.volumes import (
     BackupOrder,
+    GuestFreeze,
     RestoreOrder,
     ScrubOrder,
+    VolumeAttach,
     VolumeDigest,
     VolumeDigested,
+    VolumeFreeze,
     VolumeMark,
     VolumeTask,
 )
@@ -38,6 +42,10 @@ VOLUME = VolumeSpec(id=VolumeId("v"), size_mib=256, image=None, host=ME)
 BASE = BackupSpec(id=BackupId("base"), volume=VOLUME.id, target="/srv")
 BACKUP = BackupSpec(id=BackupId("next"), volume=VOLUME.id, target="/srv", base=BASE.id)
 ID = OperationId("op-1")
+SERVER = ServerSpec(
+    id=ServerId("web"), size=Size(vcpus=1, memory_mib=128), volume=VOLUME.id, ports=(), machine="m"
+)
+AT_A, AT_B = (VolumeAttachment(volume=VOLUME.id, address=a, port=1, export="v.e1") for a in ("a", "b"))
 
 
 class Store:
@@ -351,4 +359,26 @@ async def test_other_hosts_are_answered_and_strangers_are_not(tmp_path: Path) ->
     assert await answer_volume(given, ask, f"host/{OTHER}") == VolumeDigested(sha256=b"\x00\x01")
     await answer_volume(given, VolumeMark(volume=VOLUME.id, epoch=2, problem="p"), f"host/{OTHER}")
     assert copy.marked == "2 p"
+    given.ledger.close()
+
+
+async def test_a_host_that_missed_where_its_server_went_does_not_act_for_it(tmp_path: Path) -> None:
+    """It was cut off, and knows the server by an epoch that is over: what it would lead to a copy, or make
+    stand still, is not what writes."""
+    given = context(tmp_path, Store())
+    held = ServerConfig(spec=SERVER, epoch=1, volume=AT_A)
+    given.ledger.own(held)
+    named: dict[str, Any] = {"id": ID, "server": SERVER.id, "epoch": 2}
+    for late in (
+        VolumeAttach(**named, attachment=AT_B),
+        VolumeFreeze(**named, seconds=1.0),
+        GuestFreeze(**named, seconds=1.0),
+    ):
+        with pytest.raises(Conflict) as refused:
+            await carry_out(given, late)
+        assert refused.value.field == "server"
+    owner = given.ledger.owner(SERVER.id)
+    assert owner is not None
+    assert owner.server == held
+    assert owned(given, SERVER.id, 1) == owner
     given.ledger.close()

@@ -77,6 +77,20 @@ async def test_a_lost_copy_is_counted_and_the_last_one_is_never_lost(store: Stor
             await volumes.lose_copy(tx, VolumeId("no"), host(1))
 
 
+async def test_a_copy_being_made_does_not_count_once_its_server_is_started_anew(store: Store) -> None:
+    async with store.writing() as tx:
+        await volumes.add(tx, volume("a", 1, 2, 3))
+        await volumes.lose_copy(tx, A, host(2))
+        at_order = await volumes.losses_at(tx, A, host(2))
+        await volumes.fence(tx, A, (host(3),))
+        assert await volumes.losses_at(tx, A, host(2)) > at_order
+        assert await volumes.losses_at(tx, A, host(1)) == 0
+        fenced = await volumes.get(tx, A)
+        assert fenced is not None
+        assert fenced.current == (host(1),)
+        assert fenced.at(host(1)).epoch == fenced.newest_epoch
+
+
 async def test_wishes_are_numbered_and_never_twice(store: Store) -> None:
     async with store.writing() as tx:
         first = await volumes.add_wish(tx, Relocation(volume=A), 1.0)

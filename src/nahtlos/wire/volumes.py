@@ -35,6 +35,8 @@ class VolumeClient(msgspec.Struct, frozen=True, kw_only=True):
     at: PeerAddress
     attachments: tuple[VolumeAttachment, ...]
     """As they are when the order is made."""
+    epoch: int = 0
+    """Of the server then: a host that knows it by an older one only does not own it any more."""
 
 
 class VolumeOrder(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -283,6 +285,7 @@ class VolumeFreeze(Message, frozen=True, kw_only=True):
 
     id: OperationId
     server: ServerId
+    epoch: int = 0
     seconds: float
 
 
@@ -301,6 +304,7 @@ class GuestFreeze(Message, frozen=True, kw_only=True):
 
     id: OperationId
     server: ServerId
+    epoch: int = 0
     seconds: float
 
 
@@ -361,6 +365,7 @@ class VolumeAttach(Message, frozen=True, kw_only=True):
 
     id: OperationId
     server: ServerId
+    epoch: int = 0
     attachment: VolumeAttachment
     instead_of: VolumeEndpoint | None = None
     """The copy whose place the one of `attachment.copies` takes. Where the server reaches the volume by

@@ -281,6 +281,7 @@ def _clients(world: World, task: PlannedVolumeTask) -> tuple[VolumeClient, ...]:
                 VolumeClient(
                     server=server,
                     at=peer,
+                    epoch=world.blueprint.servers[server].epoch,
                     attachments=tuple(
                         told
                         for name in world.policy.servers[server].all_volumes

@@ -158,13 +158,14 @@ async def lose_copy(tx: AsyncConnection, volume: VolumeId, host: HostId) -> Volu
 
 async def fence(tx: AsyncConnection, volume: VolumeId, gone: Collection[HostId]) -> None:
     """Before its server is started anew: copies on hosts that are `gone` are not current any more, and the
-    others are served by a later epoch, so that nothing that still holds the old exports writes. Conflict if
-    no other copy is current."""
+    others are served by a later epoch, so that nothing that still holds the old exports writes. What is being
+    made current does not count: the server that was led to it is not the one that writes. Conflict if no
+    other copy is current."""
     spec = await get(tx, volume)
     if spec is None or spec.backend is not StorageBackend.EMBEDDED:
         return
-    for host in spec.current:
-        if host in gone:
+    for host in (copy.host for copy in spec.copies):
+        if host in gone or host not in spec.current:
             spec = await lose_copy(tx, volume, host)
     epoch = spec.newest_epoch + 1
     spec = msgspec.structs.replace(spec, replicas=pinned_epochs(spec))

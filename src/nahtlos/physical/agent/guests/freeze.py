@@ -23,7 +23,7 @@ from nahtlos.wire.volumes import GuestFreeze, GuestThaw
 
 async def freeze(context: Context, body: GuestFreeze) -> None:
     """Returns when the guest says that its file systems stand still."""
-    held = owned(context, body.server)
+    held = owned(context, body.server, body.epoch)
     known = context.guest_freezes.get(body.server)
     if known is not None:
         raise Conflict(f"{body.server} is frozen by {known.operation}", field=asking.FIELD)

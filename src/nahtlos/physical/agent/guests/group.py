@@ -87,7 +87,9 @@ class FrozenGuests:
     ) -> None:
         """Where it was frozen: there, or wherever it has moved to meanwhile."""
         server, expected = client.server, client.at.host
-        body = GuestFreeze(id=self._order.id, server=server, seconds=self._order.freeze_seconds)
+        body = GuestFreeze(
+            id=self._order.id, server=server, epoch=client.epoch, seconds=self._order.freeze_seconds
+        )
         why: Error = Unavailable(f"no host says that it owns {server}", field="server")
         for host in (expected, *(each for each in self._hosts.all if each != expected)):
             places[server] = host  # it may be frozen also if that is not said in time

@@ -23,11 +23,12 @@ RESUME_WITHIN = 2.0
 """After that convergence does it, which looks at everything first."""
 
 
-def owned(context: Context, server: ServerId) -> Ownership:
+def owned(context: Context, server: ServerId, epoch: int = 0) -> Ownership:
     """Conflict unless this host owns the server; Unavailable while an operation of it runs. Who is to be led
-    by a copy must tell them apart: a server that no host owns for long counts as gone."""
+    by a copy must tell them apart: a server that no host owns for long counts as gone. `epoch`: by which at
+    least: a host that was cut off may not have heard that its server runs elsewhere since."""
     held = context.ledger.owner(server)
-    if held is None or held.hold is not Hold.OWNED:
+    if held is None or held.hold is not Hold.OWNED or held.epoch < epoch:
         raise Conflict(f"{context.settings.host} does not own {server}", field="server")
     running = context.ledger.running(server)
     if running is not None:
@@ -81,7 +82,7 @@ def _path(attachment: VolumeAttachment) -> tuple[object, ...]:
 
 async def freeze(context: Context, body: VolumeFreeze) -> None:
     """Returns when the guest stands still: no write of it is on its way any more."""
-    held = owned(context, body.server)
+    held = owned(context, body.server, body.epoch)
     known = context.freezes.get(body.server)
     if known is not None and known.operation != body.id:
         raise Conflict(f"{body.server} is frozen by {known.operation}", field="server")

@@ -165,7 +165,7 @@ async def _attach(context: Context, body: VolumeAttach) -> None:
     """Written down first: should its VMM end meanwhile, it is started with the new path. Until this was
     answered both paths lead to the same data. Unavailable while a VMM of it is being started, which is led by
     what was written down before: what that writes would be missing where this is to lead."""
-    held = owned(context, body.server)
+    held = owned(context, body.server, body.epoch)
     if body.server in context.starting:
         raise Unavailable(f"{body.server} is just being started", field="server")
     attachment = without(body.attachment, lost_exports(context.ledger))

@@ -255,7 +255,9 @@ class Rebuild(CopyOperation[RebuildOrder]):
         does not for long, Refused if that is cancelled."""
         client = self._order.client
         assert client is not None
-        body = VolumeAttach(id=self._order.id, server=client.server, attachment=attachment)
+        body = VolumeAttach(
+            id=self._order.id, server=client.server, epoch=client.epoch, attachment=attachment
+        )
         since = self._context.now()
         while True:
             others = [host for host in self._hosts.all if host != client.at.host]

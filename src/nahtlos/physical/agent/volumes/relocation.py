@@ -240,7 +240,11 @@ class Relocation(CopyOperation[RelocateOrder]):
         if client is None:
             return
         body = VolumeAttach(
-            id=self._order.id, server=client.server, attachment=attachment, instead_of=instead_of
+            id=self._order.id,
+            server=client.server,
+            epoch=client.epoch,
+            attachment=attachment,
+            instead_of=instead_of,
         )
         answers = list[str]()
         for host in dict.fromkeys((client.at.host, *self._hosts.all)):

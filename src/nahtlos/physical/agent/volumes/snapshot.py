@@ -204,7 +204,8 @@ class GroupSnapshot:
 
     async def _freeze(self, server: ServerId, expected: HostId) -> HostId:
         """Where it was frozen: there, or wherever it has moved to meanwhile."""
-        body = VolumeFreeze(id=self._order.id, server=server, seconds=self._order.stop_seconds)
+        epoch = next((each.epoch for each in self._order.clients if each.server == server), 0)
+        body = VolumeFreeze(id=self._order.id, server=server, epoch=epoch, seconds=self._order.stop_seconds)
         others = [host for host in self._hosts.all if host != expected]
         why = ""
         for host in (expected, *others):
