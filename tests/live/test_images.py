@@ -18,7 +18,7 @@ from nahtlos.model.ids import ImageId
 from nahtlos.model.storage import VolumeFormat
 from nahtlos.physical.hypervisor.bundle import Bundle, read_bundle
 from nahtlos.physical.storage import images as images_module
-from nahtlos.physical.storage.confinement import Allowance, run_confined
+from nahtlos.physical.storage.confinement import Allowance, Confined, run_confined
 from nahtlos.physical.storage.images import ImageFolder, image_tool
 from nahtlos.physical.storage.probe import ImageLimits
 
@@ -254,22 +254,36 @@ async def test_killed_conversion_goes_on_where_it_was(
     assert folder.path(NAME).read_bytes() == data
 
 
-async def test_jail_lets_nothing_out(bundle: Bundle, tmp_path: Path) -> None:
-    """A program of ours in the place of qemu-img: a statically linked one looks around."""
-    program = tmp_path / "look.c"
-    program.write_text(LOOK)
+async def confined(bundle: Bundle, tmp_path: Path, source: str) -> Confined:
+    """A program of ours in the place of qemu-img, statically linked, with what an image is allowed."""
+    program = tmp_path / "program.c"
+    program.write_text(source)
     root = tmp_path / "root"
     root.mkdir()
-    subprocess.run(["gcc", "-static", "-o", root / "look", program], check=True, timeout=60)
+    subprocess.run(["gcc", "-static", "-o", root / "program", program], check=True, timeout=60)
     (tmp_path / "in").write_bytes(b"x" * 512)
     fake = msgspec.structs.replace(bundle, root=root)
     descriptor = os.open(tmp_path / "in", os.O_RDONLY)
     try:
-        found = await run_confined(
-            fake, (str(root / "look"),), folder=tmp_path / "jail", read=descriptor, allowance=Allowance()
+        return await run_confined(
+            fake,
+            (str(root / "program"),),
+            folder=tmp_path / "jail",
+            read=descriptor,
+            allowance=Allowance(memory_bytes=images_module.WORKING_MEMORY),
         )
     finally:
         os.close(descriptor)
+
+
+async def test_limits_of_the_jail_hold_a_pool_of_threads(bundle: Bundle, tmp_path: Path) -> None:
+    """QEMU's has 64 while reads are slow, each with a stack and a heap."""
+    found = await confined(bundle, tmp_path, THREADS)
+    assert (found.output, found.exit_code) == ("64 threads\n", 0), found
+
+
+async def test_jail_lets_nothing_out(bundle: Bundle, tmp_path: Path) -> None:
+    found = await confined(bundle, tmp_path, LOOK)
     lines = found.output.split("\n")
     assert "passwd 2" in lines, found
     assert "write-in 30" in lines and "write-root 30" in lines, found
@@ -278,6 +292,29 @@ async def test_jail_lets_nothing_out(bundle: Bundle, tmp_path: Path) -> None:
     assert "socket-made" not in lines
 
 
+THREADS = r"""
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+static void *work(void *unused) {
+    volatile char *memory = malloc(1 << 16);
+    if (memory) memory[0] = 1;
+    pause();
+    return NULL;
+}
+int main(void) {
+    pthread_t thread;
+    int made = 0;
+    while (made < 64 && pthread_create(&thread, NULL, work, NULL) == 0) {
+        made++;
+        usleep(2000);
+    }
+    printf("%d threads\n", made);
+    fflush(stdout);
+    _exit(0);
+}
+"""
 LOOK = r"""
 #include <errno.h>
 #include <fcntl.h>
