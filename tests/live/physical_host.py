@@ -10,8 +10,10 @@ import shutil
 import struct
 import subprocess
 import tempfile
-import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from nahtlos.model.config import ServerConfig, VolumeAttachment
 from nahtlos.model.ids import HostId, ImageId, NetworkId, PortId, ReleaseId, ServerId, VolumeId
@@ -33,6 +35,7 @@ IMAGES = Path(os.environ.get("NAHTLOS_IMAGES", BUILD / "images"))
 TUNSETIFF = 0x400454CA
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 CLONE_NEWNET = 0x40000000
+T = TypeVar("T")
 ADDRESSES = ipaddress.ip_network("127.20.0.0/24")
 
 
@@ -77,20 +80,26 @@ class Place:
 
     def tap(self, name: str) -> int:
         """A descriptor of a new tap in the namespace."""
-        opened: list[int] = []
 
-        def open_inside() -> None:
-            with Path(f"/run/netns/{self.namespace}").open() as namespace:
-                assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) == 0
+        def opened() -> int:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP_FLAGS))
-            opened.append(fd)
+            return fd
 
-        thread = threading.Thread(target=open_inside)
-        thread.start()
-        thread.join()
+        fd = self.inside(opened)
         _run("ip", "-n", self.namespace, "link", "set", name, "up")
-        return opened[0]
+        return fd
+
+    def inside(self, act: Callable[[], T]) -> T:
+        """In the namespace, by a thread that goes there."""
+
+        def there() -> T:
+            with Path(f"/run/netns/{self.namespace}").open() as namespace:
+                assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET) == 0
+            return act()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(there).result()
 
 
 class Host:

@@ -22,6 +22,7 @@ from nahtlos.physical.hypervisor.qmp import ANSWER_WITHIN, Answer, Arguments, De
 from nahtlos.physical.ports import Supervisor
 from nahtlos.physical.storage.definition import UNIT
 from nahtlos.physical.storage.graph import Export, Options, parsed_export
+from nahtlos.physical.storage.newcomers import Doorkeeper
 
 MONITOR_WITHIN = 20.0
 ENDS_WITHIN = 2.0
@@ -84,6 +85,20 @@ class Graph(msgspec.Struct, frozen=True):
         return self.edges.get((node, "backing"), self.edges.get((node, "file")))
 
 
+class Monitor:
+    """A connection to the one of this process, and what sees to it that it answers: see `newcomers`."""
+
+    def __init__(self, qmp: Qmp, pid: int | None) -> None:
+        self.qmp = qmp
+        self._doorkeeper = Doorkeeper(pid) if pid is not None else None
+
+    async def execute(
+        self, command: str, arguments: Arguments | None = None, *, within: float = ANSWER_WITHIN
+    ) -> Answer:
+        answer = self.qmp.execute(command, arguments, within=within)
+        return await (self._doorkeeper.attended(answer) if self._doorkeeper else answer)
+
+
 class Daemon:
     def __init__(self, supervisor: Supervisor, qmp: Path, log: Path, unit: str = UNIT) -> None:
         self.unit = unit
@@ -92,15 +107,15 @@ class Daemon:
         self.corrupted: dict[str, str] = {}
         """Nodes of images that were found corrupted, and what was said."""
         self._supervisor = supervisor
-        self._qmp: Qmp | None = None
+        self._held: Monitor | None = None
         self._connecting = asyncio.Lock()
         self._listeners: list[OnEvent] = []
 
     async def close(self) -> None:
         """Let go of the monitor. The daemon runs on."""
-        qmp, self._qmp = self._qmp, None
-        if qmp is not None:
-            await qmp.close()
+        monitor, self._held = self._held, None
+        if monitor is not None:
+            await monitor.qmp.close()
 
     def on_event(self, listener: OnEvent) -> None:
         self._listeners.append(listener)
@@ -154,8 +169,8 @@ class Daemon:
 
     async def outcomes(self, *commands: Command) -> tuple[BaseException | None, ...]:
         """The same, and of each whether it was refused."""
-        qmp = await self._monitor(MONITOR_WITHIN)
-        answers = (qmp.execute(command, arguments) for command, arguments in commands)
+        monitor = await self._monitor(MONITOR_WITHIN)
+        answers = (monitor.execute(command, arguments) for command, arguments in commands)
         results = await asyncio.gather(*answers, return_exceptions=True)
         return tuple(result if isinstance(result, BaseException) else None for result in results)
 
@@ -199,8 +214,8 @@ class Daemon:
 
     async def exports(self, within: float = MONITOR_WITHIN) -> dict[VolumeId, Export]:
         """Of volumes, those that are on their way out left out."""
-        qmp = await self._monitor(within)
-        found = cast("list[dict[str, object]]", (await qmp.execute("query-block-exports"))["value"])
+        monitor = await self._monitor(within)
+        found = cast("list[dict[str, object]]", (await monitor.execute("query-block-exports"))["value"])
         parsed = (parsed_export(str(each["id"])) for each in found if not each.get("shutting-down"))
         return {export.volume: export for export in parsed if export is not None}
 
@@ -330,14 +345,17 @@ class Daemon:
 
     # --- monitor -----------------------------------------------------------------------------------
 
-    async def _monitor(self, within: float) -> Qmp:
+    async def _monitor(self, within: float) -> Monitor:
         async with self._connecting:
-            qmp = self._qmp
-            if qmp is not None and qmp.open and qmp.loop is asyncio.get_running_loop():
-                return qmp
+            held = self._held
+            if held is not None and held.qmp.open and held.qmp.loop is asyncio.get_running_loop():
+                return held
             await self.close()
-            self._qmp = await self._connected(within)
-            return self._qmp
+            qmp, pid = await self._connected(within), None
+            with suppress(Unavailable):  # a supervisor that is just replaced; nothing depends on it
+                pid = await self.pid()
+            self._held = Monitor(qmp, pid)
+            return self._held
 
     async def _connected(self, within: float) -> Qmp:
         try:

@@ -7,7 +7,7 @@ Accepted connections inherit all of it from their listening socket, so that one 
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,6 +59,24 @@ def cut_connections(pid: int, peer: Peer) -> int:
     return _each(pid, peer, lambda sock: sock.shutdown(socket.SHUT_RDWR))
 
 
+def socket_inodes(pid: int) -> frozenset[int]:
+    """Of whatever kind they are; each names one connection until it is closed. None if it has ended."""
+    return frozenset(inode for _, inode in _sockets(pid))
+
+
+def cut_accepted(pid: int, inodes: Collection[int]) -> int:
+    """End those of these connections that came to one of its listening sockets; how many there were."""
+    connections = [(sock, os.fstat(sock.fileno()).st_ino) for sock in _connections(pid)]
+    served = {_port(sock) for sock, _ in connections if _listens(sock)}
+    count = 0
+    for sock, inode in connections:
+        with sock, suppress(OSError):  # it may end in between
+            if inode in inodes and not _listens(sock) and _port(sock) in served:
+                sock.shutdown(socket.SHUT_RDWR)
+                count += 1
+    return count
+
+
 def peers(pid: int) -> tuple[Peer, ...]:
     """The other ends of all its TCP connections, each as often as there are connections."""
     found: list[Peer] = []
@@ -85,7 +103,7 @@ def _connections(pid: int) -> Iterator[socket.socket]:
     except ProcessLookupError:
         return
     try:
-        for number in _socket_numbers(pid):
+        for number, _ in _sockets(pid):
             try:
                 sock = socket.socket(fileno=take_descriptor(pidfd, number))
             except OSError:
@@ -98,14 +116,24 @@ def _connections(pid: int) -> Iterator[socket.socket]:
         os.close(pidfd)
 
 
-def _socket_numbers(pid: int) -> list[int]:
-    found: list[int] = []
+def _sockets(pid: int) -> list[tuple[int, int]]:
+    """(descriptor, inode)"""
+    found: list[tuple[int, int]] = []
     with suppress(OSError):
         for path in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                if str(path.readlink()).startswith("socket:"):
-                    found.append(int(path.name))
+                kind, _, inode = str(path.readlink()).partition(":")
+                if kind == "socket":
+                    found.append((int(path.name), int(inode.strip("[]"))))
     return found
+
+
+def _listens(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
+
+
+def _port(sock: socket.socket) -> int:
+    return int(sock.getsockname()[1])
 
 
 def _peer(sock: socket.socket) -> Peer:
