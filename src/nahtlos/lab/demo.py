@@ -45,7 +45,7 @@ from nahtlos.runtime.evidence.report_contents import Evidence, Report
 from nahtlos.runtime.evidence.text import render_text
 
 SERVER_SIZE = Size(vcpus=1, memory_mib=256)
-MEMORY_MIB = 32
+MEMORY_MIB, MEMORY_MB_PER_S = 32, 4.0
 UP_SECONDS = 90.0
 CAMPAIGN_SECONDS = 600.0
 WARM_UP_SECONDS = 1.5
@@ -62,14 +62,12 @@ class Traffic:
     """Between two lines over TCP; `page_seconds`: between two HTTP requests."""
     page_seconds: float
     disk_per_s: float
-    memory_mb_per_s: float
 
 
 TRAFFIC = (
-    Traffic(packets_per_second=210, line_seconds=0.05, page_seconds=0.2, disk_per_s=10.0, memory_mb_per_s=4),
-    Traffic(packets_per_second=105, line_seconds=0.1, page_seconds=0.4, disk_per_s=5.0, memory_mb_per_s=4),
-    Traffic(packets_per_second=50, line_seconds=0.2, page_seconds=0.8, disk_per_s=5.0, memory_mb_per_s=4),
-    Traffic(packets_per_second=25, line_seconds=0.4, page_seconds=1.6, disk_per_s=2.0, memory_mb_per_s=1),
+    Traffic(packets_per_second=210, line_seconds=0.05, page_seconds=0.2, disk_per_s=10.0),
+    Traffic(packets_per_second=105, line_seconds=0.1, page_seconds=0.4, disk_per_s=5.0),
+    Traffic(packets_per_second=50, line_seconds=0.2, page_seconds=0.8, disk_per_s=5.0),
 )
 """The first that leaves ROOM of the processors is taken: emulated guests that want more than there is answer
 late whatever is done to them, and a demo would show the machine instead of the moves."""
@@ -174,7 +172,7 @@ class Demo:
         await self._outside.set_load(
             ip,
             memory_mib=MEMORY_MIB,
-            memory_mb_per_s=self._traffic.memory_mb_per_s,
+            memory_mb_per_s=MEMORY_MB_PER_S,
             disk_per_s=self._traffic.disk_per_s,
         )
 
