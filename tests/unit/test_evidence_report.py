@@ -90,6 +90,18 @@ def test_one_damage_breaks_one_promise(damage: Damage, promise: str) -> None:
     assert not report.kept
 
 
+@pytest.mark.parametrize(("before", "kept"), [(None, False), (48.0, False), (52.0, True)])
+def test_on_a_machine_that_boots_slowly_a_server_created_meanwhile_may_be_slow(
+    before: float | None, kept: bool
+) -> None:
+    damage = Damage(late_seconds=75.0)
+    evidence = msgspec.structs.replace(samples.evidence(damage), booted_seconds=before)
+    report = build_report(evidence, samples.probe(damage))
+    said = report.promises[-1]
+    assert said.kept is kept
+    assert ("before it" in said.figure) is (before is not None)
+
+
 def test_a_server_that_falls_silent_is_a_loss_and_a_gap() -> None:
     report = report_of(Damage(silent_from={"web-2": 140.0}))
     web = next(s for s in report.servers if s.name == "web-2")

@@ -87,6 +87,7 @@ class Demo:
         self._plan = out / "probe-plan.json"
         self._probed: list[dict[str, str | float]] = []
         self._created: tuple[str, ...] = ()
+        self._booted_seconds: float | None = None
         self._silent: set[str] = set()
         """Servers that never answered: nothing can be asked of them, and the report says so."""
         self._traffic = TRAFFIC[0]
@@ -136,12 +137,14 @@ class Demo:
 
     async def _create_servers(self, client: OperatorClient) -> None:
         names = [f"vm-{i + 1}" for i in range(self._count)]
+        asked = time.monotonic()
         for name in names:
             server = await client.create_server(_request(name))
             self._probed.append({"name": name, "ip": server.ip})
         await asyncio.gather(
             *(self._outside.until_up(str(p["ip"]), timeout=UP_SECONDS) for p in self._probed)
         )
+        self._booted_seconds = time.monotonic() - asked
         await self._until_running(client, len(names))
 
     async def _until_running(self, client: OperatorClient, count: int) -> None:
@@ -294,6 +297,7 @@ class Demo:
             ),
             made_at=time.time(),
             created=self._created,
+            booted_seconds=self._booted_seconds,
         )
         save_evidence(self._out, evidence)
         report = collect(self._out)

@@ -304,7 +304,9 @@ def _created(
     if evidence.created is None:
         return None
     probed = {s.name: s for s in probe.summary.servers} if probe is not None else {}
-    return tuple(_created_server(name, probed.get(name), campaign) for name in evidence.created)
+    before = round(evidence.booted_seconds, 3) if evidence.booted_seconds is not None else None
+    seen = (_created_server(name, probed.get(name), campaign) for name in evidence.created)
+    return tuple(msgspec.structs.replace(each, booted_before_seconds=before) for each in seen)
 
 
 def _created_server(name: str, seen: ServerProbe | None, campaign: CampaignFigures) -> CreatedServer:

@@ -24,6 +24,8 @@ class Evidence(Value, frozen=True, kw_only=True):
     created: tuple[str, ...] | None = None
     """Servers created while it ran. None: this run did not set out to create any, and promises nothing
     of that kind."""
+    booted_seconds: float | None = None
+    """How long the slowest of those that were created together before the campaign took, as of `created`."""
 
 
 class CampaignFigures(Value, frozen=True, kw_only=True, rename={"from_release": "from", "to_release": "to"}):
@@ -156,6 +158,8 @@ class CreatedServer(Value, frozen=True, kw_only=True):
     """It was asked for while the campaign ran."""
     seconds: float | None
     """From asking for it to its first answer on every service."""
+    booted_before_seconds: float | None = None
+    """What the slowest of the servers created together before the campaign took, on the same machine."""
 
 
 class ProbeFigures(Value, frozen=True, kw_only=True):
