@@ -247,6 +247,45 @@ def test_what_cold_processes_took_lately_is_predicted_whatever_the_way() -> None
     assert (error_p90(steady, learn([])) or 0.0) > 0.2
 
 
+def timed(*, brownout: float, rest: float, server: int = 1, dirty_mib: int = 0) -> Sample:
+    """Of a link that carries 128 MiB/s."""
+    one = sample(50.0, server=server, dirty_mib=dirty_mib, link_mib=128)
+    return msgspec.structs.replace(one, brownout_seconds=brownout, seconds=brownout + rest + 0.05)
+
+
+def test_what_a_move_takes_beside_the_copying_does_not_grow_with_it() -> None:
+    """Another server is four times as large: only the copying takes longer."""
+    known = learn([timed(brownout=4.0, rest=1.5, server=n) for n in (1, 2, 3)])
+    small, large = (estimate(Means.PRE_COPY, work(memory), known) for memory in (256, 1024))
+    assert small.brownout_seconds == pytest.approx(4.0)
+    assert large.brownout_seconds == pytest.approx(16.0)
+    assert [one.seconds - one.brownout_seconds for one in (small, large)] == pytest.approx([1.55, 1.55])
+    in_place = learn([msgspec.structs.replace(timed(brownout=0.0, rest=1.5), means=Means.IN_PLACE)] * 3)
+    said = estimate(Means.IN_PLACE, work(8192), in_place)
+    assert (said.brownout_seconds, said.seconds) == (0.0, pytest.approx(1.55))
+
+
+def test_how_a_servers_memory_was_copied_before_says_how_it_will_be() -> None:
+    """One whose memory is mostly never touched is copied faster than its size says."""
+    usual = [timed(brownout=4.0, rest=1.0, server=n) for n in (2, 3, 4)]
+    known = learn([timed(brownout=0.5, rest=1.0), *usual])
+
+    def said(server: int) -> float:
+        asked = msgspec.structs.replace(work(), server=server_id(server))
+        return estimate(Means.PRE_COPY, asked, known).brownout_seconds
+
+    assert (said(1), said(2), said(9)) == pytest.approx((0.5, 4.0, 4.0))
+    assert estimate(Means.IN_PLACE, msgspec.structs.replace(work(), server=server_id(1)), known).seconds < 2
+
+
+def test_where_the_copying_was_not_told_apart_the_whole_time_is_put_right() -> None:
+    raw = model(Means.PRE_COPY, work())
+    known = learn([msgspec.structs.replace(sample(raw.pause_ms), seconds=raw.seconds * 3)] * 3)
+    assert estimate(Means.PRE_COPY, work(), known).seconds == pytest.approx(raw.seconds * 3)
+    few = learn([timed(brownout=4.0, rest=1.0)] * 2 + [sample(50.0, link_mib=128)] * 2)
+    assert few.calibrations[0].fixed_seconds is None
+
+
 def test_too_few_and_absurd_ones_are_not_believed() -> None:
     raw = model(Means.PRE_COPY, work())
     assert learn([sample(raw.pause_ms * 2)] * 2).calibrations == ()

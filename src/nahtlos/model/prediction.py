@@ -26,6 +26,8 @@ class Workload(Value, frozen=True, kw_only=True):
     devices: int = 2
     blackout_budget_ms: int = 0
     """Agents switch it only where its budget is kept; 0: none was set."""
+    server: ServerId = ServerId("")
+    """Whose it is, if anybody's: how its memory was copied before says most of how it will be."""
 
 
 class Estimate(Value, frozen=True, kw_only=True):
@@ -61,6 +63,9 @@ class Sample(Value, frozen=True, kw_only=True):
     """Bytes a second that were sent; 0: not measured, or too little was sent to say."""
     wake_ms: float | None = None
     """`blackout.woke_ms`; None: its guest does not talk all the time, or nobody listened."""
+    brownout_seconds: float | None = None
+    """Of `seconds`, the pre-copy; None: it was not told apart."""
+    blackout_budget_ms: int = 0
 
 
 class Calibration(Value, frozen=True, kw_only=True):
@@ -73,6 +78,10 @@ class Calibration(Value, frozen=True, kw_only=True):
     pause: float
     seconds: float
     samples: int
+    brownout: float = 1.0
+    fixed_seconds: float | None = None
+    """What a move takes beside the copying, whatever it carries; with it `seconds` is not used. None: too
+    little was measured of it."""
 
 
 class Experience(Value, frozen=True, kw_only=True):
@@ -84,5 +93,7 @@ class Experience(Value, frozen=True, kw_only=True):
     wake_ms: float | None = None
     """What a process that was never used took to answer, lately; None: the model's own figure."""
     calibrations: tuple[Calibration, ...] = ()
+    brownouts: dict[ServerId, float] = {}
+    """As `Calibration.brownout`, of a server's own last pre-copies."""
     parallel: int = 0
     """Moves at once, if not as many as policy says: a dry run decides on more of them in a step."""

@@ -18,7 +18,7 @@ from nahtlos.model.blackout import (
     seconds_to_send,
     wake_ms,
 )
-from nahtlos.model.ids import ReleaseId
+from nahtlos.model.ids import ReleaseId, ServerId
 from nahtlos.model.prediction import Calibration, Estimate, Experience, Means, Sample, Workload
 
 MIB = 1 << 20
@@ -36,8 +36,10 @@ SPREAD = 1.6
 PARALLEL_FACTOR = 1.6
 """Beside other moves, of which one at a time is switched: `make bench-evacuation`, the median gap of eight in
 parallel over that of one after another on two cores. Their slowest is no further from it."""
-START_SECONDS = 0.1
-END_SECONDS = 0.06
+START_SECONDS = 0.5
+"""Until memory begins to flow: the destination's process starts, and opens the disks."""
+END_SECONDS = 0.5
+"""From the run on: its host is told of last, the old process ends. Least of 48 moves: 0.44."""
 PLACE_END_SECONDS = 0.35
 """The old process is kept for a moment."""
 
@@ -56,11 +58,14 @@ STEADY = 0.01
 
 ENOUGH_SAMPLES = 3
 NEWEST_SAMPLES = 50
+NEWEST_OWN = 3
+"""Of one server: what it does changes."""
 NEWEST_WAKES = 10
 """How busy hosts are decides how soon a guest answers, and changes sooner than what they are."""
 RATIO_BOUNDS = (0.2, 5.0)
 """A median outside of them says that something else was measured."""
 
+PRE_COPIES = (Means.PRE_COPY, Means.SLOWED)
 ORDER = (Means.IN_PLACE, Means.PRE_COPY, Means.SLOWED, Means.POST_COPY)
 
 
@@ -122,9 +127,24 @@ def estimate(
         pause_ms=pause,
         blackout_ms=pause + wake,
         blackout_ms_max=(pause + wake) * spread,
-        brownout_seconds=raw.brownout_seconds * right.seconds,
-        seconds=raw.seconds * right.seconds,
+        **_times(raw, right, experience.brownouts.get(work.server)),
     )
+
+
+def _times(raw: Estimate, right: Calibration, own: float | None) -> dict[str, float]:
+    """What a move takes beside the copying does not grow with it. `own`: how the model was off with this
+    server's pre-copies before."""
+    if right.fixed_seconds is None:
+        return {
+            "brownout_seconds": raw.brownout_seconds * right.seconds,
+            "seconds": raw.seconds * right.seconds,
+        }
+    copied = raw.means in PRE_COPIES and own is not None
+    brownout = raw.brownout_seconds * (own if copied and own is not None else right.brownout)
+    return {
+        "brownout_seconds": brownout,
+        "seconds": right.fixed_seconds + brownout + raw.pause_ms * right.pause / 1000,
+    }
 
 
 def model(
@@ -194,7 +214,25 @@ def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1
         link=link,
         wake_ms=_wake(wakes, accelerator) if len(wakes) >= ENOUGH_SAMPLES else None,
         calibrations=tuple(_calibrations(recent, link, accelerator, parallel)),
+        brownouts=_brownouts(recent, link, accelerator, parallel),
     )
+
+
+def _brownouts(
+    samples: Sequence[Sample], link: int, accelerator: str, parallel: int
+) -> dict[ServerId, float]:
+    """By how much the model was off with each server's pre-copies."""
+    ratios: dict[ServerId, list[float]] = {}
+    for sample in samples:
+        if sample.means in PRE_COPIES and sample.brownout_seconds is not None and sample.server:
+            raw = _again(sample, link, accelerator, parallel)
+            ratios.setdefault(sample.server, []).append(sample.brownout_seconds / raw.brownout_seconds)
+    return {server: _ratio(of_one[:NEWEST_OWN]) for server, of_one in ratios.items()}
+
+
+def _again(sample: Sample, link: int, accelerator: str, parallel: int) -> Estimate:
+    """What would be said of it today, without what was learned but for the link."""
+    return model(sample.means, work_of(sample), link=link, accelerator=accelerator, parallel=parallel)
 
 
 def _calibrations(
@@ -207,9 +245,8 @@ def _calibrations(
             groups.setdefault((sample.means, sample.from_release, sample.to_release), []).append(sample)
     for (means, old, new), found in groups.items():
         if len(found) >= ENOUGH_SAMPLES:
-            raws = [
-                model(means, work_of(s), link=link, accelerator=accelerator, parallel=parallel) for s in found
-            ]
+            raws = [_again(s, link, accelerator, parallel) for s in found]
+            brownout, fixed = _parts(found, raws)
             yield Calibration(
                 means=means,
                 from_release=old,
@@ -217,7 +254,20 @@ def _calibrations(
                 pause=_ratio([s.pause_ms / raw.pause_ms for s, raw in zip(found, raws, strict=True)]),
                 seconds=_ratio([s.seconds / raw.seconds for s, raw in zip(found, raws, strict=True)]),
                 samples=len(found),
+                brownout=brownout,
+                fixed_seconds=fixed,
             )
+
+
+def _parts(samples: Sequence[Sample], raws: Sequence[Estimate]) -> tuple[float, float | None]:
+    """How far the copying was off, and the rest of the time in seconds, if enough of them tell."""
+    told = [(s, r, s.brownout_seconds) for s, r in zip(samples, raws, strict=True)]
+    known = [(s, r, brownout) for s, r, brownout in told if brownout is not None]
+    if len(known) < ENOUGH_SAMPLES:
+        return 1.0, None
+    copied = [brownout / r.brownout_seconds for _, r, brownout in known if r.brownout_seconds > 0]
+    rest = [s.seconds - brownout - s.pause_ms / 1000 for s, _, brownout in known]
+    return _ratio(copied) if copied else 1.0, max(median(rest), 0.0)
 
 
 def _wake(wakes: Sequence[float], accelerator: str) -> float:
@@ -231,7 +281,13 @@ def _ratio(ratios: Sequence[float]) -> float:
 
 
 def work_of(sample: Sample) -> Workload:
-    return Workload(memory_mib=sample.memory_mib, dirty_rate=sample.dirty_rate, devices=sample.devices)
+    return Workload(
+        memory_mib=sample.memory_mib,
+        dirty_rate=sample.dirty_rate,
+        devices=sample.devices,
+        blackout_budget_ms=sample.blackout_budget_ms,
+        server=sample.server,
+    )
 
 
 def calibration_for(

@@ -58,6 +58,7 @@ def workload(draft: Draft, server: ServerId) -> Workload:
         dirty_rate=measured,
         devices=devices,
         blackout_budget_ms=spec.blackout_budget_ms if spec is not None else 0,
+        server=server,
     )
 
 

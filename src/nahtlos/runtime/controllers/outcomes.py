@@ -24,6 +24,7 @@ from nahtlos.model.inventory import Inventory, OperationKind, OperationState, Op
 from nahtlos.model.nouns import ServerSpec
 from nahtlos.model.prediction import Means, Sample
 from nahtlos.planner.draft import Draft
+from nahtlos.planner.estimate import PRE_COPIES
 from nahtlos.planner.foretell import prediction
 from nahtlos.runtime.controllers.failures import announced_failures
 from nahtlos.runtime.store.events import EventDraft
@@ -163,7 +164,18 @@ def sample_of(record: OperationRecord, spec: ServerSpec) -> Sample | None:
         dirty_rate=_measured(record, DIRTY_RATE),
         link=_measured(record, LINK) or 0,
         wake_ms=woke_ms(record.times),
+        brownout_seconds=_brownout(record),
+        blackout_budget_ms=spec.blackout_budget_ms,
     )
+
+
+def _brownout(record: OperationRecord) -> float | None:
+    """In place nothing is copied beforehand; after a switch to post-copy it is not over."""
+    means = _means(record)
+    if means is Means.IN_PLACE:
+        return 0.0
+    begun, switched = record.times.get("precopy"), record.times.get("switch")
+    return switched - begun if means in PRE_COPIES and begun is not None and switched is not None else None
 
 
 def _means(record: OperationRecord) -> Means:
