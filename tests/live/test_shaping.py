@@ -74,6 +74,12 @@ class LimitedCloud(Cloud):
         assert found is not None
         return found
 
+    def queues(self, host: str) -> list[str]:
+        """The kinds of all that may keep frames before the tap."""
+        index = self.found(host).index
+        with topology.within(self.hosts[host].node.namespace, Netlink) as netlink:
+            return [q.kind for q in tc.read_qdiscs(netlink) if q.index == index and q.parent != tc.INGRESS]
+
 
 @pytest.fixture
 async def cloud(tmp_path: Path) -> AsyncIterator[LimitedCloud]:
@@ -198,9 +204,21 @@ async def test_what_is_right_is_not_touched_and_a_change_is_no_drift(cloud: Limi
     cloud.bandwidth.clear()
     assert await cloud.reconcile(A) == ()
     assert (cloud.found(A).root, cloud.found(A).ingress) == (None, False)
-    cloud.hosts[A].command("tc", "qdisc", "add", "dev", cloud.tap(A), "root", "handle", "7:", "htb")
+    cloud.hosts[A].command("tc", "qdisc", "replace", "dev", cloud.tap(A), "root", "handle", "7:", "htb")
     assert "was not asked for: removed" in (await cloud.reconcile(A))[0]
     assert cloud.found(A).root is None
+
+
+async def test_nothing_is_kept_before_a_tap_without_limits(cloud: LimitedCloud) -> None:
+    """For each of a tap's 256 possible queues the kernel would set up a queue of its own: 98 MB."""
+    guest = await cloud.opened(PortBandwidth())
+    assert cloud.queues(A) == ["noqueue"]
+    cloud.bandwidth[guest.port] = into(20 * MEGABIT)
+    await cloud.reconcile(A)
+    assert cloud.queues(A) == ["htb", "bfifo"]
+    cloud.bandwidth.clear()
+    await cloud.reconcile(A)
+    assert cloud.queues(A) == ["noqueue"]
 
 
 async def test_a_restarted_agent_finds_shapers_and_removes_those_without_a_port(cloud: LimitedCloud) -> None:

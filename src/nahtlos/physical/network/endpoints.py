@@ -86,6 +86,7 @@ class Endpoints:
             requests.append(links.configure(name, master=bridge))
             requests.append(links.set_flood(index_of(name), plan.SILENT, name))
         if there is None or not there.up:
+            requests.append(links.no_queue(index_of(name), name))
             requests.append(links.configure(name, up=True))
         self._shared.fast().change(requests)
 

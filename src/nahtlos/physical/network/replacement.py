@@ -41,7 +41,7 @@ from nahtlos.physical.network.handover import Handover
 from nahtlos.physical.network.items import Setting
 from nahtlos.physical.network.parking import Parking
 from nahtlos.physical.network.plan import Change
-from nahtlos.physical.network.shared import Shared
+from nahtlos.physical.network.shared import Shared, index_of
 
 SACRIFICE_SECONDS = 0.3
 POLL_SECONDS = 0.002
@@ -89,8 +89,13 @@ class Replacement:
             await self.revert(port)
         for number in range(len(fds)):
             await self._new_queue(port, number)
+        name = spare_device(port.id)
         self._shared.fast().change(
-            [links.configure(spare_device(port.id), queue=tap.QUEUE, up=True)],
+            [
+                links.configure(name, queue=tap.QUEUE),
+                links.no_queue(index_of(name), name),
+                links.configure(name, up=True),
+            ]
         )
 
     async def _new_queue(self, port: PortConfig, number: int) -> None:

@@ -190,12 +190,12 @@ def _plan_root(todo: Todo, wanted: tc.Bucket | None, index: int, root: Root | No
         return
     if wanted is None:
         _lift(todo, index, root, what)
-        todo.removals.append(tc.remove_root(index, what))
+        todo.removals.append(links.no_queue(index, what))
     elif root is not None and root.qdisc.is_bucket:
         todo.puts += tc.change_bucket(index, wanted, what)
     else:
         if root is not None and root.qdisc.ours:
-            todo.puts.append(tc.remove_root(index, what))  # of another kind under our handle
+            todo.puts.append(links.no_queue(index, what))  # of another kind under our handle
         todo.puts += tc.put_bucket(index, wanted, what)
 
 
@@ -257,7 +257,7 @@ def observe_one(netlink: Netlink, tap: str) -> Found | None:
 
 def _read_root(netlink: Netlink, index: int) -> Root | None:
     qdisc = tc.read_root(netlink, index)
-    if qdisc is None or not qdisc.handle:
+    if qdisc is None or not qdisc.put:
         return None
     queue = tc.read_only_queue(netlink, index) if qdisc.is_bucket else None
     return Root(qdisc, tc.read_bucket(netlink, qdisc, (queue,) if queue else ()))

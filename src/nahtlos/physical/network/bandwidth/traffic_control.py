@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from nahtlos.physical.network.links import NO_QUEUE
 from nahtlos.physical.network.netlink import (
     CREATE,
     EXCL,
@@ -84,6 +85,11 @@ class Qdisc(msgspec.Struct, frozen=True):
     """Of an `htb`: minor number of the class for what is not classified."""
     waiting: int = 0
     """Bytes."""
+
+    @property
+    def put(self) -> bool:
+        """To keep frames there: neither what the kernel gives a device by itself nor what keeps nothing."""
+        return self.handle != 0 and self.kind != NO_QUEUE
 
     @property
     def ours(self) -> bool:
@@ -384,7 +390,7 @@ def matches_everything(found: Filter) -> bool:
 
 def roots(found: Iterable[Qdisc]) -> dict[int, Qdisc]:
     """Root qdiscs that somebody has put there, by device."""
-    return {q.index: q for q in found if q.parent == ROOT and q.handle}
+    return {q.index: q for q in found if q.parent == ROOT and q.put}
 
 
 def only_queues(found: Iterable[Qdisc]) -> dict[int, tuple[Qdisc, ...]]:
