@@ -14,7 +14,8 @@ from pathlib import Path
 
 AHEAD = -10
 """Nice: ten times the weight of another thread."""
-SECONDS = 0.3
+SECONDS = 2.0
+"""For so long it keeps meeting code of its guest that is not translated yet."""
 VCPU_NAMES = ("CPU ", "ALL CPUs")
 """As QEMU names their threads (`debug-threads=on`), one each or one for all."""
 
