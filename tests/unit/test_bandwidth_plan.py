@@ -135,7 +135,8 @@ def test_what_goes_is_lifted_first_and_the_redirection_ends_before_its_device() 
     assert todo.puts == []
     assert [r.kind for r in todo.lifts] == [tc.RTM_NEWTCLASS, tc.RTM_NEWTCLASS]
     assert todo.emptying == [7, 8]
-    assert [r.kind for r in todo.removals] == [tc.RTM_DELQDISC, tc.RTM_DELQDISC, netlink.RTM_DELLINK]
+    assert [r.kind for r in todo.removals] == [tc.RTM_NEWQDISC, tc.RTM_DELQDISC, netlink.RTM_DELLINK]
+    assert b"noqueue" in todo.removals[0].body
 
 
 def test_what_is_foreign_is_replaced() -> None:
@@ -260,3 +261,11 @@ def test_rules_name_tunnels_streams_and_control() -> None:
     ]
     assert order == sorted(order), "the last word counts"
     assert 'oifname != "up0" accept' in lines
+
+
+def test_what_keeps_nothing_counts_as_nothing_at_the_root() -> None:
+    def at_root(kind: str, handle: int) -> tc.Qdisc:
+        return tc.Qdisc(index=7, kind=kind, handle=handle, parent=tc.ROOT)
+
+    assert tc.roots([at_root("noqueue", 0x83090000), at_root("mq", 0)]) == {}
+    assert list(tc.roots([at_root("tbf", 0x10000)])) == [7]
