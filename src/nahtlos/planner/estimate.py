@@ -139,8 +139,8 @@ def _times(raw: Estimate, right: Calibration, own: float | None) -> dict[str, fl
             "brownout_seconds": raw.brownout_seconds * right.seconds,
             "seconds": raw.seconds * right.seconds,
         }
-    copied = raw.means in PRE_COPIES and own is not None
-    brownout = raw.brownout_seconds * (own if copied and own is not None else right.brownout)
+    ratio = own if own is not None and raw.means in PRE_COPIES else right.brownout
+    brownout = raw.brownout_seconds * ratio
     return {
         "brownout_seconds": brownout,
         "seconds": right.fixed_seconds + brownout + raw.pause_ms * right.pause / 1000,
