@@ -198,6 +198,9 @@ def slowest(accelerators: Iterable[str]) -> str:
     return "tcg" if not names or "tcg" in names else min(names)
 
 
+Said = tuple[Sample, Estimate]
+"""One that was measured, and what would be said of it without what was learned, but for the link."""
+
 # --- what was measured ---------------------------------------------------------------------------------
 
 
@@ -206,6 +209,9 @@ def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1
     recent = samples[:NEWEST_SAMPLES]
     links = [s.link for s in recent if s.link > 0]
     link = int(median(links)) if len(links) >= ENOUGH_SAMPLES else 0
+    said = [
+        (s, model(s.means, work_of(s), link=link, accelerator=accelerator, parallel=parallel)) for s in recent
+    ]
     alike = (s.wake_ms for s in recent if s.means is not Means.POST_COPY)  # which waits for pages, too
     wakes = [wake for wake in alike if wake is not None][:NEWEST_WAKES]
     rates = {s.server: s.dirty_rate for s in reversed(samples) if s.server and s.dirty_rate is not None}
@@ -213,56 +219,45 @@ def learn(samples: Sequence[Sample], accelerator: str = "tcg", parallel: int = 1
         dirty_rates=rates,
         link=link,
         wake_ms=_wake(wakes, accelerator) if len(wakes) >= ENOUGH_SAMPLES else None,
-        calibrations=tuple(_calibrations(recent, link, accelerator, parallel)),
-        brownouts=_brownouts(recent, link, accelerator, parallel),
+        calibrations=tuple(_calibrations(said)),
+        brownouts=_brownouts(said),
     )
 
 
-def _brownouts(
-    samples: Sequence[Sample], link: int, accelerator: str, parallel: int
-) -> dict[ServerId, float]:
+def _brownouts(said: Sequence[Said]) -> dict[ServerId, float]:
     """By how much the model was off with each server's pre-copies."""
     ratios: dict[ServerId, list[float]] = {}
-    for sample in samples:
+    for sample, raw in said:
         if sample.means in PRE_COPIES and sample.brownout_seconds is not None and sample.server:
-            raw = _again(sample, link, accelerator, parallel)
             ratios.setdefault(sample.server, []).append(sample.brownout_seconds / raw.brownout_seconds)
     return {server: _ratio(of_one[:NEWEST_OWN]) for server, of_one in ratios.items()}
 
 
-def _again(sample: Sample, link: int, accelerator: str, parallel: int) -> Estimate:
-    """What would be said of it today, without what was learned but for the link."""
-    return model(sample.means, work_of(sample), link=link, accelerator=accelerator, parallel=parallel)
-
-
-def _calibrations(
-    samples: Sequence[Sample], link: int, accelerator: str, parallel: int
-) -> Iterable[Calibration]:
-    groups: dict[tuple[Means, ReleaseId | None, ReleaseId | None], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.means, None, None), []).append(sample)
+def _calibrations(said: Sequence[Said]) -> Iterable[Calibration]:
+    groups: dict[tuple[Means, ReleaseId | None, ReleaseId | None], list[Said]] = {}
+    for one in said:
+        sample = one[0]
+        groups.setdefault((sample.means, None, None), []).append(one)
         if sample.from_release is not None and sample.to_release is not None:
-            groups.setdefault((sample.means, sample.from_release, sample.to_release), []).append(sample)
+            groups.setdefault((sample.means, sample.from_release, sample.to_release), []).append(one)
     for (means, old, new), found in groups.items():
         if len(found) >= ENOUGH_SAMPLES:
-            raws = [_again(s, link, accelerator, parallel) for s in found]
-            brownout, fixed = _parts(found, raws)
+            brownout, fixed = _parts(found)
             yield Calibration(
                 means=means,
                 from_release=old,
                 to_release=new,
-                pause=_ratio([s.pause_ms / raw.pause_ms for s, raw in zip(found, raws, strict=True)]),
-                seconds=_ratio([s.seconds / raw.seconds for s, raw in zip(found, raws, strict=True)]),
+                pause=_ratio([s.pause_ms / raw.pause_ms for s, raw in found]),
+                seconds=_ratio([s.seconds / raw.seconds for s, raw in found]),
                 samples=len(found),
                 brownout=brownout,
                 fixed_seconds=fixed,
             )
 
 
-def _parts(samples: Sequence[Sample], raws: Sequence[Estimate]) -> tuple[float, float | None]:
+def _parts(said: Sequence[Said]) -> tuple[float, float | None]:
     """How far the copying was off, and the rest of the time in seconds, if enough of them tell."""
-    told = [(s, r, s.brownout_seconds) for s, r in zip(samples, raws, strict=True)]
-    known = [(s, r, brownout) for s, r, brownout in told if brownout is not None]
+    known = [(s, r, s.brownout_seconds) for s, r in said if s.brownout_seconds is not None]
     if len(known) < ENOUGH_SAMPLES:
         return 1.0, None
     copied = [brownout / r.brownout_seconds for _, r, brownout in known if r.brownout_seconds > 0]

@@ -90,9 +90,8 @@ class Doorkeeper:
             while not (await asyncio.wait({task}, timeout=max(patience, AT_LEAST_SECONDS)))[0]:
                 await self._disconnect_if_stuck(self._silent(time.monotonic()))
                 patience = AGAIN_SECONDS
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
+        finally:
+            task.cancel()  # of no consequence once it has answered
         if not isinstance(task.exception(), Unavailable):
             self._silent_since = None
         return task.result()

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from nahtlos.model.values import Value
 
 if TYPE_CHECKING:
-    from nahtlos.runtime.evidence.report_contents import CreatedServer, Report, ServerFigures
+    from nahtlos.runtime.evidence.report_contents import Report, ServerFigures
 
 MOVES_PER_SERVER = 1.35
 STARTS_WITHIN_SECONDS = 60.0
 """From asking for a server to its first answer, the guest's own boot under emulation included. Were it
 held up by the campaign it would take minutes: until a host has been emptied and switched."""
-STARTS_WITHIN_RATIO = 1.5
-"""Or so much of what servers took that were created together before it: on a slow machine all take long."""
 
 
 class Promise(Value, frozen=True, kw_only=True):
@@ -200,13 +198,9 @@ def _created(report: "Report") -> Promise:
     outside = [c.server for c in created if not c.during]
     if outside:
         said.append(f"not created during it: {_listed(outside)}")
-    kept = not outside and all(c.seconds is not None and c.seconds <= _starts_within(c) for c in created)
+    kept = not outside and all(c.seconds is not None and c.seconds <= STARTS_WITHIN_SECONDS for c in created)
     return Promise(promise=text, kept=kept, figure=", ".join(said))
 
 
 def _beside(booted_before: float | None) -> str:
     return f" (before it: up to {booted_before:.1f} s)" if booted_before is not None else ""
-
-
-def _starts_within(server: "CreatedServer") -> float:
-    return max(STARTS_WITHIN_SECONDS, STARTS_WITHIN_RATIO * (server.booted_before_seconds or 0.0))
