@@ -1,6 +1,7 @@
 """Hosts beside a Ceph cluster, all in one namespace: the cluster's. The test's own thread must be in it too
 while they are used (`inside`): the process by which the driver speaks to the cluster is its child."""
 
+import asyncio
 import ctypes
 import os
 import subprocess
@@ -12,7 +13,9 @@ import msgspec
 from physical_host import CLONE_NEWNET, Host
 
 from nahtlos.lab.ceph import CephCluster, way
+from nahtlos.model.errors import Unavailable
 from nahtlos.model.storage import StorageBackend, VolumeSpec
+from nahtlos.physical.ports import StorageDesired
 from nahtlos.physical.settings import AgentSettings
 from nahtlos.physical.storage.ceph.driver import CephStorage
 
@@ -42,6 +45,19 @@ def inside(namespace: str) -> Iterator[None]:
             assert libc.setns(home.fileno(), CLONE_NEWNET) == 0
 
 
+class AskedAgain(CephStorage):
+    """As agents do it: what takes longer than one call waits is asked for until it is there."""
+
+    async def reconcile(self, desired: StorageDesired) -> tuple[str, ...]:
+        while True:
+            try:
+                return await super().reconcile(desired)
+            except Unavailable as error:
+                if "is being made" not in str(error):
+                    raise
+                await asyncio.sleep(0.1)
+
+
 def ceph_settings(host: Host, ceph: CephCluster) -> AgentSettings:
     return msgspec.structs.replace(host.settings, ceph=way(ceph.configuration))
 
@@ -49,7 +65,7 @@ def ceph_settings(host: Host, ceph: CephCluster) -> AgentSettings:
 def ceph_storage(host: Host, ceph: CephCluster) -> CephStorage:
     settings = ceph_settings(host, ceph)
     assert settings.ceph is not None
-    return CephStorage(settings, settings.ceph, host.supervisor)
+    return AskedAgain(settings, settings.ceph, host.supervisor)
 
 
 def in_ceph(volume: VolumeSpec) -> VolumeSpec:

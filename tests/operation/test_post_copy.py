@@ -191,6 +191,16 @@ def test_a_source_that_is_lost_takes_the_server_with_it_which_is_started_again_w
     assert [v.host for v in run.world.running(SERVER)] == [DESTINATION]
 
 
+@pytest.mark.parametrize("does", [kill_vmm(SOURCE), lose_power(SOURCE), stall_stream(600.0)])
+def test_what_it_needs_to_run_at_all_may_be_among_what_is_lost(does: Event) -> None:
+    """Its VMM waits for a page as it is told to let it run, and answers nothing. That has an end."""
+    arrived = next(s for s in AFTER if s.verb == "incoming_wait" and s.host == DESTINATION)
+    run = hard(at=arrived, does=does).play()
+    assert not run.problems, run.problems
+    assert run.world.facts(SERVER).boots == 2
+    assert [v.host for v in run.world.running(SERVER)] == [DESTINATION]
+
+
 @pytest.mark.parametrize("fate", [Fate(copies=0), Fate(copies=0, breaks=True), Fate(copies=1, breaks=True)])
 def test_a_message_meets_its_fate(fate: Fate) -> None:
     found: list[str] = []

@@ -286,10 +286,12 @@ def probe_number(frame: bytes) -> int | None:
 
 
 class Sender:
-    """Numbered datagrams from the client outside, at a steady rate, from a thread."""
+    """Numbered datagrams from the client outside, at a steady rate, from a thread: `frames` of them, or until
+    it is stopped."""
 
-    def __init__(self, namespace: str, ip: str, interval: float = 0.0008) -> None:
+    def __init__(self, namespace: str, ip: str, interval: float = 0.0008, frames: int | None = None) -> None:
         self.sent = 0
+        self._frames = frames
         self._stop = threading.Event()
         self._socket = topology.within(namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         self._thread = threading.Thread(target=self._run, args=(ip, interval), name="sender")
@@ -297,7 +299,7 @@ class Sender:
 
     def _run(self, ip: str, interval: float) -> None:
         due = time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self.sent != self._frames:
             self._socket.sendto(struct.pack("!Q", self.sent), (ip, PROBE_PORT))
             self.sent += 1
             due += interval
@@ -305,6 +307,9 @@ class Sender:
 
     def stop(self) -> int:
         self._stop.set()
+        return self.ended()
+
+    def ended(self) -> int:
         self._thread.join(5)
         self._socket.close()
         return self.sent
@@ -389,8 +394,8 @@ class Cloud:
     def fd(self, guest: Guest, host: str) -> int:
         return self.hosts[host].supervisor.fds[f"tap.{guest.port}"]
 
-    def sender(self, guest: Guest, interval: float = 0.0008) -> Sender:
-        sender = Sender(self.topology.client.namespace, guest.ip, interval)
+    def sender(self, guest: Guest, interval: float = 0.0008, frames: int | None = None) -> Sender:
+        sender = Sender(self.topology.client.namespace, guest.ip, interval, frames)
         self._senders.append(sender)
         return sender
 

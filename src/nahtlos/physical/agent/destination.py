@@ -408,10 +408,11 @@ class DestinationMove:
 
     async def _make_run(self) -> None:
         """Committed: the guest runs here, whatever it takes. A VMM that died is left to convergence,
-        which starts the server again."""
+        which starts the server again; so is one that waits for its memory, which is watched from here on."""
         while not await self._let_run():
             await asyncio.sleep(RESUME_AGAIN_SECONDS)
         self._context.waits.pop(self._order.id, None)
+        self._context.switched(self._order.id)
         await self._note_what_follows()
         for port in self._order.ports:
             network = self._context.network_of(port)
@@ -442,9 +443,8 @@ class DestinationMove:
             self._context.waits[self._order.id] = f"the hypervisor to resume the server ({error.message})"
             text = f"not resumed yet: {error}"
             self._said = self._context.say_anew("move.resume", self._vmm.server, text, last=self._said)
-            return await self._beyond_resuming()
+            return await self._beyond_resuming(unanswered=isinstance(error, Unavailable))
         self._marks.setdefault("running", self._context.now())
-        self._context.switched(self._order.id)
         if not self._listened:
             self._listened = True
             self._context.spawn(self._listen())
@@ -461,12 +461,14 @@ class DestinationMove:
         if self._finished:
             self._finish()
 
-    async def _beyond_resuming(self) -> bool:
+    async def _beyond_resuming(self, *, unanswered: bool) -> bool:
         try:
             vmm = await self._observed()
         except Error:
             return False
-        return vmm is None or vmm.state is RunState.CRASHED or vmm.missing is Missing.CUT
+        if vmm is None or vmm.state is RunState.CRASHED:
+            return True
+        return vmm.missing is Missing.CUT or (unanswered and vmm.missing is Missing.COMING)
 
     def _abandon(self, error: Error) -> None:
         before = self.journal.decision

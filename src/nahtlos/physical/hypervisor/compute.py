@@ -28,8 +28,9 @@ from nahtlos.physical.settings import AgentSettings
 HELD_WITHIN = 3.0
 """Seconds a guest is waited for by the call that asked it."""
 LOOK_AGAIN = 0.02
-UNPLUGS_SINCE = (10, 0)
-"""Letting go of a vCPU ends an emulating QEMU 7.2. Those between were not tried."""
+UNPLUGS_SINCE = (10, 2)
+"""Before it, an emulating QEMU goes on telling a vCPU that is gone what becomes of memory, as its address
+spaces were not destroyed: 7.2 ends, 10.0 hung in one of six replacements in place (docs/decisions/0030)."""
 PLUGGED_KEPT_SINCE = (8, 1)
 """Before it, a VMM that is to take a server over in place began by throwing away the plugged memory."""
 
@@ -88,6 +89,17 @@ def check_change(now: ServerSpec, wanted: ServerSpec) -> None:
             remedy=f"from {now.boot_memory_mib} to {now.max_memory_mib}",
         )
     check_hardware(wanted)
+
+
+def check_unplugs(server: ServerSpec, version: tuple[int, ...]) -> None:
+    """Whether an emulating QEMU survives that a vCPU goes."""
+    if version < UNPLUGS_SINCE:
+        has, needs = (".".join(map(str, numbers)) for numbers in (version, UNPLUGS_SINCE))
+        raise Refused(
+            f"an emulating QEMU {has} does not let go of a vCPU of {server.id} safely",
+            field="vcpus",
+            remedy=f"replace its VMM by a release with QEMU {needs} or newer first, or set --cpu-quota",
+        )
 
 
 def check_threads(server: ServerSpec, wanted: int, has: int, begun: int) -> None:
@@ -201,13 +213,10 @@ class ComputeCare:
         check_change(own, wanted)
         self._check_share(wanted.cpu)
         seen = await look(vmm)
-        if wanted.size.vcpus < seen.vcpus:
-            await _check_unplugs(vmm)
         begun = record.vcpus_begun or seen.vcpus
-        if wanted.size.vcpus > seen.vcpus:
-            if not await _accelerated(vmm):
-                check_threads(own, wanted.size.vcpus, seen.vcpus, begun)
-            begun += wanted.size.vcpus - seen.vcpus
+        if wanted.size.vcpus != seen.vcpus and not await _accelerated(vmm):
+            await _check_emulated(vmm, wanted.size.vcpus, seen.vcpus, begun)
+        begun += max(0, wanted.size.vcpus - seen.vcpus)
         if wanted.size.memory_mib > max(own.size.memory_mib, seen.memory_mib):
             self._check_room(own, wanted.size.memory_mib - max(own.size.memory_mib, seen.memory_mib))
         now = msgspec.structs.replace(own, size=wanted.size, cpu=wanted.cpu)
@@ -378,16 +387,15 @@ async def _accelerated(vmm: Vmm) -> bool:
     return bool((await vmm.execute("query-kvm"))["enabled"])
 
 
-async def _check_unplugs(vmm: Vmm) -> None:
+async def _check_emulated(vmm: Vmm, wanted: int, has: int, begun: int) -> None:
     """By what the process says of itself."""
-    numbers = cast("dict[str, int]", (await vmm.execute("query-version"))["qemu"])
-    if (numbers["major"], numbers["minor"]) >= UNPLUGS_SINCE:
-        return
-    raise Refused(
-        f"QEMU {numbers['major']}.{numbers['minor']} may end when {vmm.id.server} lets go of a vCPU",
-        field="vcpus",
-        remedy="replace its VMM by one of a newer release first",
-    )
+    record = vmm.record
+    assert record is not None, f"{vmm.id.unit} has no record"
+    if wanted > has:
+        check_threads(record.server.spec, wanted, has, begun)
+    else:
+        numbers = cast("dict[str, int]", (await vmm.execute("query-version"))["qemu"])
+        check_unplugs(record.server.spec, (numbers["major"], numbers["minor"]))
 
 
 def _share_in_words(share: CpuShare) -> str:

@@ -382,6 +382,8 @@ class QemuHypervisor:
                 await self._care.complete(found)
                 await found.execute("cont")
         else:
+            if following.waits(found):  # `cont` may touch a page that has not come, and is not answered then
+                found.note_resumed()
             await found.execute("cont")
 
     # --- moves: source -----------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def arrived(vmm: Vmm) -> int:
     return sum(path.stat().st_blocks * BLOCK for path in paths if path.exists())
 
 
-def _waits(vmm: Vmm) -> bool:
+def waits(vmm: Vmm) -> bool:
+    """Memory of its server may be missing."""
     return bool(vmm.record and vmm.record.post_copy)
 
 
@@ -70,7 +71,7 @@ async def missing(vmm: Vmm, state: str) -> Missing:
 
 async def wait_anew(vmm: Vmm, uri: str) -> None:
     """Of a destination: listen at `uri` for the rest. Refused if nothing is missing."""
-    if not _waits(vmm):
+    if not waits(vmm):
         raise Refused(f"{vmm.id.unit} lacks nothing", field="vmm")
     until = time.monotonic() + CUT_WITHIN
     while True:

@@ -130,6 +130,13 @@ class Vmm:
         return Missing.COMING if self.follows.phase is MigrationPhase.POST_COPY else Missing.CUT
 
     @property
+    def waits_for_a_page(self) -> bool:
+        """It has not run, and the memory that takes does not come."""
+        if self.follows is None or self.missing is Missing.NOTHING or self.state is not RunState.PAUSED:
+            return False
+        return self.missing is Missing.CUT or self.follows.stalled
+
+    @property
     def memory_bytes(self) -> int:
         return self.server.spec.size.memory_mib << 20
 

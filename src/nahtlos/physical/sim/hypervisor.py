@@ -27,6 +27,8 @@ from nahtlos.physical.sim.saving import save_live
 from nahtlos.physical.sim.world import World
 
 VERSIONED = re.compile(r"-\d+\.\d+$")
+ANSWERS_WITHIN = 5.0
+"""Seconds after which a VMM that waits for a page of its guest is given up by who asked it."""
 
 
 class SimHypervisor(SimDriver):
@@ -211,6 +213,9 @@ class SimHypervisor(SimDriver):
                 raise Refused(f"{vmm.unit} has not received its server", field="vmm")
             if held.stream is not None and held.stream.followed:
                 raise Refused(f"{vmm.unit} was handed over by post-copy", field="vmm")
+            if held.waits_for_a_page:
+                await asyncio.sleep(ANSWERS_WITHIN)
+                raise Unavailable(f"{vmm.unit} did not answer within {ANSWERS_WITHIN:g} s")
             self.world.resume(held)
 
     async def why_no_post_copy(self) -> str:
