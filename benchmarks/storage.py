@@ -13,7 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 
-from benchmarks import storage_io, storage_limits, storage_relocation, storage_stalls, storage_torture
+from benchmarks import (
+    storage_groups,
+    storage_io,
+    storage_limits,
+    storage_relocation,
+    storage_stalls,
+    storage_torture,
+)
 from benchmarks.figures import Figure, Figures, Goal
 
 SUBJECTS: dict[str, Callable[..., Coroutine[object, object, None]]] = {
@@ -21,6 +28,7 @@ SUBJECTS: dict[str, Callable[..., Coroutine[object, object, None]]] = {
     "limits": storage_limits.measure,
     "relocation": storage_relocation.measure,
     "stalls": storage_stalls.measure,
+    "groups": storage_groups.measure,
     "torture": storage_torture.measure,
 }
 

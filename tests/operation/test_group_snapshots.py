@@ -23,6 +23,7 @@ def test_undisturbed_it_is_of_one_moment_and_the_stop_is_short() -> None:
     assert run.status is not None
     assert run.status.state is OperationState.DONE
     assert run.longest_stop < 0.02, run.longest_stop
+    assert run.longest_stop * 1000 <= int(run.status.result["stood_still_ms"]) + 0.5
 
 
 def test_on_one_host_nobody_stands_still() -> None:
@@ -31,6 +32,7 @@ def test_on_one_host_nobody_stands_still() -> None:
     assert run.status is not None
     assert run.status.state is OperationState.DONE
     assert run.longest_stop == 0.0
+    assert "stood_still_ms" not in run.status.result
 
 
 def test_the_steps_of_a_clean_run_are_found() -> None:

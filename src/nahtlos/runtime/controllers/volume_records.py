@@ -362,7 +362,7 @@ def _announcement(what: str, record: OperationRecord, work: VolumeWork) -> Event
 
 
 def found_by(record: OperationRecord) -> str:
-    """What came of a scrub or a file, in words to go on with."""
+    """What came of a scrub, a file or a group of snapshots, in words to go on with."""
     result = record.result
     if "differences" in result:
         wrong = ", ".join(result.get("wrong", "").split())
@@ -370,6 +370,8 @@ def found_by(record: OperationRecord) -> str:
         return f": {many} wrong on {wrong}" if wrong else ": all is as it should be"
     if "sha256" in result:
         return f": sha256 {result['sha256']}"
+    if "stood_still_ms" in result:
+        return f": servers stood still for {result['stood_still_ms']} ms at most"
     return ""
 
 

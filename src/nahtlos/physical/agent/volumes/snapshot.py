@@ -44,6 +44,8 @@ UNDO_SECONDS = 10.0
 THAW_SECONDS = 5.0
 MEMORY = "result.memory"
 """Note, and result: what was saved, and for how long its guest stood still."""
+STOOD_STILL = "result.stood_still_ms"
+"""Note, and result: for how long servers of several hosts stood still at most."""
 FIND_SECONDS = 30.0
 """The longest that is waited for a server that moves."""
 
@@ -125,15 +127,17 @@ class GroupSnapshot:
                 await self._prepare()
             async with self._guests.frozen():
                 if self._several:
-                    await self._stand_still_and_take()
+                    self._note(STOOD_STILL, str(round(1000 * await self._stand_still_and_take())))
                 else:
                     await self._take_alone()
         finally:
             self._taking = False
         if self._freezes:
             held = (each.id for each in self._order.snapshots if each.volume in self._guests.consistent)
-            notes = {**self._journal.notes, FILESYSTEM: " ".join(held)}
-            self._journal = msgspec.structs.replace(self._journal, notes=notes)
+            self._note(FILESYSTEM, " ".join(held))
+
+    def _note(self, name: str, text: str) -> None:
+        self._journal = msgspec.structs.replace(self._journal, notes={**self._journal.notes, name: text})
 
     async def _prepare(self) -> None:
         """Agents of an earlier release do not know that, and do all of it later."""
@@ -159,8 +163,7 @@ class GroupSnapshot:
                 taken = await save.finished(stood_still)
             finally:
                 self._taking = False
-        notes = {**self._journal.notes, MEMORY: msgspec.json.encode(taken).decode()}
-        self._journal = msgspec.structs.replace(self._journal, notes=notes)
+        self._note(MEMORY, msgspec.json.encode(taken).decode())
 
     async def _take_alone(self) -> None:
         ((host, part),) = self._parts.items()
