@@ -286,7 +286,7 @@ async def test_what_cannot_be_made_is_given_up_at_once_and_told(run: Run, script
     agent.refuse_volume_tasks = ErrorRecord(
         kind="refused", message="the export is too small", field="target", remedy="make it larger"
     )
-    refused = shown(await run("backup create b1 --volume data --to nbd://10.0.0.1/small --json", 2))["error"]
+    refused = shown(await run("backup create b1 --volume data --to nbds://10.0.0.1/small --json", 2))["error"]
     assert "given up: the export is too small" in refused["message"]
     assert (refused["field"], refused["remedy"]) == ("target", "make it larger")
     agent.fail_volume_tasks = 1

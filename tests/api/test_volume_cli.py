@@ -246,6 +246,8 @@ REFUSED = (
     ("snapshot export no", "snapshot"),
     ("backup create b --volume disk --to nowhere", "target"),
     ("backup create b --volume disk --to /a/../b", "target"),
+    ("backup create b --volume disk --to nbd://10.0.0.1/b", "target"),
+    ("backup target set vault nbd://10.0.0.1/b", "target"),
     ("backup restore no x", "backup"),
     ("backup target delete no", "target"),
     ("image delete no", "image"),
@@ -286,7 +288,8 @@ SHOWN = (
 async def test_every_noun_is_shown(run: Run) -> None:
     await run("volume create data --size 64 --host host-1 --limit iops=500")
     await run("snapshot create s1 --volume data")
-    await run("backup target set vault nbd://10.99.0.9:10809/vault")
+    await run("backup target set vault nbds://10.99.0.9:10809/vault")
+    await run("backup target set open nbd://10.99.0.9/open --plain")
     await run("backup create b1 --volume data --to /srv/b")
     for line, text in SHOWN:
         assert text in (await run(line)).stdout, line

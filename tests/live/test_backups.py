@@ -3,6 +3,7 @@ or in steps; killed in between it is repeated from the same changes; what is not
 
 import asyncio
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from inside_place import BLOCK, content, door, inside, write
+from outsider import credentials
 from physical_host import Host, Place, volume_on
 
 from nahtlos.model.errors import Conflict, NotFound, Refused, Unavailable
@@ -20,6 +22,7 @@ from nahtlos.model.storage import BackupSpec, VolumeSpec
 from nahtlos.physical.hypervisor.bundle import Bundle, read_bundle
 from nahtlos.physical.ports import BackupResult, StorageDesired, Unit
 from nahtlos.physical.storage.backup_targets import ROOM
+from nahtlos.wire.tls import CA_FILE, OUTSIDERS_CA_FILE
 
 pytestmark = [
     pytest.mark.live,
@@ -326,23 +329,65 @@ async def run(*words: str) -> bytes:
     )
 
 
-async def nbd_server(host: Host, place: Place, name: str, exports: tuple[str, ...]) -> str:
-    """A plain one without credentials, as somebody's store."""
+async def test_over_tls_only_the_right_server_and_its_clients_are_trusted(place: Place) -> None:
+    host = await served(place)
+    write(host, DATA, 1, block(3))
+    pki = host.settings.pki_dir
+    trusted = credentials(place.folder / "vault", host.settings.address, pki / CA_FILE)
+    plain = await nbd_server(host, place, "store", ("backup",), tls=place.folder / "vault")
+    address = f"{plain.replace('nbd:', 'nbds:')}/backup"
+
+    async def refused(target: str, *words: str) -> None:
+        with pytest.raises((Refused, Unavailable)) as refusal:
+            await backed_up(host, spec(place, "b", target=target))
+        assert any(word in str(refusal.value) for word in words), refusal.value
+
+    await refused(address, "is not shown to be that by its certificate")  # nobody has vouched for it
+    shutil.copyfile(trusted, pki / OUTSIDERS_CA_FILE)
+    await refused(f"{plain}/backup", "TLS", "option")
+    backup = spec(place, "b", target=address)
+    assert (await backed_up(host, backup)).stored_bytes > 0
+    assert (await restored(host, "again", backup))[BLOCK : 2 * BLOCK] == block(3)
+    (pki / OUTSIDERS_CA_FILE).unlink()
+    shutil.copyfile(
+        credentials(place.folder / "other", host.settings.address, trusted), pki / OUTSIDERS_CA_FILE
+    )
+    await refused(address, "is not shown to be that by its certificate")  # another one vouches for others
+
+
+async def test_a_server_without_tls_gets_nothing_where_tls_was_asked_for(place: Place) -> None:
+    host = await served(place)
+    plain = await nbd_server(host, place, "store", ("backup",))
+    with pytest.raises((Refused, Unavailable)):
+        await backed_up(host, spec(place, "b", target=f"{plain.replace('nbd:', 'nbds:')}/backup"))
+    held = (place.folder / "store-backup").read_bytes()
+    assert not any(held)
+
+
+async def nbd_server(
+    host: Host, place: Place, name: str, exports: tuple[str, ...], *, tls: Path | None = None
+) -> str:
+    """Somebody's; `tls`: the folder of its credentials. Without, it is a plain one."""
     bundle = newest(host)
     size = (SIZE_MIB << 20) + ROOM
-    words: list[str] = []
+    words, offered = list[str](), list[str]()
+    secured = ""
+    if tls is not None:
+        words += ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=server,verify-peer=yes"]
+        secured = ",tls-creds=tls"
     for export in exports:
         file = place.folder / f"{name}-{export}"
         file.touch()
         os.truncate(file, size if export != "small" else size - BLOCK)
         words += ["--blockdev", f"driver=file,node-name={export},filename={file},discard=unmap"]
-        words += ["--export", f"type=nbd,id={export},node-name={export},name={export},writable=on"]
+        offered += ["--export", f"type=nbd,id={export},node-name={export},name={export},writable=on"]
     unit = Unit(
         name=name,
         argv=(
             *bundle.storage_daemon(),
-            *("--nbd-server", f"addr.type=inet,addr.host={host.settings.address},addr.port=20000"),
             *words,
+            *("--nbd-server", f"addr.type=inet,addr.host={host.settings.address},addr.port=20000{secured}"),
+            *offered,
         ),
         environment=bundle.environment,
         log=host.settings.state_dir / f"{name}.log",
@@ -352,10 +397,11 @@ async def nbd_server(host: Host, place: Place, name: str, exports: tuple[str, ..
     async with asyncio.timeout(20):
         while True:
             try:
-                await run("nbdinfo", f"{uri}/{exports[0]}")
-            except subprocess.CalledProcessError:
+                _, writer = await asyncio.open_connection(host.settings.address, 20000)
+            except OSError:
                 await asyncio.sleep(0.05)
             else:
+                writer.close()
                 return uri
 
 

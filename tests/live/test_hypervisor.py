@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -55,16 +56,22 @@ async def console_says(host: Host, vmm: VmmId, text: str, *, since: int = 0) -> 
 
 
 async def guest_status(host: Host, vmm: VmmId) -> dict[str, Any]:
-    """What the guest says of itself on its console."""
-    _, offset = await host.hypervisor.console(vmm, 0, 1 << 20)
-    await host.hypervisor.console_write(vmm, b"status\n")
-    async with asyncio.timeout(10):
+    """What the guest says of itself on its console, asked again where its kernel spoke in between."""
+    async with asyncio.timeout(20):
         while True:
-            data, _ = await host.hypervisor.console(vmm, offset, 1 << 20)
-            found = re.search(rb"\{.*\}\s", data, re.DOTALL)
-            if found:
-                return json.loads(found.group())
-            await asyncio.sleep(0.05)
+            _, offset = await host.hypervisor.console(vmm, 0, 1 << 20)
+            await host.hypervisor.console_write(vmm, b"status\n")
+            with suppress(ValueError):
+                return json.loads(await _in_braces(host, vmm, offset))
+
+
+async def _in_braces(host: Host, vmm: VmmId, offset: int) -> bytes:
+    while True:
+        data, _ = await host.hypervisor.console(vmm, offset, 1 << 20)
+        found = re.search(rb"\{.*\}\s", data, re.DOTALL)
+        if found:
+            return found.group()
+        await asyncio.sleep(0.05)
 
 
 async def status(host: Host, vmm: VmmId) -> VmmStatus | None:

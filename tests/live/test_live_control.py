@@ -153,11 +153,19 @@ async def replaced_in_place(control: Control, under: ReleaseId) -> None:
 
 
 async def test_a_release_that_would_die_of_it_is_not_asked_to(place: Place) -> None:
+    taken = list[bytes]()
+
+    async def take(piece: bytes) -> None:
+        taken.append(piece)
+
     host, eldest = place.host("host-1"), release("7.2")
     control = Control(host, await begun(host, eldest, machine="pc-q35-7.2", vcpus=2))
     with pytest.raises(Refused) as refused:
         await host.hypervisor.compute_reconcile(control.vmm, given(control.server, vcpus=1))
     assert refused.value.field == "vcpus"
+    with pytest.raises(Refused, match="misses pages"):
+        await host.hypervisor.save(control.vmm, take, running=True)
+    assert not taken
     await control.set(vcpus=3, cpu=CpuShare(quota=50))
     with pytest.raises(Refused, match="plugged memory"):
         await host.hypervisor.incoming_start(control.server, 2, eldest, in_place=True)

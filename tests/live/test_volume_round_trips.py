@@ -9,11 +9,13 @@ import asyncio
 import hashlib
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab_commands import LabCommands, lab_commands
+from outsider import credentials
 
 from nahtlos.lab.paths import BuildPaths, LabPaths
 from nahtlos.lab.topology import namespace_of, within
@@ -23,7 +25,7 @@ from nahtlos.physical.ports import Unit
 from nahtlos.physical.storage.backup_targets import ROOM
 from nahtlos.physical.storage.nbd import Address, NbdClient
 from nahtlos.physical.supervisor.client import SupervisorClient
-from nahtlos.wire.tls import client_context, host_party
+from nahtlos.wire.tls import CA_FILE, OUTSIDERS_CA_FILE, client_context, host_party
 
 pytestmark = [
     pytest.mark.live,
@@ -35,7 +37,7 @@ pytestmark = [
 MIB = 1 << 20
 SIZE = 32 * MIB
 PLAIN = b"readable by nobody else" * 8
-STORE_PORT = 20000
+STORE_ADDRESS, STORE_PORT = "10.99.0.1", 20000
 
 
 @pytest.fixture
@@ -183,7 +185,12 @@ def _snapshots(trips: Trips, held: Content) -> None:
 
 
 async def _nbd_store(nahtlos: LabCommands, folder: Path) -> str:
-    """A plain NBD server in the lab's management node."""
+    """An NBD server in the lab's management node, which takes hosts of the lab and is known to them."""
+    nodes = LabPaths(nahtlos.lab)
+    vault = folder / "vault-credentials"
+    known = credentials(vault, STORE_ADDRESS, nodes.node("ctl").pki / CA_FILE)
+    for host in ("host-1", "host-2"):
+        shutil.copyfile(known, nodes.node(host).pki / OUTSIDERS_CA_FILE)
     newest = max(BuildPaths.default().movable_releases(), key=lambda each: each.version.split("."))
     bundle = await asyncio.to_thread(read_bundle, nahtlos.build.releases / newest.id)
     words: list[str] = []
@@ -193,12 +200,16 @@ async def _nbd_store(nahtlos: LabCommands, folder: Path) -> str:
         os.truncate(file, SIZE + ROOM)
         words += ["--blockdev", f"driver=file,node-name={export},filename={file},discard=unmap"]
         words += ["--export", f"type=nbd,id={export},node-name={export},name={export},writable=on"]
-    paths = LabPaths(nahtlos.lab).node("ctl")
+    paths = nodes.node("ctl")
     unit = Unit(
         name="store",
         argv=(
             *bundle.storage_daemon(),
-            *("--nbd-server", f"addr.type=inet,addr.host=10.99.0.1,addr.port={STORE_PORT}"),
+            *("--object", f"tls-creds-x509,id=tls,dir={vault},endpoint=server,verify-peer=yes"),
+            *(
+                "--nbd-server",
+                f"addr.type=inet,addr.host={STORE_ADDRESS},addr.port={STORE_PORT},tls-creds=tls",
+            ),
             *words,
         ),
         environment=bundle.environment,
@@ -209,7 +220,7 @@ async def _nbd_store(nahtlos: LabCommands, folder: Path) -> str:
         await supervisor.start(unit)
     finally:
         supervisor.close()
-    return f"nbd://10.99.0.1:{STORE_PORT}"
+    return f"nbds://{STORE_ADDRESS}:{STORE_PORT}"
 
 
 def _on_disk(nahtlos: LabCommands, volume: str) -> bytes:

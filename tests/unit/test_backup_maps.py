@@ -3,6 +3,7 @@
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -97,14 +98,15 @@ def test_targets_are_folders_and_nbd_addresses() -> None:
     def at(target: str) -> BackupSpec:
         return BackupSpec(id=BackupId("b"), volume=VolumeId("v"), target=target)
 
-    assert isinstance(target_of(at("/srv/backups")), FolderTarget)
-    assert isinstance(target_of(at("nbd://store/disk")), NbdTarget)
-    for target in ("relative", "https://store", "", "nbds://store/disk", "nbd:///disk", "nbd://store:x/disk"):
+    pki = Path("/none")
+    assert isinstance(target_of(at("/srv/backups"), pki), FolderTarget)
+    assert isinstance(target_of(at("nbds://store/disk"), pki), NbdTarget)
+    for target in ("relative", "https://store", "", "nbdx://store/disk", "nbd:///disk", "nbd://store:x/disk"):
         with pytest.raises(Refused) as refusal:
-            target_of(at(target))
+            target_of(at(target), pki)
         assert refusal.value.field == "target"
     assert parsed("nbd://store:20000/a%20b") == Address("store", 20000, "a b")
-    assert parsed("nbd://[fd00::1]/x") == Address("fd00::1", 10809, "x")
+    assert parsed("nbds://[fd00::1]/x") == Address("fd00::1", 10809, "x", tls=True)
 
 
 def test_names_of_bitmaps_sort_by_time_and_end_by_what_they_follow() -> None:

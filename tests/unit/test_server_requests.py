@@ -16,6 +16,7 @@ from nahtlos.model.networking import DEFAULT_PROJECT, NetworkSpec, PortSpec, Rat
 from nahtlos.model.nouns import CpuShare, ServerSpec, Size
 from nahtlos.model.prediction import Experience
 from nahtlos.model.project_limits import ProjectLimits
+from nahtlos.model.server_snapshots import MEMORY_SNAPSHOTS
 from nahtlos.model.storage import DiskLimits
 from nahtlos.model.topology import Topology
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
@@ -27,6 +28,8 @@ from nahtlos.runtime.controllers.project_requests import (
 )
 from nahtlos.runtime.controllers.projects import ProjectChange
 from nahtlos.runtime.controllers.server_requests import changed_server, with_hardware
+from nahtlos.runtime.controllers.server_snapshot_requests import taking
+from nahtlos.runtime.controllers.server_snapshots import ServerSnapshotRequest
 from nahtlos.runtime.controllers.share_requests import check_shares_somewhere
 from nahtlos.runtime.controllers.state import State
 from nahtlos.runtime.store.intent import HostRow, ServerRow, VolumeRow
@@ -110,7 +113,7 @@ class Stage:
             refusals={},
             begun_at={},
             machine_types={},
-            release_versions={OLD: "10.0.2"},
+            release_versions={OLD: "11.1.3"},
             ended=frozenset(),
             experience=Experience(),
         )
@@ -317,11 +320,31 @@ def test_its_shape_stays_while_it_moves_and_the_rest_may_change() -> None:
 
 def test_an_old_hypervisor_does_not_take_vcpus_back_under_tcg() -> None:
     stage = Stage()
-    old = stage.state(release_versions={OLD: "7.2.18"})
     seen = stage.inventory(release=OLD)
-    assert "--cpu-quota" in refusal(lambda: stage.set(state=old, seen=seen, vcpus=1)).remedy
-    assert stage.set(state=old, seen=seen, vcpus=3).size.vcpus == 3
-    assert stage.set(seen=seen, vcpus=1).size.vcpus == 1
+    for version in ("7.2.18", "10.0.2", "10.1.0"):
+        old = stage.state(release_versions={OLD: version})
+        assert "--cpu-quota" in refusal(lambda old=old: stage.set(state=old, seen=seen, vcpus=1)).remedy
+        assert stage.set(state=old, seen=seen, vcpus=3).size.vcpus == 3
+    for version in ("10.2.0", "11.1.3"):
+        new = stage.state(release_versions={OLD: version})
+        assert stage.set(state=new, seen=seen, vcpus=1).size.vcpus == 1
+
+
+def test_an_old_hypervisor_does_not_save_the_memory_of_what_runs_under_tcg() -> None:
+    """It would miss what the guest writes meanwhile, and nothing could tell afterwards."""
+    stage = Stage()
+    seen = stage.inventory(release=OLD)
+    here = msgspec.structs.replace(seen.hosts[host(1)], knows=(MEMORY_SNAPSHOTS,))
+    seen = msgspec.structs.replace(seen, hosts={**seen.hosts, host(1): here})
+    asked = ServerSnapshotRequest(name="then", server=WEB)
+    error = refusal(lambda: taking(stage.state(release_versions={OLD: "7.2.18"}), seen, asked))
+    assert ("misses" in error.message, "suspend" in error.remedy, error.field) == (True, True, "server")
+    later = refusal(lambda: taking(stage.state(release_versions={OLD: "10.0.2"}), seen, asked))
+    assert "misses" not in later.message, "its places for memory are what is in the way then"
+    quick = msgspec.structs.replace(here, accelerator=KVM)
+    under_kvm = msgspec.structs.replace(seen, hosts={**seen.hosts, host(1): quick})
+    group, _ = taking(stage.state(release_versions={OLD: "7.2.18"}), under_kvm, asked)
+    assert group.memory is not None
 
 
 def test_servers_in_total_stay_within_what_was_promised() -> None:

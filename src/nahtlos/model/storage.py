@@ -206,7 +206,7 @@ class BackupSpec(Value, frozen=True, kw_only=True):
     id: BackupId
     volume: VolumeId
     target: str
-    """A folder at the volume's host, or an `nbd://` address."""
+    """A folder at the volume's host, or an `nbds://` or `nbd://` address."""
     host: HostId = HostId("")
     """Who wrote it: whose folder it is. A backup from a folder is restored there."""
     base: BackupId | None = None

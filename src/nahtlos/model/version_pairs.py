@@ -149,6 +149,20 @@ PLUGGED_MEMORY = Pair(
 """Whatever the versions, for a server with places for memory."""
 
 
+COPIES_SINCE = (10, 0)
+"""From which version on an emulating QEMU copies the memory of a server that runs, to move it or to save it,
+and misses nothing of what it writes: 7.2 does (`CORRUPTS`), those between were not tried."""
+UNPLUGS_SINCE = (10, 2)
+"""Before it, an emulating QEMU goes on telling a vCPU that is gone what becomes of memory, as its address
+spaces were not destroyed: 7.2 ends, 10.0 hung in one of six replacements in place (docs/decisions/0030)."""
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Of `10.0.2`; nothing of what is no version."""
+    parts = version.split(".")
+    return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else ()
+
+
 def pair_for(way: Way, old: str, new: str, accelerator: str) -> Pair:
     """The row that decides. Versions are of releases, e.g. `10.0.2`; `accelerator` as a host's probe chose
     it. What no row knows is refused by one that says so."""

@@ -19,6 +19,8 @@ from nahtlos.model.ids import HostId
 CA_FILE = "ca.pem"
 CERTIFICATE_FILE = "cert.pem"
 KEY_FILE = "key.pem"
+OUTSIDERS_CA_FILE = "outsiders-ca.pem"
+"""Beside them, if an operator has put it there."""
 
 URI_SCHEME = "nahtlos:"
 ORCHESTRATOR = "orchestrator"
@@ -85,6 +87,21 @@ def client_context_without_certificate(ca_file: Path) -> ssl.SSLContext:
     the URI, before anything is sent."""
     context = _anonymous_client()
     _trust(context, ca_file)
+    return context
+
+
+def outsider_context(pki_dir: Path) -> ssl.SSLContext:
+    """For dialling a server that is not of this cloud. Its certificate has to name the host that is dialled,
+    by an authority of `OUTSIDERS_CA_FILE`, or where there is no such file, by one this machine trusts. To a
+    server that asks for one this party's own certificate is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if (pki_dir / OUTSIDERS_CA_FILE).is_file():
+        _trust(context, pki_dir / OUTSIDERS_CA_FILE)
+    else:
+        context.load_default_certs()
+    if (pki_dir / CERTIFICATE_FILE).is_file():
+        context.load_cert_chain(pki_dir / CERTIFICATE_FILE, pki_dir / KEY_FILE)
     return context
 
 

@@ -19,6 +19,7 @@ from nahtlos.ops.client import OperatorClient
 from nahtlos.runtime.controllers.volumes import BackupRequest, RestoreRequest, TargetRequest, TaskView
 
 Backup = Annotated[str, typer.Argument(metavar="BACKUP")]
+Plain = Annotated[bool, typer.Option("--plain", help="Allow nbd://, without TLS: it can be read on its way.")]
 
 
 def backup_commands(surroundings: Surroundings) -> typer.Typer:
@@ -48,12 +49,13 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
         volume: Annotated[str, typer.Option(show_default=False)],
         to: Annotated[
             str,
-            typer.Option(help="A target's name, a folder, or nbd://…", metavar="PLACE", show_default=False),
+            typer.Option(help="A target's name, a folder, or nbds://…", metavar="PLACE", show_default=False),
         ],
         incremental: Annotated[
             bool, typer.Option("--incremental", help="Only what changed since the newest backup.")
         ] = False,
         bandwidth: Annotated[str, typer.Option(help="Bytes per second at most, as 50M.")] = "none",
+        plain: Plain = False,
         consistency: Consistent = Consistency.CRASH,
         wait: Wait = True,
         deadline: Deadline = COPY_DEADLINE,
@@ -63,6 +65,7 @@ def backup_commands(surroundings: Surroundings) -> typer.Typer:
             name=name,
             volume=VolumeId(volume),
             target=to,
+            plain=plain,
             incremental=incremental,
             bytes_per_second=amounts.octets(bandwidth, "bandwidth"),
             consistency=consistency,
@@ -171,11 +174,12 @@ def _target_commands(surroundings: Surroundings) -> typer.Typer:
     async def put(  # pyright: ignore[reportUnusedFunction]
         cli: Cli,
         name: Annotated[str, typer.Argument(metavar="NAME")],
-        place: Annotated[str, typer.Argument(metavar="PLACE", help="A folder on every host, or nbd://…")],
+        place: Annotated[str, typer.Argument(metavar="PLACE", help="A folder on every host, or nbds://…")],
+        plain: Plain = False,
     ) -> None:
         """Name a place for backups, or change what a name stands for."""
         async with cli.client() as client:
-            view = await client.volumes.put_target(TargetRequest(name=name, place=place))
+            view = await client.volumes.put_target(TargetRequest(name=name, place=place, plain=plain))
         cli.show(view, pictures.targets((view,)))
 
     @command(app, "delete", surroundings)

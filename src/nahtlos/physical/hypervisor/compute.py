@@ -19,6 +19,7 @@ from nahtlos.model.config import ServerConfig
 from nahtlos.model.errors import Refused
 from nahtlos.model.inventory import ComputeStatus
 from nahtlos.model.nouns import CpuShare, ServerSpec
+from nahtlos.model.version_pairs import COPIES_SINCE, CORRUPTS, UNPLUGS_SINCE
 from nahtlos.physical.hypervisor.cgroups import DEFAULT, REMEDY, CpuGroup, group_name, usable
 from nahtlos.physical.hypervisor.commandline import PLUGGED_MEMORY, check_hardware, vcpu_device
 from nahtlos.physical.hypervisor.vmm import Asked, Vmm, VmmRecord
@@ -28,9 +29,6 @@ from nahtlos.physical.settings import AgentSettings
 HELD_WITHIN = 3.0
 """Seconds a guest is waited for by the call that asked it."""
 LOOK_AGAIN = 0.02
-UNPLUGS_SINCE = (10, 2)
-"""Before it, an emulating QEMU goes on telling a vCPU that is gone what becomes of memory, as its address
-spaces were not destroyed: 7.2 ends, 10.0 hung in one of six replacements in place (docs/decisions/0030)."""
 PLUGGED_KEPT_SINCE = (8, 1)
 """Before it, a VMM that is to take a server over in place began by throwing away the plugged memory."""
 
@@ -94,11 +92,10 @@ def check_change(now: ServerSpec, wanted: ServerSpec) -> None:
 def check_unplugs(server: ServerSpec, version: tuple[int, ...]) -> None:
     """Whether an emulating QEMU survives that a vCPU goes."""
     if version < UNPLUGS_SINCE:
-        has, needs = (".".join(map(str, numbers)) for numbers in (version, UNPLUGS_SINCE))
         raise Refused(
-            f"an emulating QEMU {has} does not let go of a vCPU of {server.id} safely",
+            f"an emulating QEMU {_dotted(version)} does not let go of a vCPU of {server.id} safely",
             field="vcpus",
-            remedy=f"replace its VMM by a release with QEMU {needs} or newer first, or set --cpu-quota",
+            remedy=f"replace its VMM by QEMU {_dotted(UNPLUGS_SINCE)} or newer first, or set --cpu-quota",
         )
 
 
@@ -368,14 +365,22 @@ async def _ask_for_memory(vmm: Vmm, seen: Seen, wanted: ServerSpec, began: float
     return f"{seen.memory_mib} to {wanted.size.memory_mib} MiB"
 
 
-async def check_movable(vmm: Vmm) -> None:
-    """An emulating QEMU follows the writes to a machine's first piece of memory alone: another one, copied
-    while it is written, ends QEMU if it is larger (seen with 10.0 and 11.1) and cannot be trusted if it is
-    not. What stays on its host shares its memory and is not concerned, nor is KVM."""
+async def check_copied(vmm: Vmm) -> None:
+    """Before the memory of a server that runs is copied. An emulating QEMU follows the writes to a machine's
+    first piece of memory alone: another one, copied while it is written, ends QEMU if it is larger (seen with
+    10.0 and 11.1) and cannot be trusted if it is not. What stays on its host shares its memory and is not
+    concerned, nor is KVM."""
     record = vmm.record
-    if record is None or not record.server.spec.max_memory_mib:
+    if record is None or await _accelerated(vmm):
         return
-    if not await _accelerated(vmm):
+    version = await _version(vmm)
+    if version < COPIES_SINCE:
+        raise Refused(
+            f"{vmm.id.server} runs under an emulating QEMU {_dotted(version)}: {CORRUPTS}",
+            field="server",
+            remedy="replace its VMM in place by a newer release, or run it under KVM",
+        )
+    if record.server.spec.max_memory_mib:
         raise Refused(
             f"{vmm.id.server} has places for memory, which an emulating QEMU cannot copy while it runs",
             field="server",
@@ -394,8 +399,17 @@ async def _check_emulated(vmm: Vmm, wanted: int, has: int, begun: int) -> None:
     if wanted > has:
         check_threads(record.server.spec, wanted, has, begun)
     else:
-        numbers = cast("dict[str, int]", (await vmm.execute("query-version"))["qemu"])
-        check_unplugs(record.server.spec, (numbers["major"], numbers["minor"]))
+        check_unplugs(record.server.spec, await _version(vmm))
+
+
+async def _version(vmm: Vmm) -> tuple[int, int]:
+    """Major and minor, as the process says itself."""
+    numbers = cast("dict[str, int]", (await vmm.execute("query-version"))["qemu"])
+    return numbers["major"], numbers["minor"]
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _share_in_words(share: CpuShare) -> str:

@@ -40,7 +40,7 @@ from nahtlos.physical.hypervisor.commandline import (
     server_arguments,
     tap_fds,
 )
-from nahtlos.physical.hypervisor.compute import ComputeCare, check_movable
+from nahtlos.physical.hypervisor.compute import ComputeCare, check_copied
 from nahtlos.physical.hypervisor.disk_care import STOPPED_BY_DISK, DiskCare, lost_copies
 from nahtlos.physical.hypervisor.disks import TLS_CLIENT, disks_of
 from nahtlos.physical.hypervisor.display import SocketDisplay
@@ -251,7 +251,7 @@ class QemuHypervisor:
     async def save(self, vmm: VmmId, sink: Sink, *, running: bool = False) -> None:
         found = self._running(vmm)
         if running:
-            await check_movable(found)
+            await check_copied(found)
         elif await found.state() == "running":
             raise Refused(f"{vmm.unit} runs: what is saved would not be of one moment", field="vmm")
         await saving.save(found, sink)
@@ -402,7 +402,7 @@ class QemuHypervisor:
     ) -> None:
         found = self._running(vmm)
         found.ready_whole = False
-        await check_movable(found)
+        await check_copied(found)
         slowing = migration.SLOWING if slow_down else frozenset[str]()
         way = migration.Way(post_copy=post_copy, channels=channels, compressed=compressed)
         await migration.set_capabilities(found, migration.SOURCE | slowing | way.capabilities)

@@ -27,6 +27,7 @@ from nahtlos.model.storage import BackupSpec
 from nahtlos.physical.storage.nbd import NbdClient, parsed
 from nahtlos.physical.storage.record import sync_folder
 from nahtlos.wire.credentials import write_file
+from nahtlos.wire.tls import outsider_context
 
 GRANULE = 65536
 ROOM = 8 << 20
@@ -103,15 +104,16 @@ class Target(Protocol):
     def close(self) -> None: ...
 
 
-def target_of(backup: BackupSpec) -> Target:
+def target_of(backup: BackupSpec, pki_dir: Path) -> Target:
+    """`pki_dir`: what this host shows of itself to servers that ask, and by whom it knows them."""
     if backup.target.startswith("/"):
         return FolderTarget(Path(backup.target), backup.id)
-    if backup.target.startswith("nbd:"):
-        return NbdTarget(backup.target, backup.id)
+    if backup.target.startswith(("nbd:", "nbds:")):
+        return NbdTarget(backup.target, backup.id, pki_dir)
     raise Refused(
         f"'{backup.target}' is no place for a backup",
         field="target",
-        remedy="name a folder of the volume's host by its whole path, or nbd://HOST[:PORT]/EXPORT",
+        remedy="name a folder of the volume's host by its whole path, or nbds://HOST[:PORT]/EXPORT",
     )
 
 
@@ -209,8 +211,9 @@ class FolderTarget:
 
 
 class NbdTarget:
-    def __init__(self, uri: str, backup: BackupId) -> None:
+    def __init__(self, uri: str, backup: BackupId, pki_dir: Path) -> None:
         self._uri = uri
+        self._pki_dir = pki_dir
         self._backup = backup
         self._client: NbdClient | None = None
         self._at = parsed(uri)
@@ -300,7 +303,8 @@ class NbdTarget:
 
     def _connected(self) -> NbdClient:
         if self._client is None:
-            self._client = NbdClient(self._at, contexts=())
+            tls = outsider_context(self._pki_dir) if self._at.tls else None
+            self._client = NbdClient(self._at, tls=tls, contexts=())
         return self._client
 
 

@@ -132,7 +132,7 @@ class Backups:
         if record is not None and await self._daemon.pid() is not None:
             await self.points.close_point(volume, self._aside(record))
             await self.points.unfollow(volume, backup.id)
-        await discard_at_target(backup)
+        await discard_at_target(backup, self._door.pki_dir)
 
     async def delete(self, backup: BackupSpec) -> None:
         """It is not at its target any more, and changes since it are followed no longer."""
@@ -140,7 +140,7 @@ class Backups:
         if record is not None and await self._daemon.pid() is not None:
             with suppress(Error):  # it would only be followed for nothing
                 await self.points.unfollow(backup.volume, backup.id)
-        await remove_from_target(backup)
+        await remove_from_target(backup, self._door.pki_dir)
 
     async def _settle(self, volume: VolumeId, manifest: BackupManifest) -> None:
         await self.close_point(volume)
@@ -205,13 +205,13 @@ class Making(NamedTuple):
 async def make_backup(
     making: Making, backup: BackupSpec, base: BackupSpec | None, pace: "Pace"
 ) -> BackupResult:
-    target = target_of(backup)
+    target = target_of(backup, making.door.pki_dir)
     try:
         held = await asyncio.to_thread(target.manifest)
         if held is not None and (held.volume, held.created_at) == (backup.volume, backup.created_at):
             await making.settle(held)
             return BackupResult(base=held.base, stored_bytes=held.stored_bytes)
-        below = await _base_manifest(base, backup.volume)
+        below = await _base_manifest(base, backup.volume, making.door.pki_dir)
         moment = await making.begin(base.id if base and below else None)
         if making.on_moment is not None:
             await making.on_moment()
@@ -226,11 +226,11 @@ async def make_backup(
     )
 
 
-async def _base_manifest(base: BackupSpec | None, volume: VolumeId) -> BackupManifest | None:
+async def _base_manifest(base: BackupSpec | None, volume: VolumeId, pki_dir: Path) -> BackupManifest | None:
     """None: it cannot be rested on."""
     if base is None:
         return None
-    target = target_of(base)
+    target = target_of(base, pki_dir)
     try:
         found = await asyncio.to_thread(target.manifest)
     except Error:
@@ -285,16 +285,16 @@ def _copy(
     return manifest
 
 
-async def discard_at_target(backup: BackupSpec) -> None:
+async def discard_at_target(backup: BackupSpec, pki_dir: Path) -> None:
     """As far as it can be reached; what is left counts for nothing."""
-    target = target_of(backup)
+    target = target_of(backup, pki_dir)
     with suppress(Error):
         await asyncio.to_thread(target.discard, backup.created_at)
     await asyncio.to_thread(target.close)
 
 
-async def remove_from_target(backup: BackupSpec) -> None:
-    target = target_of(backup)
+async def remove_from_target(backup: BackupSpec, pki_dir: Path) -> None:
+    target = target_of(backup, pki_dir)
     try:
         await asyncio.to_thread(target.remove, backup.volume)
     finally:
@@ -306,7 +306,7 @@ async def restore_chain(
 ) -> None:
     """Into a blank volume that is served at `door` by `volume.epoch`. Repeatable. Refused where a chain has a
     gap, holds something else than it says, or does not fit."""
-    targets = [target_of(each) for each in chain]
+    targets = [target_of(each, door.pki_dir) for each in chain]
     try:
         manifests = await asyncio.to_thread(_manifests, chain, targets)
         ordered = checked_chain(manifests)

@@ -51,6 +51,8 @@ class Address(NamedTuple):
     host: str
     port: int
     export: str
+    tls: bool = False
+    """Only of an address that was given as a URI: this cloud's own are reached by TLS in any case."""
 
 
 class Extent(NamedTuple):
@@ -60,15 +62,16 @@ class Extent(NamedTuple):
 
 
 def parsed(uri: str) -> Address:
-    """`nbd://host[:port]/export`"""
+    """`nbd://host[:port]/export`, or `nbds://…` for TLS"""
     try:
         where = urlsplit(uri)
         port = where.port or DEFAULT_PORT
     except ValueError as error:
         raise Refused(f"'{uri}' is no address: {error}", field="target") from None
-    if where.scheme != "nbd" or not where.hostname or where.query:
-        raise Refused(f"'{uri}' is no NBD address", field="target", remedy="use nbd://HOST[:PORT]/EXPORT")
-    return Address(where.hostname, port, unquote(where.path.removeprefix("/")))
+    if where.scheme not in ("nbd", "nbds") or not where.hostname or where.username or where.query:
+        raise Refused(f"'{uri}' is no NBD address", field="target", remedy="use nbds://HOST[:PORT]/EXPORT")
+    export = unquote(where.path.removeprefix("/"))
+    return Address(where.hostname, port, export, tls=where.scheme == "nbds")
 
 
 class NbdClient:
@@ -96,6 +99,13 @@ class NbdClient:
             raise self._unreachable(error) from error
         try:
             self._open(tls, expect, contexts)
+        except ssl.SSLCertVerificationError as error:
+            self._socket.close()
+            raise Refused(
+                f"{at.host} is not shown to be that by its certificate: {error.verify_message}",
+                field="target",
+                remedy="see 'Encrypted on the way' in docs/storage.md",
+            ) from error
         except OSError as error:
             self._socket.close()
             raise self._unreachable(error) from error
@@ -236,7 +246,8 @@ class NbdClient:
         self._socket.sendall(struct.pack(">I", flags & 3))
         if tls is not None:
             self._option(_STARTTLS, b"")
-            self._socket = tls.wrap_socket(self._socket)
+            name = self._at.host if tls.check_hostname else None
+            self._socket = tls.wrap_socket(self._socket, server_hostname=name)
             self._check_party(self._socket, expect)
         structured = self._option(_STRUCTURED, b"", needed=False) is not None
         name = self._at.export.encode()

@@ -16,6 +16,7 @@ from nahtlos.model.networking import PortSpec
 from nahtlos.model.nouns import DATA_PLACES, MOST_DATA_PLACES, CpuShare, ServerSpec, Size
 from nahtlos.model.power import PowerState
 from nahtlos.model.storage import DiskLimits, VolumeSpec
+from nahtlos.model.version_pairs import UNPLUGS_SINCE, numbers
 from nahtlos.planner.place import room_to_grow, why_growth_breaks
 from nahtlos.planner.reserve import KEEP
 from nahtlos.runtime.controllers.cloud import ServerChange, ServerRequest
@@ -40,8 +41,6 @@ BLOCK_MIB = 4
 """Guests take and give back plugged memory in blocks of this size."""
 GUEST_BLOCK_MIB = 128
 """Linux takes plugged memory into use in blocks of this size, so that much of it must be whole."""
-TAKES_VCPUS_BACK = 10
-"""Under TCG, from this major version of the hypervisor on: 7.2 ends when one is taken back."""
 
 
 # --- from the start ----------------------------------------------------------------------------------
@@ -223,13 +222,14 @@ def _check_takes_back(state: State, inventory: Inventory, server: ServerId) -> N
     status = next((s for s in (seen.servers if seen else ()) if s.id == server), None)
     if seen is None or seen.accelerator is None or status is None or status.release is None:
         return
-    major = state.release_versions.get(status.release, "").partition(".")[0]
-    if seen.accelerator.name == "tcg" and major.isdecimal() and int(major) < TAKES_VCPUS_BACK:
+    version = numbers(state.release_versions.get(status.release, ""))
+    if seen.accelerator.name == "tcg" and version and version < UNPLUGS_SINCE:
+        needs = ".".join(map(str, UNPLUGS_SINCE))
         raise Conflict(
-            f"{status.release} under TCG ends when a vCPU is taken back",
+            f"{status.release} under TCG does not let go of a vCPU safely",
             field="vcpus",
-            remedy=f"move {server} to a host with a later release, or leave its vCPUs and give it a quota: "
-            f"nahtlos server set {server} --cpu-quota N",
+            remedy=f"bring {server} to a release with QEMU {needs} or newer (nahtlos server replace-vmm), or "
+            f"leave its vCPUs and give it a quota: nahtlos server set {server} --cpu-quota N",
         )
 
 

@@ -10,6 +10,7 @@ from nahtlos.model.nouns import HostRole, ServerSpec
 from nahtlos.model.power import Power, PowerState
 from nahtlos.model.server_snapshots import MEMORY_SNAPSHOTS, GoingBack, MemoryOf, ServerSnapshot
 from nahtlos.model.storage import SnapshotSpec, StorageBackend, VolumeSpec
+from nahtlos.model.version_pairs import COPIES_SINCE, CORRUPTS, numbers
 from nahtlos.model.volume_work import Reverting, SnapshotGroup
 from nahtlos.planner.power import refused_pair
 from nahtlos.runtime.controllers.known_volumes import check_idle, check_name_free
@@ -103,6 +104,15 @@ def _check_runs(state: State, inventory: Inventory, spec: ServerSpec) -> None:
         )
     status = next((each for each in seen.servers if each.id == spec.id), None)
     emulated = seen.accelerator is not None and seen.accelerator.name == "tcg"
+    release = status.release if status is not None else None
+    version = numbers(state.release_versions.get(release, "")) if release is not None else ()
+    if emulated and version and version < COPIES_SINCE:
+        raise Conflict(
+            f"{spec.id} runs under {release}: {CORRUPTS}",
+            field="server",
+            remedy=f"bring it to a newer release first: nahtlos server replace-vmm {spec.id}; or save it "
+            f"while it stands still: nahtlos server suspend {spec.id}",
+        )
     if spec.max_memory_mib and emulated and status is not None:
         raise Conflict(
             f"{spec.id} has places for memory, which an emulating QEMU cannot copy while it runs",

@@ -48,7 +48,7 @@ from nahtlos.runtime.controllers.volumes import (
 
 EXPORT_SECONDS = (10, 7 * 86400)
 MAX_GROUP = 32
-NBD_SCHEME = "nbd://"
+SECURED, PLAIN = "nbds://", "nbd://"
 
 
 # --- snapshots ---------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def backing_up(state: State, inventory: Inventory, request: BackupRequest) -> Ba
             f"{request.bytes_per_second} bytes per second", field="bytes_per_second", remedy="0: no limit"
         )
     check_freezable(state, inventory, (request.volume,), request.consistency)
-    place = _place(state, request.target)
+    place = _place(state, request.target, plain=request.plain)
     base = _newest(state, request.volume) if request.incremental else None
     if request.incremental and base is None:
         raise Conflict(
@@ -273,21 +273,27 @@ def _newest(state: State, volume: VolumeId) -> BackupSpec | None:
     return max(made, key=lambda spec: (spec.created_at, spec.id), default=None)
 
 
-def _place(state: State, target: str) -> str:
+def _place(state: State, target: str, *, plain: bool) -> str:
     if target in state.kept.targets:
         return state.kept.targets[target]
-    if target.startswith(("/", NBD_SCHEME)):
-        return checked_place(target)
+    if target.startswith(("/", SECURED, PLAIN)):
+        return checked_place(target, plain=plain)
     raise NotFound(
         f"no backup target '{target}'",
         field="target",
-        remedy=f"targets: {listed(state.kept.targets)}; or a folder, or nbd://address/export",
+        remedy=f"targets: {listed(state.kept.targets)}; or a folder, or nbds://address/export",
     )
 
 
-def checked_place(place: str) -> str:
-    """A folder by its whole path, or an address."""
-    if place.startswith(NBD_SCHEME) and len(place) > len(NBD_SCHEME):
+def checked_place(place: str, *, plain: bool) -> str:
+    """A folder by its whole path, or an address. `plain`: one without TLS is meant so."""
+    if place.startswith(PLAIN) and not plain:
+        raise Refused(
+            f"what is written to {place} can be read on its way",
+            field="target",
+            remedy=f"use {SECURED}, or allow it: --plain",
+        )
+    if any(place.startswith(scheme) and len(place) > len(scheme) for scheme in (SECURED, PLAIN)):
         return place
     parts = place.split("/")
     if place.startswith("/") and len(place) > 1 and ".." not in parts:
@@ -295,12 +301,12 @@ def checked_place(place: str) -> str:
     raise Refused(
         f"'{place}' is no place for backups",
         field="target",
-        remedy="give a folder's whole path on the volume's host, or nbd://address:port/export",
+        remedy="give a folder's whole path on the volume's host, or nbds://address:port/export",
     )
 
 
 def new_target(request: TargetRequest) -> tuple[str, str]:
-    return checked_name(request.name, "name"), checked_place(request.place)
+    return checked_name(request.name, "name"), checked_place(request.place, plain=request.plain)
 
 
 def check_target(state: State, name: str) -> None:
@@ -373,7 +379,7 @@ def _restoring_host(
 ) -> HostId:
     """Where its folder is; what is at an address can be read from everywhere."""
     asked = compute_host(state, request.host) if request.host is not None else None
-    bound = last.host if not last.target.startswith(NBD_SCHEME) and last.host in state.hosts else None
+    bound = last.host if last.target.startswith("/") and last.host in state.hosts else None
     if asked is not None and bound is not None and asked != bound:
         raise Refused(
             f"{last.id} is in a folder of {bound}",

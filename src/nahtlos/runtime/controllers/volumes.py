@@ -115,7 +115,9 @@ class BackupRequest(Value, frozen=True, kw_only=True):
     name: str
     volume: VolumeId
     target: str
-    """The name of a target, a folder at the volume's host, or an `nbd://` address."""
+    """The name of a target, a folder at the volume's host, or an `nbds://` address."""
+    plain: bool = False
+    """What is written to an `nbd://` address can be read on its way."""
     incremental: bool = False
     """Only what has changed since the volume's newest backup."""
     bytes_per_second: int = 0
@@ -134,7 +136,9 @@ class RestoreRequest(Value, frozen=True, kw_only=True):
 class TargetRequest(Value, frozen=True, kw_only=True):
     name: str
     place: str
-    """A folder on every host, or an `nbd://` address."""
+    """A folder on every host, or an `nbds://` address."""
+    plain: bool = False
+    """An `nbd://` address, too."""
 
 
 class ImageRequest(Value, frozen=True, kw_only=True):

@@ -71,12 +71,12 @@ class ImageBackups:
         async with self._lock:
             await self._gateway.hide(volume)
             await self._remove(volume, (images.moment(backup.id),))
-        await discard_at_target(backup)
+        await discard_at_target(backup, self._door.pki_dir)
 
     async def delete(self, backup: BackupSpec) -> None:
         with suppress(Error):  # a moment that nobody asks for goes with the next backup, or with its volume
             await self._remove(backup.volume, (images.moment(backup.id),))
-        await remove_from_target(backup)
+        await remove_from_target(backup, self._door.pki_dir)
 
     async def restore(self, volume: VolumeSpec, chain: tuple[BackupSpec, ...], on_copied: OnCopied) -> None:
         await restore_chain(self._door, volume, chain, on_copied)
