@@ -4,14 +4,13 @@ error, the operator is told why and what to do, and it goes on by itself once th
 import asyncio
 import contextlib
 import os
-import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
 
 import pytest
 from disk_guest import Guest, entered
 from physical_host import Host, Place, release, server_on, volume_on
-from test_replicas import WRITES_PER_S, Cloudlet
+from small_pool import LEFT_KIB, fill, pool, with_small_pool, without_pool
+from test_replicas import WRITES_PER_S, Cloudlet, replicated
 
 from nahtlos.lab.disk_check import check_volume
 from nahtlos.model.ids import VolumeId
@@ -29,9 +28,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
 ]
 VOLUME = VolumeId("server-root")
-POOL_MIB = 96
-LEFT_KIB = 512
 TOLD_WITHIN = 20.0
+WAITED_SECONDS = 6.0
+"""For which it is tried again and again: some ten times."""
 
 
 @pytest.fixture
@@ -42,20 +41,14 @@ async def place() -> AsyncIterator[Place]:
             yield place
     finally:
         for host in place.hosts:
-            subprocess.run(["umount", "-l", str(pool(host))], check=False, capture_output=True, timeout=10)
+            without_pool(host)
         await place.close()
-
-
-def pool(host: Host) -> Path:
-    return host.settings.state_dir / "volumes"
 
 
 async def started(place: Place) -> Cloudlet:
     """On a pool of its own that is soon full."""
     host = place.host("host-1")
-    pool(host).mkdir(parents=True)
-    words = ("mount", "-t", "tmpfs", "-o", f"size={POOL_MIB}m", "tmpfs", str(pool(host)))
-    subprocess.run(words, check=True, timeout=10)
+    with_small_pool(host)
     await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, VOLUME),)))
     server = server_on(host, "server")
     ledger = Ledger(place.folder / "ledger.db")
@@ -114,10 +107,7 @@ async def test_full_pool_stops_the_guest_until_there_is_room(place: Place) -> No
     cloudlet = await started(place)
     host = cloudlet.hosts[0]
     async with kept(cloudlet) as context:
-        ballast = pool(host) / "ballast"
-        free = os.statvfs(pool(host))
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - (LEFT_KIB << 10))
+        ballast = fill(host)
         text = await told(context)
         assert text.startswith(f"{VOLUME} of server: the pool under it is full")
         assert "free space in its pool" in text
@@ -130,6 +120,53 @@ async def test_full_pool_stops_the_guest_until_there_is_room(place: Place) -> No
     async with kept(cloudlet) as context:
         await told(context)
         ballast.unlink()
+        await goes_on(cloudlet, context)
+
+
+async def test_of_two_copies_the_one_without_room_is_given_up_and_the_other_one_is_written(
+    place: Place,
+) -> None:
+    cloudlet = await replicated(place, 2, prepared=with_small_pool)
+    full = cloudlet.hosts[1]
+    async with kept(cloudlet) as context:
+        fill(full)
+        async with asyncio.timeout(TOLD_WITHIN):
+            while cloudlet.lost != [full.settings.host]:
+                await asyncio.sleep(0.05)
+        assert any("has no room left for what is written" in text for text in cloudlet.said)
+        await goes_on(cloudlet, context)
+
+
+async def test_where_no_copy_has_room_it_is_waited_for_and_none_is_given_up(place: Place) -> None:
+    cloudlet = await replicated(place, 2, prepared=with_small_pool)
+    async with kept(cloudlet) as context:
+        await cloudlet.guest.writes(0)  # or one of them would be full before the other one
+        ballasts = [fill(host, 0) for host in cloudlet.hosts]
+        await cloudlet.guest.writes(WRITES_PER_S)
+        text = await told(context)
+        assert text.startswith(f"{VOLUME} of server: the pool under it is full")
+        await asyncio.sleep(WAITED_SECONDS)
+        assert cloudlet.lost == []
+        for ballast in ballasts:
+            ballast.unlink()
+        await goes_on(cloudlet, context)
+        assert cloudlet.lost == []
+    written = await cloudlet.guest.verified()
+    for host in cloudlet.hosts:
+        found = check_volume(pool(host) / f"{VOLUME}.raw", written)
+        assert (found.lost, found.wrong) == (0, 0)
+
+
+async def test_of_two_copies_the_one_that_fails_is_given_up_and_the_other_one_is_written(
+    place: Place,
+) -> None:
+    cloudlet = await replicated(place, 2)
+    bad = cloudlet.hosts[1]
+    async with kept(cloudlet) as context:
+        await failing(bad, "write")
+        async with asyncio.timeout(TOLD_WITHIN):
+            while cloudlet.lost != [bad.settings.host]:
+                await asyncio.sleep(0.05)
         await goes_on(cloudlet, context)
 
 

@@ -171,9 +171,12 @@ async def place() -> AsyncIterator[Place]:
         await place.close()
 
 
-async def replicated(place: Place, copies: int, under: str = "10.0") -> Cloudlet:
+async def replicated(
+    place: Place, copies: int, under: str = "10.0", prepared: Callable[[Host], None] = lambda host: None
+) -> Cloudlet:
     hosts = [place.host(f"host-{number}") for number in range(1, copies + 1)]
     for host in hosts:
+        prepared(host)
         await host.storage.reconcile(StorageDesired(volumes=(volume_on(host, "server-root"),)))
     server = server_on(hosts[0], "server")
     endpoints = tuple(

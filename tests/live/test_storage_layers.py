@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from nbd_writer import BLOCK, Disk, Writer, block, stand_in
 from physical_host import RELEASES, Host, Place, release, volume_on
+from small_pool import POOL_MIB, fill, pool, with_small_pool, without_pool
 
 from nahtlos.model.errors import Conflict, Refused, Unavailable
 from nahtlos.model.ids import ReleaseId, SnapshotId, VolumeId
@@ -21,8 +22,7 @@ from nahtlos.physical.hypervisor.bundle import read_bundle
 from nahtlos.physical.ports import Crash, StorageDesired
 from nahtlos.physical.storage import decisions, graph
 from nahtlos.physical.storage.images import image_tool
-from nahtlos.physical.storage.layers import LayerFiles
-from nahtlos.physical.storage.record import Layer, LayerRef, RecordMap, active_chain, chain
+from nahtlos.physical.storage.record import LayerRef, RecordMap, active_chain, chain
 from nahtlos.physical.storage.sockets import peers
 
 pytestmark = [
@@ -527,36 +527,41 @@ async def test_deletion_overwrites_and_goes_on_after_a_kill(place: Place) -> Non
         await scene.reconcile()
 
 
-async def test_a_full_pool_leaves_nothing_half_made(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(place.host("host-1"))
-    await scene.begin()
-    before = scene.files
+async def test_a_full_pool_leaves_nothing_half_made(place: Place) -> None:
+    host = place.host("host-1")
+    with_small_pool(host)
+    try:
+        await _refused_until_there_is_room(host)
+    finally:
+        without_pool(host)
 
-    async def full(*_: object) -> None:
-        raise Unavailable("no room", field="pool")
 
-    other = volume_on(scene.host, "other", empty=True, size_mib=16)
-    await scene.reconcile(volumes=(scene.spec, other))
-    taken = LayerFiles.make_qcow2
-    made = 0
+async def _refused_until_there_is_room(host: Host) -> None:
+    one, other = (volume_on(host, name, empty=True, size_mib=16) for name in (DATA, "other"))
+    image, storage = volume_on(host, "image"), host.storage
+    await storage.reconcile(StorageDesired(volumes=(one, other)))
+    ballast = fill(host, 0)
+    before = sorted(path.name for path in pool(host).iterdir())
+    both = (snapshot("a"), snapshot("b", other.id))
 
-    async def second_is_full(
-        files: LayerFiles, ref: LayerRef, layer: Layer, *, preallocated: bool = False
-    ) -> None:
-        nonlocal made
-        made += 1
-        await (full() if made == 2 else taken(files, ref, layer, preallocated=preallocated))
+    async def refused(asked: Awaitable[object]) -> None:
+        with pytest.raises(Unavailable) as refusal:
+            await asked
+        assert (refusal.value.field, refusal.value.remedy != "") == ("pool", True), refusal.value
+        assert sorted(path.name for path in pool(host).iterdir()) == before
 
-    monkeypatch.setattr(LayerFiles, "make_qcow2", second_is_full)
-    with pytest.raises(Unavailable) as refusal:
-        await scene.host.storage.snapshot((snapshot("a"), snapshot("b", other.id)))
-    assert refusal.value.field == "pool"
-    assert scene.files == [*before, "other.raw"]
-    assert await scene.host.storage.snapshots() == ()
-    pool = await scene.host.storage.pool()
-    assert pool is not None
-    assert 0 < pool.free < pool.total
-    await scene.end()
+    await refused(storage.snapshot(both))
+    assert await storage.snapshots() == ()
+    await refused(storage.reconcile(StorageDesired(volumes=(one, other, image))))
+    assert {each.id for each in await storage.observe()} == {one.id, other.id}
+    known = await storage.pool()
+    assert known is not None
+    assert (known.free, known.total) == (0, POOL_MIB << 20)
+    ballast.unlink()
+    await storage.snapshot(both)
+    await storage.reconcile(StorageDesired(volumes=(one, other, image)))
+    assert {each.id for each in await storage.snapshots()} == {"a", "b"}
+    assert {each.id for each in await storage.observe()} == {one.id, other.id, image.id}
 
 
 async def test_tenants_take_turns_within_the_hosts_budget_which_changes_live(place: Place) -> None:

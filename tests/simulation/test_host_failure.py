@@ -12,7 +12,7 @@ from quick_database import database_in_the_loop
 from simulated_cloud import SimulatedCloud
 
 from nahtlos.model.availability import OnHostFailure
-from nahtlos.model.blueprint import HostPhase
+from nahtlos.model.blueprint import HostIntent, HostPhase
 from nahtlos.model.errors import Conflict
 from nahtlos.model.ids import HostId, ServerId
 from nahtlos.model.nouns import Size
@@ -112,6 +112,51 @@ def test_a_server_of_a_host_that_failed_is_restarted_elsewhere_and_not_run_twice
 
     with cloud_of() as cloud:
         play(cloud, scene)
+
+
+@pytest.mark.parametrize("policy", [OnHostFailure.LEAVE, OnHostFailure.EVACUATE_ONLY])
+def test_what_is_not_to_be_restarted_waits_for_its_host_and_goes_on_there(policy: OnHostFailure) -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await with_server(cloud, policy)
+        kill(cloud, H1)
+        await asyncio.sleep(300.0)
+        assert place_of(cloud) == set()
+        back(cloud, H1)
+        await settled(cloud)
+        assert place_of(cloud) == {H1}
+        assert cloud.world.facts(WEB).boots == 2
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+@pytest.mark.parametrize("policy", list(OnHostFailure))
+def test_what_is_to_be_left_stays_when_its_host_is_emptied_and_all_else_goes(policy: OnHostFailure) -> None:
+    async def scene(cloud: SimulatedCloud) -> None:
+        await with_server(cloud, policy)
+        await cloud.ask(lambda service: service.set_host_intent(H1, HostIntent.DRAINED))
+        if policy is OnHostFailure.LEAVE:
+            await cloud.until(_says_that_it_is_left, timeout=60, what="word of the server that stays")
+            await asyncio.sleep(120.0)
+            assert place_of(cloud) == {H1}
+        else:
+            await cloud.until(_is_elsewhere(cloud), timeout=120, what="the server to be elsewhere")
+        assert cloud.world.facts(WEB).boots == 1
+
+    with cloud_of() as cloud:
+        play(cloud, scene)
+
+
+async def _says_that_it_is_left(service: CloudService) -> bool:
+    waiting = (await service.status()).waiting
+    return any(each.subject == WEB and "left where it is" in each.reason for each in waiting)
+
+
+def _is_elsewhere(cloud: SimulatedCloud) -> Callable[[CloudService], Awaitable[bool]]:
+    async def elsewhere(_: CloudService) -> bool:
+        return bool(place_of(cloud)) and H1 not in place_of(cloud)
+
+    return elsewhere
 
 
 def test_a_host_that_is_cut_off_ends_the_server_before_it_is_restarted_elsewhere() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import nahtlos
 from nahtlos.model.config import VolumeEndpoint
 from nahtlos.model.errors import Conflict, NotFound, Refused
 from nahtlos.model.ids import HostId, KeyId, SnapshotId, VolumeId
@@ -144,10 +145,23 @@ def test_every_chain_with_qcow2_in_it_is_written_through_and_no_raw_one(
     assert graph.parsed_export(export.id) == export
 
 
+def sources() -> dict[str, str]:
+    folder = Path(nahtlos.__file__).parent
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.py")}
+
+
 def test_no_other_place_decides_what_is_written_through() -> None:
-    folder = Path(graph.__file__).parent
-    deciding = [path.name for path in folder.glob("*.py") if '"writethrough":' in path.read_text()]
-    assert deciding == ["graph.py"]
+    deciding = [path for path, text in sources().items() if '"writethrough":' in text]
+    assert deciding == ["physical/storage/graph.py"]
+
+
+def test_what_loses_writes_silently_is_used_nowhere_else() -> None:
+    """vhost-user never flushes. null-co forgets all it is given: it may stand in for a copy that is lost, which
+    is never read, and for the device of which only a bitmap is wanted."""
+    text = sources()
+    assert [path for path in text if "vhost-user" in text[path]] == []
+    forgetting = {path: source.count('"null-co"') for path, source in text.items() if '"null-co"' in source}
+    assert forgetting == {"physical/hypervisor/disks.py": 1, "physical/storage/replication.py": 1}
 
 
 # --- nodes -------------------------------------------------------------------------------------------

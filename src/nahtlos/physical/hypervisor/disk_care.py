@@ -146,39 +146,20 @@ class DiskCare:
         told = await self.stopped(vmm)
         if record is None:
             return told
-        failed = {problem.volume for problem in told if problem.trouble is DiskTrouble.ERROR}
-        several = [d for d in disks_of(record.server) if d.volume in failed and len(d.keys) > 1]
-        lost = await lost_copies(several, hung=self._known_hung())
+        trouble = {problem.volume: problem.trouble for problem in told}
+        several = [d for d in disks_of(record.server) if d.volume in trouble and len(d.keys) > 1]
+        silent = [d for d in several if trouble[d.volume] is DiskTrouble.ERROR]
+        lost = await lost_copies(silent, hung=self._known_hung())
         known = {problem.volume for problem in lost}
-        blamed = [b for disk in several if disk.volume not in known for b in self._blamed(vmm, disk)]
+        failed, vmm.failed_nodes = vmm.failed_nodes, set()
+        keys = {key for node in failed if (key := disks.key_in(node)) is not None}
+        blamed = [
+            blame
+            for disk in several
+            if disk.volume not in known
+            for blame in _blamed(vmm, disk, keys, full=trouble[disk.volume] is DiskTrouble.NO_SPACE)
+        ]
         return (*told, *lost, *blamed)
-
-    def _blamed(self, vmm: Vmm, disk: Disk) -> Iterable[DiskProblem]:
-        now = time.monotonic()
-        nodes, vmm.failed_nodes = vmm.failed_nodes, set()
-        keys = {disks.key_in(node) for node in nodes}
-        for key, endpoint in zip(disk.keys, disk.endpoints, strict=True):
-            if key in vmm.refused_keys:
-                vmm.refused_keys.discard(key)
-                yield DiskProblem(
-                    volume=disk.volume,
-                    trouble=DiskTrouble.REPLICA_LOST,
-                    replica=endpoint.host,
-                    text=f"its daemon does not serve {endpoint.export}",
-                )
-                continue
-            if key not in keys:
-                continue
-            times = [t for t in vmm.blamed.get(key, []) if now - t < BLAMED_SECONDS] + [now]
-            vmm.blamed[key] = times
-            if len(times) >= BLAMED_TIMES:
-                text = f"its daemon answers and failed {len(times)} times in {BLAMED_SECONDS:g} s"
-                yield DiskProblem(
-                    volume=disk.volume,
-                    trouble=DiskTrouble.REPLICA_LOST,
-                    replica=endpoint.host,
-                    text=text,
-                )
 
     # --- watching ---
 
@@ -274,6 +255,33 @@ async def lost_copies(
                     )
                 )
     return tuple(found)
+
+
+def _blamed(vmm: Vmm, disk: Disk, failed: set[str], *, full: bool) -> Iterable[DiskProblem]:
+    """Of copies that answer. `failed`: those that did now. `full`: they had no room; where none of them has,
+    room is waited for, and nobody is to blame."""
+    now = time.monotonic()
+    times = {key: _lately(vmm, key, now, failed=key in failed) for key in disk.keys}
+    if full and all(times.values()):
+        return
+    for key, endpoint in zip(disk.keys, disk.endpoints, strict=True):
+        if key in vmm.refused_keys:
+            vmm.refused_keys.discard(key)
+            text = f"its daemon does not serve {endpoint.export}"
+        elif key in failed and len(times[key]) >= BLAMED_TIMES:
+            what = "has no room left for what is written" if full else "answers and failed"
+            text = f"its daemon {what}, {len(times[key])} times in {BLAMED_SECONDS:g} s"
+        else:
+            continue
+        yield DiskProblem(
+            volume=disk.volume, trouble=DiskTrouble.REPLICA_LOST, replica=endpoint.host, text=text
+        )
+
+
+def _lately(vmm: Vmm, key: str, now: float, *, failed: bool) -> list[float]:
+    times = [at for at in vmm.blamed.get(key, []) if now - at < BLAMED_SECONDS]
+    vmm.blamed[key] = times = [*times, now] if failed else times
+    return times
 
 
 def _problem(disk: Disk, status: str) -> DiskProblem | None:
