@@ -156,7 +156,7 @@ def test_no_other_place_decides_what_is_written_through() -> None:
 
 
 def test_what_loses_writes_silently_is_used_nowhere_else() -> None:
-    """vhost-user never flushes. null-co forgets all it is given: it may stand in for a copy that is lost, which
+    """vhost-user never flushes. null-co forgets all it is given: it may stand in for a lost copy, which
     is never read, and for the device of which only a bitmap is wanted."""
     text = sources()
     assert [path for path in text if "vhost-user" in text[path]] == []
