@@ -6,9 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
-from nahtlos.model.config import HostConfig, ServerConfig, VolumeAttachment
+from nahtlos.model.config import HostConfig, ServerConfig, VolumeAttachment, VolumeEndpoint
 from nahtlos.model.errors import Conflict, Refused, Unavailable
 from nahtlos.model.ids import BackupId, HostId, OperationId, ServerId, VolumeId
 from nahtlos.model.inventory import OperationKind, OperationState
@@ -17,7 +18,7 @@ from nahtlos.model.storage import BackupSpec, Replica, VolumeSpec
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal, Ledger, Role
 from nahtlos.physical.agent.report import operation_status
-from nahtlos.physical.agent.volumes import scrub, single
+from nahtlos.physical.agent.volumes import replicas, scrub, single
 from nahtlos.physical.agent.volumes.freeze import owned
 from nahtlos.physical.agent.volumes.peers import answer_volume, carry_out
 from nahtlos.physical.agent.volumes.scrub import Scrub
@@ -381,4 +382,22 @@ async def test_a_host_that_missed_where_its_server_went_does_not_act_for_it(tmp_
     assert owner is not None
     assert owner.server == held
     assert owned(given, SERVER.id, 1) == owner
+    given.ledger.close()
+
+
+async def test_a_copy_is_not_left_out_in_silence_where_it_was_lost_by_that_export(tmp_path: Path) -> None:
+    """Whoever has it join would count it as written to, and the orchestrator as current."""
+    given = context(tmp_path, Store())
+    held = ServerConfig(spec=SERVER, epoch=1, volume=AT_A)
+    given.ledger.own(held)
+    own, coming = (VolumeEndpoint(host=h, address=h, port=1, export="v.e2") for h in (ME, OTHER))
+    coming = msgspec.structs.replace(coming, joining=True)
+    given.ledger.remember("lost", {f"{replicas.PREFIX}{replicas.place(coming)}": b""})
+    both = replicas.reached_by_copies(AT_A, (own, coming))
+    with pytest.raises(Refused) as refused:
+        await carry_out(given, VolumeAttach(id=ID, server=SERVER.id, epoch=1, attachment=both))
+    assert refused.value.field == replicas.LOST_BEFORE
+    owner = given.ledger.owner(SERVER.id)
+    assert owner is not None
+    assert owner.server == held
     given.ledger.close()

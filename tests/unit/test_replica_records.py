@@ -8,9 +8,12 @@ import pytest
 from nahtlos.model.blueprint import Blueprint, PlannedMove
 from nahtlos.model.errors import Conflict, NotFound, Stale
 from nahtlos.model.ids import BlueprintId, HostId, OperationId, ServerId, VolumeId
+from nahtlos.model.inventory import OperationKind, OperationState, OperationStatus
 from nahtlos.model.nouns import Assignment, HostRole, HostSpec, ServerSpec, Size
 from nahtlos.model.storage import Replica, ReplicaState, VolumeSpec
+from nahtlos.model.volume_work import PlannedVolumeTask, Rebuilding
 from nahtlos.runtime.controllers.replica_records import lose
+from nahtlos.runtime.controllers.volume_records import EndedTask, write_end
 from nahtlos.runtime.store import blueprints, intent, leases, volumes
 from nahtlos.runtime.store.store import Store
 from nahtlos.wire.volumes import ReplicaLost
@@ -135,3 +138,25 @@ async def test_what_is_not_there_is_named(store: Store) -> None:
     body = msgspec.structs.replace(told(TWO, ""), volume=VolumeId("other"))
     with pytest.raises(NotFound):
         await lose(store, LEADER, ONE, body)
+
+
+@pytest.mark.parametrize("state", [OperationState.DONE, OperationState.UNDONE])
+@pytest.mark.parametrize("lost", [True, False])
+async def test_what_is_lost_as_it_joins_comes_back_by_another_epoch(
+    store: Store, state: OperationState, *, lost: bool
+) -> None:
+    """By the same one it would be left out for good by those it was lost to."""
+    await lose(store, LEADER, ONE, told(TWO, "web-1-disk.e2"))
+    work = Rebuilding(volume=VOLUME, source=ONE, target=TWO)
+    task = PlannedVolumeTask(
+        id=OperationId("volume-1"), work=work, coordinator=ONE, hosts=(ONE, TWO), epoch=4, losses=1
+    )
+    if lost:
+        await lose(store, LEADER, ONE, told(TWO, "web-1-disk.e4"))
+    status = OperationStatus(id=task.id, kind=OperationKind.REBUILD, state=state, step="done")
+    async with store.writing() as tx:
+        await write_end(tx, EndedTask(task=task, status=status, cancelled=False), 1.0)
+        spec = await volumes.get(tx, VOLUME)
+    assert spec is not None
+    assert (TWO in spec.current) is (state is OperationState.DONE and not lost)
+    assert (spec.newest_epoch == task.epoch) is (lost or state is OperationState.DONE)

@@ -191,22 +191,24 @@ class Disks:
 
     def _use(self, vmm: Vmm, attachment: VolumeAttachment) -> None:
         volume, server = attachment.volume, vmm.id.server
-        reached: list[Volume] = []
-        joining: list[Volume] = []
+        reached, read, joining = list[Volume](), list[Volume](), list[Volume]()
         unread = {(each.address, each.export) for each in attachment.copies if each.joining}
         for address, export in paths_of(attachment):
             into = joining if (address, export) in unread else reached
             try:
-                into += [each for each in self.reach(address, export) if each not in into]
+                found = self.reach(address, export)
             except Error as error:
                 self.stalled.add((server, volume))
                 if attachment.copies and not self._restarts(address):
                     self._lose(vmm, attachment, address, str(error))
                 return
+            into += [each for each in found if each not in into]
+            if into is reached:
+                read.append(found[0])
         self.stalled.discard((server, volume))
         assert vmm.guest is not None
         self._read(vmm, volume, reached)
-        self._check_doubt(volume, reached)
+        self._check_doubt(volume, read)
         if vmm.guest.frozen:
             return
         number = self.acknowledged[volume] = self.acknowledged.get(volume, 0) + 1
@@ -267,11 +269,12 @@ class Disks:
                     if host.address == address and held is not None and str(held.spec.epoch) == epoch:
                         held.in_doubt = True
 
-    def _check_doubt(self, volume: VolumeId, reached: list[Volume]) -> None:
-        """The one that is read alone is what counts; another has to be copied into before it is read."""
-        if len(reached) == 1:
-            reached[0].in_doubt = False
-        for copy in reached:
+    def _check_doubt(self, volume: VolumeId, read: list[Volume]) -> None:
+        """The one that is read alone is what counts, also while it is copied elsewhere; another has to be
+        copied into before it is read."""
+        if len(read) == 1:
+            read[0].in_doubt = False
+        for copy in read:
             if copy.in_doubt:
                 self._violated("write-hole", volume, f"{copy.spec.host} is read beside others")
 

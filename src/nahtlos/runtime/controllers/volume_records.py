@@ -85,6 +85,8 @@ async def write_end(tx: AsyncConnection, end: EndedTask, now: float) -> EventDra
     """The operation's end, and what follows from it."""
     if end.done:
         await _apply(tx, end.task, end.status.result, now)
+    elif isinstance(end.task.work, Rebuilding):
+        await _rebuilt(tx, end.task, end.task.work, done=False)
     if end.task.wish and (end.done or end.cancelled or end.hopeless):
         await volumes.forget_wish(tx, end.task.wish)
         if not end.done and isinstance(end.task.work, SnapshotGroup):
@@ -105,7 +107,7 @@ async def _apply(tx: AsyncConnection, task: PlannedVolumeTask, result: Mapping[s
         case Relocation():
             await _relocated(tx, task, task.work)
         case Rebuilding():
-            await _rebuilt(tx, task, task.work)
+            await _rebuilt(tx, task, task.work, done=True)
         case Reverting():
             spec = await volumes.get(tx, task.work.volume)
             if spec is not None:
@@ -180,11 +182,18 @@ async def _relocated(tx: AsyncConnection, task: PlannedVolumeTask, work: Relocat
     await volumes.put(tx, relocated(spec, work, task.epoch, lost=lost))
 
 
-async def _rebuilt(tx: AsyncConnection, task: PlannedVolumeTask, work: Rebuilding) -> None:
+async def _rebuilt(tx: AsyncConnection, task: PlannedVolumeTask, work: Rebuilding, *, done: bool) -> None:
+    """What was lost meanwhile does not count, and its epoch is used up as well: hosts it was lost to never
+    reach a copy by that again, so that the next one would never be written to."""
     spec = await volumes.get(tx, work.volume)
-    if spec is None or await volumes.losses_at(tx, work.volume, work.target) != task.losses:
+    if spec is None or all(copy.host != work.target for copy in spec.copies):
         return
-    await volumes.put(tx, with_state(spec, work.target, ReplicaState.CURRENT, task.epoch))
+    lost = await volumes.losses_at(tx, work.volume, work.target) != task.losses
+    if done and not lost:
+        await volumes.put(tx, with_state(spec, work.target, ReplicaState.CURRENT, task.epoch))
+    elif lost and work.target not in spec.current:
+        epoch = max(task.epoch, spec.at(work.target).epoch)
+        await volumes.put(tx, with_state(spec, work.target, ReplicaState.STALE, epoch))
 
 
 async def _snapshots_moved(tx: AsyncConnection, work: SnapshotMove) -> None:

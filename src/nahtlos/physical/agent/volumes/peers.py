@@ -11,7 +11,7 @@ from nahtlos.physical.agent.guests import freeze as guests
 from nahtlos.physical.agent.volumes import holds
 from nahtlos.physical.agent.volumes.freeze import freeze, owned, thaw
 from nahtlos.physical.agent.volumes.rejoin import check_ran_on
-from nahtlos.physical.agent.volumes.replicas import lost_exports, without
+from nahtlos.physical.agent.volumes.replicas import LOST_BEFORE, lost_exports, place, without
 from nahtlos.physical.ports import StorageDesired, VmmId
 from nahtlos.wire.messages import Done, Message
 from nahtlos.wire.volumes import (
@@ -168,7 +168,15 @@ async def _attach(context: Context, body: VolumeAttach) -> None:
     held = owned(context, body.server, body.epoch)
     if body.server in context.starting:
         raise Unavailable(f"{body.server} is just being started", field="server")
-    attachment = without(body.attachment, lost_exports(context.ledger))
+    lost = lost_exports(context.ledger)
+    for each in body.attachment.copies:
+        if each.joining and place(each) in lost:  # what is left out silently would count as written to
+            raise Refused(
+                f"the copy on {each.host} was lost to {body.server} as {each.export}: it has to come back by "
+                "another epoch",
+                field=LOST_BEFORE,
+            )
+    attachment = without(body.attachment, lost)
     server = reached_by(held.server, attachment, body.instead_of)
     context.ledger.adopt(server)
     vmm = VmmId(body.server, held.epoch)

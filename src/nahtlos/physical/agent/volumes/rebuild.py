@@ -35,7 +35,7 @@ from nahtlos.physical.agent.volumes.copy_operation import (
     CopyOperation,
 )
 from nahtlos.physical.agent.volumes.copying import Pace
-from nahtlos.physical.agent.volumes.replicas import reached_by_copies
+from nahtlos.physical.agent.volumes.replicas import LOST_BEFORE, reached_by_copies
 from nahtlos.wire.message import Message
 from nahtlos.wire.volumes import (
     RebuildOrder,
@@ -287,6 +287,8 @@ class Rebuild(CopyOperation[RebuildOrder]):
         except Conflict as conflict:
             return "" if conflict.field == "server" else f"{host}: {conflict.message}"
         except Error as error:
+            if error.field == LOST_BEFORE:
+                raise  # for good: it is ordered anew
             return f"{host}: {error.message}"
         return None
 

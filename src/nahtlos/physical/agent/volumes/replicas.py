@@ -29,6 +29,8 @@ from nahtlos.physical.ports import DiskProblem, DiskTrouble, VmmId
 from nahtlos.wire.volumes import ReplicaLost, ReplicasRecorded
 
 PREFIX = "lost/"
+LOST_BEFORE = "lost_before"
+"""Field of the refusal to reach a copy by an export it was lost with."""
 LOOK_SECONDS = 0.5
 """How often connections are looked at; a guest that is stopped is seen at once."""
 RECORD_SECONDS = 10.0
