@@ -30,7 +30,7 @@ pytestmark = [
 UP_SECONDS = 90.0
 WRITES_PER_SECOND = 100
 SOON_SECONDS = 30.0
-MIB = 1 << 20
+MIB, BLOCK = 1 << 20, 4096
 DISK = "web-disk"
 
 
@@ -63,6 +63,10 @@ class Play:
 
     def happened(self, kind: str, text: str) -> bool:
         return any(text in event.text for event in self.events(kind))
+
+    def states(self) -> list[str]:
+        """Of the system disk's copies."""
+        return sorted(copy["state"] for copy in self.nahtlos.json("volume", "show", DISK)["copies"])
 
     def copies(self, *states: str) -> list[str]:
         """Hosts of the system disk's copies, whose states are these."""
@@ -164,6 +168,7 @@ def _copies_come_and_go(play: Play) -> None:
     hosts = play.copies("current", "current", "current")
     play.writes_on()
     _power_fails(play, next(host for host in hosts if host != "host-1"))
+    _a_copy_is_damaged(play, next(host for host in hosts if host != "host-1"))
     nahtlos.json("volume", "set", DISK, "--replicas", "2")
     play.copies("current", "current")
     play.writes_on()
@@ -190,6 +195,44 @@ def _power_fails(play: Play, host: str) -> None:
     print(f"{host} came back: {took.text} of {size / MIB:.0f}")
     until("all of it is settled", lambda: play.nahtlos.json("volume", "show", DISK)["settled"])
     play.writes_on()
+
+
+def _a_copy_is_damaged(play: Play, host: str) -> None:
+    """On its disk, behind its daemon's back: a scrub of three finds it, and has it made anew, all of it."""
+    nahtlos = play.nahtlos
+    asyncio.run(play.outside.set_load(play.ip, disk_per_s=0))
+    file, offset, wrong = _damage(LabPaths(nahtlos.lab).node(host).state / "volumes")
+    found = nahtlos.run("--json", "volume", "scrub", DISK)
+    assert found.returncode == 1, found.stdout + found.stderr
+    result = json.loads(found.stdout)["record"]["result"]
+    assert (result["differences"], result["wrong"]) == ("1", host)
+    nahtlos.run("--json", "volume", "scrub", DISK, "--repair")
+    until("its copy to be made anew", lambda: play.states() == ["current"] * 3)
+    until("all of it is settled", lambda: nahtlos.json("volume", "show", DISK)["settled"])
+    assert nahtlos.json("volume", "scrub", DISK)["record"]["result"]["differences"] == "0"
+    assert not file.exists() or _block(file, offset) != wrong
+    asyncio.run(play.outside.set_load(play.ip, disk_per_s=WRITES_PER_SECOND))
+    play.writes_on()
+
+
+def _block(file: Path, offset: int) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        return opened.read(BLOCK)
+
+
+def _damage(volumes: Path) -> tuple[Path, int, bytes]:
+    """A block of the copy there that is not blank: its file, where it is, and what it holds now."""
+    files = [file for file in volumes.glob(f"{DISK}*") if file.suffix in (".raw", ".qcow2")]
+    file = max(files, key=lambda file: file.stat().st_blocks)
+    offset = next(at for at in range(8 * MIB, file.stat().st_size, BLOCK) if any(_block(file, at)))
+    wrong = bytes(byte ^ 0xFF for byte in _block(file, offset))
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(wrong)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return file, offset, wrong
 
 
 def _state(play: Play, host: str) -> str:
