@@ -11,6 +11,8 @@ import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -26,6 +28,7 @@ from nahtlos.model.errors import Unavailable
 from nahtlos.model.ids import OperationId, PortId, ReleaseId, ServerId
 from nahtlos.model.inventory import OperationKind, OperationState, RunState
 from nahtlos.model.networking import PortSpec
+from nahtlos.model.version_pairs import PAIRS, Verdict, Way
 from nahtlos.physical.agent.context import Context
 from nahtlos.physical.agent.ledger import Journal, Ledger, Role
 from nahtlos.physical.agent.replacement import Replacement
@@ -248,17 +251,24 @@ async def stage() -> AsyncIterator[Stage]:
         await place.close()
 
 
-async def test_from_a_release_that_cannot_be_moved_to_the_newest_and_back_nothing_is_lost(
-    stage: Stage,
-) -> None:
-    eldest, old, new = release("7.2"), release("10.0"), release("11.1")
+WALK = ("7.2", "7.2", "10.0", "10.0", "11.1", "11.1", "7.2", "11.1", "10.0", "7.2")
+"""Every release after every one, itself included."""
+
+
+def test_every_row_of_the_table_that_names_this_file_is_walked() -> None:
+    rows = [pair for pair in PAIRS if Path(pair.source).name == Path(__file__).name]
+    assert {(pair.old, pair.new) for pair in rows} == set(pairwise(WALK))
+    assert {(pair.way, pair.verdict) for pair in rows} == {(Way.IN_PLACE, Verdict.PROVEN)}
+
+
+async def test_from_every_release_to_every_other_and_back_nothing_is_lost(stage: Stage) -> None:
     stage.server = msgspec.structs.replace(
         stage.server, spec=msgspec.structs.replace(stage.server.spec, machine="pc-q35-7.2")
     )
-    await stage.begin(eldest)
+    await stage.begin(release(WALK[0]))
     before = await stage.guest()
     echoes = stage.echoes()
-    for to in (old, new, old, eldest):
+    for to in map(release, WALK[1:]):
         await asyncio.sleep(0.3)
         ended = await stage.replace(to)
         assert ended.state is OperationState.DONE, ended.error
