@@ -151,7 +151,7 @@ PLUGGED_MEMORY = Pair(
 
 COPIES_SINCE = (10, 0)
 """From which version on an emulating QEMU copies the memory of a server that runs, to move it or to save it,
-and misses nothing of what it writes: 7.2 does (`CORRUPTS`), those between were not tried."""
+and misses nothing of what it writes. 7.2 misses some (`CORRUPTS`); those between were not tried."""
 UNPLUGS_SINCE = (10, 2)
 """Before it, an emulating QEMU goes on telling a vCPU that is gone what becomes of memory, as its address
 spaces were not destroyed: 7.2 ends, 10.0 hung in one of six replacements in place (docs/decisions/0030)."""
